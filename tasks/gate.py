@@ -136,15 +136,12 @@ class _Tables:
 def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Decision:
     """Spend a look at the held-out rows, then compare. A crash in between loses the look, and grants none.
 
-    A comparison that cannot promote, because of its numbers of rows or of an unknown range, spends none.
+    A comparison that cannot promote, because of its numbers of rows, spends none.
     """
-    from loraflow.evaluation.before_look import scores_without_range, why_not_promoted
+    from loraflow.evaluation.before_look import why_not_promoted
 
-    rules = workspace.recipe.gate
     tables = _comparable_tables(workspace, result)
-    compared = {rules.primary, *rules.guards, *(guard.metric for guard in tables.parts)}
-    unknown = scores_without_range(compared, rules.score_ranges)
-    hopeless = why_not_promoted(tables.ours, tables.parts, tables.general, tables.unscored, unknown)
+    hopeless = why_not_promoted(tables.ours, tables.parts, tables.general, tables.unscored)
     look = None if hopeless else _take_look(workspace, result, protocol, tables.ours)
     decision = _decide(workspace, result, tables, look)
     if look is None:

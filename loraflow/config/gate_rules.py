@@ -37,6 +37,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield from _names_of_no_score(gate, scored)
     else:
         yield from _names_that_no_score_has(gate)
+        yield from _names_of_other_metrics(gate, scored)
         yield from _scores_without_range(gate, scored)
     for name in gate.lower_is_better:
         if name in scored and name not in _NO_RANGE:
@@ -112,12 +113,28 @@ def _names_that_no_score_has(gate: Gate) -> Iterator[tuple[tuple[str, ...], str]
             yield path, f"{key} names {name}, which the gate cannot compare row by row: it is no score of a metric"
 
 
+def _names_of_other_metrics(gate: Gate, scored: Set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the names of scores of built-in metrics that the recipe does not compute.
+
+    The gate compares a score of such a name by the built-in metric's range, so a metric of the user's may not have it.
+    """
+    owners = {score: metric for metric, scores in SCORES.items() for score in scores if score not in scored}
+    ranges = ((("gate", "ranges", name), name) for name in gate.ranges)
+    for path, name in (*_named(gate), *ranges):
+        if name in owners:
+            yield (
+                path,
+                f"{_key(path, name)} names {name}, a score of the built-in metric {owners[name]}, which evaluation.metrics "
+                "does not have. Add it; if the score is of your own metric, give it another name in the metric's module",
+            )
+
+
 def _scores_without_range(gate: Gate, scored: Set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the compared scores of the user's metrics without a range: no scores of them confirm a claim.
 
     A mean has no valid bound if a row can be of any value (Bahadur and Savage 1956): docs/trust.md has what happens without.
     """
-    known = {*scored, *gate.ranges, *NOT_SCORES}.union(*SCORES.values())
+    known = {*scored, *gate.ranges, *NOT_SCORES}.union(*SCORES.values())  # `_names_of_other_metrics` names the others
     unknown: dict[str, tuple[str, ...]] = {}
     compared = {"primary", "guards", "slices"}  # the others only count rows
     for path, name in _named(gate):

@@ -1,18 +1,17 @@
 """What is known before a look at the held-out rows: a comparison that cannot promote, whatever the scores are.
 
-Only numbers of rows, and ranges that are not known, count here. A reason that depends on scores or answers, such as a check
+Only numbers of rows count here. A reason that depends on scores or answers, such as a check
 of behaviour that fails, uses a look: if only comparisons that may still promote did, their promotions would be wrong more
 often than `gate.error` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.power import MINIMUM_ROWS
-from loraflow.evaluation.values import RANGES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +25,6 @@ def why_not_promoted(
     parts: Sequence[SliceGuard],
     general: Sequence[GeneralGuard],
     unscored: Sequence[str],
-    unknown: Collection[str] = (),
 ) -> list[str]:
     """Return why no scores of these rows can promote the challenger; nothing if some can.
 
@@ -35,7 +33,6 @@ def why_not_promoted(
         parts: guards for parts of these rows.
         general: guards on general rows.
         unscored: parts of which no row was scored.
-        unknown: compared scores without a known range.
     """
     tables = {"held-out rows": table}
     tables |= {f"rows of {guard.part}": table[table["id"].isin(guard.part.ids)] for guard in parts}
@@ -46,10 +43,4 @@ def why_not_promoted(
         for name, count in independent.items()
         if count < MINIMUM_ROWS
     ]
-    ranges = [f"the range of {metric} is not known, see gate.ranges" for metric in unknown]
-    return [*few, *(f"no row of {part} was scored" for part in unscored), *ranges]
-
-
-def scores_without_range(metrics: Collection[str], ranges: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return those of the compared scores whose possible values are not known: no claim about them is confirmed."""
-    return sorted(set(metrics) - {"token_loss", *RANGES, *ranges})
+    return [*few, *(f"no row of {part} was scored" for part in unscored)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loraflow.config.evaluation import SCORES
 from loraflow.config.stage_configs import EvaluateConfig
 from loraflow.data.chats import GATE_SET, Message
 from loraflow.data.sampling import spread_sample, spread_values
@@ -266,15 +267,20 @@ def _row_scores(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, list[f
             reference = "reference_calls"
             _require_calls(table)
         found = compute(name, table[prediction].tolist(), table[reference].tolist()).rows
-        _require_own_names(name, found, columns, len(table))
+        _require_own_names(name, found, {*columns, *_of_other_metrics(name)}, len(table))
         columns |= found
     for name, sha256 in config.modules.items():  # after they were imported, so that an edit before that is seen too
         require_unchanged(name, sha256)
     return columns
 
 
+def _of_other_metrics(metric: str) -> set[str]:
+    """Return the scores of the other built-in metrics: their ranges and their direction would be used for this one."""
+    return set().union(*(scores for name, scores in SCORES.items() if name != metric))
+
+
 def _require_own_names(metric: str, found: Mapping[str, Sequence[float]], known: Iterable[str], rows: int) -> None:
-    """Refuse a metric whose scores would replace other columns of the table, or have no value for some rows.
+    """Refuse a metric whose scores have the name of another score or column, or no value for some rows.
 
     Raises:
         BadConfig: it does.
@@ -282,9 +288,9 @@ def _require_own_names(metric: str, found: Mapping[str, Sequence[float]], known:
     taken = sorted(found.keys() & (ROW_COLUMNS | OF_ALL_ROWS | set(known)))
     if taken:
         raise BadConfig(
-            "A metric gives a score that has the name of another column of the score table.",
+            "A metric gives a score that has the name of another column of the score table, or of another metric's score.",
             where=f"evaluation.metrics: {metric}",
-            expected="a name that no other score, and none of the table's own columns, has",
+            expected="a name that no score of a built-in or other metric, and no column of the table, has",
             got=", ".join(taken),
             next_step="rename the score in the metric's module, or remove one of the two metrics",
         )

@@ -206,6 +206,28 @@ def test_a_name_that_no_score_can_have_is_refused_beside_a_metric_of_ones_own(ga
         recipe(["exact_match"], **gate)
 
 
+@pytest.mark.parametrize(
+    "gate",
+    [
+        {"primary": "accuracy"},
+        {"primary": "accuracy", "ranges": {"accuracy": [-20, 1]}},
+        {"primary": "exact_match", "guards": {"chrf": 2}},
+        {"primary": "token_loss"},
+        {"primary": "exact_match", "slices": {"language": {"rouge1": 0.1}}},
+        {"primary": "exact_match", "worst": {"token_f1": {"drop": 0.5, "rows": 0}}},
+    ],
+)
+def test_a_score_of_a_built_in_metric_that_is_not_computed_is_refused_beside_a_metric_of_ones_own(gate):
+    """The metric of one's own may give a score of this name, and -20 in a row: nothing of the built-in one holds for it."""
+    metrics = ["exact_match", "./metrics/mine"]
+    with pytest.raises(
+        BadConfig, match=r"a score of the built-in metric \w+, which evaluation.metrics\s+does\s+not\s+have"
+    ):
+        recipe(metrics, **gate)
+    if "ranges" not in gate:
+        recipe([*metrics, "labels", "chrf", "token_loss", "rouge", "token_f1"], **gate)
+
+
 def test_the_share_of_answers_that_stop_is_a_score_beside_a_metric_of_ones_own():
     recipe(["exact_match", "./metrics/brevity"], primary="exact_match", guards={"stops": 0.02})
 

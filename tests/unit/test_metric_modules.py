@@ -121,7 +121,9 @@ def test_a_users_metric_module_is_scored_row_by_row(tmp_path):
     assert values == {"same_length": 0.5} and rows == {"same_length": [1.0, 0.0]}
 
 
-@pytest.mark.parametrize("name", ["prompt", "group", "nll", "stops", "perplexity", "macro_f1", "exact_match"])
+@pytest.mark.parametrize(
+    "name", ["prompt", "group", "nll", "stops", "perplexity", "macro_f1", "exact_match", "accuracy", "chrf"]
+)
 def test_a_metric_whose_score_would_replace_another_column_is_refused(name, monkeypatch):
     """Groups and prompts say which rows are independent; and the gate decides on the score that the report shows."""
     table = pd.DataFrame({"prompt": ["q"], "answer": ["x"], "reference": ["x"]})
