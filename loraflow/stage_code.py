@@ -162,6 +162,7 @@ TRAIN = (
     "loraflow.training.trainer",
     "loraflow.training.schedule",
     "loraflow.training.batches",
+    "loraflow.training.token_keys",
     "loraflow.training.row_lengths",
     "loraflow.training.collation",
     "loraflow.training.prefix_sharing",

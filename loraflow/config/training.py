@@ -44,7 +44,7 @@ class TrainingMath(FrozenModel):
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="NEFTune: noise on the embeddings of training tokens, uniform up to alpha / sqrt(tokens of the document "
-        "· width). Of a padded batch, transformers and runtime.engine: stock take the batch's length instead.",
+        "· width), in both engines. Of a padded batch, transformers itself takes the batch's length instead.",
     )
     seed: int = 0
     bf16: bool = True

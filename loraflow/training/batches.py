@@ -12,7 +12,7 @@ A row is one document; a packed row has several. A micro-batch has one of two la
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -36,6 +36,7 @@ from loraflow.training.collation import (
 )
 from loraflow.training.prefix_sharing import PrefixSharing, share_prefix
 from loraflow.training.row_lengths import choose_lengths
+from loraflow.training.token_keys import document_lengths, spread, token_keys
 
 ROUND = 64  # tokens; lengths of concatenated micro-batches are multiples of it
 MEASURED_STEPS = 2000  # optimizer steps by which the lengths of micro-batches are chosen
@@ -264,31 +265,11 @@ class StepDataset(Dataset[StepItem]):
         """Add what dropout and noise need. `rows` are those of the batch's ids, and `keys` those of each row's tokens."""
         if keys is not None:
             width, size = batch["input_ids"].shape[1], batch["input_ids"].numel()
-            batch["token_keys"] = _spread(keys, width, size)
+            batch["token_keys"] = spread(keys, width, size)
             if self.noise:
-                lengths = [[len(ids) for ids, _ in row] for row in rows]
-                batch["document_lengths"] = _spread([np.repeat(n, n).astype(np.int32) for n in lengths], width, size)
+                batch["document_lengths"] = document_lengths(rows, width, size)
         return batch
 
     def token_keys(self, step: int, index: int, tokens: int) -> NDArray[np.int32]:
-        """Return a hash of seed, step, row (its index in the step) and token, for each token of a row."""
-        token = np.arange(tokens, dtype=np.uint64) + np.uint64(index << 32)
-        return (mix(token ^ mix(np.array([(self.seed << 32) ^ step], np.uint64))) >> np.uint64(32)).astype(np.int32)
-
-
-def _spread(rows: Sequence[NDArray[np.int32]], row_width: int, size: int) -> torch.Tensor:
-    """Return the values of all rows in a flat array in which row i begins at i * row_width; zero elsewhere."""
-    flat = np.zeros(size, np.int32)
-    for i, values in enumerate(rows):
-        flat[i * row_width : i * row_width + len(values)] = values
-    return torch.from_numpy(flat)
-
-
-def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Hash 64-bit numbers (the finalizer of splitmix64, Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        values = values + np.uint64(0x9E3779B97F4A7C15)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed: NDArray[np.uint64] = values ^ (values >> np.uint64(31))
-        return mixed
+        """Return the keys of a row's tokens; `index` is the row's in the step."""
+        return token_keys(self.seed, step, index, tokens)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NotRequired, TypedDict, TypeGuard
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_rows import Document, TokenRows
+from loraflow.training.token_keys import document_lengths, spread, token_keys
 
 
 class Grid(TypedDict):
@@ -26,6 +28,8 @@ class Grid(TypedDict):
     attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
     loss_weights: NotRequired[Tensor]  # float32, of the labels; absent: 1 for all
+    token_keys: NotRequired[Tensor]  # int32, for noise
+    document_lengths: NotRequired[Tensor]  # int32, tokens of each token's document, for noise; 0: padding
 
 
 Weights = Sequence[
@@ -56,7 +60,16 @@ class RowNumber(TypedDict):
     """An item of the stock trainer's dataset: the number of a training or validation row."""
 
     row: int
+    place: NotRequired[int]  # of a training row: its number in the order of training
     validation: NotRequired[bool]
+
+
+@dataclass(frozen=True)
+class NoiseKeys:
+    """What the keys of NEFTune's noise are made of, besides row and token."""
+
+    seed: int
+    global_batch: int  # rows of an optimizer step
 
 
 def padded(
@@ -219,20 +232,53 @@ def learned_weights(rows: Sequence[list[Document]], weights: Weights) -> Tensor:
 
 
 class RowCollator:
-    """Data collator of the stock trainer: turns row numbers into padded or packed grids. Validation rows are not packed."""
+    """Data collator of the stock trainer: turns row numbers into padded or packed grids. Validation rows are not packed.
 
-    def __init__(self, train: TokenRows, validation: TokenRows | None, pad_id: int, *, with_positions: bool = False):
+    Args:
+        train: the training rows.
+        validation: the validation rows, or None.
+        pad_id: token id of the padding.
+        with_positions: see `padded`.
+        noise: give every token of a training row the key and the length that NEFTune's noise is computed from, the same as
+            `StepDataset`; None trains without noise.
+    """
+
+    def __init__(
+        self,
+        train: TokenRows,
+        validation: TokenRows | None,
+        pad_id: int,
+        *,
+        with_positions: bool = False,
+        noise: NoiseKeys | None = None,
+    ):
         self.train, self.validation, self.pad_id, self.with_positions = train, validation, pad_id, with_positions
+        self.noise = noise
 
     def __call__(self, examples: list[RowNumber]) -> Grid:
         """Return the grid of the rows."""
-        source = self.validation if examples[0].get("validation") else self.train
+        of_validation = examples[0].get("validation")
+        source = self.validation if of_validation else self.train
         assert source is not None
         rows = [source[int(example["row"])] for example in examples]
         weights = [source.weights(int(example["row"])) for example in examples]
         if source.row_length:
-            return packed(rows, source.row_length, self.pad_id, weights)
-        return padded(rows, self.pad_id, weights, with_positions=self.with_positions)
+            grid = packed(rows, source.row_length, self.pad_id, weights)
+        else:
+            grid = padded(rows, self.pad_id, weights, with_positions=self.with_positions)
+        if self.noise is not None and not of_validation:
+            shape, size = grid["input_ids"].shape, grid["input_ids"].numel()
+            keys = [
+                token_keys(
+                    self.noise.seed,
+                    *divmod(int(example["place"]), self.noise.global_batch),
+                    int(source.tokens[example["row"]]),
+                )
+                for example in examples
+            ]
+            grid["token_keys"] = spread(keys, shape[1], size).view(shape)
+            grid["document_lengths"] = document_lengths(rows, shape[1], size).view(shape)
+        return grid
 
 
 EVA_BATCH = 16  # documents per batch: EVA needs more supervised tokens than ranks in each batch

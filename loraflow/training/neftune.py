@@ -3,7 +3,8 @@
 Each number of a token's embedding gets noise that is uniform in ±alpha / sqrt(L · d), for a document of L tokens and
 embeddings of width d. transformers takes L from the batch: there, noise becomes weaker where rows are padded or several
 documents are in one row, and is drawn anew for another size of the micro-batch. Here L is the document's own length, as in
-the paper, and the noise is a function of (seed, step, token, feature), as dropout's masks are.
+the paper, and the noise is a function of (seed, step, token, feature), as dropout's masks are in the fast engine. Both
+engines add this noise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Build the stock trainer: trl and peft unchanged, with padded or packed rows."""
+"""Build the stock trainer: trl and peft, with padded or packed rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loraflow.failures import BadConfig
 from loraflow.training.arguments import BatchSettings
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.choices import EngineChoices
-from loraflow.training.collation import RowCollator
+from loraflow.training.collation import NoiseKeys, RowCollator
 from loraflow.training.out_of_memory import MicroBatchSize
 from loraflow.training.schedule import micro_batch_rows
 from loraflow.training.setup import TrainingSetup
@@ -47,6 +47,10 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
         gradient_checkpointing_kwargs=setup.settings.gradient_checkpointing_kwargs,
     )
     arguments = setup.trainer_arguments(batch_settings, setup.runtime.engine)
+    noise_alpha, arguments.neftune_noise_alpha = (
+        arguments.neftune_noise_alpha,
+        None,
+    )  # not transformers' noise: see `neftune`
     if not getattr(model.config.get_text_config(), "num_experts", 0) or not has_routers(model):
         # trl adds a loss of the router wherever a config has a coefficient for it: Granite 4's and Doge's have, also
         # without experts.
@@ -61,7 +65,9 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
             setup.validation,
             setup.tokenizer.pad_token_id,
             with_positions=setup.longrope_switch is not None,
+            noise=None if noise_alpha is None else NoiseKeys(setup.settings.seed, global_batch),
         ),
+        noise_alpha=noise_alpha,
         processing_class=setup.tokenizer,
         peft_config=adapter_config(setup, model),
         callbacks=setup.callbacks,

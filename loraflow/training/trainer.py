@@ -1,6 +1,6 @@
 """Two subclasses of trl's SFTTrainer, between which `runtime.engine` chooses. Both read the rows in the same order.
 
-- StockTrainer: trl and peft unchanged. A batch is a padded or packed grid.
+- StockTrainer: trl's and peft's, with NEFTune's noise and the weights of tokens. A batch is a padded or packed grid.
 - FastTrainer: an item of the dataset is a whole optimizer step. Batches, loss, LoRA kernels, compiled layers and the
   all-reduce are loraflow's own. A test checks that both give the same results.
 """
@@ -88,6 +88,7 @@ class StockTrainer(LoraPlusTrainer):
         train_rows: row numbers in the order of training.
         validation_rows: how many validation rows there are.
         collator: turns row numbers into a batch.
+        noise_alpha: the scale of NEFTune's noise; None trains without it.
         model: a model of transformers, or with loralib's layers; without peft's adapter.
         args: see SFTTrainer, down to `callbacks`.
         processing_class: the tokenizer.
@@ -101,6 +102,7 @@ class StockTrainer(LoraPlusTrainer):
         train_rows: NDArray[np.int64],
         validation_rows: int,
         collator: RowCollator,
+        noise_alpha: float | None = None,
         model: PreTrainedModel,
         args: SFTConfig,
         processing_class: PreTrainedTokenizerBase,
@@ -109,7 +111,7 @@ class StockTrainer(LoraPlusTrainer):
     ):
         validation = list(range(validation_rows))
         super().__init__(
-            train_dataset=_dataset({"row": train_rows.tolist()}),
+            train_dataset=_dataset({"row": train_rows.tolist(), "place": list(range(len(train_rows)))}),
             eval_dataset=_dataset({"row": validation, "validation": [True] * validation_rows}),
             data_collator=collator,
             model=model,
@@ -118,6 +120,17 @@ class StockTrainer(LoraPlusTrainer):
             peft_config=peft_config,
             callbacks=callbacks,
         )
+        self.noise_alpha = noise_alpha
+        self._noise_inputs: tuple[Tensor, Tensor] | None = None  # of the batch that is computed: see `add_noise`
+        if noise_alpha is not None:
+            self.model.get_input_embeddings().register_forward_hook(self._with_noise)
+
+    def _with_noise(self, module: torch.nn.Module, inputs: object, embedded: Tensor) -> Tensor:
+        """Return the embeddings of a training batch with noise."""
+        if self._noise_inputs is None or not self.model.training:
+            return embedded
+        assert self.noise_alpha is not None
+        return add_noise(embedded, *self._noise_inputs, self.noise_alpha)
 
     def _get_num_items_in_batch(self, batch_samples: list[Grid], device: torch.device) -> Tensor | int | None:
         """Return the number of supervised tokens of an optimizer step on all devices; with weights, their sum."""
@@ -146,9 +159,12 @@ class StockTrainer(LoraPlusTrainer):
             model = _with_weights(model, share)
             num_items_in_batch = None if num_items_in_batch is None else weights.new_ones(())
             del inputs["loss_weights"]
+        if "token_keys" in inputs:
+            self._noise_inputs = inputs.pop("token_keys").flatten(), inputs.pop("document_lengths").flatten()
         loss: Tensor | tuple[Tensor, _Outputs] = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+        self._noise_inputs = None
         return loss
 
     def evaluation_loop(

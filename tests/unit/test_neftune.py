@@ -55,12 +55,15 @@ def test_noise_does_not_depend_on_what_else_is_in_the_batch(straight):  # noqa: 
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_micro_batch_does_not_change_a_training_with_noise(base, straight, tmp_path, packing):  # noqa: F811
+def test_neither_micro_batch_nor_engine_changes_a_training_with_noise(base, straight, tmp_path, packing):  # noqa: F811
+    """Neither is in a fingerprint: an adapter of one engine is served from the store as that of the other."""
     shards, plain, _ = straight
     if packing:
         shards = tokenize(base, tmp_path / "packed", training_config__packing=True)
     noisy = {"training_config__neftune_noise_alpha": ALPHA, "training_config__packing": packing}
-    together, _ = run(base, shards, tmp_path / "a", **noisy)
-    apart, _ = run(base, shards, tmp_path / "b", runtime__micro_batch=1, **noisy)
-    assert same(together, apart, 2e-5)
+    together, losses = run(base, shards, tmp_path / "a", **noisy)
     assert not same(together, plain, 1e-3)
+    for other in ({"runtime__micro_batch": 1}, {"runtime__engine": "stock", "runtime__micro_batch": 2}):
+        apart, found = run(base, shards, tmp_path / str(len(other)), **noisy, **other)
+        assert same(together, apart, 2e-5)
+        assert losses == pytest.approx(found, abs=2e-4)
