@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
 from loraflow.base.architecture import is_tested, scales_logits, stateful_layers
-from loraflow.base.model_config import read_config
-from loraflow.base.usable import code_references
+from loraflow.base.model_config import code_references, read_config
 from loraflow.config import Runtime
 from loraflow.failures import BadConfig, BadModel, MissingExtra
 from loraflow.hardware.attention import attention_with_mask, choose_for_loading

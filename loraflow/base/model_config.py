@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,3 +53,14 @@ def read_config(folder: Path, *, trust: bool = False) -> PreTrainedConfig:
 def reason_of(error: Exception) -> str:
     """Return an error's text in one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def code_references(file: Path) -> list[str]:
+    """Return the classes of own code that a JSON file's `auto_map` names; none if it cannot be read, which others refuse."""
+    try:
+        mapped = json.loads(file.read_text(encoding="utf-8"))["auto_map"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+    values = mapped.values() if isinstance(mapped, dict) else [mapped]
+    named = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    return [name for name in named if isinstance(name, str)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from loraflow.base.model_config import read_config
+from loraflow.base.model_config import code_references, read_config
 from loraflow.base.weight_files import PICKLES
 from loraflow.failures import BadModel
 
@@ -131,17 +131,6 @@ def refuse_code_elsewhere(folder: Path) -> None:
                 next_step="base.trust_remote_code: false, if transformers has the architecture; or copy the repository's "
                 ".py files into the model's folder, and remove the part up to -- from auto_map",
             )
-
-
-def code_references(file: Path) -> list[str]:
-    """Return the classes of own code that a JSON file's `auto_map` names; none if it cannot be read, which others refuse."""
-    try:
-        mapped = json.loads(file.read_text(encoding="utf-8"))["auto_map"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return []
-    values = mapped.values() if isinstance(mapped, dict) else [mapped]
-    named = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    return [name for name in named if isinstance(name, str)]
 
 
 def refuse_adapter_folder(folder: Path) -> None:

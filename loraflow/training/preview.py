@@ -13,6 +13,7 @@ from loraflow.base.meta import model_without_weights
 from loraflow.base.support import Support
 from loraflow.config.lora import PeftConfig
 from loraflow.config.recipe import Recipe
+from loraflow.data.positions import Positions
 from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def preview(base: Path, recipe: Recipe) -> list[str]:
     check_targets(model, recipe.peft_config)
     check_trainable(model, recipe.peft_config)
     variants.check(model, recipe.peft_config)
-    return [*Support.of(model.config).lines(), f"  {find_targets(model, recipe.peft_config).summary()}"]
+    return [*_lines(base, model.config), f"  {find_targets(model, recipe.peft_config).summary()}"]
 
 
 def describe(base: Path) -> list[str]:
@@ -47,7 +48,18 @@ def describe(base: Path) -> list[str]:
     """
     model = model_without_weights(base)
     targets = find_targets(model, PeftConfig())
-    return [*Support.of(model.config).lines(), f"  all-linear: {targets.summary()}"]
+    return [*_lines(base, model.config), f"  all-linear: {targets.summary()}"]
+
+
+def _lines(base: Path, config: PreTrainedConfig) -> list[str]:
+    lines, positions = Support.of(config).lines(), Positions.of_folder(base)
+    if positions.limit is not None:
+        lines.append(f"  tokens of a row: at most {positions.limit:,}")
+    if positions.switch is not None:
+        lines.append(
+            f"  LongRoPE: rows of more than {positions.switch:,} tokens have other angles, and each document its own"
+        )
+    return lines
 
 
 def _refuse(recipe: Recipe, config: PreTrainedConfig) -> None:

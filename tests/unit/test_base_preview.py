@@ -13,7 +13,7 @@ from loraflow.config import parse_recipe
 from loraflow.failures import BadConfig, BadModel
 from loraflow.job import Inputs, Progress
 from loraflow.store.files import HashMemo
-from tests.families.tiny import save_tiny
+from tests.families.tiny import LONGROPE, save_tiny
 from tests.job_factory import Outside, make_job
 
 
@@ -68,6 +68,14 @@ def test_doctor_describes_a_base_from_its_config_alone(tmp_path):
     assert result.exit_code == 0, result.exception
     assert "base granitemoehybrid: stock engine (trl and peft), because the model has layers of type" in result.output
     assert "rows: padded; " in result.output and "refused: nf4" in result.output
+
+
+def test_doctor_names_the_positions_and_the_switch_of_longrope(tmp_path):
+    long = save_tiny("phi3", tmp_path / "long", **LONGROPE)
+    text = CliRunner().invoke(cli, ["doctor", "--base", str(long)]).output
+    assert "tokens of a row: at most 512\n" in text and "LongRoPE: rows of more than 256 tokens" in text
+    plain = CliRunner().invoke(cli, ["doctor", "--base", str(save_tiny("llama", tmp_path / "llama"))]).output
+    assert "tokens of a row: at most 512\n" in plain and "LongRoPE" not in plain
 
 
 def test_doctor_refuses_a_base_that_cannot_be_trained(tmp_path):
