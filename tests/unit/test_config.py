@@ -238,7 +238,7 @@ def test_problem_of_an_override_names_the_override_and_not_a_line_of_the_file(ke
     ("lines", "line", "message"),
     [
         ("gate:\n  seeds: 2\n  primary: rougeQ\n", 3, "gate.primary names rougeQ"),
-        ("gate:\n  guards:\n    rougeQ: 0.1\n", 2, "gate.guards names rougeQ"),
+        ("gate:\n  guards:\n    rougeQ: 0.1\n", 3, "gate.guards names rougeQ"),
         ("training_config:\n  seed: 1\n  eval_strategy: steps\n", 3, "training_config.eval_strategy needs"),
         ("merge:\n  onto: dequantized\n", 2, "merge.onto dequantized needs"),
         ("loralib_config:\n  merge_weights: true\n", 1, "loralib_config needs method: loralib"),
@@ -296,7 +296,7 @@ BY_THE_FLOW = {
     "name", "data.heldout_reserve", "data.source", "data.repo", "data.rev", "data.add", "data.remote", "data.max_quarantined", "base.model",
     "base.chat_template",
     "base.revision", "evaluation.samples", "evaluation.general", "gate.forgetting", "merge.max_kl", "register.model", "register.git_tags",
-    "gate.lower_is_better", "gate.ranges", "gate.worst", "gate.behaviour",
+    "gate.lower_is_better", "gate.ranges", "gate.worst", "gate.behaviour", "gate.independent_rows",
     "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "gate.error", "gate.looks", "gate.seeds", "runtime.store", "runtime.keep", "runtime.keep_champions", "runtime.mlflow.uri", "runtime.mlflow.experiment", "runtime.mlflow.model", "runtime.placement",
     "peft_config.task_type", "publish.repo", "publish.what", "publish.private",
 }  # fmt: skip
