@@ -38,9 +38,14 @@ def upper(count: int, of: int) -> float:
     return 1.0 if count == of else float(stats.beta.ppf(0.95, count + 1, of - count))
 
 
-def level_of(number: int) -> float:
-    """Return the level of a look after which no challenger was promoted."""
-    return ERROR * share_of_error(number, LOOKS)
+def level_of(number: int, *, independent: bool = False) -> float:
+    """Return the level of a look before which no challenger was promoted.
+
+    Args:
+        number: of the look.
+        independent: gate.independent_rows; then without what a look has that follows a nearly shown gain.
+    """
+    return ERROR * share_of_error(number, LOOKS, independent=independent)
 
 
 def p_values(wins: np.ndarray, losses: np.ndarray, n: int, levels: np.ndarray) -> np.ndarray:
@@ -147,7 +152,7 @@ RESERVES = (
 )
 
 
-def power_of_reserve(reserve: Reserve) -> Iterator[tuple[str, float]]:
+def power_of_reserve(reserve: Reserve, *, independent: bool = False) -> Iterator[tuple[str, float]]:
     """Yield the exact probability that +5 points are promoted within three nights, at disagreement 0.1.
 
     Rows that were dealt before are counted as if other challengers were scored on them: each night's outcome is its own.
@@ -156,14 +161,21 @@ def power_of_reserve(reserve: Reserve) -> Iterator[tuple[str, float]]:
     for first in (1, 6, 57):
         nights = range(first, first + 3)
         if all(reserve.is_fresh(night, 60) and rows[night - 1] == rows[0] for night in range(1, first + 3)):
-            share = found_in_three(rows[0], first, level_of)
+            share = found_in_three(rows[0], first, level_of, independent=independent)
         else:
-            share = any_of(chance(rows[night - 1], *BETTER, level_of(night)) for night in nights)
+            levels = {night: level_of(night, independent=independent) for night in nights}
+            share = any_of(chance(rows[night - 1], *BETTER, level) for night, level in levels.items())
         yield f"{reserve.name}, nights {first} to {first + 2} ({rows[first - 1]:,} rows)", share
 
 
 def false_promotions(
-    rng: np.random.Generator, streams: int, nights: int, held_out: HeldOut | Reserve, gain: float
+    rng: np.random.Generator,
+    streams: int,
+    nights: int,
+    held_out: HeldOut | Reserve,
+    gain: float,
+    *,
+    independent: bool = False,
 ) -> Row:
     """Count the streams with any promotion: each night a challenger of the same true gain over the base.
 
@@ -172,19 +184,33 @@ def false_promotions(
     promoted, since, used = np.zeros(streams, dtype=bool), np.full(streams, FOLLOWERS), np.zeros(streams, dtype=int)
     for night, counts in enumerate(held_out.drawn(rng, streams, nights), 1):
         wins, losses = rng.binomial(counts[:, 0], 0.1 + gain), rng.binomial(counts[:, 1], 0.1 - gain)
-        follows = (since < FOLLOWERS) & (used < MOST) & held_out.is_fresh(night, nights)
-        levels = level_of(night) + follows * FURTHER
+        follows = (since < FOLLOWERS) & (used < MOST) & (independent and held_out.is_fresh(night, nights))
+        levels = level_of(night, independent=independent) + follows * FURTHER
         p = p_values(wins, losses, int(counts[0].sum()), levels)
         promoted |= p <= levels
         used += follows
         since = np.where((p > levels) & (p <= 1 / LOOKS), 0, since + 1)
     count = int(promoted.sum())
-    return f"{held_out.name}, true gain {100 * gain:+.0f} points", count / streams, upper(count, streams)
+    rows = ", gate.independent_rows" if independent else ""
+    return f"{held_out.name}, true gain {100 * gain:+.0f} points{rows}", count / streams, upper(count, streams)
 
 
-def level_after_promotion(number: int) -> float:
+def correlated_nights(rng: np.random.Generator, streams: int, block: int, correlation: float) -> Row:
+    """Count the streams with any promotion of equal models whose scores are correlated within blocks of nights.
+
+    So are those of new rows of the same users in `block` nights. Each night's p-value is of a normal test, as of many rows.
+    """
+    shared = np.repeat(rng.normal(size=(streams, -(-LOOKS // block))), block, axis=1)[:, :LOOKS]
+    gains = math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * rng.normal(size=(streams, LOOKS))
+    needed = stats.norm.isf([level_of(night) for night in range(1, LOOKS + 1)])
+    count = int((gains >= needed).any(axis=1).sum())
+    what = f"new rows every night, correlation {correlation:g} within {block} nights"
+    return what, count / streams, upper(count, streams)
+
+
+def level_after_promotion(number: int, *, independent: bool = False) -> float:
     """Return the level of a look if the first one promoted its challenger, and no other one did."""
-    return level_of(number) + level_of(1) * passed_on(number - 1, LOOKS)
+    return level_of(number, independent=independent) + level_of(1) * passed_on(number - 1, LOOKS)
 
 
 @functools.cache
@@ -207,20 +233,23 @@ def any_of(chances: Iterable[float]) -> float:
     return 1 - math.prod(1 - one for one in chances)
 
 
-def none_promoted(n: int, levels: Sequence[float], rates: Sequence[tuple[float, float]]) -> list[float]:
+def none_promoted(
+    n: int, levels: Sequence[float], rates: Sequence[tuple[float, float]], *, independent: bool = False
+) -> list[float]:
     """Return for each night the exact probability that no challenger was promoted until then, on n new rows every night.
 
     Args:
         n: rows of a night.
         levels: of the nights, without what looks have that follow a nearly shown gain.
         rates: of wins and losses of each night's challenger.
+        independent: gate.independent_rows.
     """
     states = {(FOLLOWERS, 0): 1.0}  # (looks since the last that nearly showed a gain, looks that had more for one)
     found = []
     for level, (win, lose) in zip(levels, rates, strict=True):
         following: dict[tuple[int, int], float] = {}
         for (since, used), share in states.items():
-            follows = since < FOLLOWERS and used < MOST
+            follows = independent and since < FOLLOWERS and used < MOST
             allowed = level + FURTHER * follows
             promoted = chance(n, win, lose, allowed)
             near = max(chance(n, win, lose, allowed, 1 / LOOKS) - promoted, 0.0)
@@ -232,38 +261,46 @@ def none_promoted(n: int, levels: Sequence[float], rates: Sequence[tuple[float, 
     return found
 
 
-def exact_false_promotions(n: int, nights: int) -> Iterator[tuple[str, float]]:
+def exact_false_promotions(n: int, nights: int, *, independent: bool = False) -> Iterator[tuple[str, float]]:
     """Yield the probability of any false promotion on n new rows every night: such nights are independent.
 
     Base and challenger disagree on a tenth of the rows. In the second stream the first challenger is better for certain, and
     each later one is as good as the champion, so whatever the promotion passes on can be lost.
     """
-    levels = [level_of(night) for night in range(1, nights + 1)]
-    yield f"{n} new rows every night, exact", 1 - none_promoted(n, levels, [EQUAL] * nights)[-1]
-    levels = [level_after_promotion(night) for night in range(2, nights + 1)]
-    yield "the same, after a right promotion at look 1, exact", 1 - none_promoted(n, levels, [EQUAL] * (nights - 1))[-1]
+    levels = [level_of(night, independent=independent) for night in range(1, nights + 1)]
+    none = none_promoted(n, levels, [EQUAL] * nights, independent=independent)
+    yield f"{n} new rows every night, exact", 1 - none[-1]
+    levels = [level_after_promotion(night, independent=independent) for night in range(2, nights + 1)]
+    none = none_promoted(n, levels, [EQUAL] * (nights - 1), independent=independent)
+    yield "the same, after a right promotion at look 1, exact", 1 - none[-1]
 
 
-def found_in_three(n: int, first: int, level: Callable[[int], float], start: int = 1) -> float:
+def found_in_three(
+    n: int, first: int, level: Callable[..., float], start: int = 1, *, independent: bool = False
+) -> float:
     """Return the exact probability that +5 points are promoted in nights `first` to `first + 2` on n new rows every night.
 
     Models of the nights before are as good as the base, and none of them since `start` was promoted.
     """
     nights = range(start, first + 3)
     rates = [EQUAL] * (first - start) + [BETTER] * 3
-    none = none_promoted(n, [level(night) for night in nights], rates)
+    levels = [level(night, independent=independent) for night in nights]
+    none = none_promoted(n, levels, rates, independent=independent)
     return 1 - none[-1] / (none[-4] if len(none) > 3 else 1.0)
 
 
-def power_in_three_nights() -> Iterator[tuple[str, float]]:
+def power_in_three_nights(*, independent: bool = False) -> Iterator[tuple[str, float]]:
     """Yield the exact probability that +5 points are promoted within three nights, at disagreement 0.1."""
-    late = level_of(100)
-    yield "500 new rows every night, nights 1 to 3", found_in_three(500, 1, level_of)
+    late, found = (
+        level_of(100, independent=independent),
+        functools.partial(found_in_three, 500, independent=independent),
+    )
+    yield "500 new rows every night, nights 1 to 3", found(1, level_of)
     for first in (2, 40, 72):
         name = f"the same, nights {first} to {first + 2}, a promotion at look 1"
-        yield name, found_in_three(500, first, level_after_promotion, start=2)
+        yield name, found(first, level_after_promotion, start=2)
     for first in (100, 200, 300, 363):
-        yield f"the same, nights {first} to {first + 2}, no promotion before", found_in_three(500, first, level_of)
+        yield f"the same, nights {first} to {first + 2}, no promotion before", found(first, level_of)
     kept = any_of(chance(rows, *BETTER, late) for rows in (500, 1000, 1500))
     yield "rows of three nights kept: 500, 1,000, 1,500, at any night", kept
 
@@ -396,11 +433,16 @@ def looks_table(rng: np.random.Generator, part: int) -> None:
 def budget_table(rng: np.random.Generator, part: int) -> None:
     """Print the false promotions of streams with held-out rows that change."""
     print("| any false promotion in 365 nights | share | upper 95 % limit |\n|---|---:|---:|")
-    for n in (500, 100):
-        for what, share in exact_false_promotions(n, LOOKS):
-            print(f"| {what} | {share:.2%} | – |", flush=True)
+    for independent in (False, True):
+        rows = ", gate.independent_rows" if independent else ""
+        for n in (500, 100):
+            for what, share in exact_false_promotions(n, LOOKS, independent=independent):
+                print(f"| {what}{rows} | {share:.2%} | – |", flush=True)
     for stream in STREAMS:
         what, share, limit = false_promotions(rng, 2000 // part, LOOKS, stream, 0.0)
+        print(f"| {what} | {share:.1%} | {limit:.1%} |", flush=True)
+    for nights, correlation in ((3, 0.5), (3, 0.8), (7, 0.9)):
+        what, share, limit = correlated_nights(rng, 40_000 // part, nights, correlation)
         print(f"| {what} | {share:.1%} | {limit:.1%} |", flush=True)
 
 
@@ -411,17 +453,24 @@ def reserve_table(rng: np.random.Generator, part: int) -> None:
         for gain in (0.0, -0.01):
             what, share, limit = false_promotions(rng, 2000 // part, LOOKS, reserve, gain)
             print(f"| {what} | {share:.1%} | {limit:.1%} |", flush=True)
-    print("\n| +5 points, disagreement 0.1, promoted within three nights | share |\n|---|---:|")
+    print(
+        "\n| +5 points, disagreement 0.1, found within three nights | default | gate.independent_rows |\n|---|---:|---:|"
+    )
     for reserve in RESERVES:
-        for what, share in power_of_reserve(reserve):
-            print(f"| {what} | {share:.1%} |", flush=True)
+        shares = zip(power_of_reserve(reserve), power_of_reserve(reserve, independent=True), strict=True)
+        for (what, share), (_, independent) in shares:
+            print(f"| {what} | {share:.1%} | {independent:.1%} |", flush=True)
 
 
 def nights_table(rng: np.random.Generator, part: int) -> None:
     """Print the power of streams with held-out rows that change."""
-    print("| +5 points, disagreement 0.1, promoted within three nights | share |\n|---|---:|")
-    for what, share in power_in_three_nights():
-        print(f"| {what} | {share:.1%} |", flush=True)
+    print(
+        "| +5 points, disagreement 0.1, found within three nights | default | gate.independent_rows |\n|---|---:|---:|"
+    )
+    for (what, share), (_, independent) in zip(
+        power_in_three_nights(), power_in_three_nights(independent=True), strict=True
+    ):
+        print(f"| {what} | {share:.1%} | {independent:.1%} |", flush=True)
 
 
 def groups_table(rng: np.random.Generator, part: int) -> None:

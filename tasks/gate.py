@@ -17,11 +17,11 @@ from loraflow.evaluation.values import BehaviourResult, Decision
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadData
-from loraflow.registry.budget import error_of_period
+from loraflow.registry.budget import error_of_period, has_followers
 from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
-from loraflow.registry.near_gains import near_gains
+from loraflow.registry.near_gains import gains_to_follow
 from loraflow.store import Ref, read_intact, require_unchanged
 from loraflow.tasks.forgetting import read_general_guards, require_general_comparable
 from loraflow.tasks.slices import read_field_values, read_unscored_parts
@@ -85,7 +85,7 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
     scores += [ref.digest for ref in result.general.values()] if workspace.recipe.gate.forgetting else []
     rules = workspace.recipe.gate.model_dump()
     # Decisions of earlier versions, which did not have these, stay valid.
-    for name in ("worst", "behaviour", "slices", "forgetting", "ranges"):
+    for name in ("worst", "behaviour", "slices", "forgetting", "ranges", "independent_rows"):
         if not rules[name]:
             del rules[name]
     if rules["seeds"] == 1:
@@ -146,8 +146,10 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
     decision = _decide(workspace, result, tables, look)
     if look is None:
         return replace(decision, budget=f"No look was used: it could not promote ({'; '.join(hopeless)}).")
-    error = error_of_period(workspace.looks.entries(), look)
-    return replace(decision, look=look.seq, budget=_budget(look, len(tables.ours), error))
+    looks = workspace.looks.entries()
+    is_free = not (workspace.recipe.gate.independent_rows or has_followers(looks, look))
+    budget = _budget(look, len(tables.ours), error_of_period(looks, look), is_free=is_free)
+    return replace(decision, look=look.seq, budget=budget)
 
 
 def _comparable_tables(workspace: Workspace, result: PipelineResult) -> _Tables:
@@ -284,14 +286,26 @@ def _check_behaviour(workspace: Workspace, result: PipelineResult) -> tuple[Beha
     return check_behaviour(_all_scores(workspace, result.tuned_scores), others, rules)
 
 
-def _budget(look: Look, rows: int, error: float) -> str:
-    """Return for people which look it was, what is left, how many of the rows were new, and the error of all looks."""
+def _budget(look: Look, rows: int, error: float, *, is_free: bool) -> str:
+    """Return for people which look it was, what is left, how many of the rows were new, and the error of all looks.
+
+    Args:
+        look: that was used.
+        rows: the number of held-out rows.
+        error: of all looks of the period.
+        is_free: whether the error holds on whatever rows.
+    """
     fresh = "" if look.fresh is None else f", of which {look.fresh} were never scored before"
-    near = f" {look.following:.2g} of its level are for a gain that was nearly shown before." if look.following else ""
+    near = (
+        f" Its level includes {look.following:.2g} because an earlier look nearly showed a gain."
+        if look.following
+        else ""
+    )
     lowered = f" An earlier look had gate.error {error:g}; now it is {look.error:g}." if error > look.error else ""
+    holds = ", whatever its held-out rows" if is_free else ", if each run's new rows are independent of earlier ones"
     return (
         f"{str(look).capitalize()}, {look.left} left, at {rows} held-out rows{fresh}: at most {100 * error:.4g}% for any "
-        f"false promotion in {look.horizon} looks of this model, whatever its held-out rows.{near}{lowered}"
+        f"false promotion in {look.horizon} looks of this model{holds}.{near}{lowered}"
     )
 
 
@@ -300,6 +314,7 @@ def _take_look(workspace: Workspace, result: PipelineResult, protocol: str, tabl
     key = identity.fingerprint(
         {"head": head.hash if head else None, "merged": result.merged.digest, "protocol": protocol}
     )
+    groups = table["group"].dropna() if "group" in table else ()
     return workspace.looks.take(
         key,
         challenger=result.merged.digest,
@@ -308,7 +323,7 @@ def _take_look(workspace: Workspace, result: PipelineResult, protocol: str, tabl
         horizon=rules.looks,
         promotions=workspace.log.entries(),
         actor=actor(),
-        nearly=near_gains(workspace.log, workspace.looks.entries()),
+        nearly=gains_to_follow(workspace.log, workspace.looks.entries(), groups, independent=rules.independent_rows),
     )
 
 

@@ -112,7 +112,14 @@ class Gate(FrozenModel):
         "compares such a score only with its range.",
     )
     error: Annotated[float, Field(gt=0, lt=0.5)] = Field(
-        0.05, description="Probability of any false promotion in all looks of the model, whatever its held-out rows."
+        0.05,
+        description="Probability of any false promotion in all looks of the model, whatever its held-out rows; with "
+        "`independent_rows`, if each run's new rows are independent of earlier ones.",
+    )
+    independent_rows: bool = Field(
+        False,
+        description="true: the new held-out rows of each run are independent of those of earlier runs, such as rows of new "
+        "users or new documents. Then looks at new rows after a nearly shown gain have a higher level.",
     )
     looks: Positive = Field(365, description="Number of challengers that share this error: a year of nights.")
     seeds: Annotated[int, Field(ge=1, le=20)] = Field(

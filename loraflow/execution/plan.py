@@ -23,7 +23,7 @@ from loraflow.execution.deal import preview_heldout
 from loraflow.execution.look_rows import checked_rows, rows_of_a_look
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, Failure
-from loraflow.registry.near_gains import near_gains
+from loraflow.registry.near_gains import gains_to_follow
 from loraflow.stages import (
     CHECK_DATASET,
     CHECK_GENERAL,
@@ -277,16 +277,17 @@ def gate_power(workspace: Workspace) -> GatePower | None:
 
     recipe = workspace.recipe
     rows = checked_rows(workspace)
-    keys = {key for key, _ in rows_of_a_look(workspace, rows)} if rows else set()
-    if not keys:
+    compared = rows_of_a_look(workspace, rows) if rows else []
+    if not compared:
         return None
+    keys, groups = {key for key, _ in compared}, {row.group for _, row in compared}
     gate = recipe.gate
     number, level = workspace.looks.preview(
         keys,
         error=gate.error,
         horizon=gate.looks,
         promotions=workspace.log.entries(),
-        nearly=near_gains(workspace.log, workspace.looks.entries()),
+        nearly=gains_to_follow(workspace.log, workspace.looks.entries(), groups, independent=gate.independent_rows),
     )
     return power_of(
         len(keys),

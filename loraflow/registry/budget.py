@@ -1,14 +1,15 @@
 """How much error each look of a model may make: one budget over all held-out sets. No store here.
 
 `gate.error` is the probability of any false promotion in `gate.looks` looks in a row, on whatever rows. Half of it is
-spent on the first look, 0.38 of it evenly on the others. A look that promotes its challenger passes its level on: half
+spent on the first look, the other half evenly on the others. A look that promotes its challenger passes its level on: half
 to the next look, half evenly to a fifth of the horizon after that. No level is given twice, so all levels of looks without
-a true gain add up to at most 0.88 of `gate.error`, whatever the looks have in common (the online graphical procedure of Tian
-and Ramdas 2021, https://arxiv.org/abs/1910.04900). See docs/decisions/0016-one-budget.md.
+a true gain add up to at most `gate.error`, whatever the looks have in common (the online graphical procedure of Tian and
+Ramdas 2021, https://arxiv.org/abs/1910.04900). See docs/decisions/0016-one-budget.md.
 
-The last 0.12 are for looks that follow a nearly shown gain, on rows that were never scored: a p-value of at most 1 / looks
-without a promotion gives each of the next two looks 0.02 of the error. Which looks get it depends on earlier scores, so
-it adds up only where a look's rows are independent of them. See docs/decisions/0024-following-looks.md.
+With `gate.independent_rows`, the others share 0.38 of the error. The last 0.12 are for looks that follow a nearly shown
+gain, on rows that were never scored: a p-value of at most 1 / looks without a promotion gives each of the next two looks
+0.02 of the error. Which looks get it depends on earlier scores, so the bound then needs rows that are independent of earlier
+ones. A lost look counts as one that had 0.02 more. See docs/decisions/0024-following-looks.md.
 
 When the looks of a period are used up, the next period begins with rows of which none was ever scored.
 """
@@ -26,8 +27,9 @@ from loraflow.registry.entry import Entry, active_promotions
 
 _PASSED_AT_ONCE = 0.5  # share of a promotion's level that the next look gets
 _PASSED_LATER = 5  # the rest goes to this fraction of the horizon
-# Shares of the error: of the first look, of all others, and of looks after a nearly shown gain.
-_FIRST, _OTHERS, _FOLLOWING = 0.5, 0.38, 0.12
+# Shares of the error: of the first look, of all others, and a further one: evenly of all others too, or with
+# gate.independent_rows of looks after a nearly shown gain.
+_FIRST, _OTHERS, _FURTHER = 0.5, 0.38, 0.12
 FOLLOWERS = 2  # looks that follow a nearly shown gain
 _MOST_FOLLOWERS = 6  # in `looks` looks in a row
 _ROUNDING = 1e-12  # a level that is not larger is a rounding error
@@ -55,7 +57,7 @@ class Look(BaseModel):
     # Looks of earlier versions do not have these: each set of rows had a budget of its own.
     period: int | None = None  # from 1; looks of one period share one budget
     fresh: int | None = None  # rows that were never scored before
-    following: float | None = None  # part of `spent` that it has because a look before it nearly showed a gain
+    following: float | None = None  # part of `spent` for a gain that a look before it nearly showed
 
     @property
     def hash(self) -> str:
@@ -90,18 +92,24 @@ class NextLook(NamedTuple):
     following: float | None = None
 
 
-def share_of_error(number: int, horizon: int) -> float:
-    """Return the share of the error that a look may spend in any case: half for the first, 0.38 evenly for the others."""
+def share_of_error(number: int, horizon: int, *, independent: bool = False) -> float:
+    """Return the share of the error that a look may spend in any case: half for the first, half evenly for the others.
+
+    Args:
+        number: of the look.
+        horizon: gate.looks.
+        independent: gate.independent_rows: then the others share 0.38.
+    """
     if number > horizon:
         return 0.0
     if horizon == 1:
         return 1.0
-    return _FIRST if number == 1 else _OTHERS / (horizon - 1)
+    return _FIRST if number == 1 else (_OTHERS if independent else _OTHERS + _FURTHER) / (horizon - 1)
 
 
 def share_of_following(horizon: int) -> float:
     """Return the further share of the error of a look that follows a nearly shown gain."""
-    return _FOLLOWING / min(_MOST_FOLLOWERS, horizon - 1) if horizon > 1 else 0.0
+    return _FURTHER / min(_MOST_FOLLOWERS, horizon - 1) if horizon > 1 else 0.0
 
 
 def is_nearly_shown(p_value: float, horizon: int) -> bool:
@@ -129,7 +137,7 @@ def next_look(
     horizon: int,
     assumed: int,
     promotions: Sequence[Entry],
-    nearly: Set[int] = frozenset(),
+    nearly: Set[int] | None = None,
 ) -> NextLook:
     """Return what the look at these rows may spend.
 
@@ -141,7 +149,7 @@ def next_look(
         horizon: gate.looks.
         assumed: looks right before this one that have no record.
         promotions: the entries of the promotion log.
-        nearly: numbers (seq) of looks that nearly showed a gain, and did not promote.
+        nearly: numbers (seq) of looks that nearly showed a gain, and did not promote; None without gate.independent_rows.
     """
     fresh = len(rows - set().union(*sets.values()))
     period = max((look.period or 1 for look in looks), default=1)
@@ -150,10 +158,11 @@ def next_look(
     declared = max((look.horizon for look in counted if look.spent > 0), default=horizon)
     if number > declared and fresh == len(rows) and not assumed:
         period, counted, number = period + 1, [], 1
-    kept = _kept_for_following(counted, error, horizon)
-    spent, following = _own_level(counted, number, assumed, error, horizon, kept), 0.0
-    if fresh == len(rows) and not assumed and nearly & {look.seq for look in looks[-FOLLOWERS:]}:
-        following = _following(looks, kept, number, error, horizon)
+    further = _further_left(looks, counted, assumed, error, horizon)
+    spent, following = _own_level(counted, number, assumed, error, horizon, further, is_kept=nearly is not None), 0.0
+    is_next = nearly is not None and not nearly.isdisjoint(look.seq for look in looks[-FOLLOWERS:])
+    if is_next and fresh == len(rows) and not assumed and number <= horizon:
+        following = _positive(min(share_of_following(horizon) * error, further))
     passed = _recycled(counted, number, promotions)
     level = min(spent + following + passed, error)  # the recipe may have lowered the error
     return NextLook(number, spent + following, level, assumed, period, fresh, following or None)
@@ -164,9 +173,17 @@ def error_of_period(looks: Iterable[Look], look: Look) -> float:
 
     A recipe that lowers gate.error takes nothing back from the looks before.
     """
-    return max(
-        earlier.error for earlier in looks if earlier.seq <= look.seq and (earlier.period or 1) == (look.period or 1)
-    )
+    return max(earlier.error for earlier in _until(looks, look))
+
+
+def has_followers(looks: Iterable[Look], look: Look) -> bool:
+    """Tell whether a look of the period up to this one followed a nearly shown gain: the error needs independent rows."""
+    return any(earlier.following for earlier in _until(looks, look))
+
+
+def _until(looks: Iterable[Look], look: Look) -> list[Look]:
+    """Return the looks of a look's period, up to this one."""
+    return [one for one in looks if one.seq <= look.seq and (one.period or 1) == (look.period or 1)]
 
 
 def _counted(looks: Sequence[Look], sets: Mapping[str, Set[str]], rows: Set[str], period: int) -> list[Look]:
@@ -186,40 +203,53 @@ def _counted(looks: Sequence[Look], sets: Mapping[str, Set[str]], rows: Set[str]
     return [look for look in looks if look.seq in own or (look.period is None and look.rows not in rest)]
 
 
-def _kept_for_following(counted: Sequence[Look], error: float, horizon: int) -> float:
-    """Return the error that only looks which follow a nearly shown gain may spend.
+def _further_left(looks: Sequence[Look], counted: Sequence[Look], assumed: int, error: float, horizon: int) -> float:
+    """Return what is left of the further 0.12 of the error, in this period and in `horizon` looks in a row.
 
-    Looks of earlier versions spent half of the error evenly, so a period in which they are has less of it.
+    Args:
+        looks: all looks, oldest first.
+        counted: those that share the budget with the next one.
+        assumed: looks right before the next one that have no record.
+        error: gate.error.
+        horizon: gate.looks.
     """
-    used = 0.0
-    for look in counted:
-        following = look.following or 0.0
-        share = share_of_error(look.number, look.horizon) * look.error
-        used += following + max(look.spent - following - share, 0.0)
-    return max(_FOLLOWING * error - used, 0.0) if horizon > 1 else 0.0
-
-
-def _own_level(counted: Sequence[Look], number: int, assumed: int, error: float, horizon: int, kept: float) -> float:
-    """Return what a look may spend in any case: its share, but not more than the looks before have left."""
-    before = sum(share_of_error(k, horizon) for k in range(number - assumed, number)) * error
-    for look in counted:
-        before += look.spent + sum(
-            share_of_error(k, look.horizon) * look.error for k in range(look.number - look.assumed, look.number)
-        )
-    own = min(share_of_error(number, horizon) * error, error - before - kept)
-    return own if own > _ROUNDING else 0.0
-
-
-def _following(looks: Sequence[Look], kept: float, number: int, error: float, horizon: int) -> float:
-    """Return what a look may spend because one before it nearly showed a gain.
-
-    In `horizon` looks in a row, of whatever periods, it is at most 0.12 of the error.
-    """
-    if number > horizon or horizon == 1:
+    if horizon == 1:
         return 0.0
-    recent = sum(look.following or 0.0 for look in looks[-(horizon - 1) :])
-    found = min(share_of_following(horizon) * error, _FOLLOWING * error - recent, kept)
-    return found if found > _ROUNDING else 0.0
+    lost = assumed * share_of_following(horizon) * error
+    used = max(sum(map(_further_of, some)) for some in (counted, looks[-(horizon - 1) :]))
+    return max(_FURTHER * error - used - lost, 0.0)
+
+
+def _further_of(look: Look) -> float:
+    """Return what a look spent of the further 0.12, with the lost looks before it, each of which may have followed one."""
+    share = share_of_error(look.number, look.horizon, independent=True) * look.error
+    return max(look.spent - share, 0.0) + look.assumed * share_of_following(look.horizon) * look.error
+
+
+def _own_level(
+    counted: Sequence[Look], number: int, assumed: int, error: float, horizon: int, further: float, *, is_kept: bool
+) -> float:
+    """Return what a look may spend in any case: its share, but not more than the looks before have left.
+
+    `further` is kept for looks that follow a nearly shown gain, or the look has its even part of it.
+    """
+    before = _lost_level(number, assumed, error, horizon)
+    before += sum(look.spent + _lost_level(look.number, look.assumed, look.error, look.horizon) for look in counted)
+    share = share_of_error(number, horizon, independent=True) * error
+    even = share_of_error(number, horizon) * error - share
+    return _positive(
+        min(share, error - before - further) if is_kept else min(share + min(even, further), error - before)
+    )
+
+
+def _lost_level(number: int, assumed: int, error: float, horizon: int) -> float:
+    """Return the most that the lost looks right before the look of this number may have spent."""
+    own = sum(share_of_error(k, horizon, independent=True) for k in range(number - assumed, number))
+    return (own + min(assumed * share_of_following(horizon), _FURTHER)) * error
+
+
+def _positive(level: float) -> float:
+    return level if level > _ROUNDING else 0.0
 
 
 def _recycled(counted: Sequence[Look], number: int, promotions: Sequence[Entry]) -> float:
@@ -233,9 +263,8 @@ def _recycled(counted: Sequence[Look], number: int, promotions: Sequence[Entry])
     for look in counted:
         position += look.assumed
         if (str(look.seq), look.challenger) in active and (look.period is not None or look is of_earlier[-1]):
-            kept = look.level - (
-                look.following or 0.0
-            )  # that part depends on scores, so a look at scored rows gets none
+            # What a look has for a nearly shown gain depends on scores, so a look at scored rows must not get it.
+            kept = look.level - (look.following or 0.0)
             found += kept * passed_on(number - position, look.horizon)
         position += 1
     return found

@@ -89,7 +89,7 @@ class LookRecord:
         horizon: int,
         promotions: Sequence[Entry],
         actor: str,
-        nearly: Set[int] = frozenset(),
+        nearly: Set[int] | None = None,
     ) -> Look:
         """Record a look and return it, with the level at which its challenger may be tested.
 
@@ -104,7 +104,7 @@ class LookRecord:
             horizon: gate.looks.
             promotions: the entries of the promotion log.
             actor: who runs this.
-            nearly: numbers (seq) of looks that nearly showed a gain (`near_gains.py`).
+            nearly: numbers (seq) of looks that nearly showed a gain (`near_gains.py`); None without gate.independent_rows.
 
         Raises:
             DamagedLog: a look is missing or was changed.
@@ -156,7 +156,7 @@ class LookRecord:
         error: float,
         horizon: int,
         promotions: Sequence[Entry],
-        nearly: Set[int] = frozenset(),
+        nearly: Set[int] | None = None,
     ) -> tuple[int, float]:
         """Return number and level of the next look at these rows, without taking it.
 
@@ -185,7 +185,7 @@ class LookRecord:
         error: float,
         horizon: int,
         promotions: Sequence[Entry],
-        nearly: Set[int],
+        nearly: Set[int] | None,
     ) -> NextLook:
         assumed, given = self._assumed(len(looks), promotions), set(rows)
         return next_look(

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pydantic import ValidationError
 
 from loraflow.evaluation.values import Decision
 from loraflow.registry.budget import FOLLOWERS, Look, is_nearly_shown
 from loraflow.registry.log import PromotionLog
+
+
+def gains_to_follow(
+    log: PromotionLog, looks: Sequence[Look], groups: Iterable[str | None], *, independent: bool
+) -> set[int] | None:
+    """Return the looks that the next one may follow with a higher level (`near_gains`); None without the recipe's word.
+
+    Rows of a group depend on each other, and no record says which groups the rows of earlier looks had. So rows with a
+    group follow none.
+
+    Args:
+        log: the promotion log.
+        looks: all looks of the model.
+        groups: of the rows of the next look; None for a row without one.
+        independent: gate.independent_rows.
+    """
+    if not independent:
+        return None
+    return set() if any(group is not None for group in groups) else near_gains(log, looks)
 
 
 def near_gains(log: PromotionLog, looks: Sequence[Look]) -> set[int]:

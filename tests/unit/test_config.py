@@ -296,7 +296,7 @@ BY_THE_FLOW = {
     "name", "data.heldout_reserve", "data.source", "data.repo", "data.rev", "data.add", "data.remote", "data.max_quarantined", "base.model",
     "base.chat_template",
     "base.revision", "evaluation.samples", "evaluation.general", "gate.forgetting", "merge.max_kl", "register.model", "register.git_tags",
-    "gate.lower_is_better", "gate.ranges", "gate.worst", "gate.behaviour",
+    "gate.lower_is_better", "gate.ranges", "gate.worst", "gate.behaviour", "gate.independent_rows",
     "gate.primary", "gate.min_gain", "gate.guards", "gate.confidence", "gate.error", "gate.looks", "gate.seeds", "runtime.store", "runtime.keep", "runtime.keep_champions", "runtime.mlflow.uri", "runtime.mlflow.experiment", "runtime.mlflow.model", "runtime.placement",
     "peft_config.task_type", "publish.repo", "publish.what", "publish.private",
 }  # fmt: skip

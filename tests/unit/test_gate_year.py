@@ -14,7 +14,7 @@ import pytest
 from loraflow import identity
 from loraflow.config import load_recipe
 from loraflow.execution.workspace import Workspace
-from loraflow.registry.near_gains import near_gains
+from loraflow.registry.near_gains import gains_to_follow, near_gains
 from loraflow.store import Summary
 from loraflow.tasks.gate import gate
 
@@ -78,6 +78,10 @@ class Project:
 
     def do_change_looks(self):
         self.settings["gate.looks"] = self.rng.choice([3, 5, 12, 365])
+
+    def do_change_independence(self):
+        """The rows of these models are drawn independently for each row, so whatever the recipe says is true."""
+        self.settings["gate.independent_rows"] = self.rng.random() < 0.5
 
     def do_change_seeds(self):
         self.settings["training_config.seed"] = self.rng.randrange(100)
@@ -174,19 +178,41 @@ def check_budget(looks, better):
 
 def test_a_nearly_shown_gain_raises_the_level_of_the_next_looks_at_fresh_rows(recipe):
     project = Project(recipe, 0)
-    project.settings["gate.looks"] = 5
+    project.settings |= {"gate.looks": 5, "gate.independent_rows": True}
     decision, workspace = project.compare("near", 0.68)
     gain = decision.comparisons[0]
     assert decision.verdict == "undecided" and 0.025 < gain.p_value <= 1 / 5
     looks = workspace.looks.entries()
     assert near_gains(workspace.log, looks) == {1}
     again, _ = project.compare("at rows that were scored", 0.5)
-    assert workspace.looks.entries()[-1].following is None and "nearly shown" not in again.budget
+    assert workspace.looks.entries()[-1].following is None and "nearly showed" not in again.budget
+    assert again.budget.endswith("of this model, if each run's new rows are independent of earlier ones.")
     project.do_replace()
     followed, _ = project.compare("at fresh rows", 0.5)
     look = workspace.looks.entries()[-1]
     assert look.following == pytest.approx(0.0015) and look.level == pytest.approx(0.019 / 4 + 0.0015)
-    assert "0.0015 of its level are for a gain that was nearly shown before" in followed.budget
+    assert "Its level includes 0.0015 because an earlier look nearly showed a gain." in followed.budget
+    del project.settings["gate.independent_rows"]
+    project.do_append()
+    later, _ = project.compare("without the key", 0.5)
+    assert "if each run's new rows are independent of earlier ones" in later.budget, "a look before had more"
     for name in workspace.store.documents(f"{workspace.log.folder}/decisions/"):
         workspace.store.write_document(name, b"{}")
     assert near_gains(workspace.log, looks) == set(), "a damaged decision gives nothing"
+
+
+def test_without_the_recipes_word_or_with_groups_no_look_follows_a_nearly_shown_gain(recipe):
+    project = Project(recipe, 0)
+    project.settings["gate.looks"] = 5
+    decision, _ = project.compare("near", 0.68)
+    assert decision.budget.endswith("of this model, whatever its held-out rows.")
+    project.do_replace()
+    _, workspace = project.compare("at fresh rows", 0.5)
+    look = workspace.looks.entries()[-1]
+    assert look.following is None and look.level == pytest.approx(0.025 / 4) and look.fresh == 60
+    log, looks = workspace.log, workspace.looks.entries()[:1]
+    assert gains_to_follow(log, looks, [None, None], independent=False) is None
+    assert gains_to_follow(log, looks, [None, None], independent=True) == {1}
+    assert gains_to_follow(log, looks, [None, "user 7"], independent=True) == set(), (
+        "an earlier look may have had user 7"
+    )

@@ -87,7 +87,7 @@ def test_a_look_is_spent_before_the_verdict_and_a_crash_in_between_grants_none(w
     )
     other = Workspace(workspace.recipe.model_copy(update={"name": "renamed"}))
     changed = decide(other, base, scores(workspace, "tuned 2", 1.9))
-    assert changed.look == 2 and "5.2e-05 allowed at look 2 of 365" in changed.comparisons[0].reason
+    assert changed.look == 2 and "6.9e-05 allowed at look 2 of 365" in changed.comparisons[0].reason
 
 
 def test_a_champion_with_another_tokenizer_costs_no_look(workspace):
