@@ -63,9 +63,9 @@ _CORRECTED = re.compile(
 _UNCHANGED = frozenset({
     "n/a", "na", "same", "same as above", "same as answer", "same as original", "as is", "unchanged", "no change",
     "no changes", "not changed", "no correction", "no corrections", "no edit", "no edits", "original", "none needed",
-    "not needed", "none required", "none necessary", "looks good", "looks good to me", "looks fine", "looks ok", "good as is",
-    "fine as is", "ok as is", "correct as is", "already correct", "the answer is correct", "nothing to correct",
-    "nothing to change", "lgtm",
+    "not needed", "none required", "none necessary", "looks good", "looks good to me", "looks fine", "looks ok",
+    "good as is", "fine as is", "ok as is", "correct as is", "already correct", "the answer is correct",
+    "nothing to correct", "nothing to change", "lgtm",
     *(f"no {word} {needed}" for word in ("correction", "corrections", "change", "changes", "edit", "edits", "revision")
       for needed in ("needed", "required", "necessary")),
 })  # fmt: skip
