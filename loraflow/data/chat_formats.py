@@ -217,7 +217,7 @@ def _turns(fields: RowFields, format_name: str) -> list[Turn]:
             _refuse_two_chats(fields)
     turns = _with_system(fields, FORMATS[format_name].read(fields))
     if "chat_template_kwargs" in fields.row:
-        system, tools = template_arguments(fields, bool(turns) and turns[0].role == "system")
+        system, tools = template_arguments(fields, turns)
         fields.tools = fields.tools if tools is None else tools
         turns = turns if system is None else [Turn("system", system), *turns]
     return turns

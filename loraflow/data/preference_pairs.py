@@ -62,7 +62,12 @@ _CORRECTED = re.compile(
 )
 _UNCHANGED = frozenset({
     "n/a", "na", "same", "same as above", "same as answer", "same as original", "as is", "unchanged", "no change",
-    "no changes", "not changed", "no correction", "no edit", "no edits", "original",
+    "no changes", "not changed", "no correction", "no corrections", "no edit", "no edits", "original", "none needed",
+    "not needed", "none required", "none necessary", "looks good", "looks good to me", "looks fine", "looks ok",
+    "good as is", "fine as is", "ok as is", "correct as is", "already correct", "the answer is correct",
+    "nothing to correct", "nothing to change", "lgtm",
+    *(f"no {word} {needed}" for word in ("correction", "corrections", "change", "changes", "edit", "edits", "revision")
+      for needed in ("needed", "required", "necessary")),
 })  # fmt: skip
 _DATE = re.compile(
     r"\d{4} \d\d? \d\d?(?:[ t][\d:.,+z ]*)?|\d\d?[./]\d\d?[./]\d{2,4}(?: [\d:]*)?"
@@ -224,7 +229,7 @@ def _corrects(value: JsonValue, answer: str, *, is_flag: bool) -> bool:
     if not isinstance(value, str) or is_absent(value) or is_missing(value) or value.strip() == answer:
         return False
     text, said = plain(value), plain(answer)
-    if text in _UNCHANGED or not any(sign.isalnum() for sign in text):
+    if text.rstrip(".! ") in _UNCHANGED or not any(sign.isalnum() for sign in text):
         return False
     if _DATE.fullmatch(text):
         return not is_flag and _DATE.fullmatch(said) is not None

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from pydantic import JsonValue
 
 from loraflow.data.cell_values import parsed_list
 from loraflow.data.chats import BadRow
+from loraflow.data.json_text import strict_json
 from loraflow.data.marks import MarkedFalse, excludes
 from loraflow.data.roles import ASSISTANT, normal_role
 from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects
 from loraflow.data.tools import read_calls
 
 _MESSAGE = ("role",), ("content",)
+_ROLE_LABEL = re.compile(
+    r"\s*(?:### ?)?(?:human|user|customer|prompter|gpt|assistant|bot|chatbot|chatgpt|ai|model|agent|system) ?:",
+    re.IGNORECASE,
+)
 
 
 def read_pairs(fields: RowFields, column: str, value: JsonValue) -> list[Turn] | None:
     """Read a chat that is a list of {input, output} (Capybara, xtuner), or of texts in turn (LIMA); None if it is neither.
 
     Raises:
-        BadRow: a list of texts ends with a question, or a pair is malformed.
+        BadRow: a list of texts ends with a question or has labels of roles, or a pair is malformed.
     """
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        if label := next((found[0].strip() for text in value if (found := _ROLE_LABEL.match(str(text)))), ""):
+            raise BadRow(
+                f"{column}: texts with the label {label!r}, which would be learned; write a list of {{from, value}}"
+            )
         if len(value) % 2:
             raise BadRow(f"{column}: {len(value)} texts in turn end with a question; expected an answer at the end")
         return [Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(value)]
@@ -144,24 +154,32 @@ def _parts(message: RawRow, where: str) -> str:
     return "".join(str(text) for text in texts)
 
 
-def template_arguments(fields: RowFields, has_system: bool) -> tuple[JsonValue, JsonValue]:
-    """Return the system message and the tools that smoltalk2 has in `chat_template_kwargs`.
+def template_arguments(fields: RowFields, turns: list[Turn]) -> tuple[JsonValue, JsonValue]:
+    """Return the system message and the tools that smoltalk2 has in `chat_template_kwargs`, an object or its JSON text.
 
     Args:
         fields: the row.
-        has_system: the chat has a system message of its own.
+        turns: its chat. None is returned for its own system message.
 
     Raises:
-        BadRow: there are instructions beside a system message, or tools as Python code.
+        BadRow: there are other instructions than the system message, or tools as Python code.
     """
-    arguments = fields.row.get("chat_template_kwargs")
+    key = "chat_template_kwargs"
+    arguments = fields.row.get(key)
+    if isinstance(arguments, str):
+        try:
+            arguments = strict_json(arguments)
+        except ValueError:
+            return None, None  # it is named as not read
     if not isinstance(arguments, dict):
         return None, None
+    fields.value(key)
+    fields.note_unread(key, arguments, {"custom_instructions", "xml_tools"})
     system, tools = arguments.get("custom_instructions"), arguments.get("xml_tools")
     if has_value(arguments.get("python_tools")):
-        raise BadRow(
-            "chat_template_kwargs.python_tools are not read: write them as tools with JSON schemas, or remove them"
-        )
-    if has_value(system) and has_system:
-        raise BadRow("two system messages: one in the chat, one in chat_template_kwargs.custom_instructions")
+        raise BadRow(f"{key}.python_tools are not read: write them as tools with JSON schemas, or remove them")
+    if has_value(system) and turns and turns[0].role == "system":
+        if turns[0].content != system:
+            raise BadRow(f"two different system messages: one in the chat, one in {key}.custom_instructions")
+        system = None
     return (system if has_value(system) else None), (tools if has_value(tools) else None)

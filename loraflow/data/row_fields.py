@@ -166,7 +166,7 @@ class RowFields:
             weight = answer_weight(item, f"message {number}: ", used, self.labels, said=said)
         else:  # only answers are learned: a mark that excludes another message changes nothing
             used |= {key for key, value in item.items() if is_mark(key) and excludes(key, value)}
-        self._note_unread(column, item, used)
+        self.note_unread(column, item, used)
         if self.media is None and (key := media_key(item, used)):
             self.media = f"{self._columns.get(column, column)}.{key}"
         ids = item.get("tool_call_id"), item.get("name")
@@ -187,10 +187,11 @@ class RowFields:
             if part.get("type", "text") != "text" or not isinstance(text, str):  # Bedrock's parts have no type
                 raise BadRow(f"message {number}: a part of type {part.get('type')}; only text is supported")
             texts.append(text)
-            self._note_unread(f"{column}.content", part, {"type", "text"})
+            self.note_unread(f"{column}.content", part, {"type", "text"})
         return "".join(texts)
 
-    def _note_unread(self, column: str, item: RawRow, used: set[str]) -> None:
+    def note_unread(self, column: str, item: RawRow, used: set[str]) -> None:
+        """Record the keys of an object in a column that have a value and are not in `used`."""
         for key, value in item.items():
             if key not in used and has_value(value) and value not in _EMPTY_TEXTS:
                 self._inner_unread[f"{self._columns.get(column, column)}.{key}"] = None

@@ -20,10 +20,17 @@ from typing import IO
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.labels import Labels
 from loraflow.data.rows_file import RowItem, RowsFile, read_segment
-from loraflow.failures import Killed
+from loraflow.failures import Crashed, Failure, Killed
 
 MAX_PROCESSES = 4
 _SIZE = 8  # bytes of the number before each message
+
+
+def processors() -> int:
+    """Return how many processors this process may use: a container or a scheduler may allow only some of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class SegmentProcesses:
@@ -31,11 +38,22 @@ class SegmentProcesses:
 
     Args:
         config: the stage's config.
+
+    Raises:
+        OSError: a process cannot be started. None is left.
     """
 
     def __init__(self, config: CheckDatasetConfig):
-        self.count = min(os.cpu_count() or 1, MAX_PROCESSES)
-        self._children = [_Child(config) for _ in range(self.count)]
+        self.count = min(processors(), MAX_PROCESSES)
+        self._children: list[_Child] = []
+        try:
+            for _ in range(self.count):
+                self._children.append(_Child(config))
+        except OSError:
+            for child in self._children:
+                child.kill()
+                child.close()
+            raise
         self._free: SimpleQueue[_Child] = SimpleQueue()
         for child in self._children:
             self._free.put(child)
@@ -44,7 +62,7 @@ class SegmentProcesses:
     def submit(self, items: Sequence[RowItem], file: RowsFile) -> Future[bytes | None]:
         """Read a segment; the result is its content, or None if the process raised an exception.
 
-        The result raises `Killed` if the process has ended.
+        The result raises `Killed` if the process was killed, and `Crashed` if it ended by itself.
         """
         return self._threads.submit(self._read, pickle.dumps((file, items)))
 
@@ -66,20 +84,31 @@ class SegmentProcesses:
 
 class _Child:
     def __init__(self, config: CheckDatasetConfig):
-        self._errors = TemporaryFile()  # noqa: SIM115 - closed with the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "loraflow.data.segment_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},  # noqa: PTH109
-        )
         self._config: bytes | None = pickle.dumps(config)
+        self._errors = TemporaryFile()  # noqa: SIM115 - closed with the process
+        readable, writable = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                # -P: a module of the current folder, such as token.py, must not replace one of Python
+                [sys.executable, "-P", "-m", "loraflow.data.segment_process", str(writable)],
+                stdin=subprocess.PIPE,
+                stdout=self._errors,  # what a library prints must not get between the answers
+                stderr=self._errors,
+                pass_fds=[writable],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},  # noqa: PTH109
+            )
+        except OSError:
+            os.close(readable)
+            self._errors.close()
+            raise
+        finally:
+            os.close(writable)
+        self._answers = os.fdopen(readable, "rb")
 
     def ask(self, message: bytes) -> bytes | None:
         """Send a message and return the answer; None if the process raised an exception."""
-        to, answers = self._process.stdin, self._process.stdout
-        assert to is not None and answers is not None
+        to = self._process.stdin
+        assert to is not None
         try:
             if self._config is not None:
                 to.write(_framed(self._config))
@@ -88,7 +117,7 @@ class _Child:
             to.flush()
         except BrokenPipeError:
             raise self._ended() from None
-        answer = _read_frame(answers)
+        answer = _read_frame(self._answers)
         if answer is None:
             raise self._ended()
         return answer or None
@@ -101,21 +130,29 @@ class _Child:
     def close(self) -> None:
         """Close the pipes of a process that was ended."""
         self._process.wait()
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
-        self._process.stdout.close()
+        self._answers.close()
         self._errors.close()
 
-    def _ended(self) -> Killed:
+    def _ended(self) -> Failure:
         code = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return Killed(
+        got = f"exit status {code}" + (f": {lines[-1][:200]}" if lines else "")
+        if code < 0:
+            return Killed(
+                "A process that reads rows was killed.",
+                where="check_dataset",
+                got=got,
+                next_step="run it again with more free memory",
+            )
+        return Crashed(
             "A process that reads rows ended early.",
             where="check_dataset",
-            got=f"exit status {code}" + (f": {lines[-1][:200]}" if lines else ""),
-            next_step="run it again with more free memory",
+            got=got,
+            next_step="correct the cause that it names, then run it again",
         )
 
 
@@ -133,14 +170,13 @@ def _read_frame(file: IO[bytes]) -> bytes | None:
     return message if len(message) == size else None
 
 
-def main() -> None:
-    """Read segments from standard input, and write their contents to standard output.
+def main(answers_to: int) -> None:
+    """Read segments from standard input, and write their contents to a pipe, whose file descriptor is given.
 
     An empty answer says that an exception was raised: whoever asked reads the segment itself, and so raises it where it is
     handled.
     """
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the answers
+    answers = os.fdopen(answers_to, "wb")
     config_message = _read_frame(sys.stdin.buffer)
     if config_message is None:
         return
@@ -160,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

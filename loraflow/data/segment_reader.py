@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 import unicodedata
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,10 +25,12 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.labels import Answer, Labels, Question
 from loraflow.data.row_segment import RowSegment
 from loraflow.data.rows_file import RowItem, RowsFile, read_segment
-from loraflow.data.segment_process import SegmentProcesses
+from loraflow.data.segment_process import SegmentProcesses, processors
 from loraflow.data.segments import segments
 from loraflow.job import Job
 from loraflow.store.chunk_cache import ChunkCache
+
+log = logging.getLogger("loraflow")
 
 FORMAT = 1  # of the entries
 MAX_BYTES = 500_000  # of a segment, but for its last row
@@ -74,12 +76,14 @@ class SegmentReader:
         self.computed = 0
         self._computed_bytes = 0
         self._processes: SegmentProcesses | None = None
+        self._is_decided = False  # whether to start processes
 
     def close(self) -> None:
         """End the processes."""
         if self._processes is not None:
             self._processes.close()
             self._processes = None
+            self._is_decided = False
 
     def read(self, file: RowsFile) -> Iterator[PlacedSegment]:
         """Yield the segments of a file, in order.
@@ -87,6 +91,7 @@ class SegmentReader:
         Raises:
             BadData: the file cannot be read, or its kind is unknown.
             Killed: a process was killed.
+            Crashed: a process ended by itself.
         """
         of_file = hashlib.sha256(self._of_job + _key_of_file(file)) if self._cache is not None else None
         labels, answers = file.labels(), dict[Question, Answer]()
@@ -111,13 +116,23 @@ class SegmentReader:
 
     def _compute(self, items: Sequence[RowItem], file: RowsFile, labels: Labels) -> RowSegment | Future[bytes | None]:
         is_large = self.computed >= ALONE_ROWS or self._computed_bytes >= ALONE_BYTES
-        if self._processes is None and is_large and (os.cpu_count() or 1) > 1:
-            self._processes = SegmentProcesses(self._config)
+        if is_large and not self._is_decided:
+            self._processes, self._is_decided = self._started(), True
         self.computed += len(items)
         self._computed_bytes += sum(len(item.content) for item in items)
         if self._processes is not None:
             return self._processes.submit(items, file)
         return read_segment(items, file, self._config, labels)
+
+    def _started(self) -> SegmentProcesses | None:
+        """Return processes that read rows; None if there is one processor, or if they cannot be started."""
+        if processors() == 1:
+            return None
+        try:
+            return SegmentProcesses(self._config)
+        except OSError as error:
+            log.warning("Rows are read in one process, because others cannot be started: %s", error)
+            return None
 
     def _is_due(self, pending: deque[_Pending]) -> bool:
         found = pending[0].found

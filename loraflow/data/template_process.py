@@ -88,7 +88,8 @@ class TemplateProcess:
         current = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         current.truncate(HEADER)
         child = subprocess.Popen(
-            [sys.executable, "-m", "loraflow.data.template_child", str(current.fileno()), str(self.seconds)],
+            # -P: a module of the current folder, such as token.py, must not replace one of Python
+            [sys.executable, "-P", "-m", "loraflow.data.template_child", str(current.fileno()), str(self.seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # a MemoryError's traceback at the end of the process

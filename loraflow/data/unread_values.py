@@ -6,19 +6,38 @@ Such a column is a question to the user, and no row is left out by it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Literal
 
 from pydantic import JsonValue
 
 from loraflow.data.judgements import is_bad_word
-from loraflow.data.labels import FALSE, TRUE, is_absent
+from loraflow.data.labels import FALSE, TRUE, is_absent, plain
 from loraflow.data.mark_names import CONTAINERS, normal_name
 
 MAX_QUESTIONS = 5
 _MAX_WORD = 30  # characters of a value that is a word
 _OTHER = ""  # any other value
+# Words that judge only in a column that is named so: a size may be half, and a complexity low.
+_DEGREES = frozenset({"low", "very low", "half", "partial", "partly"})
+_SHORT = 3  # letters of codes such as `ko`, which mean wrong or bad in some language
+# Last words of names whose values are about something else than the answer, beside lang…
+_NEUTRAL = frozenset({
+    "id", "ids", "idx", "index", "no", "number", "num", "count", "turn", "turns", "round", "step", "cluster", "seed",
+    "epoch", "fold", "shard", "page", "line", "position", "offset", "locale", "country", "region", "city", "code",
+    "iso", "author", "user", "username", "name", "names", "title", "gender", "sex", "model", "source", "url", "path",
+    "file", "size", "date", "year",
+})  # fmt: skip
+_FLAG = re.compile(r"(?:is|has|was|were|are|should|can|did|does|needs?)_")
+_JUDGING = re.compile(
+    r"(?:^|_)(?:in)?(?:verdict|quality|correct|verif|valid|judg|grade|grading|rating|rated|approv|accept|reject|review|"
+    r"evaluat|assess|helpful|hallucin|factual|accura|annotat|feedback|resolved|solved|checked|"
+    r"(?:pass|passed|passes|fail|failed|good|bad|wrong|right|ok|okay|keep|usable|safe|unsafe|harmful|flag|flagged|check|"
+    r"vote|status|result|outcome|answer|response|human|qa|eval|success|done|complete|completed)(?:_|$))"
+)
 
 Told = tuple[tuple[str, str], ...]  # keys, and what their values say: true, false, a word that judges, or nothing
 
@@ -36,25 +55,46 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str]) -> Told:
         if isinstance(value, dict):
             if normal_name(key) in CONTAINERS:
                 members = ((inner, item) for inner, item in value.items() if not isinstance(item, dict | list))
-                found += [(f"{key}.{inner}", _word(item)) for inner, item in members if not is_absent(item)]
-        elif word := _word(value):
+                found += [(f"{key}.{inner}", _word(inner, item)) for inner, item in members if not is_absent(item)]
+        elif word := _word(key, value):
             found.append((key, word))
     return tuple(found)
 
 
-def _word(value: JsonValue) -> str:
+def _word(key: str, value: JsonValue) -> str:
+    kind = _kind_of(key)
+    if kind == "neutral":
+        return _OTHER
     if isinstance(value, str):
-        return _word_of_text(value) if len(value) <= _MAX_WORD else _OTHER
-    if isinstance(value, bool | int | float) and value in (0, 1):
+        return _word_of_text(kind, value) if len(value) <= _MAX_WORD else _OTHER
+    if isinstance(value, bool) or (kind != "other" and isinstance(value, int | float) and value in (0, 1)):
         return "true" if value else "false"
     return _OTHER
 
 
 @lru_cache(4096)
-def _word_of_text(value: str) -> str:
+def _kind_of(key: str) -> Literal["neutral", "judging", "flag", "other"]:
+    """Return what a name tells of its values: of a flag, 0 and 1 are false and true."""
+    name = normal_name(key)
+    if name.rpartition("_")[2] in _NEUTRAL:
+        return "neutral"
+    if _JUDGING.search(name):
+        return "judging"
+    if name.startswith("lang"):
+        return "neutral"
+    return "flag" if _FLAG.match(name) else "other"
+
+
+@lru_cache(4096)
+def _word_of_text(kind: str, value: str) -> str:
     text = value.strip().lower()
-    if text in TRUE or text in FALSE or text in ("0", "1"):
-        return "true" if text in TRUE or text == "1" else "false"
+    if text in TRUE or text in FALSE:
+        return "true" if text in TRUE else "false"
+    if text in ("0", "1"):
+        return _OTHER if kind == "other" else ("true" if text == "1" else "false")
+    is_code = len(text) <= _SHORT and text != "bad"
+    if kind != "judging" and (plain(text) in _DEGREES or is_code):
+        return _OTHER
     return text if is_bad_word(text) else _OTHER
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data import check, segment_process, segment_reader
-from loraflow.failures import BadData, Killed
+from loraflow.failures import BadData, Crashed, Killed
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.chunk_cache import ChunkCache
 from tests.job_factory import Outside
@@ -191,13 +192,73 @@ def test_processes_give_the_same_result(tmp_path, monkeypatch):
     folder.write("train.jsonl", [*rows(1500), *marked])
     expected = folder.check(SETTINGS, cached=False)
     monkeypatch.setattr(segment_reader, "ALONE_ROWS", 300)
-    monkeypatch.setattr(segment_process.os, "cpu_count", lambda: 2)
+    started = count_processes(monkeypatch)
     assert folder.check(SETTINGS, cached=False) == expected and folder.check(SETTINGS) == expected
-    assert folder.check(SETTINGS) == (expected[0], 0)
+    assert [processes.count for processes in started] == [2, 2]
+    assert folder.check(SETTINGS) == (expected[0], 0) and len(started) == 2
+
+
+def count_processes(monkeypatch) -> list[segment_process.SegmentProcesses]:
+    started = []
+
+    def start(config):
+        started.append(segment_process.SegmentProcesses(config))
+        return started[-1]
+
+    for module in (segment_process, segment_reader):
+        monkeypatch.setattr(module, "processors", lambda: 2)
+    monkeypatch.setattr(segment_reader, "SegmentProcesses", start)
+    return started
+
+
+def test_modules_of_the_current_folder_replace_none_of_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("token.py", "queue.py", "pickle.py"):
+        (tmp_path / name).write_text("raise SystemExit('the module of the user')")
+    processes, items, file = processes_for(monkeypatch, tmp_path)
+    assert processes.submit(items, file).result()
+    processes.close()
+
+
+def test_a_process_that_ends_by_itself_is_no_failure_to_retry_and_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(segment_process.sys, "path", [str(tmp_path), *segment_process.sys.path])
+    (tmp_path / "queue.py").write_text("raise SystemExit('the module of the user')")
+    processes, items, file = processes_for(monkeypatch, tmp_path)
+    with pytest.raises(Crashed, match="ended early") as caught:
+        processes.submit(items, file).result()
+    assert caught.value.got == "exit status 1: the module of the user" and not caught.value.retryable
+    processes.close()
+
+
+def test_rows_are_read_alone_if_no_process_can_be_started(tmp_path, monkeypatch, caplog):
+    folder = Folder(tmp_path)
+    folder.write("train.jsonl", rows(1500))
+    expected = folder.check(SETTINGS, cached=False)
+    monkeypatch.setattr(segment_reader, "ALONE_ROWS", 300)
+    count_processes(monkeypatch)
+    popen, children = subprocess.Popen, []
+
+    def start(*args, **kwargs):
+        if len(children) == 1:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        children.append(popen(*args, **kwargs))
+        return children[-1]
+
+    monkeypatch.setattr(segment_process.subprocess, "Popen", start)
+    assert folder.check(SETTINGS, cached=False) == expected
+    assert [child.returncode for child in children] == [-9] and caplog.text.count("others cannot be started") == 1
+
+
+def test_the_processors_that_may_be_used_are_counted(monkeypatch):
+    monkeypatch.setattr(segment_process.os, "sched_getaffinity", lambda _: {3}, raising=False)
+    monkeypatch.setattr(segment_process.os, "cpu_count", lambda: 64)
+    assert segment_process.processors() == 1
+    monkeypatch.delattr(segment_process.os, "sched_getaffinity")
+    assert segment_process.processors() == 64
 
 
 def processes_for(monkeypatch, tmp_path) -> tuple[segment_process.SegmentProcesses, list, object]:
-    monkeypatch.setattr(segment_process.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(segment_process, "processors", lambda: 2)
     folder = Folder(tmp_path)
     folder.write("train.jsonl", rows(40))
     recipe = Recipe.model_validate({"name": "x", "base": {"model": "b"}, "data": SETTINGS})
@@ -212,7 +273,7 @@ def test_a_process_that_is_killed_is_a_failure_that_is_retried(tmp_path, monkeyp
     for child in children:
         child.kill()
         child.wait()
-    with pytest.raises(Killed, match="ended early") as caught:
+    with pytest.raises(Killed, match="was killed") as caught:
         processes.submit(items, file).result()
     assert caught.value.retryable and "exit status -9" in str(caught.value)
     processes.close()

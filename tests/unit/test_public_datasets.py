@@ -91,6 +91,8 @@ SHAPES = {
     "xtuner": ([{"conversation": [{"system": "s", "input": "q", "output": "a", "output_with_loss": False}, {"input": "r", "output": "b"}]}],
                [["s: s", "u: q", "a-: a", "u: r", "a: b"]]),
     "LIMA": ([{"conversations": texts, "source": "x"} for texts in (["q", "a"], ["q"])], [QA, REFUSED]),
+    "texts with labels": ([{"conversations": texts} for texts in (["human: hi", "gpt: yo"], ["q", "Assistant: a"], ["### User: q", "a"])],
+                          [REFUSED] * 3),
     "examples of a task": ([{"instruction": "i", "instances": [{"input": "q", "output": "a"}]}], [REFUSED]),
     "DailyDialog": ([{"dialog": ["hi", "hello"], "act": [1, 2]}], [REFUSED]),
     "answers of a quiz": ([{"question": "q", "candidates": ["w", "x"]}], [REFUSED]),
@@ -313,6 +315,32 @@ def test_long_runs_of_white_space_and_signs_are_read_in_linear_time(row):
     with contextlib.suppress(BadRow):
         read_chat(row)
     assert time.process_time() - begin < 2, "quadratic: more than a minute"
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_what_is_not_read_of_template_arguments_is_named(tmp_path, as_text):
+    arguments = {
+        "custom_instructions": "s",
+        "xml_tools": [json.dumps(FUNCTION)],
+        "enable_thinking": True,
+        "python_tools": None,
+    }
+    for chat, is_read in (
+        ([], True),
+        ([{"role": "system", "content": "s"}], True),
+        ([{"role": "system", "content": "t"}], False),
+    ):
+        row = {
+            "messages": [*chat, user("q"), answer("a")],
+            "chat_template_kwargs": json.dumps(arguments) if as_text else arguments,
+        }
+        (found,) = read(tmp_path, [row])
+        assert outcome(found) == (["s: s", *QA] if is_read else REFUSED)
+        if is_read:
+            assert found.unused_keys == ("chat_template_kwargs.enable_thinking",)
+            assert found.messages[0]["tools"] == [{"type": "function", "function": FUNCTION}]
+    (found,) = read(tmp_path, [{"messages": [user("q"), answer("a")], "chat_template_kwargs": "{thinking}"}])
+    assert outcome(found) == QA and found.unused_keys == ("chat_template_kwargs",)
 
 
 def test_glaives_tools_are_the_rows_tools(tmp_path):

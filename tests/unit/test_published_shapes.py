@@ -260,7 +260,8 @@ def test_the_columns_that_a_refusal_of_a_corrected_answer_names_learn_it(tmp_pat
 NO_CORRECTION = [
     ("answer_edited", "no"), ("response_edited", "False"), ("answer_revised", "2024-03-01T10:00"), ("corrected_answer", "N/A"),
     ("corrected_answer", "-"), ("corrected_answer", "same"), ("corrected_answer", "no"), ("answer_revised", "01/03/2024"),
-    ("corrected_answer", 5),
+    ("corrected_answer", 5), ("correction", "none needed"), ("corrected_answer", "No correction needed."), ("correction", "looks good"),
+    ("corrected_response", "Not needed!"), ("revised_answer", "no changes required"),
 ]  # fmt: skip
 A_CORRECTION = [("yes", "no"), ("Yes, it is.", "No"), ("B", "C"), ("4", 5), ("1990-01-02", "1990-02-01"), ("a", "b")]
 

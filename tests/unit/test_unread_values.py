@@ -51,6 +51,29 @@ def test_a_column_of_true_and_false_or_with_a_word_that_judges_is_a_question(tmp
     assert asked(tmp_path, "human_verdicts", values) == ({"human_verdicts": expected} if expected else {})
 
 
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("lang", ["ko", "en"]), ("language_code", ["mal", "eng"]), ("language", ["false", "true"]), ("author", ["sai", "nguyen"]),
+        ("name", ["galt", "fel"]), ("tag", ["ko", "mal"]), ("complexity", ["low", "high"]), ("size", ["half", "full"]),
+        ("context_window", ["partial", "full"]), ("turn", [0, 1]), ("cluster_id", ["0", "1"]), ("speaker", [0, 1]), ("gender", ["n", "y"]),
+    ],
+)  # fmt: skip
+def test_codes_numbers_and_sizes_are_no_question(tmp_path, key, values):
+    assert asked(tmp_path, key, values) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "word"),
+    [
+        ("input_quality", ["low", "high"], "low"), ("human_check", ["partial", "full"], "partial"), ("is_checked", [0, 1], "false"),
+        ("isDone", ["0", "1"], "false"), ("qa", ["mal", "bien"], "mal"), ("tag", ["bad", "x"], "bad"), ("checked", [0, 1], "false"),
+    ],
+)  # fmt: skip
+def test_words_and_numbers_of_columns_that_judge_are_a_question(tmp_path, key, values, word):
+    assert asked(tmp_path, key, values)[key][word] == 1
+
+
 def test_a_key_of_metadata_is_asked_about_and_one_that_is_read_is_not(tmp_path):
     rows = read(tmp_path, [{"metadata": {"checked": n % 2 == 0, "id": n}, "is_correct": n > 0} for n in range(4)])
     columns = doubtful(counted([row.told for row in rows]), {"metadata": 3})
