@@ -50,17 +50,18 @@ def prepare_tokenizer(out: Path, chosen: str | None = None, *, no_thinking: bool
     return date
 
 
-def describe_files(folder: Path) -> list[str]:
+def describe_files(folder: Path, *, weights: bool = True) -> list[str]:
     """Check a base's files, without changing them, and return what was found, a line each.
 
     Args:
         folder: the model's. Without weights, only the tokenizer's files are checked.
+        weights: check the weights, if there are any. Which of them a hub snapshot has depends on earlier downloads.
 
     Raises:
         BadModel: resolve_base would refuse the base, for the same reason.
     """
     files, lines = [path.name for path in folder.iterdir()], []
-    if any(name.endswith((".safetensors", *PICKLES)) for name in files) or INDEX in files:
+    if weights and (any(name.endswith((".safetensors", *PICKLES)) for name in files) or INDEX in files):
         refuse_pickles(folder)
         check_weights(folder)
         unused = check_fits_config(folder)

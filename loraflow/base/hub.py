@@ -121,6 +121,7 @@ def download(model: str, commit: str, *, trust: bool, with_weights: bool = True)
     from huggingface_hub.utils import filter_repo_objects
 
     patterns = ["*.json", "*.jinja", "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken"]
+    patterns += ["special_tokens_map*", "added_tokens*", "chat_template*"]  # the same as `model_files` names
     if with_weights:
         patterns.append("*.safetensors")
     else:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraflow.base.stored_weights import loaded_files
 from loraflow.base.weight_files import refuse_pickles
 from loraflow.data.tokenizer_config import further_templates
 from loraflow.failures import BadModel
@@ -68,6 +69,9 @@ def _tokenizer_sources(folder: Path) -> list[str]:
 def copy_model(folder: Path, out: Path, *, trust: bool, with_weights: bool = True) -> None:
     """Copy a model's files unchanged. Weights are hard links where the file system allows it.
 
+    Files of weights that transformers does not load are left out. Which of them a hub snapshot has depends on earlier
+    downloads, so they would make the artifact of a commit depend on the cache.
+
     Args:
         folder: the model's.
         out: an empty folder.
@@ -75,13 +79,15 @@ def copy_model(folder: Path, out: Path, *, trust: bool, with_weights: bool = Tru
         with_weights: otherwise only the other files are copied.
 
     Raises:
-        BadModel: the folder is no model's, or its tokenizer cannot be read.
+        BadModel: the folder is no model's, its index of the weights is damaged, or its tokenizer cannot be read.
     """
+    weights: set[str] = set()
     if with_weights:
         model_files(folder, trust)
+        weights = {file.name for file in loaded_files(folder)}
     for name in _names(folder, trust=trust):
         source, target = (folder / name).resolve(), out / name
-        if ".safetensors" in name and not with_weights:
+        if ".safetensors" in name and name not in weights:
             continue
         if name.endswith(".safetensors"):
             try:

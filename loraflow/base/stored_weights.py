@@ -7,12 +7,19 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import logging
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from loraflow.failures import BadModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -64,9 +71,31 @@ def read_entries(file: Path) -> list[TensorEntry]:
             )
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise BadModel(
-            "A safetensors file is damaged.", where=str(file.name), got=str(error)[:200], next_step="fetch it again"
+            "A safetensors file is damaged.", where=str(file), got=str(error)[:200], next_step="fetch it again"
         ) from error
     return sorted(found, key=lambda entry: entry.offset)
+
+
+def loaded_files(folder: Path) -> list[Path]:
+    """Return the files of weights that transformers would load from a model's folder, after their index if they have one.
+
+    Other files of weights beside them, such as Mistral's consolidated.safetensors, are not read.
+
+    Raises:
+        BadModel: there are no such files, or their index is damaged.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists():
+        return [single]  # transformers does not read an index beside it
+    if index.exists():
+        return [index, *(folder / name for name in sorted(set(_weight_map(index).values())))]
+    raise BadModel(
+        "transformers finds no weights in the folder.",
+        where=str(folder),
+        expected=f"{SINGLE}, or {INDEX} and the files that it names",
+        got=", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3]) or "no safetensors",
+        next_step="fetch the base again: a file is missing, or these are in another program's format",
+    )
 
 
 def model_entries(folder: Path) -> list[TensorEntry]:
@@ -75,29 +104,65 @@ def model_entries(folder: Path) -> list[TensorEntry]:
     Raises:
         BadModel: there are no such files, or they do not hold what their index says.
     """
-    single, index = folder / SINGLE, folder / INDEX
-    if single.exists():
-        return read_entries(single)  # transformers does not read an index beside it
-    if not index.exists():
-        raise BadModel(
-            "transformers finds no weights in the folder.",
-            where=str(folder),
-            expected=f"{SINGLE}, or {INDEX} and the files that it names",
-            got=", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3]) or "no safetensors",
-            next_step="fetch the base again: a file is missing, or these are in another program's format",
-        )
-    weight_map = _weight_map(index)
-    entries = [entry for name in sorted(set(weight_map.values())) for entry in read_entries(folder / name)]
-    held = {entry.name: entry.file.name for entry in entries}
-    if held != weight_map or len(held) < len(entries):
-        wrong = sorted(name for name in held.keys() | weight_map.keys() if held.get(name) != weight_map.get(name))
+    index, *shards = files = loaded_files(folder)
+    if not shards:
+        return read_entries(files[0])
+    entries = [entry for file in shards for entry in read_entries(file)]
+    _check_index(index, entries)
+    return entries
+
+
+def _check_index(index: Path, entries: list[TensorEntry]) -> None:
+    """Compare an index with the tensors that its files hold.
+
+    transformers reads every tensor of the files, whatever the index says. So weights that the model does not load may
+    differ: many indexes list the tied head, which the files lack, or miss the buffers of older versions.
+
+    Raises:
+        BadModel: they differ in a weight that the model loads.
+    """
+    weight_map, held = _weight_map(index), {entry.name: entry.file.name for entry in entries}
+    if held == weight_map and len(held) == len(entries):
+        return
+    wrong = sorted(name for name in held.keys() | weight_map.keys() if held.get(name) != weight_map.get(name))
+    unused = _not_loaded(index.parent, wrong)
+    used = [name for name in wrong if name not in unused]
+    if used or len(held) < len(entries):
         raise BadModel(
             "The index does not match the tensors in the files.",
             where=str(index),
-            got=f"{len(wrong)} tensors, such as {wrong[0]}" if wrong else "a tensor in two files",
+            got=f"{len(used)} tensors, such as {used[0]}" if used else "a tensor in two files",
             next_step="fetch the base again, or open it with transformers and save it (save_pretrained)",
         )
-    return entries
+    log.warning("%s and its files differ in %d tensors that the model does not load: %s.", index, len(wrong), wrong[0])
+
+
+def _not_loaded(folder: Path, names: list[str]) -> set[str]:
+    """Return those of the names which the model surely does not load: tied weights, and buffers that it computes.
+
+    Weights of a model that only code of its own can open count as loaded, and so do names that nothing is known of:
+    transformers may convert them.
+    """
+    from loraflow.base.meta import model_without_weights
+
+    try:
+        model = model_without_weights(folder)
+    except BadModel:
+        return set()
+    prefix, tied = f"{model.base_model_prefix}.", getattr(model, "all_tied_weights_keys", {})
+    loaded, computed = model.state_dict().keys() - tied.keys(), computed_buffers(model)
+
+    def is_known(name: str) -> bool:
+        spellings = {name, name.removeprefix(prefix), prefix + name}
+        return spellings.isdisjoint(loaded) and bool(spellings & tied.keys() or computed.search(name))
+
+    return {name for name in names if is_known(name)}
+
+
+def computed_buffers(model: PreTrainedModel) -> re.Pattern[str]:
+    """Return the expression of stored names that a model leaves out silently, unless it has a weight of that name."""
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
+    return re.compile("|".join(f"(?:{one})" for one in ignored))
 
 
 def _weight_map(index: Path) -> dict[str, str]:

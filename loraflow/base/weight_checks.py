@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
 from loraflow.base.load import refuse_missing_weights
 from loraflow.base.model_config import config_errors, reason_of
-from loraflow.base.stored_weights import TensorEntry, model_entries
+from loraflow.base.stored_weights import TensorEntry, computed_buffers, loaded_files, model_entries
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -41,7 +40,9 @@ def check_weights(folder: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    for file in folder.glob("*.safetensors"):
+    for file in loaded_files(folder):
+        if file.suffix != ".safetensors":  # the index
+            continue
         try:
             with safe_open(file, "np") as tensors:
                 tensors.keys()
@@ -144,9 +145,7 @@ def unused_weights(folder: Path) -> frozenset[str]:
 
 
 def _unused(folder: Path, model: PreTrainedModel, report: _LoadReport) -> frozenset[str]:
-    # transformers leaves the weights that match these expressions out of its report. A weight that the model has is loaded.
-    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
-    expression = re.compile("|".join(f"(?:{one})" for one in ignored))
+    expression = computed_buffers(model)  # transformers leaves these out of its report
     prefix, loaded, unexpected = f"{model.base_model_prefix}.", model.state_dict().keys(), report["unexpected_keys"]
 
     def is_unused(name: str) -> bool:

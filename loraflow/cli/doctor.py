@@ -95,14 +95,15 @@ def _checked_files(base: str, folder: Path) -> list[str]:
     from loraflow.base.base_checks import describe_files
     from loraflow.failures import Network
 
-    if not Path(base).expanduser().is_dir():
+    is_local = Path(base).expanduser().is_dir()
+    if not is_local:
         try:
             folder = hub.download(base, "main", trust=False, with_weights=False)
         except Network as failure:
             return [f"  not checked: template, tokens and stop tokens: {failure.got}"]
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return ["  not checked: template, tokens and stop tokens: the folder has no tokenizer"]
-    return describe_files(folder)
+    return describe_files(folder, weights=is_local)
 
 
 def _line(found: bool, what: str, next_step: str = "") -> None:

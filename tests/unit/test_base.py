@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from loraflow.base import hub, resolve
 from loraflow.base.base_checks import describe_files
 from loraflow.base.load import load_tokenizer, stop_ids
+from loraflow.cli import cli
 from loraflow.config.recipe import Base
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.tokenizer_config import RECORD
@@ -315,6 +317,19 @@ def test_a_file_that_was_removed_from_the_hubs_cache_is_a_network_failure_if_it_
     with pytest.raises(Network, match="could not be downloaded") as caught:
         hub.download("acme/tiny", COMMIT, trust=False)
     assert "model.safetensors was removed from the hub's cache" in caught.value.got
+
+
+@pytest.mark.parametrize("cached", ["pytorch_model.bin", "training_args.bin", "model.safetensors.index.json"])
+def test_doctor_does_not_judge_a_hub_model_by_the_weights_that_are_in_the_cache(cached, tmp_path, phi3, monkeypatch):
+    """Other programs fetch other files of the same commit into the snapshot."""
+    snapshot = cache_of_the_hub(tmp_path, phi3, HASH_OF_GIT, monkeypatch)
+    (snapshot.parent.parent / "refs" / "main").write_text(COMMIT)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / cached).write_text('{"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = CliRunner().invoke(cli, ["doctor", "--base", "acme/tiny"])
+    assert result.exit_code == 0, result.exception
+    assert "answers end at" in result.output
 
 
 def test_an_unreachable_hub_is_a_network_failure(tmp_path):

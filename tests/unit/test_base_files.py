@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,6 +89,58 @@ def test_shards_without_an_index_are_refused_and_files_that_no_index_names_are_n
     (llama / INDEX).write_text(json.dumps(index))
     save_file({"layers.0.attention.wq.weight": torch.full((2, 2), torch.nan)}, llama / "consolidated.safetensors")
     resolve_base(llama, tmp_path / "out")
+    copied = {file.name for file in (tmp_path / "out").glob("*.safetensors*")}
+    assert copied == {*index["weight_map"].values(), INDEX}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_files_of_weights_that_transformers_does_not_load_may_be_damaged_and_are_not_copied(sharded, llama, tmp_path):
+    """A clone without git-lfs has pointers; which of these files a hub snapshot has depends on earlier downloads."""
+    if sharded:
+        (llama / INDEX).write_text(json.dumps(shard(llama)))
+    resolve_base(llama, tmp_path / "without")
+    (llama / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    resolve_base(llama, tmp_path / "with")
+    assert describe_files(llama)
+    left, right = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("without", "with"))
+    assert left == right
+
+
+BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize("kind", ["index lists the tied head", "file holds a buffer", "index lists a buffer"])
+def test_an_index_may_differ_from_its_files_in_what_the_model_does_not_load(kind, tmp_path, caplog):
+    """transformers opens such bases, and peft merges into them: both are the reference."""
+    llama = build_llama(tmp_path / "llama", tie_word_embeddings=True)
+    index = shard(llama)
+    first = "model-00001-of-00002.safetensors"
+    if kind == "file holds a buffer":
+        save_file(load_file(llama / first) | {BUFFER: torch.ones(8)}, llama / first, {"format": "pt"})
+    else:
+        index["weight_map"]["lm_head.weight" if "head" in kind else BUFFER] = first
+    (llama / INDEX).write_text(json.dumps(index))
+    resolve_base(llama, tmp_path / "out")
+    assert describe_files(llama)
+    assert "differ in 1 tensors that the model does not load" in caplog.text
+    adapter = make_adapter(llama, tmp_path / "adapter", target_modules=["q_proj"])
+    merge(tmp_path / "out", adapter, tmp_path / "merged", checked=True)
+    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), adapter).merge_and_unload()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        assert torch.equal(found, by_peft(ids).logits)
+
+
+def test_an_untied_head_that_only_the_index_has_is_refused(llama, tmp_path):
+    index = shard(llama)
+    for name in set(index["weight_map"].values()):
+        kept = {key: value for key, value in load_file(llama / name).items() if key != "lm_head.weight"}
+        save_file(kept, llama / name, {"format": "pt"})
+    (llama / INDEX).write_text(json.dumps(index))
+    with pytest.raises(BadModel, match="does not match") as caught:
+        resolve_base(llama, tmp_path / "out")
+    assert "lm_head.weight" in caught.value.got
 
 
 def test_an_index_beside_a_single_file_is_not_read_as_transformers_does_not_read_it(llama, tmp_path):
