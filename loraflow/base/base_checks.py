@@ -70,7 +70,7 @@ def describe_files(folder: Path, *, weights: bool = True) -> list[str]:
         if unused:
             lines.append(f"  weights that the model does not use: {len(unused)}, such as {unused[0]}")
     else:
-        lines.append("  not checked: the weights, which are not in the folder")
+        lines.append("  not checked: the weights" + (", which are not in the folder" if weights else ""))
     with TemporaryDirectory() as copy, named_in_failures(out := Path(copy), str(folder)):
         copy_model(folder, out, trust=False, with_weights=False)
         date = prepare_tokenizer(out, no_thinking=False, trust=False)
