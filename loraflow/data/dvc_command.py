@@ -38,7 +38,8 @@ def run_dvc(arguments: list[str], repo: str = ".") -> str:
 
 def _call(arguments: list[str], repo: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
+        # -P: a module of the repository, such as token.py, must not replace one of Python
+        [sys.executable, "-P", "-m", "dvc", *arguments],
         cwd=repo,
         capture_output=True,
         encoding="utf-8",

@@ -207,3 +207,10 @@ def test_files_that_dvcignore_names_are_no_part_of_the_dataset(clone, tmp_path, 
     assert dvc.add("data", push=False).md5 == dvc.work_tree_md5(Path("data"))
     monkeypatch.chdir(tmp_path)
     assert dvc.work_tree_md5(clone / "data") == dvc.read_pin(str(clone), "data.dvc", None).md5
+
+
+def test_a_module_of_the_repository_replaces_none_of_python_in_dvc(tmp_path):
+    from loraflow.data.dvc_command import run_dvc
+
+    (tmp_path / "token.py").write_text("raise SystemExit('the module of the user')")
+    assert run_dvc(["--version"], str(tmp_path))[0].isdigit()
