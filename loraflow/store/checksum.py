@@ -1,8 +1,8 @@
 """Checksums of small JSON documents, such as run records: what is damaged, or belongs to another run, is not believed.
 
-The checksum is the first line of the object; in a manifest, of its object `provenance`. It covers the document's name and all
-other bytes, so a document that was edited, damaged, formatted in another way, or copied over another one is refused. It does
-not protect against a person who computes it again. A document of an earlier version has none, and is taken as it is.
+The checksum is the first line of the object; in a manifest, of its object `provenance`. It covers the document's name and
+all other bytes, so a document that was edited, damaged, formatted in another way, or copied over another one is refused.
+It does not protect against a person who computes it again. A document of an earlier version has none, and is taken as it is.
 """
 
 from __future__ import annotations
