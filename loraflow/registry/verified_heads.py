@@ -9,7 +9,8 @@ where those who can write to the store cannot write, so what was verified is rem
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -18,7 +19,9 @@ from loraflow.failures import BadConfig, DamagedLog
 from loraflow.registry.anchor import Claim
 from loraflow.registry.runs import LogHead
 from loraflow.store import Store
+from loraflow.store.checksum import first_problem
 from loraflow.store.files import json_bytes, write_atomic
+from loraflow.store.lock import flock
 
 log = logging.getLogger("loraflow")
 _HEADS = TypeAdapter(dict[str, dict[str, LogHead]])
@@ -65,20 +68,34 @@ def require_not_older(store: Store, model: str, hashes: Sequence[str], signers: 
 
 
 def remember_verified(store: Store, model: str, head: LogHead, signers: Path) -> None:
-    """Remember the last entry of a log that was verified. If the file cannot be written, that is only a warning."""
-    heads = _read(signers)
-    if heads.get(store.uri, {}).get(model) == head:
-        return
-    heads.setdefault(store.uri, {})[model] = head
-    values = {uri: {name: one.model_dump() for name, one in found.items()} for uri, found in heads.items()}
+    """Remember the last entry of a log that was verified, unless a later one is known.
+
+    Another process may have verified a longer log since this one was read. If the file cannot be locked or written, that is
+    only a warning.
+
+    Raises:
+        BadConfig: the file cannot be read.
+    """
+    file = heads_file(signers)
     try:
-        write_atomic(heads_file(signers), json_bytes(values))
+        if _is_known(_read(signers), store, model, head):
+            return
+        with flock(file.with_name(f".{file.name}.lock")):
+            heads = _read(signers)
+            if _is_known(heads, store, model, head):
+                return
+            heads.setdefault(store.uri, {})[model] = head
+            values = {uri: {name: one.model_dump() for name, one in found.items()} for uri, found in heads.items()}
+            write_atomic(file, json_bytes(values))
     except OSError as error:
         log.warning(
-            "%s cannot be written (%s): an older log with an older signature will not be noticed",
-            heads_file(signers),
-            error.strerror,
+            "%s cannot be written (%s): an older log with an older signature will not be noticed", file, error.strerror
         )
+
+
+def _is_known(heads: Mapping[str, Mapping[str, LogHead]], store: Store, model: str, head: LogHead) -> bool:
+    known = heads.get(store.uri, {}).get(model)
+    return known is not None and known.seq >= head.seq
 
 
 def _read(signers: Path) -> dict[str, dict[str, LogHead]]:
@@ -91,6 +108,9 @@ def _read(signers: Path) -> dict[str, dict[str, LogHead]]:
         raise BadConfig(
             "The entries that were verified before cannot be read.",
             where=str(file),
-            got=str(error).splitlines()[0],
-            next_step="restore the file; without it, an older log with an older signature is not noticed",
+            expected="{store: {model: {seq, hash}}}, as `loraflow verify --signers` writes it",
+            got=(error.strerror or str(error)) if isinstance(error, OSError) else first_problem(error),
+            next_step="restore the file from a copy. Without one, compare `loraflow registry` with a backup or with "
+            f"your notes: is the last entry there? Then `rm {shlex.quote(str(file))}`; the next `loraflow verify --signers "
+            f"{shlex.quote(str(signers))}` writes it again, and does not notice an older log",
         ) from error

@@ -15,10 +15,17 @@ from loraflow import identity
 from loraflow.failures import CorruptArtifact
 from loraflow.frozen import StoredModel
 from loraflow.identity import short
-from loraflow.store.checksum import ChangedDocument, add_checksum, check_document
+from loraflow.store.checksum import (
+    ChangedDocument,
+    add_checksum,
+    add_inner_checksum,
+    check_document,
+    check_inner_checksum,
+)
 from loraflow.store.files import files_below, hash_file, json_bytes
 
 MANIFEST = "manifest.json"
+_FREE = "provenance"  # the object of a manifest that may have any keys, also for earlier versions: it has the checksum
 POINTER = "current.json"
 TELEMETRY = "telemetry/"  # files below it are stored and hashed, but stay out of the digest
 # Top-level folders of a store that are not stages.
@@ -120,14 +127,21 @@ class Manifest(BaseModel):
             ValueError: it cannot be parsed, or it was changed after it was written (`ChangedManifest`).
         """
         try:
-            return cls.model_validate_json(check_document(MANIFEST, content))
+            return cls._without_checksum(check_inner_checksum(MANIFEST, _FREE, content))
         except ChangedDocument as error:
             raise ChangedManifest(content_problem(MANIFEST)) from error
 
+    @classmethod
+    def _without_checksum(cls, content: bytes) -> Self:
+        manifest = cls.model_validate_json(content)
+        if "checksum" in manifest.provenance:  # the file is no longer as it was written
+            raise ChangedManifest(content_problem(MANIFEST))
+        return manifest
+
     @property
     def document(self) -> bytes:
-        """The manifest as the bytes of its file, with a checksum."""
-        return add_checksum(MANIFEST, json_bytes(self.model_dump()))
+        """The manifest as the bytes of its file, with a checksum, which earlier versions take for a part of `provenance`."""
+        return add_inner_checksum(MANIFEST, _FREE, json_bytes(self.model_dump()))
 
     @property
     def size(self) -> int:

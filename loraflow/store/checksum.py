@@ -1,8 +1,8 @@
 """Checksums of small JSON documents, such as run records: what is damaged, or belongs to another run, is not believed.
 
-The checksum is the first line of the object. It covers the document's name and all bytes after that line, so a document that
-was edited, damaged, formatted in another way, or copied over another one is refused. It does not protect against a person
-who computes it again. A document of an earlier version has none, and is taken as it is.
+The checksum is the first line of the object; in a manifest, of its object `provenance`. It covers the document's name and
+all other bytes, so a document that was edited, damaged, formatted in another way, or copied over another one is refused.
+It does not protect against a person who computes it again. A document of an earlier version has none, and is taken as it is.
 """
 
 from __future__ import annotations
@@ -50,6 +50,40 @@ def check_document(name: str, document: bytes) -> bytes:
     if checksum(name, rest).encode() != found[1]:
         raise ChangedDocument("its checksum is wrong: the document was changed, or is a copy of another one")
     return _START + rest
+
+
+def add_inner_checksum(name: str, key: str, document: bytes) -> bytes:
+    """Return a document with its checksum in one of its objects: for documents of which earlier versions refuse other keys.
+
+    Args:
+        name: where the document belongs.
+        key: of an object in the document that may have any keys. The checksum becomes its first one.
+        document: an object as `json_bytes` writes it.
+    """
+    line = b'  "checksum": "%s"' % checksum(name, document).encode()
+    start, empty = b'\n "%s": {\n' % key.encode(), b'\n "%s": {}' % key.encode()
+    assert document.count(start) + document.count(empty) == 1, name  # a text in JSON has no line feed
+    return document.replace(start, start + line + b",\n").replace(empty, start + line + b"\n }")
+
+
+def check_inner_checksum(name: str, key: str, document: bytes) -> bytes:
+    """Return a document without the checksum that `add_inner_checksum` has put into it.
+
+    Raises:
+        ChangedDocument: the checksum is not that of this name and content.
+    """
+    head = rb'\n "%s": \{' % key.encode()
+    found = re.search(head + rb'\n  "checksum": "([0-9a-f]{64})"(,\n|\n \})', document)
+    if found is None:
+        if re.search(head + rb'\s*"checksum"', document):
+            raise ChangedDocument("its checksum cannot be read: the document was changed")
+        return document
+    rest = b"\n" if found[2] == b",\n" else b"}"
+    before, after = document[: found.start()], document[found.end() :]
+    plain = before + b'\n "%s": {' % key.encode() + rest + after
+    if checksum(name, plain).encode() != found[1]:
+        raise ChangedDocument("its checksum is wrong: the document was changed, or is a copy of another one")
+    return plain
 
 
 def _has_checksum(document: bytes) -> bool:

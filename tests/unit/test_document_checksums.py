@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
+from loraflow import identity
 from loraflow.base import hub
 from loraflow.cli import cli
 from loraflow.config import load_recipe
@@ -25,6 +26,7 @@ from loraflow.registry.looks import LookRecord
 from loraflow.registry.runs import LogHead, Publication, read_report, read_run, write_report
 from loraflow.serving.publish import _write_publication, find_publication
 from loraflow.store import LocalStore, Ref, Summary
+from loraflow.store.artifact import Manifest
 from loraflow.store.checkpoints import finalize_checkpoint, is_intact, prune_to_newest_intact
 from loraflow.store.checksum import ChangedDocument, add_checksum, check_document
 from loraflow.store.files import json_bytes
@@ -269,6 +271,27 @@ def test_a_manifest_that_was_edited_and_has_lost_its_pointer_is_not_committed_ag
     assert store.find("merge", ref.fingerprint) is None
     again = commit(store, "merge", "a")
     assert again == ref and store.manifest(again).figures == {} and store.verify(again) == []
+
+
+@pytest.mark.parametrize("provenance", [{}, {"seconds": 1.5, "versions": {"torch": "2"}}])
+def test_each_flipped_bit_of_a_manifest_without_a_pointer_is_noticed_or_changes_nothing(store, provenance):
+    fingerprint = identity.fingerprint(payload := identity.payload("merge", 1, {}, {"x": "a"}))
+    staged = store.staging("merge", fingerprint)
+    (staged / "model").write_text("a")
+    ref = store.commit(staged, payload=payload, inputs={}, summary=Summary(), provenance=provenance)
+    file, before = store.path(ref) / "manifest.json", store.manifest(ref)
+    assert before.provenance == provenance
+    data = file.read_bytes()
+    for position in range(0, len(data), 3):
+        try:
+            found = Manifest.parse(flipped(data, position))
+        except ValueError:
+            continue
+        known = {key: value for key, value in found.provenance.items() if key in provenance}
+        assert found.model_copy(update={"provenance": known}) == before, position  # the key of the checksum was hit
+    for other in (json.dumps(json.loads(data)).encode(), data.replace(b'"figures": {}', b'"figures": {"gain": 1}')):
+        with pytest.raises(ValueError, match="hash mismatch"):
+            Manifest.parse(other)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a@main": "1', b"[]", b'{"a@main": "abc"}', b'{"a@main": 3}', b"\xff"])

@@ -105,3 +105,56 @@ def test_a_built_in_metric_is_its_script_whatever_the_working_directory_has(proj
     (project / "loraflow/evaluation").mkdir(parents=True)
     (project / "loraflow/evaluation/label_scores.py").write_text("")
     assert module_hashes(["labels"], HashMemo(None)) == {"labels": hash_file(BUILT_IN / "labels" / "labels.py")}
+
+
+WRITES = {
+    "write_text": "CACHE = Path('metrics/mine/cache.json')\ndef keep(text):\n    CACHE.write_text(text)\n",
+    "open": "def keep(text):\n    with open('metrics/mine/cache.json', 'a') as file:\n        file.write(text)\n",
+    "mode": "CACHE = Path('metrics') / 'mine/cache.json'\nNAME = 'metrics/mine/cache.json'\n"
+    "def keep(text):\n    with open(NAME, mode='w') as file:\n        file.write(text)\n",
+    "method": "def keep(text):\n    path = Path('metrics/mine/cache.json')\n    with path.open('w') as file:\n"
+    "        file.write(text)\n",
+    "attribute": "class Keeper:\n    cache = 'metrics/mine/cache.json'\n    def keep(self, text):\n"
+    "        self.path = Path(self.cache)\n        self.path.write_text(text)\n\n    def __call__(self, text):\n"
+    "        Path(self.cache).write_text(text)\n\n\nkeep = Keeper().keep\n",
+    "logging": "import logging\ndef keep(text):\n    handler = logging.FileHandler('metrics/mine/cache.json')\n"
+    "    handler.emit(logging.makeLogRecord({'msg': text}))\n    handler.close()\n",
+    "copy": "import shutil\ndef keep(text):\n    Path('metrics/mine/new').write_text(text)\n"
+    "    shutil.move('metrics/mine/new', 'metrics/mine/cache.json')\n",
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_file_that_a_metric_writes_itself_is_no_part_of_it_and_the_files_that_it_reads_are(project, how, exists):
+    cache, words = project / "metrics" / "mine" / "cache.json", project / "metrics" / "words.txt"
+    if exists:
+        cache.write_text("of yesterday")
+    (project / "metrics" / "mine" / "rules.py").write_text(
+        f"from pathlib import Path\n{WRITES[how]}\n\ndef score(text, words):\n    keep(text + '!')\n    return float(text in words)\n"
+    )
+    before = hash_now()
+    importlib.invalidate_caches()
+    names = {}
+    exec((project / "metrics" / "mine" / "rules.py").read_text(), names)  # as `evaluate` imports it
+    assert names["score"]("yes", ["yes"]) == 1.0
+    assert "yes!" in cache.read_text(), "it was written"
+    require_unchanged("./metrics/mine", before)
+    assert hash_now() == before
+    words.write_text("no\n")
+    with pytest.raises(BadConfig, match="edited during the run"):
+        require_unchanged("./metrics/mine", before)
+
+
+def test_a_file_that_is_read_counts_if_another_function_writes_a_file_by_a_variable_of_the_same_name(project):
+    (project / "metrics" / "mine" / "rules.py").write_text(
+        "def keep(text):\n    path = 'out.log'\n    open(path, 'a').write(text)\n\n\n"
+        "def score(text, words):\n    path = 'metrics/other.txt'\n    return float(text in open(path).read())\n"
+    )
+    (project / "metrics" / "other.txt").write_text("yes")
+    (project / "out.log").write_text("")
+    before = hash_now()
+    (project / "out.log").write_text("more")
+    assert hash_now() == before
+    (project / "metrics" / "other.txt").write_text("no")
+    assert hash_now() != before

@@ -1,7 +1,10 @@
 """Signatures of promotion logs, with ssh-keygen: whoever rewrites log, anchor and run records together is noticed."""
 
+import json
 import shutil
 import subprocess
+import threading
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -9,7 +12,8 @@ from click.testing import CliRunner
 from loraflow.cli import cli
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.registry import PromotionLog
-from loraflow.registry.verified_heads import heads_file
+from loraflow.registry.runs import LogHead
+from loraflow.registry.verified_heads import heads_file, remember_verified
 from loraflow.store import LocalStore
 from tests.promoted_models import add_model, promote
 
@@ -112,6 +116,46 @@ def test_a_list_of_signers_in_a_read_only_folder_is_used_with_a_warning(store, k
     monkeypatch.setattr("loraflow.registry.verified_heads.write_atomic", refuse)
     assert "2 entries of tickets are signed" in verify(store, keys)
     assert "will not be noticed" in caplog.text
+
+
+def verified(signers):
+    return json.loads(heads_file(signers).read_bytes())
+
+
+def test_what_many_processes_have_verified_is_remembered(tmp_path):
+    """A process that reads the file before another one writes it must not take the other's entry away."""
+    signers = tmp_path / "signers"
+    models = [f"m{number}" for number in range(24)]
+    start = threading.Barrier(len(models))
+
+    def remember(model):
+        start.wait()
+        remember_verified(SimpleNamespace(uri="/s"), model, LogHead(seq=1, hash="1" * 64), signers)
+
+    threads = [threading.Thread(target=remember, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verified(signers)["/s"].keys() == set(models)
+
+
+def test_a_later_verified_entry_is_not_replaced_by_an_earlier_one(tmp_path):
+    store, signers = SimpleNamespace(uri="/s"), tmp_path / "signers"
+    for seq, last in ((3, 3), (2, 3), (3, 3), (4, 4), (1, 4)):
+        remember_verified(store, "m", LogHead(seq=seq, hash=str(seq) * 64), signers)
+        assert verified(signers) == {"/s": {"m": {"seq": last, "hash": str(last) * 64}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [(b'{"/s": {"m": 1}}', r"/s\.m: "), (b"", "Invalid JSON"), (b"\xff", "JSON")]
+)
+def test_a_damaged_file_of_verified_entries_is_named_with_what_is_wrong_and_the_way_out(tmp_path, content, why):
+    signers = tmp_path / "my signers"
+    heads_file(signers).write_bytes(content)
+    with pytest.raises(BadConfig, match=rf"{why}(.|\n)*rm '") as caught:
+        remember_verified(SimpleNamespace(uri="/s"), "m", LogHead(seq=1, hash="1" * 64), signers)
+    assert "validation error" not in str(caught.value)
 
 
 @pytest.mark.parametrize("change", [(b'"seq": 2', b'"seq": 1'), (b"AAAA", b"AAAB"), (b'"signature"', b'"signatur"')])
