@@ -7,9 +7,19 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainValidator, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 from loraflow.failures import BadModel
 
@@ -54,6 +64,17 @@ class AdapterConfig(BaseModel):
     use_dora: JsonValue = False
     bias: JsonValue = "none"
     init_lora_weights: JsonValue = None
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="wrap")
+    @classmethod
+    def _numbers_of_lora(
+        cls, value: JsonValue, validate: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> dict[str, int | float] | None:
+        """Validate a pattern of LoRA; AdaLoRA's rank_pattern has a list of true and false for each tensor."""
+        if info.data.get("peft_type") != "LORA":
+            return cast("dict[str, int | float] | None", value)
+        validated: dict[str, int | float] | None = validate(value)
+        return validated
 
     @classmethod
     def read(cls, adapter: Path) -> Self:
@@ -132,7 +153,7 @@ class AdapterConfig(BaseModel):
 
     def write(self, adapter: Path) -> None:
         """Write the settings that were read or set, sorted by name."""
-        values = self.model_dump(exclude_unset=True)
+        values = self.model_dump(exclude_unset=True, warnings=self.peft_type == "LORA")  # patterns: see above
         (adapter / FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def enabled(self, names: Iterable[str]) -> list[str]:

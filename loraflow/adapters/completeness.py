@@ -129,9 +129,9 @@ def _name_unknown_settings(adapter: Path, config: AdapterConfig) -> None:
 
     They are a newer peft's, or of another program: nothing tells whether they change the adapter's product.
     """
-    from peft import LoraConfig
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 
-    known = {field.name for field in fields(LoraConfig)}
+    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING.get(str(config.peft_type), LoraConfig))}
     if unknown := sorted(config.enabled(config.model_fields_set - known)):
         log.warning(
             "%s: peft %s does not know these settings, so they are left out: %s. If they change what the adapter computes, "
@@ -174,12 +174,25 @@ def _expected(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about initial values and merging; neither is asked for here
         wrapped = _apply(adapter, model)
-        state: dict[str, torch.Tensor] = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        tensors = _with_ranks_on_the_cpu(wrapped)
+        state: dict[str, torch.Tensor] = get_peft_model_state_dict(wrapped, tensors, save_embedding_layers=False)
     expected: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name, shape in expected.items():  # peft may save the trained rows of tied weights twice
         if name.endswith(".trainable_tokens_delta"):
             optional |= {f"{PREFIX}{layer}.token_adapter.trainable_tokens_delta": shape for layer in layers}
     return expected, optional, wrapped
+
+
+def _with_ranks_on_the_cpu(wrapped: PeftModel) -> dict[str, torch.Tensor] | None:
+    """Return the tensors of which peft saves some ranks only (AdaLoRA): on the meta device, it cannot choose among them."""
+    import torch
+
+    if not any(getattr(config, "rank_pattern", None) for config in wrapped.peft_config.values()):
+        return None
+    return {
+        name: torch.empty_like(tensor, device="cpu") if ".lora_" in name else tensor
+        for name, tensor in wrapped.state_dict().items()
+    }
 
 
 def _apply(adapter: Path, model: PreTrainedModel) -> PeftModel:

@@ -123,12 +123,13 @@ def open_tokenizer(folder: Path, *, trust: bool) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except Exception as error:  # tokenizers and the model's own code raise anything
         sources = [] if (folder / "tokenizer.json").exists() else _tokenizer_sources(folder)
-        needed = next((package for end, package in _CONVERTERS.items() for name in sources if name.endswith(end)), None)
+        found = ((package, name) for end, package in _CONVERTERS.items() for name in sources if name.endswith(end))
+        needed, source = next(found, (None, None))
         raise BadModel(
             "transformers cannot open the base's tokenizer.",
             where=str(folder),
             expected="tokenizer.json and tokenizer_config.json",
-            got=(str(error).strip().splitlines() or [type(error).__name__])[0][:200],
+            got=source or " ".join(str(error).split())[:300] or type(error).__name__,
             next_step=f"pip install {needed}; or open the tokenizer where that is installed, and save it "
             "(save_pretrained) into the base's folder"
             if needed

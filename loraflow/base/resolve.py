@@ -16,7 +16,6 @@ from loraflow.base.base_checks import named_in_failures, prepare_tokenizer
 from loraflow.base.model_files import copy_model, model_files, save_tokenizer
 from loraflow.base.template_check import follows_stop_ids
 from loraflow.base.usable import (
-    refuse_adapter_folder,
     refuse_code_elsewhere,
     refuse_unusable_folder,
     require_base_name,
@@ -155,10 +154,12 @@ def _folder_of(origin: FolderOrigin | HubOrigin, trust: bool) -> Path:
         folder = Path(origin.folder)
     else:
         refuse_unusable_folder(hub.download_config(origin.hub, origin.commit), trust=trust, known_to_transformers=True)
-        folder = hub.download(origin.hub, origin.commit, trust=trust)
-        refuse_adapter_folder(folder)
+        folder = hub.download(origin.hub, origin.commit, trust=trust, with_weights=False)
+        refuse_unusable_folder(folder, trust=trust)  # by the files beside config.json: an adapter, hf_quant_config.json
     if trust:
         refuse_code_elsewhere(folder)
+    if isinstance(origin, HubOrigin):  # the weights last: they can take an hour
+        folder = hub.download(origin.hub, origin.commit, trust=trust)
     return folder
 
 

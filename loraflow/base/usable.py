@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,7 +85,7 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
     if not (folder / "config.json").is_file():
         return  # the caller says that there is no model
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"), parse_constant=_constant)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # Mamba-2's have Infinity
     except (OSError, ValueError, RecursionError) as error:
         raise BadModel(
             "The base's config.json is not a JSON object.",
@@ -98,6 +99,14 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
             where=_WHERE,
             got=type(config).__name__,
             next_step="fetch the base again",
+        )
+    if (key := _key_of_nan(config)) is not None:
+        raise BadModel(
+            "A value in the base's config.json is NaN.",
+            where=_WHERE,
+            expected="a number: the model would compute NaN only",
+            got=f"{key}: NaN",
+            next_step="remove or correct the value in config.json",
         )
     if "quantization_config" not in config and (folder / "hf_quant_config.json").exists():
         config = {**config, "quantization_config": {"quant_method": "modelopt (hf_quant_config.json)"}}
@@ -153,15 +162,15 @@ def refuse_adapter_folder(folder: Path) -> None:
     )
 
 
-def _constant(name: str) -> float:
-    """Return the value of a constant that JSON does not have; Mamba-2's configs have Infinity.
-
-    Raises:
-        ValueError: it is NaN, with which a model computes NaN only.
-    """
-    if name == "NaN":
-        raise ValueError("a value is NaN")
-    return float(name)
+def _key_of_nan(values: JsonValue) -> str | None:
+    """Return the key of the first NaN, such as `rope_scaling.factor`; None if there is none."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        if isinstance(value, float) and math.isnan(value):
+            return str(key)
+        if (inner := _key_of_nan(value)) is not None:
+            return f"{key}.{inner}"
+    return None
 
 
 def refuse_unusable(config: Mapping[str, JsonValue], *, trust: bool) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 FLOATS = ("BF16", "F16", "F32", "F64")  # in the names of safetensors; other types are not read
 _QUANTIZED = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8"})
+_KERNEL = "_attn_implementation"  # in a config.json, transformers uses it whatever else is asked for
 BLOCK_VALUES = 2**22  # of a weight, at a time
 
 
@@ -60,8 +62,8 @@ def check_fits_config(folder: Path, *, trust: bool = False) -> list[str]:
 
     Args:
         folder: the model's.
-        trust: run Python code that comes with the model. Such code may not run without memory for weights; then the
-            training checks the weights, when it loads them.
+        trust: run Python code that comes with the model. Such code may not run without memory for weights; then only the
+            types of the weights are checked here, and the training checks their names and shapes, when it loads them.
 
     Returns:
         the names of weights that the model does not use, sorted, such as those of layers beyond `num_hidden_layers`.
@@ -75,7 +77,13 @@ def check_fits_config(folder: Path, *, trust: bool = False) -> list[str]:
     except BadModel as failure:
         if not trust:
             raise
-        log.info("The model's own code does not run without weights, so the training checks them: %s", failure.got)
+        log.warning(
+            "The model's own code does not run without weights, so only the training checks their names and shapes: %s",
+            failure.got,
+        )
+        _refuse_quantized(
+            folder, frozenset(name for name, entry in _stored(folder).items() if entry.shape[:2] == (1, 1))
+        )
         return []
     refuse_missing_weights(folder, {"missing_keys": report["missing_keys"]})
     for name, found, expected in sorted(report["mismatched_keys"]):
@@ -86,7 +94,8 @@ def check_fits_config(folder: Path, *, trust: bool = False) -> list[str]:
             got=str(list(found)),
             next_step="fetch the base again: config.json and weights are of two models",
         )
-    _refuse_quantized(folder, model, report)
+    if any(entry.dtype in _QUANTIZED for entry in _stored(folder).values()):
+        _refuse_quantized(folder, _unused(folder, model, report))
     _refuse_two_values(folder, getattr(model, "all_tied_weights_keys", {}))
     if unused := sorted(report["unexpected_keys"]):
         log.warning("The base's files have %d weights that its model does not use, such as %s.", len(unused), unused[0])
@@ -123,13 +132,21 @@ def _open_without_weights(folder: Path, *, trust: bool = False) -> tuple[PreTrai
             where=str(folder),
             expected="weights that fit config.json",
             got=reason_of(error),
-            next_step="fetch the base again, or choose another one",
+            next_step=_advice(folder),
         ) from error
     finally:
         their_logging.set_verbosity(verbosity)
         if has_progress_bar:
             their_logging.enable_progress_bar()
     return cast("tuple[PreTrainedModel, _LoadReport]", loaded)
+
+
+def _advice(folder: Path) -> str:
+    """Return the next step for a base that transformers cannot open."""
+    kernel = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(_KERNEL)
+    if kernel is not None and kernel not in ("eager", "sdpa"):
+        return f"remove {_KERNEL} from config.json; runtime.attn_implementation chooses the kernel"
+    return "fetch the base again, or choose another one"
 
 
 def unused_weights(folder: Path) -> frozenset[str]:
@@ -155,18 +172,18 @@ def _unused(folder: Path, model: PreTrainedModel, report: _LoadReport) -> frozen
     return frozenset(name for name in _stored(folder) if is_unused(name))
 
 
-def _refuse_quantized(folder: Path, model: PreTrainedModel, report: _LoadReport) -> None:
+def _refuse_quantized(folder: Path, unused: Set[str]) -> None:
     """Refuse weights of 8 bits or less. Without a quantization_config, transformers takes them for the weights themselves.
+
+    Args:
+        folder: the model's.
+        unused: names that the model does not load: masks of older transformers have a byte for each value.
 
     Raises:
         BadModel: the model loads such a weight.
     """
-    small = {name: entry for name, entry in _stored(folder).items() if entry.dtype in _QUANTIZED}
-    if not small:
-        return
-    unused = _unused(folder, model, report)  # masks of older transformers have a byte for each value
-    for name, entry in sorted(small.items()):
-        if name not in unused:
+    for name, entry in sorted(_stored(folder).items()):
+        if entry.dtype in _QUANTIZED and name not in unused:
             raise BadModel(
                 "The base's weights are quantized, and config.json does not say how.",
                 where=f"{entry.file}: {name}",

@@ -242,7 +242,8 @@ def test_an_adapter_named_as_the_base_is_refused_with_how_to_merge_it(has_model,
 
 @pytest.mark.parametrize(
     ("values", "says"),
-    [({"rms_norm_eps": float("nan")}, "NaN"), ({"return_dict": False}, "return_dict"), ({"output_attentions": True}, "remove")],
+    [({"rms_norm_eps": float("nan")}, "rms_norm_eps: NaN"),
+     ({"rope_parameters": {"rope_type": "default", "rope_theta": [1.0, float("nan")]}}, "rope_parameters.rope_theta.1: NaN"), ({"return_dict": False}, "return_dict"), ({"output_attentions": True}, "remove")],
 )  # fmt: skip
 def test_a_configuration_that_training_cannot_compute_with_is_refused(values, says, llama):
     change_json(llama / "config.json", **values)
@@ -268,6 +269,20 @@ def test_a_tokenizer_in_another_form_is_named_with_the_package_that_reads_it(fil
     with pytest.raises(BadModel, match="cannot open the base's tokenizer") as caught:
         resolve_base(llama, tmp_path / "out")
     assert package in caught.value.next_step
+    if file:  # transformers' own words are about other packages and files
+        assert caught.value.got == file
+    else:
+        assert len(caught.value.got.splitlines()) == 1 and len(caught.value.got) > 100
+
+
+def test_a_kernel_in_the_configuration_that_is_not_installed_is_named_as_what_to_remove(llama, tmp_path):
+    change_json(llama / "config.json", _attn_implementation="flash_attention_2")
+    for check in (lambda: resolve_base(llama, tmp_path / "out"), lambda: describe_files(llama)):
+        with pytest.raises(BadModel, match="cannot open the base's weights") as caught:
+            check()
+        assert caught.value.next_step.startswith("remove _attn_implementation from config.json")
+    change_json(llama / "config.json", _attn_implementation=...)
+    assert describe_files(llama)
 
 
 def test_the_hubs_download_leaves_out_weights_that_transformers_does_not_load(monkeypatch, tmp_path):
@@ -321,10 +336,15 @@ def test_weights_of_a_model_with_code_of_its_own_are_checked_before_training(cha
     assert name in str(caught.value)
 
 
-def test_code_that_does_not_run_without_weights_leaves_the_check_to_the_training(llama, tmp_path):
-    resolve_base(
-        with_code(llama, "assert self.lm_head.weight.device.type == 'cpu'"), tmp_path / "out", trust_remote_code=True
-    )
+def test_code_that_does_not_run_without_weights_leaves_names_and_shapes_to_the_training(llama, tmp_path, caplog):
+    folder = with_code(llama, "assert self.lm_head.weight.device.type == 'cpu'")
+    change_weights(llama, lambda w: {**w, "model.layers.0.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8)})
+    resolve_base(folder, tmp_path / "out", trust_remote_code=True)
+    assert "only the training checks" in caplog.text
+    name = "model.layers.0.mlp.down_proj.weight"
+    change_weights(llama, lambda weights: {**weights, name: (weights[name] * 10).to(torch.int8)})
+    with pytest.raises(BadModel, match="quantized, and config.json does not say how"):
+        resolve_base(folder, tmp_path / "refused", trust_remote_code=True)
 
 
 def test_doctor_names_the_bases_own_folder(llama):

@@ -29,6 +29,11 @@ def saved(config, base, folder):
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.add_(torch.randn_like(weight) * 0.1)
+    if isinstance(config, AdaLoraConfig):
+        for step in range(1, config.total_step + 1):  # as a training does it: ranks are given up on the way
+            ids = torch.arange(3, 30)[None]
+            model(input_ids=ids, labels=ids).loss.backward()
+            model.base_model.update_and_allocate(step)
     model.save_pretrained(folder)
     return folder
 
@@ -93,11 +98,16 @@ def test_adapters_that_put_tokens_before_a_prompt_are_refused(config, tmp_path, 
 @pytest.mark.parametrize(
     "config",
     [IA3Config(target_modules=["qkv_proj", "down_proj"], feedforward_modules=["down_proj"]),
-     AdaLoraConfig(r=4, target_modules=["o_proj"], total_step=10)],
+     AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1, target_modules=["o_proj"], total_step=4)],
     ids=["ia3", "adalora"],
 )  # fmt: skip
-def test_adapters_that_are_not_lora_answer_as_in_peft_and_are_not_merged_or_converted(config, tmp_path, quick_phi3):
+def test_adapters_that_are_not_lora_answer_as_in_peft_and_are_not_merged_or_converted(
+    config, tmp_path, quick_phi3, caplog
+):
     adapter = saved(config, quick_phi3, tmp_path / "adapter")
+    if isinstance(config, AdaLoraConfig):
+        pattern = json.loads((adapter / "adapter_config.json").read_text())["rank_pattern"]
+        assert {True, False} == {kept for ranks in pattern.values() for kept in ranks}
     (tmp_path / "out").mkdir()
     for command in (
         lambda: merge(quick_phi3, adapter, tmp_path / "out"),
@@ -117,6 +127,7 @@ def test_adapters_that_are_not_lora_answer_as_in_peft_and_are_not_merged_or_conv
         out = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
                               eos_token_id=499, pad_token_id=0)  # fmt: skip
         assert answer["text"] == loaded.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+    assert "does not know these settings" not in caplog.text
 
 
 def test_embeddings_saved_beside_an_adapter_of_a_tied_base_are_merged_as_in_peft(tmp_path):

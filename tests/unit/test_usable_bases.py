@@ -36,7 +36,7 @@ BAD = {
 
 def folder_with(config, tmp_path):
     folder = tmp_path / "base"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -58,6 +58,27 @@ def test_a_model_on_the_hub_is_refused_before_its_weights_are_downloaded(name, t
     monkeypatch.setattr(hub, "download", lambda *_, **__: pytest.fail("the weights were downloaded"))
     with pytest.raises(BadModel, match=says):
         resolve._folder_of(HubOrigin(hub="org/name", commit="0" * 40), trust=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [("adapter_config.json", {}, "adapter beside the model"), ("hf_quant_config.json", {}, "quantized already"),
+     ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["other/repo--code.Tokenizer", None]}}, "in another repository")],
+)  # fmt: skip
+def test_files_beside_the_configuration_refuse_a_hub_model_before_its_weights_are_downloaded(
+    file, content, says, tmp_path, monkeypatch
+):
+    folder = folder_with(LLAMA, tmp_path)
+    (folder / file).write_text(json.dumps(content))
+
+    def download(*_, trust, with_weights=True):
+        assert not with_weights, "the weights were downloaded"
+        return folder
+
+    monkeypatch.setattr(hub, "download_config", lambda *_: folder_with(LLAMA, tmp_path / "config alone"))
+    monkeypatch.setattr(hub, "download", download)
+    with pytest.raises(BadModel, match=says):
+        resolve._folder_of(HubOrigin(hub="org/name", commit="0" * 40), trust=True)
 
 
 @pytest.mark.parametrize(
