@@ -166,9 +166,9 @@ def _expected(
 
     optional: dict[str, Shape] = {}
     for layer in layers:
-        tensors = dict(model.get_submodule(layer).named_parameters())
+        parameters = dict(model.get_submodule(layer).named_parameters())
         for suffix in _SAVED_WITH_EMBEDDINGS:
-            parameter = tensors.get(suffix.rpartition(".")[2])
+            parameter = parameters.get(suffix.rpartition(".")[2])
             if parameter is not None:
                 optional[f"{PREFIX}{layer}.{suffix}"] = tuple(parameter.shape)
     with warnings.catch_warnings():
