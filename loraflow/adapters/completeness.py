@@ -174,8 +174,8 @@ def _expected(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about initial values and merging; neither is asked for here
         wrapped = _apply(adapter, model)
-        tensors = _with_ranks_on_the_cpu(wrapped)
-        state: dict[str, torch.Tensor] = get_peft_model_state_dict(wrapped, tensors, save_embedding_layers=False)
+        with_ranks = _with_ranks_on_the_cpu(wrapped)
+        state: dict[str, torch.Tensor] = get_peft_model_state_dict(wrapped, with_ranks, save_embedding_layers=False)
     expected: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name, shape in expected.items():  # peft may save the trained rows of tied weights twice
         if name.endswith(".trainable_tokens_delta"):
