@@ -68,8 +68,8 @@ def require_unchanged(name: str, expected: str) -> None:
         raise BadConfig(
             f"The metric {name} was edited during the run, so its scores cannot be kept.",
             where=", ".join(map(str, metric_files(find_module(name)))),
-            next_step="run again: the finished stages are cached. If the metric wrote one of these files itself, open it in the "
-            "module that names it, or build its name at run time: then it does not count",
+            next_step="run again: the finished stages are cached. If the metric wrote one of these files itself, open it in "
+            "the module that names it, or build its name at run time: then it does not count",
         )
 
 
