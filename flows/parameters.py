@@ -52,28 +52,41 @@ NO_CREDENTIALS = (
 )
 
 
+_REFUSE_CREDENTIALS: JsonDict = {
+    "if": {"type": "string", "pattern": HAS_CREDENTIALS},
+    "then": {"const": NO_CREDENTIALS},
+}
+
+
+class WithoutCredentials:
+    """Refuse credentials in the texts of a JSON value, however deep they are.
+
+    Prefect's server stores the parameters of a deployment's run before the flow can mask them. So it has to refuse them:
+    "'a text without a password …' was expected", an answer that does not repeat the value.
+    """
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Return the schema of the value under a name, by which its own schema refers to it."""
+        return core_schema.no_info_after_validator_function(
+            lambda value: value, handler(source), ref=_VALUE, metadata={"pydantic_js_functions": [_value_schema]}
+        )
+
+
+_VALUE = "ValueWithoutCredentials"
+
+
+def _value_schema(core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    value = handler(core_schema.definition_reference_schema(_VALUE))
+    return {**_REFUSE_CREDENTIALS, "items": value, "patternProperties": {"": value}}
+
+
 class AnyObject:
     """Show an object as a JSON editor; the schema of JsonValue itself would show no field at all."""
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Return the schema of an object with any keys and values, but without credentials.
-
-        Prefect's server stores the parameters of a deployment's run before the flow can mask them. So it has to refuse them:
-        "'a text without a password …' was expected", an answer that does not repeat the value.
-        """
-        return {
-            "type": "object",
-            "additionalProperties": True,
-            "patternProperties": {"": _without_credentials(depth=4)},
-        }
-
-
-def _without_credentials(depth: int) -> JsonDict:
-    """Return the schema of a JSON value without credentials in its texts, down to a depth: sources of data are in a list."""
-    schema: JsonDict = {"if": {"type": "string", "pattern": HAS_CREDENTIALS}, "then": {"const": NO_CREDENTIALS}}
-    if depth > 1:
-        schema |= {"items": _without_credentials(depth - 1), "patternProperties": {"": _without_credentials(depth - 1)}}
-    return schema
+        """Return the schema of an object with any keys and values, but without credentials."""
+        values = handler(core)["additionalProperties"]
+        return {"type": "object", "additionalProperties": True, "patternProperties": {"": values}}
 
 
 class OptionalField:
@@ -82,7 +95,8 @@ class OptionalField:
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Return the schema without null: the form does not send a field that is left empty."""
         (shown,) = [schema for schema in handler(core)["anyOf"] if schema != {"type": "null"}]
-        return {**shown}
+        is_free = shown.get("type") == "string" and "enum" not in shown
+        return {**shown, **_REFUSE_CREDENTIALS} if is_free else {**shown}
 
 
 DECIMAL = "a number above 0 and at most 1, such as 0.0002 or 2e-4"
@@ -124,7 +138,7 @@ def _decimal_point(value: object) -> object:
 RecipeName = Annotated[str, BeforeValidator(_as_text), RecipeChoice()]
 StageName = Annotated[str, StageChoice()]
 NO_STAGES: list[StageName] = []
-JsonObject = Annotated[dict[str, JsonValue], AnyObject()]
+JsonObject = Annotated[dict[str, Annotated[JsonValue, WithoutCredentials()]], AnyObject()]
 Settings = JsonObject  # {dotted key of the recipe: value}
 NO_SETTINGS: Settings = {}
 OptionalInt = Annotated[int | None, OptionalField()]

@@ -28,29 +28,43 @@ if TYPE_CHECKING:
 MASK = "***"
 MIN_LENGTH = 8  # characters of a secret that is searched for by itself; a shorter one would mask ordinary words
 
+
+def _any_case(pattern: str) -> str:
+    """Return a pattern without classes of letters that matches in any case: a JSON schema's has no flags."""
+    return re.sub(
+        r"\\.|[A-Za-z]", lambda found: found[0] if len(found[0]) > 1 else f"[{found[0].upper()}{found[0]}]", pattern
+    )
+
+
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*://"
+_IN_AUTHORITY = r"[^\s/?#'\"<>]"
 # Up to the last @ before a slash: a password may contain an @.
-_USERINFO = re.compile(rf"({_SCHEME})([^\s/?#'\"<>]+)@")
-_URL = re.compile(rf"({_SCHEME})([^\s/?#'\"<>]+)@(\S+)")
-_PARAMETER = re.compile(
-    r"([?&;](?:[\w.-]*(?:token|secret|passw(?:or)?d|signature|credential|api[_-]?key|access[_-]?key(?:id)?)|sig|key)=)"
-    r"[^\s&;#'\"<>]+",
-    re.IGNORECASE,
+_USERINFO = re.compile(rf"({_SCHEME})({_IN_AUTHORITY}+)@")
+_URL = re.compile(rf"({_SCHEME})({_IN_AUTHORITY}+)@(\S+)")
+_PARAMETER_NAME = "[?&;](?:[\\w.-]*" + _any_case(
+    r"(?:token|secret|passw(?:or)?d|signature|credential|api[_-]?key|access[_-]?key(?:id)?)|sig|key)="
 )
-_HEADER = re.compile(
-    r"(authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)\s+|\bbearer\s+)[^\s'\",;]{8,}", re.IGNORECASE
-)
+_PARAMETER = re.compile(rf"({_PARAMETER_NAME})[^\s&;#'\"<>]+")
+_HEADER_START = _any_case(r"(?:authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)\s+|\bbearer\s+)")
+_HEADER = re.compile(rf"({_HEADER_START})[^\s'\",;]{{8,}}")
 # Tokens of the services that this program talks to, by their published prefixes.
 _TOKENS = (
     r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
     r"|(?:AKIA|ASIA)[A-Z0-9]{16})\b"
 )
 _TOKEN = re.compile(_TOKENS)
-# A URL with credentials, or a token, as a pattern of JSON schema, for Python and browsers. Allowed are a masked
-# URL and a user of ssh.
-HAS_CREDENTIALS = (
-    r"^(?![A-Za-z0-9+.-]*[Ss][Ss][Hh][A-Za-z0-9+.-]*://[^\s/?#'\"<>:]+@[^@]*$)"
-    rf"{_SCHEME}(?!\*\*\*@)[^\s/?#'\"<>]+@|{_TOKENS}"
+_START, _OF_SCHEME, _SSH = r"(?:^|[^A-Za-z0-9+.-])", "[A-Za-z0-9+.-]", "[Ss][Ss][Hh]"
+# What `mask` finds in any text, as a pattern of JSON schema, for Python and browsers. What is masked already is allowed,
+# and so is a user of ssh without a password.
+HAS_CREDENTIALS = "|".join(
+    (
+        rf"{_START}(?!{_OF_SCHEME}*{_SSH})(?=[0-9+.-]*[A-Za-z]){_OF_SCHEME}+://"
+        rf"(?!\*\*\*@[^\s/?#'\"<>@]*(?:[\s/?#'\"<>]|$)){_IN_AUTHORITY}+@",
+        rf"{_START}{_OF_SCHEME}*{_SSH}{_OF_SCHEME}*://{_IN_AUTHORITY}*:{_IN_AUTHORITY}*@",
+        rf"{_PARAMETER_NAME}(?!\*\*\*(?:[\s&;#'\"<>]|$))[^\s&;#'\"<>]",
+        rf"{_HEADER_START}[^\s'\",;]{{8}}",
+        _TOKENS,
+    )
 )
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY|AUTH_STRING|CREDENTIAL", re.IGNORECASE

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from loraflow.config import load_recipe
 from loraflow.config.load import _all_paths
 from loraflow.config.recipe import Recipe
+from loraflow.credentials import HAS_CREDENTIALS, mask
 from loraflow.flows.parameters import KEYS, Overrides
 from loraflow.stages import STAGES
 
@@ -52,6 +53,14 @@ CREDENTIALS = {
     "a password with ssh": {"data.repo": f"ssh://git:{SECRET}@host/data.git"},
     "a password with an @": {"data.repo": f"https://someone:{SECRET}@x@host/data.git"},
     "a token of the hub": {"register.push_to_hub": "hf_" + SECRET.replace("-", "") * 2},
+    "in a text": {"data.repo": f"git clone https://someone:{SECRET}@host/data.git"},
+    "behind a space": {"data.repo": f" https://someone:{SECRET}@host/data.git"},
+    "behind a masked one": {"data.repo": f"https://***@host/a https://someone:{SECRET}@host/data.git"},
+    "behind ssh": {"data.repo": f"ssh://git@host/a https://someone:{SECRET}@host/data.git"},
+    "a parameter": {"data.source": f"https://host/x?Token={SECRET}"},
+    "a signed URL": {"data.source": f"https://host/x?a=1&X-Amz-Signature={SECRET}&b=2"},
+    "a header": {"x": f"Authorization: Bearer {SECRET}"},
+    "seven objects deep": {"a": {"b": {"c": [{"d": {"e": {"f": f"https://someone:{SECRET}@host/data.git"}}}]}}},
     "in a list of sources": {"data.sources": [{"repo": f"https://someone:{SECRET}@host/data.git"}]},
 }
 NO_CREDENTIALS_THERE = (
@@ -68,6 +77,45 @@ def test_the_schema_refuses_credentials_without_repeating_them(case):
     with pytest.raises(Refused, match="a text without a password or token") as caught:
         validate({"settings": CREDENTIALS[case]}, schema())
     assert SECRET not in caught.value.message
+
+
+SCHEMES = ("https://", "ssh://", "git+ssh://", "1https://", "x-SSH.y://", "")
+USERS = ("", "git@", "***@", "u:p@", "***:p@", "***@x@", ":@", "a b@", "u@x:y@")
+TAILS = (
+    "h/x",
+    "h:22/x",
+    "h",
+    "h/a@b",
+    "h?token=***",
+    "h?Access_Key=abc",
+    "h?sig=***&key=b",
+    "h;PASSWD=a",
+    "h bearer ***",
+    "h Bearer 12345678",
+)
+
+
+def test_the_schema_refuses_every_text_that_is_masked_and_no_other_one():
+    """So what the server stores is what logs and records show."""
+    texts = [
+        f"{start}{scheme}{user}{tail}"
+        for start in ("", " ", "a ", "x=")
+        for scheme in SCHEMES
+        for user in USERS
+        for tail in TAILS
+    ]
+    differ = [text for text in texts if (mask(text) != text) != bool(re.search(HAS_CREDENTIALS, text))]
+    assert not differ and len({mask(text) != text for text in texts}) == 2
+
+
+@pytest.mark.parametrize("name", ["base", "dataset_rev"])
+def test_the_text_fields_of_the_form_refuse_credentials_too(name):
+    from jsonschema import ValidationError as Refused
+    from jsonschema import validate
+
+    validate({"overrides": {name: "acme/model"}}, schema())
+    with pytest.raises(Refused, match="a text without a password or token"):
+        validate({"overrides": {name: f"https://someone:{SECRET}@host/model"}}, schema())
 
 
 @pytest.mark.parametrize("value", NO_CREDENTIALS_THERE, ids=str)
