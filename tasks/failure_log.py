@@ -58,30 +58,43 @@ class NoRepeatedFailure(logging.Filter):
 
 
 class EventsInOneSentence(logging.Filter):
-    """Say once that the server takes no events, instead of a line, or the whole event, for each of them.
+    """Say once what the server does not take, instead of a line, or the whole event, for each item.
 
-    So it is where a server is lost during a run, and behind a proxy without websockets. The run goes on.
+    So it is where a server is lost during a run, and behind a proxy without websockets. The run goes on. A record with a
+    traceback, as Prefect's debug mode has it, stays as it is.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.has_told = False
+        self._told: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is shown."""
-        if not _NO_EVENTS.match(record.getMessage()):
+        message = record.getMessage()
+        said = next((said for pattern, said in _NOT_TAKEN.items() if pattern.match(message)), None)
+        if said is None or record.exc_info:
             return True
-        if self.has_told:
+        if said in self._told:
             return False
-        self.has_told = True
+        self._told.add(said)
         record.levelno, record.levelname = logging.WARNING, "WARNING"
-        record.msg = "Prefect's server does not take the run's events, so its UI may not show all of the run"
-        record.args, record.exc_info, record.exc_text = (), None, None
+        record.msg, record.args, record.exc_text = said, (), None
         return True
 
 
 _EVENT_LOGS = ("prefect.events.clients", "prefect._internal.concurrency")
-_NO_EVENTS = re.compile(r"Unable to connect to '?wss?:|Service '(EventsWorker|APILogWorker)' failed to process item")
+_NOT_TAKEN = {
+    re.compile(
+        r"Unable to connect to '?wss?:"
+    ): "Prefect's server cannot be reached by websocket, so its UI may not show all events of the run",
+    re.compile(
+        r"Service 'EventsWorker' failed to process item"
+    ): "Prefect's client could not send an event of the run, so "
+    "the UI may not show all of it (PREFECT_DEBUG_MODE=1 shows why)",
+    re.compile(
+        r"Service 'APILogWorker' failed to process item"
+    ): "Prefect's client could not send log lines of the run, so the UI may lack some (PREFECT_DEBUG_MODE=1 shows why)",
+}
 _KINDS = re.compile(rf"run encountered an exception:? (?:{'|'.join(failure_names())}): ")
 
 
@@ -127,7 +140,7 @@ def is_server_error(error: BaseException) -> bool:
         return False
     try:
         host = error.request.url
-    except RuntimeError:  # a record without a run
+    except RuntimeError:  # an error of httpx without a request
         return False
     configured = get_current_settings().api.url
     if configured:

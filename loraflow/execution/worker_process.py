@@ -139,26 +139,35 @@ def check_budget(job: Job[StageConfig], ends: float | None) -> None:
 
 
 class _Display:
-    """Pass lines of progress to a function. If it fails, that must not end the stage: it is logged once.
+    """Pass lines of progress to a function. If it fails, that must not end the stage: each kind of error is logged once.
 
     Prefect's client repeats a call to a lost server for half a minute, in which nobody looks at the worker. So the lines of
     the next minute are left out.
     """
 
     def __init__(self, on_progress: OnProgress | None):
-        self._on_progress, self._has_failed, self._pauses_until = on_progress, False, 0.0
+        self._on_progress, self._logged, self._pauses_until = on_progress, set[type[Exception]](), 0.0
 
     def show(self, lines: list[bytes]) -> None:
-        """Show lines of JSON."""
+        """Show lines of JSON. One that cannot be parsed is left out."""
         for line in lines:
             if self._on_progress is None or time.monotonic() < self._pauses_until:
                 return
             try:
-                self._on_progress(json.loads(line))
+                progress = json.loads(line)
+            except ValueError as error:  # a library printed between the parts of a line
+                self._log_once(error, "a line of progress is not JSON")
+                continue
+            try:
+                self._on_progress(progress)
             except Exception as error:
-                if not self._has_failed:
-                    log.warning("progress is not shown: %s", error)
-                self._has_failed, self._pauses_until = True, time.monotonic() + _PAUSE
+                self._log_once(error, "progress is not shown for a minute")
+                self._pauses_until = time.monotonic() + _PAUSE
+
+    def _log_once(self, error: Exception, what: str) -> None:
+        if type(error) not in self._logged:
+            log.warning("%s: %s: %s", what, type(error).__name__, error)
+        self._logged.add(type(error))
 
 
 def _end_group(process: WorkerProcess, grace: float) -> None:

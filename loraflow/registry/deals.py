@@ -167,9 +167,8 @@ class DealRecord:
                 raise self._damaged(name, "a deal of held-out rows", str(error).splitlines()[0]) from error
             if claimed != entry.hash or entry.model != self._model:
                 raise self._damaged(name, f"values with the hash {str(claimed)[:12]}", f"the hash {entry.hash[:12]}")
-            if entry.seq != len(found) + 1 or name != self._name(
-                entry.seq
-            ):  # a missing deal: its rows would count as fresh
+            # The rows of a missing deal would count as fresh.
+            if entry.seq != len(found) + 1 or name != self._name(entry.seq):
                 raise self._damaged(self._name(len(found) + 1), f"deal {len(found) + 1}", f"deal {entry.seq} in {name}")
             found.append(entry)
         stored = self._store.read_documents(self._rows, ".json") if found else {}

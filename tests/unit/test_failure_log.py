@@ -57,19 +57,32 @@ def test_an_interrupt_is_reported_by_the_command_alone():
 
 
 EVENT = "Event(occurred=DateTime(2026, 1, 1), event='prefect.task-run.Running')"
-UNTAKEN = (
-    ("prefect.events.clients", "Unable to connect to 'ws://127.0.0.1:4200/api/events/in'. Please check …"),
-    ("prefect._internal.concurrency", f"Service 'EventsWorker' failed to process item {EVENT}"),
-    ("prefect._internal.concurrency", f"Service 'EventsWorker' failed to process item {EVENT}"),
-)
+UNTAKEN = {
+    "cannot be reached by websocket": (
+        "prefect.events.clients", "Unable to connect to 'ws://127.0.0.1:4200/api/events/in'. Please check …"
+    ),
+    "could not send an event": ("prefect._internal.concurrency", f"Service 'EventsWorker' failed to process item {EVENT}"),
+    "could not send log lines": ("prefect._internal.concurrency", "Service 'APILogWorker' failed to process item {}"),
+}  # fmt: skip
 
 
-def test_events_that_a_lost_server_does_not_take_are_one_sentence():
+def test_what_a_server_does_not_take_is_told_once_each_in_words_of_its_own():
     once = EventsInOneSentence()
-    records = [record_of(message, name=name) for name, message in UNTAKEN]
-    assert [record for record in records if once.filter(record)] == records[:1]
-    assert records[0].getMessage().startswith("Prefect's server does not take the run's events")
+    for said, (name, message) in UNTAKEN.items():
+        first, second = (record_of(message, name=name) for _ in range(2))
+        assert once.filter(first) and not once.filter(second)
+        assert said in first.getMessage() and first.levelname == "WARNING" and EVENT not in first.getMessage()
     assert once.filter(record_of("Service 'Other' stopped", name="prefect._internal.concurrency"))
+
+
+def test_a_failure_of_the_client_with_its_traceback_stays_as_it_is():
+    once = EventsInOneSentence()
+    for _ in range(2):
+        record = record_of(
+            f"Service 'EventsWorker' failed to process item {EVENT}", name="prefect._internal.concurrency"
+        )
+        record.exc_info = (TypeError, TypeError("a bug"), None)
+        assert once.filter(record) and "EventsWorker" in record.getMessage() and record.exc_info
 
 
 def test_the_words_of_those_lines_are_prefects_own():

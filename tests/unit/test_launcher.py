@@ -185,7 +185,9 @@ def test_an_error_in_the_progress_callback_does_not_end_the_job_and_is_logged_on
     now = 161.0
     display.show([b'{"step": 3}'])
     assert calls == [{"step": 1}, {"step": 3}], "a call may take half a minute, so there is none for a minute"
-    assert [record.getMessage() for record in caplog.records] == ["progress is not shown: the server is unavailable"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "progress is not shown for a minute: ConnectionError: the server is unavailable"
+    ]
 
 
 def test_the_time_of_a_run_ends_in_a_failure_that_is_not_retried_and_resumes(store):
@@ -212,3 +214,28 @@ def test_a_second_interruption_kills_the_worker_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     process.wait(timeout=20)
     assert alive_in_group(group) == []
+
+
+def test_a_line_that_is_not_json_does_not_stop_the_progress_and_another_kind_of_error_is_logged(monkeypatch, caplog):
+    shown, errors, now = [], [], [0.0]
+    monkeypatch.setattr("loraflow.execution.worker_process.time.monotonic", lambda: now[0])
+
+    def show(figures):
+        shown.append(figures["step"])
+        if errors:
+            raise errors.pop()
+
+    display = _Display(show)
+    display.show([b'{"step": 1}', b"a warning of a library", b"\xff", b'{"step": 2}'])
+    assert shown == [1, 2]
+    errors.append(ValueError("bad"))
+    display.show([b'{"step": 3}', b'{"step": 4}'])
+    now[0] += 61
+    errors.append(KeyError("other"))
+    display.show([b'{"step": 5}'])
+    now[0] += 61
+    errors.append(KeyError("again"))
+    display.show([b'{"step": 6}'])
+    assert shown == [1, 2, 3, 5, 6]
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.split(": ")[1] for text in said] == ["JSONDecodeError", "UnicodeDecodeError", "ValueError", "KeyError"]
