@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraflow.config.evaluation import SCORES
 from loraflow.config.stage_configs import EvaluateConfig
 from loraflow.data.chats import GATE_SET, Message
 from loraflow.data.sampling import spread_sample, spread_values
@@ -21,6 +20,7 @@ from loraflow.data.split import prompt_key
 from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.intervals import Interval, mean_interval
 from loraflow.evaluation.label_scores import confusions, macro_f1
+from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.values import (
     LARGEST_SCORE,
     OF_ALL_ROWS,
@@ -267,16 +267,16 @@ def _row_scores(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, list[f
             reference = "reference_calls"
             _require_calls(table)
         found = compute(name, table[prediction].tolist(), table[reference].tolist()).rows
-        _require_own_names(name, found, {*columns, *_of_other_metrics(name)}, len(table))
+        _require_own_names(name, found, {*columns, *_reserved(name)}, len(table))
         columns |= found
     for name, sha256 in config.modules.items():  # after they were imported, so that an edit before that is seen too
         require_unchanged(name, sha256)
     return columns
 
 
-def _of_other_metrics(metric: str) -> set[str]:
-    """Return the scores of the other built-in metrics: their ranges and their direction would be used for this one."""
-    return set().union(*(scores for name, scores in SCORES.items() if name != metric))
+def _reserved(metric: str) -> set[str]:
+    """Return the names of built-in scores, for a metric of the user's: their ranges and directions would be used for it."""
+    return {*RANGES, *LOWER_IS_BETTER} if "/" in metric else set()
 
 
 def _require_own_names(metric: str, found: Mapping[str, Sequence[float]], known: Iterable[str], rows: int) -> None:
