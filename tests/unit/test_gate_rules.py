@@ -135,6 +135,7 @@ WRONG = {
     "error": [None, 0, -0.1, 0.5, 1, 5, NAN, INF, "0.05", True, [0.05]],
     "looks": [None, 0, -1, 1.5, "365", True, NAN, INF],
     "seeds": [None, 0, -1, 21, 1.5, "3", True, NAN],
+    "independent_rows": [None, "yes", "true", 2, -1, 0.5, NAN, [], {}],
     "confidence": [None, 0.5, 1, 0, -1, 95, NAN, "0.95", True],
 }  # fmt: skip
 
