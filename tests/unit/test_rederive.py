@@ -105,7 +105,7 @@ def forge(store, ref, change):
         payload=manifest["payload"],
         inputs=inputs,
         summary=Summary(),
-        provenance=manifest["provenance"],
+        provenance=store.manifest(ref).provenance,
         replace=True,
     )
 
