@@ -2,7 +2,7 @@
 
 Each number of a token's embedding gets noise that is uniform in ±alpha / sqrt(L · d), for a document of L tokens and
 embeddings of width d. transformers takes L from the batch: there, noise becomes weaker where rows are padded or several
-documents are in one row, and is drawn anew for another size of the micro-batch. Here, with both engines, L is the document's
+documents are in one row, and another size of the micro-batch gets other noise. Here, with both engines, L is the document's
 own length, as in the paper, and the noise is a function of (seed, step, token, feature), as dropout's masks are.
 """
 
