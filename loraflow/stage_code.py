@@ -180,6 +180,7 @@ TRAIN = (
     "loraflow.training.frozen_linear",
     "loraflow.training.loss_head",
     "loraflow.training.loss_kernel",
+    "loraflow.training.slope_kernel",
     "loraflow.data.token_rows",
     "loraflow.data.packing",
     "loraflow.data.common_prefix",

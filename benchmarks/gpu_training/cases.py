@@ -71,7 +71,8 @@ if TINY:
         replace(shape, hidden=96, inner=256, layers=2, heads=4, kv_heads=2, vocabulary=507) for shape in FAMILIES
     ]
 VOCABULARY = PHI3.vocabulary  # every model has these tokens
-WARM_UP, TIMED = (5, 11) if TINY else (10, 26)
+# Together more than 50 steps: loraflow records the passes of no shorter training as CUDA graphs.
+WARM_UP, TIMED = (5, 11) if TINY else (10, 46)
 
 Setting = str | float | bool | list[str] | None
 
@@ -128,6 +129,7 @@ CASES = [
          settings={"runtime.engine": "stock", "training_config.gradient_checkpointing": False}),
     Case("llama-1b", "loraflow, Llama-3.2-1B's shape, bf16, 16k tokens", shape=LLAMA_1B),
     Case("llama-1b-elementwise", "the same, elementwise operations recomputed", shape=LLAMA_1B, settings=ELEMENTWISE),
+    Case("llama-1b-graphs", "the same, recorded as CUDA graphs", shape=LLAMA_1B, settings={"runtime.cuda_graphs": "on"}),
     Case("unsloth", "unsloth: packing, its varlen branch, nothing recomputed, 16k tokens", peer="unsloth",
          baseline={"packing": True}),
     Case("unsloth-nf4", "unsloth: QLoRA nf4, 8k tokens", rows=4, peer="unsloth",

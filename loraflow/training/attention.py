@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
+TRIAL_TOKENS = 384  # of the check of a kernel
 # q, k, v [tokens, heads, head_dim]; where documents begin; tokens of the longest; scaling; window (before, after).
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None, tuple[int, int]], Tensor]
 
@@ -35,58 +37,92 @@ def choose(runtime: Runtime, device: Device, dtype: str, config: PreTrainedConfi
         MissingExtra: see `choose_for_training`.
         BadConfig: see `choose_for_training`.
     """
-    attention, kernel = choose_for_training(runtime, device, dtype, config, load_kernel)
+    heads = HeadShape.of(config)
+    attention, kernel = choose_for_training(runtime, device, dtype, config, lambda name: load_kernel(name, heads))
     if kernel is not None:
         register(kernel)
     return attention
 
 
-def load_kernel(name: DocumentKernelName) -> Kernel:
-    """Return a kernel, after a check that its output and gradients are those of torch's own kernel.
+@dataclass(frozen=True)
+class HeadShape:
+    """The attention heads of a model, for the check of a kernel.
+
+    Attributes:
+        heads: the heads of q.
+        kv_heads: the heads of k and v.
+        width: of a head.
+        windows: the windows of its layers, as kernels take them: (-1, 0) is a whole document.
+    """
+
+    heads: int
+    kv_heads: int
+    width: int
+    windows: tuple[tuple[int, int], ...] = ((-1, 0),)
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> HeadShape:
+        """Return the shape of a model's heads. At most 32 heads of q are tried out, in the model's ratio to those of k."""
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        ratio = heads // (getattr(text, "num_key_value_heads", None) or heads)
+        kv_heads = max(1, min(heads, 32) // ratio)
+        width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        windows: tuple[tuple[int, int], ...] = ((-1, 0),)
+        if getattr(text, "sliding_window", None):
+            windows += ((min(text.sliding_window, TRIAL_TOKENS // 4) - 1, 0),)
+        return cls(kv_heads * ratio, kv_heads, width, windows)
+
+
+def load_kernel(name: DocumentKernelName, heads: HeadShape) -> Kernel:
+    """Return a kernel, after a check that its output and gradients are those of torch's own kernel for such heads.
 
     Raises:
         ValueError: its results differ from those of torch's own kernel.
     """
     if name == "varlen":
         return varlen
-    expected = _try_out(varlen)
+    expected = _try_out(varlen, heads)
     if name == "fa3":
         from torch.nn.attention import activate_flash_attention_impl
 
         activate_flash_attention_impl("FA3")  # from here on, torch forwards its own kernel's calls to it
-        _compare(_try_out(varlen), expected)
+        _compare(_try_out(varlen, heads), expected)
         return varlen
     from loraflow.training import flash4
 
     try:
-        _compare(_try_out(flash4.attend), expected)
+        _compare(_try_out(flash4.attend, heads), expected)
         return flash4.attend
     except Exception as error:  # some versions of the package take contiguous tensors only; the second try decides
         log.info("flash-attn 4 needs contiguous tensors here: %s: %s", type(error).__name__, str(error)[:200])
-        _compare(_try_out(flash4.attend_contiguous), expected)
+        _compare(_try_out(flash4.attend_contiguous, heads), expected)
         return flash4.attend_contiguous
 
 
-def _try_out(kernel: Kernel) -> list[Tensor]:
-    """Run a kernel on small documents, in the memory layout of a model; return its output and gradients."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    tokens, heads, head_dim = 384, 4, 96
-    q, k, v = (
-        torch.randn(heads, tokens, head_dim, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_()
-        for _ in range(3)
-    )
-    begins = torch.tensor([0, 100, 101, 300, tokens, tokens], dtype=torch.int32, device="cuda")
-    out = kernel(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), begins, 256, head_dim**-0.5, (-1, 0))
-    out.backward(  # type: ignore[no-untyped-call]
-        torch.randn(out.shape, device="cuda", dtype=out.dtype, generator=generator)
-    )
-    gradients = [leaf.grad for leaf in (q, k, v) if leaf.grad is not None]
-    return [out, *gradients]
+def _try_out(kernel: Kernel, heads: HeadShape) -> dict[str, Tensor]:
+    """Run a kernel on small documents, in the memory layout of a model; return its outputs and gradients by name."""
+    found = {}
+    for window in heads.windows:
+        generator = torch.Generator("cuda").manual_seed(0)
+        options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+        q, k, v = (
+            torch.randn(number, TRIAL_TOKENS, heads.width, **options).requires_grad_()
+            for number in (heads.heads, heads.kv_heads, heads.kv_heads)
+        )
+        begins = torch.tensor([0, 100, 101, 300, TRIAL_TOKENS, TRIAL_TOKENS], dtype=torch.int32, device="cuda")
+        by_token = [tensor.transpose(0, 1) for tensor in (q, k, v)]
+        out = kernel(by_token[0], by_token[1], by_token[2], begins, 256, heads.width**-0.5, window)
+        out.backward(torch.randn(out.shape, **options))  # type: ignore[no-untyped-call]
+        for name, tensor in (("output", out.detach()), ("dq", q.grad), ("dk", k.grad), ("dv", v.grad)):
+            assert tensor is not None
+            found[name if window == (-1, 0) else f"{name} with a window"] = tensor
+    return found
 
 
-def _compare(results: list[Tensor], expected: list[Tensor]) -> None:
-    for name, result, reference in zip(("output", "dq", "dk", "dv"), results, expected, strict=True):
-        error = float((result.float() - reference.float()).norm() / reference.float().norm())
+def _compare(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, reference in expected.items():
+        error = float((results[name].float() - reference.float()).norm() / reference.float().norm())
         if not error < 0.02:  # two kernels in bfloat16 differ by 0.001 to 0.003
             raise ValueError(f"{name} differs from torch's own by {error:.3g}")
 

@@ -1,0 +1,39 @@
+"""The Triton kernel of a LoRA layer's backward pass, against the products in float64."""
+
+import pytest
+import torch
+
+from loraflow.training.lora_kernels import slope_products
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [4, 8, 16])
+@pytest.mark.parametrize("tokens, out", [(16384, 9216), (16384, 4096), (5000, 16384), (4096, 8200)])
+def test_both_products_are_those_of_torch(dtype, rank, tokens, out):
+    from loraflow.training.slope_kernel import tokens_of_a_program
+
+    torch.manual_seed(out)
+    dy = (torch.randn(tokens, out, device="cuda") / 8).to(dtype)
+    up = torch.randn(out, rank, device="cuda").to(dtype)
+    h = torch.randn(tokens, rank, device="cuda").to(dtype)
+    assert tokens_of_a_program(dy, rank)
+    dh, d_up = slope_products(dy, up, h)
+    again = slope_products(dy, up, h)
+    assert torch.equal(dh, again[0]) and torch.equal(d_up, again[1])
+    for found, exact in ((dh, dy.double() @ up.double()), (d_up, dy.double().t() @ h.double())):
+        assert found.dtype == dtype
+        error = float((found.double() - exact).norm() / exact.norm())
+        assert error < (3e-3 if dtype == torch.bfloat16 else 4e-4), error
+
+
+@pytest.mark.parametrize("tokens, out, rank", [(100, 9216, 16), (16384, 1024, 16), (16384, 9216, 64)])
+def test_few_tokens_narrow_layers_and_large_ranks_use_torch(tokens, out, rank):
+    from loraflow.training.slope_kernel import tokens_of_a_program
+
+    dy = torch.randn(tokens, out, device="cuda", dtype=torch.bfloat16)
+    up, h = torch.randn_like(dy[:1]).expand(rank, out).t().contiguous(), torch.randn_like(dy[:, :rank])
+    assert not tokens_of_a_program(dy, rank)
+    dh, d_up = slope_products(dy, up, h)
+    assert torch.equal(dh, dy @ up) and torch.equal(d_up, dy.t() @ h)
