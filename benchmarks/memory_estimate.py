@@ -13,7 +13,7 @@ import sys
 import tempfile
 
 from loraflow.cli import parse_overrides
-from loraflow.cli.memory_lines import memory_of
+from loraflow.cli.show import memory_of
 from loraflow.config import load_recipe
 from loraflow.execution.launcher import run_job
 from loraflow.execution.plan import STEPS

@@ -209,9 +209,7 @@ TRAIN = (
     "loraflow.adapters.loralib.mergeable_layer",
     "loraflow.adapters.loralib.layers",
     "loraflow.adapters.loralib.swap",
-    "loraflow.adapters.loralib.checkpoint",
     "loraflow.adapters.loralib.model",
-    "loraflow.adapters.loralib.export",
 )
 
 TRAIN_GROUP = (

@@ -17,11 +17,10 @@ from loraflow.evaluation.values import BehaviourResult, Decision
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadData
-from loraflow.registry.budget import error_of_period, has_followers
+from loraflow.registry.budget import error_of_period, gains_to_follow, has_followers
 from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
-from loraflow.registry.near_gains import gains_to_follow
 from loraflow.store import Ref, read_intact, require_unchanged
 from loraflow.tasks.forgetting import read_general_guards, require_general_comparable
 from loraflow.tasks.slices import read_field_values, read_unscored_parts

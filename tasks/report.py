@@ -18,10 +18,9 @@ from loraflow.execution.results import PipelineResult
 from loraflow.execution.trial_loss import CURVES, read_curves
 from loraflow.failures import CorruptArtifact
 from loraflow.registry.runs import RunRecord, RunSummary, read_run, run_ids, write_report
-from loraflow.reporting.drift import drift_lines
 from loraflow.reporting.history import History
 from loraflow.reporting.learned import Learned
-from loraflow.reporting.markdown import RunReport, run_report, scores_report
+from loraflow.reporting.markdown import RunReport, drift_lines, run_report, scores_report
 from loraflow.reporting.sweep import TrialCurves
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref

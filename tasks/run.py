@@ -24,13 +24,13 @@ from loraflow.data.drift import DataDrift
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
 from loraflow.execution.parent_death import end_with_parent
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import BudgetSpent, DamagedLog, Failure, from_os_error, mask_errors
+from loraflow.failures import BudgetSpent, DamagedLog, Failure, Preempted, from_os_error, mask_errors
 from loraflow.job import Job
 from loraflow.registry.cleanup import remove_unused
-from loraflow.registry.runs import RunSummary, StageRun
+from loraflow.registry.runs import RunRecord, RunSummary, StageRun
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.stages import Stage, check_names
-from loraflow.store import Ref, require_intact
+from loraflow.store import Ref, Store, require_intact
 from loraflow.tasks.continuation import schedule_continuation, schedule_continuation_after_signal
 from loraflow.tasks.events import announce_waiting
 from loraflow.tasks.failure_log import shorten_failures
@@ -38,7 +38,8 @@ from loraflow.tasks.placement import run_on_pool
 from loraflow.tasks.run_here import run_here
 from loraflow.tasks.run_name import mask_parameters, show_name
 from loraflow.tasks.run_record import write_record
-from loraflow.tasks.tracking import mirror_run
+from loraflow.tracking import mirror
+from loraflow.tracking.git_tags import tag_log
 
 log = logging.getLogger("loraflow")
 
@@ -235,3 +236,20 @@ def _add_data(workspace: Workspace) -> None:
     if not Path(data.source).exists() or dvc.work_tree_md5(Path(folder)) != dvc.read_pin(".", data.source, None).md5:
         pin = dvc.add(folder, remote=data.remote)
         log.info("%s is versioned as %s", folder, pin.md5)
+
+
+def mirror_run(run: Run, record: RunRecord, error: BaseException | None) -> None:
+    """Mirror a run that has ended. A run that was asked to end leaves that to the next one.
+
+    Nothing that happens here changes the run's outcome: its record and the promotion log are written by now.
+    """
+    store: Store = run.workspace.store
+    try:
+        if isinstance(error, Preempted) or (error is not None and not isinstance(error, Exception)):
+            mirror.postpone(store, record)
+        else:
+            mirror.mirror_run(store, record)
+    except Exception as problem:  # a mistake in the mirror must not fail a run that is done
+        mirror.warn_of_mistake(problem)
+    if error is None and record.model is not None and record.summary is not None and record.summary.registered:
+        tag_log(store, record.model)

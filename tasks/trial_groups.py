@@ -11,13 +11,24 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from loraflow.execution.sweep import Trial
 from loraflow.execution.trial_groups import GroupResult, config_of, divide, read_result
-from loraflow.failures import BadPlacement, Crashed, Killed, OutOfMemory
+from loraflow.failures import (
+    BadConfig,
+    BadModel,
+    BadPlacement,
+    CannotGroup,
+    Crashed,
+    DeadlineExceeded,
+    Killed,
+    MissingExtra,
+    NonFiniteLoss,
+    OutOfMemory,
+    Stalled,
+)
 from loraflow.registry.sweeps import SweepRecord, TrialRecord
 from loraflow.stages import TRAIN_GROUP
 from loraflow.store import Ref
 from loraflow.tasks.run import Run
 from loraflow.tasks.stages import train_group
-from loraflow.tasks.trial_failures import OF_THE_GROUP
 
 log = logging.getLogger("loraflow")
 
@@ -118,3 +129,19 @@ def _record(run: Run, trial: Trial, result: GroupResult, state: str) -> TrialRec
             "group_number": result.number,
         }
     )
+
+
+# Failures that a trial's settings may have caused. Any other, such as a full disk, would end the next trial too.
+OF_THE_TRIAL = (
+    NonFiniteLoss,
+    OutOfMemory,
+    Killed,
+    Crashed,
+    Stalled,
+    DeadlineExceeded,
+    BadConfig,
+    BadModel,
+    MissingExtra,
+)
+# A group has those of its trials too: trained by themselves, only the trial that caused one fails.
+OF_THE_GROUP = (CannotGroup, *OF_THE_TRIAL)

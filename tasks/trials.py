@@ -16,8 +16,7 @@ from loraflow.tasks.limits import check_rows
 from loraflow.tasks.run import Run, StageResult
 from loraflow.tasks.stage_task import stage_task
 from loraflow.tasks.stages import check_dataset, resolve_base, tokenize, version_dataset
-from loraflow.tasks.trial_failures import OF_THE_TRIAL
-from loraflow.tasks.trial_groups import run_groups
+from loraflow.tasks.trial_groups import OF_THE_TRIAL, run_groups
 
 log = logging.getLogger("loraflow")
 

@@ -22,8 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from loraflow.flows.server.schedules import Schedule
-from loraflow.flows.server.strict_model import StrictModel
+from loraflow.flows.server.schedules import Schedule, StrictModel
 from loraflow.flows.server.triggers import check_triggers
 
 DEFAULT_QUEUE = "default"  # the work queue that every pool has

@@ -19,11 +19,16 @@ from loraflow.config import yaml
 from loraflow.config.project import FILE
 from loraflow.failures import BadConfig
 from loraflow.flows.server.automations import Notifications, Project
-from loraflow.flows.server.deployed_parameters import check_parameters, check_settings, warn_of_missing_branches
+from loraflow.flows.server.deployed_parameters import (
+    check_parameters,
+    check_settings,
+    is_filled_in_later,
+    texts,
+    warn_of_missing_branches,
+    with_recipe_values,
+)
 from loraflow.flows.server.deployment_spec import DeploymentEntry, DeploymentSpec, project_of
-from loraflow.flows.server.form_values import with_recipe_values
 from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
-from loraflow.flows.server.templates import is_filled_in_later, texts
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

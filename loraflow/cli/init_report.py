@@ -57,8 +57,8 @@ def print_dataset(dataset: UserDataset) -> None:
 
 def print_files(dataset: UserDataset, written: WrittenFiles, name: str, base: str) -> None:
     """Print each new file with what it is for, and the next command."""
-    from loraflow.flows.server.own_prefect_yaml import deployment_to_add
-    from loraflow.tracking.dvc_pipeline import PIPELINE
+    from loraflow.flows.server.new_prefect_yaml import deployment_to_add
+    from loraflow.tracking.dvclive import PIPELINE
 
     source, recipe, pin = dataset.source, written.recipe, written.pin
     files = "files" if len(dataset.files) > 1 else "file"

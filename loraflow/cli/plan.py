@@ -58,10 +58,8 @@ class _PlannedRun:
 
 def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:
     from loraflow.execution.plan import base_report, gate_power, plan, too_few_positions
-    from loraflow.execution.plan_general import forgetting_lines
     from loraflow.execution.plan_memory import planned_memory
-    from loraflow.execution.plan_slices import slice_power_lines
-    from loraflow.execution.plan_sources import planned_sources
+    from loraflow.execution.plan_rows import forgetting_lines, planned_sources, slice_power_lines
     from loraflow.execution.plan_tokens import token_lines
     from loraflow.failures import Failure
     from loraflow.stages import TRAIN

@@ -69,9 +69,8 @@ def predict(
     of an answer.
     """
     quiet_logging(logging.INFO)
-    from loraflow.config.tools_file import read_tools_file
-    from loraflow.serving.model_tools import tools_of
-    from loraflow.serving.models import find_model
+    from loraflow.config.data import read_tools_file
+    from loraflow.serving.models import find_model, tools_of
     from loraflow.serving.predict import PredictOptions
     from loraflow.serving.predict import predict as answer_file
     from loraflow.store import hash_memo, open_store

@@ -131,7 +131,7 @@ def _run_flow(
     quiet: bool,
 ) -> tuple[RunSummary, dict[str, JsonValue]]:
     """Run the flow; return its summary, also as the JSON document."""
-    from loraflow.cli.flow_call import call_flow
+    from loraflow.cli.run import call_flow
     from loraflow.flows.sweep import sweep as flow
 
     parameters: dict[str, JsonValue] = {

@@ -23,7 +23,7 @@ from loraflow.execution.deal import preview_heldout
 from loraflow.execution.look_rows import checked_rows, rows_of_a_look
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, Failure
-from loraflow.registry.near_gains import gains_to_follow
+from loraflow.registry.budget import gains_to_follow
 from loraflow.stages import (
     CHECK_DATASET,
     CHECK_GENERAL,
@@ -122,7 +122,7 @@ def find_step(label: str) -> Step | None:
 
 
 def _steps_of_seed(seed: int) -> tuple[Step, ...]:
-    """Return the steps of `flows/seeds.py`."""
+    """Return the steps of `train_seed` in `flows/pipeline.py`."""
     adapter, merged = f"train seed {seed}", f"merge seed {seed}"
     inputs = {"base": "resolve_base", "adapter": adapter, "merged": merged, "rows": "check_dataset"}
     return (

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from loraflow.execution.cache import look_up
+from loraflow.execution.look_rows import checked_rows
 from loraflow.execution.plan import base_config
 from loraflow.execution.workspace import Workspace
-from loraflow.stages import CHECK_DATASET, RESOLVE_BASE, TOKENIZE, VERSION_DATASET
+from loraflow.stages import RESOLVE_BASE, TOKENIZE
 from loraflow.training import memory
 from loraflow.training.adapter_rank import adapter_rank
 from loraflow.training.memory import Recompute
@@ -90,8 +91,7 @@ def _device(recipe: Recipe) -> Literal["cpu", "cuda"]:
 def _rows(workspace: Workspace) -> tuple[int, float]:
     """Return the tokens of the longest row, and the share of the tokens that is learned."""
     store = workspace.store
-    dataset = look_up(store, workspace.job(VERSION_DATASET, {})).ref
-    rows = look_up(store, workspace.job(CHECK_DATASET, {"dataset": dataset})).ref if dataset else None
+    rows = checked_rows(workspace)
     base = look_up(store, workspace.job(RESOLVE_BASE, {})).ref
     tokens = look_up(store, workspace.job(TOKENIZE, {"rows": rows, "base": base})).ref if rows and base else None
     figures = store.manifest(tokens).figures if tokens else {}

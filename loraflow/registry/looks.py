@@ -104,7 +104,7 @@ class LookRecord:
             horizon: gate.looks.
             promotions: the entries of the promotion log.
             actor: who runs this.
-            nearly: numbers (seq) of looks that nearly showed a gain (`near_gains.py`); None without gate.independent_rows.
+            nearly: numbers (seq) of looks that nearly showed a gain (`near_gains`); None without gate.independent_rows.
 
         Raises:
             DamagedLog: a look is missing or was changed.

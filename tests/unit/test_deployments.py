@@ -88,7 +88,7 @@ def test_a_run_uses_the_project_that_its_worker_names(tmp_path, monkeypatch):
 
 def test_automations_do_not_depend_on_the_order_of_their_sets():
     """`expect` is a set: two equal sets may be dumped in two orders, and each deploy then updated the automation."""
-    from loraflow.flows.server.comparison import same_automation_fields
+    from loraflow.flows.server.deployments import same_automation_fields
 
     def automation(*names, id_=1, force=("train", "merge")):
         trigger = {"id": id_, "triggers": [{"id": id_, "expect": list(names), "within": 3}]}

@@ -20,7 +20,7 @@ from loraflow.evaluation.gate import decide
 from loraflow.evaluation.general import CHATS, CHOICES
 from loraflow.evaluation.power import rows_that_rule_out
 from loraflow.execution.launcher import run_job
-from loraflow.execution.plan_general import forgetting_lines
+from loraflow.execution.plan_rows import forgetting_lines
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, BadData, DirtyData
 from loraflow.job import Inputs, Progress

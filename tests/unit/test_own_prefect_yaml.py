@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from loraflow.failures import BadConfig
-from loraflow.flows.server.own_prefect_yaml import deployment_to_add
+from loraflow.flows.server.new_prefect_yaml import deployment_to_add
 from loraflow.flows.server.prefect_yaml import read_specs
 
 MINE = "- name: mine\n  entrypoint: own.py:nothing\n  work_pool: {name: theirs}\n"

@@ -16,7 +16,7 @@ from loraflow.execution.plan import _certain_changes, find_step, steps_of
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, BadData
 from loraflow.identity import payload
-from loraflow.reporting.seeds import seed_lines
+from loraflow.reporting.markdown import seed_lines
 from loraflow.stages import TRAIN
 from loraflow.store import Ref
 from loraflow.tasks.gate import _protocol, gate

@@ -16,7 +16,7 @@ from loraflow.stages import STAGES, TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
 from loraflow.tasks import trial_groups as groups_module
 from loraflow.tasks.run import StageResult
-from loraflow.tasks.trial_failures import OF_THE_GROUP, OF_THE_TRIAL
+from loraflow.tasks.trial_groups import OF_THE_GROUP, OF_THE_TRIAL
 from tests.unit.test_sweep import file, trials_of  # noqa: F401  (file is a fixture)
 from tests.unit.test_trials import LOSS, FakeStore, RecordingRun, sweep  # noqa: F401  (sweep is a fixture)
 
