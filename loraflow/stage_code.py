@@ -206,7 +206,6 @@ TRAIN = (
     "loraflow.base.stored_weights",
     "loraflow.base.meta",
     "loraflow.adapters.loralib",
-    "loraflow.adapters.loralib.mergeable_layer",
     "loraflow.adapters.loralib.layers",
     "loraflow.adapters.loralib.swap",
     "loraflow.adapters.loralib.model",
@@ -275,7 +274,6 @@ EVALUATE = (
     "loraflow.data.split",
     "loraflow.evaluation.answers_file",
     "loraflow.evaluation.generation",
-    "loraflow.evaluation.padding_check",
     "loraflow.base.forced_logits",
     "loraflow.base.generation_settings",
     "loraflow.data.positions",
@@ -339,10 +337,8 @@ CHECK_GENERAL = (
 
 SCORE_GENERAL = (
     "loraflow.evaluation.general",
-    "loraflow.evaluation.choices",
     "loraflow.evaluation.generation",
     "loraflow.evaluation.answers_file",
-    "loraflow.evaluation.padding_check",
     "loraflow.evaluation.greedy_decoding",
     "loraflow.evaluation.values",
     "loraflow.data.general_rows",

@@ -12,7 +12,7 @@ from loraflow.failures import BadData
 from loraflow.store import read_intact
 
 if TYPE_CHECKING:
-    from loraflow.evaluation.forgetting import GeneralGuard
+    from loraflow.evaluation.guards import GeneralGuard
 
 
 def read_general_guards(workspace: Workspace, result: PipelineResult) -> list[GeneralGuard]:
@@ -26,8 +26,8 @@ def read_general_guards(workspace: Workspace, result: PipelineResult) -> list[Ge
         return []
     import pandas as pd
 
-    from loraflow.evaluation.forgetting import SCORES, general_guards
     from loraflow.evaluation.general import TABLES
+    from loraflow.evaluation.guards import SCORES, general_guards
 
     sets = {SCORES[score][0] for score in margins}
     tables = {

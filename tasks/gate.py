@@ -28,8 +28,7 @@ from loraflow.tasks.slices import read_field_values, read_unscored_parts
 if TYPE_CHECKING:
     import pandas as pd
 
-    from loraflow.evaluation.forgetting import GeneralGuard
-    from loraflow.evaluation.slice_guards import SliceGuard
+    from loraflow.evaluation.guards import GeneralGuard, SliceGuard
 
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
@@ -93,7 +92,7 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
         if check["consistent"] is None:
             del check["consistent"]
     if rules.get("slices"):
-        from loraflow.evaluation.slice_guards import partition_of
+        from loraflow.evaluation.guards import partition_of
 
         # Another value of a row's field is another rule, although no score changed.
         rules["partition"] = partition_of(_slice_guards(workspace, result))
@@ -105,7 +104,7 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
 def _slice_guards(workspace: Workspace, result: PipelineResult) -> list[SliceGuard]:
     """Return the guards of gate.slices, for the parts of the rows that were scored."""
     from loraflow.evaluation.gate import require_comparable
-    from loraflow.evaluation.slice_guards import slice_guards
+    from loraflow.evaluation.guards import slice_guards
 
     rules = workspace.recipe.gate.slices
     if not rules:
@@ -137,7 +136,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
 
     A comparison that cannot promote, because of its numbers of rows, spends none.
     """
-    from loraflow.evaluation.before_look import why_not_promoted
+    from loraflow.evaluation.guards import why_not_promoted
 
     tables = _comparable_tables(workspace, result)
     hopeless = why_not_promoted(tables.ours, tables.parts, tables.general, tables.unscored)

@@ -15,7 +15,7 @@ from loraflow.data.chats import GATE_SET
 from loraflow.data.token_report import TokenReport
 from loraflow.evaluation.values import Decision, scores_to_dict
 from loraflow.execution.results import PipelineResult
-from loraflow.execution.trial_loss import CURVES, read_curves
+from loraflow.execution.sweep import CURVES, read_curves
 from loraflow.failures import CorruptArtifact
 from loraflow.registry.runs import RunRecord, RunSummary, read_run, run_ids, write_report
 from loraflow.reporting.history import History

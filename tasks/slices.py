@@ -40,7 +40,7 @@ def read_unscored_parts(workspace: Workspace, result: PipelineResult, scored: Se
         return []
     import pandas as pd
 
-    from loraflow.evaluation.slice_guards import unscored_parts
+    from loraflow.evaluation.guards import unscored_parts
 
     rows = compared_rows(read_intact(workspace.store, result.rows, "heldout.jsonl"), None, 0)
     prompts = [json.dumps(row.messages[:-1], ensure_ascii=False) for _, row in rows]

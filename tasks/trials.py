@@ -6,8 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loraflow.execution.sweep import Trial
-from loraflow.execution.trial_loss import NOT_MEASURED, read_curves, training_config
+from loraflow.execution.sweep import NOT_MEASURED, Trial, read_curves, training_config
 from loraflow.failures import BadConfig, BadData, BadPlacement, Crashed, Failure
 from loraflow.registry.sweeps import SweepRecord, TrialRecord, choose
 from loraflow.stages import TRAIN

@@ -22,10 +22,9 @@ from pydantic import JsonValue
 from loraflow.failures import BadConfig
 from loraflow.flows.server.automations import Notifications, Project, wanted_automations
 from loraflow.flows.server.connection import require_server
-from loraflow.flows.server.deployment_spec import DeploymentSpec, project_of
-from loraflow.flows.server.job_variables import refuse_ignored_job_variables
+from loraflow.flows.server.deployed_parameters import refuse_ignored_job_variables
+from loraflow.flows.server.deployment_spec import DeploymentSpec, automation_of, is_trigger_of, project_of, starts
 from loraflow.flows.server.prefect_yaml import find_prefect_yaml, read_all, read_project
-from loraflow.flows.server.triggers import automation_of, is_trigger_of, starts
 from loraflow.tasks.gpu_lease import create_limit
 
 log = logging.getLogger("loraflow")

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from loraflow.adapters.adapter_check import check_adapter
-from loraflow.adapters.base_shapes import BaseShapes
-from loraflow.adapters.fit_to_base import fit
+from loraflow.adapters.fit_to_base import BaseShapes, fit
 from loraflow.adapters.loralib_checkpoint import LoralibSettings, from_loralib, read_tensors
 from loraflow.adapters.peft_folder import read_peft, refuse_unconvertible, write_peft
 from loraflow.adapters.tokenizer_files import copy_tokenizer_files

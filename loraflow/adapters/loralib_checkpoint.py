@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraflow.adapters.base_shapes import BaseShapes
+from loraflow.adapters.fit_to_base import BaseShapes
 from loraflow.adapters.fused_projections import NAMES, block_sizes
 from loraflow.adapters.lora_updates import Adapter, Bias, LoraUpdate, block_diagonal, convolution
 from loraflow.adapters.validation import check_finite

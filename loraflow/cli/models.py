@@ -1,4 +1,4 @@
-"""`loraflow evaluate, merge`: with a run's model, the champion, or a folder."""
+"""`loraflow evaluate, merge, adapters, base`: score, merge, convert and install models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loraflow show`: a run's report, an artifact's manifest, or the facts about the champion."""
+"""`loraflow show, compare`: a run's report, an artifact's manifest, the facts about the champion; runs side by side."""
 
 from __future__ import annotations
 
@@ -319,8 +319,7 @@ def compare(models: tuple[str, ...], html: str | None, store: str, as_json: bool
             got=str(len(models)),
             next_step="`loraflow runs` lists the runs",
         )
-    from loraflow.serving.compared import compare_models
-    from loraflow.serving.comparison_page import html_page, terminal_lines
+    from loraflow.serving.compared import compare_models, html_page, terminal_lines
 
     comparison = compare_models(open_store(store), models)
     if html is not None:

@@ -1,4 +1,4 @@
-"""`loraflow runs, verify, gc`: list the runs of the store, check its artifacts, and clean it up."""
+"""`loraflow runs, verify, reproduce, repair, gc, backup`: list the runs of a store, check, recompute, clean and copy it."""
 
 from __future__ import annotations
 
@@ -103,8 +103,7 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
 
 def _check_signature(log: PromotionLog, signers: Path) -> None:
     from loraflow.registry.runs import LogHead
-    from loraflow.registry.signature import check_signature
-    from loraflow.registry.verified_heads import remember_verified, require_not_older
+    from loraflow.registry.signature import check_signature, remember_verified, require_not_older
 
     hashes = [entry.hash for entry in log.entries()]
     require_not_older(log.store, log.model, hashes, signers)
@@ -127,8 +126,7 @@ def _missing_champions(store: Store, signers: Path | None) -> str:
     from loraflow.registry.looks import LookRecord, models_with_looks
     from loraflow.registry.rebuild import how_to_rebuild
     from loraflow.registry.runs import damaged_runs
-    from loraflow.registry.signature import signed_models
-    from loraflow.registry.verified_heads import verified_models
+    from loraflow.registry.signature import signed_models, verified_models
 
     steps = []
     signed = signed_models(store) | verified_models(store, signers) if signers is not None else set()
@@ -243,7 +241,7 @@ def reproduce(run: str, into: str, store: str, as_json: bool) -> None:
     Exit status 1 if a result differs.
     """
     quiet_logging()
-    from loraflow.execution.reproduce import reproduce as run_again
+    from loraflow.execution.rederive import reproduce as run_again
     from loraflow.registry.runs import read_run
 
     opened = open_store(store)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraflow.evaluation.forgetting import PREFIX
+from loraflow.evaluation.guards import PREFIX
 from loraflow.evaluation.power import MINIMUM_ROWS
 from loraflow.evaluation.values import Comparison, Decision
 

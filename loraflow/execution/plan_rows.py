@@ -1,4 +1,4 @@
-"""What the guards of gate.slices need, for `loraflow plan`: parts of the held-out rows that are too small to compare."""
+"""What `loraflow plan` says about rows: the sources of a mixture, and which guards have too few rows to pass."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def slice_power_lines(workspace: Workspace) -> list[str]:
     compared = rows_of_a_look(workspace, rows) if rows else []
     if rows is None or not compared:
         return []
+    from loraflow.evaluation.guards import power_lines, unscored_parts
     from loraflow.evaluation.power import largest_differences
-    from loraflow.evaluation.slice_guards import power_lines, unscored_parts
     from loraflow.evaluation.slices import divide
 
     fields = parse_field_values(store.read(rows, FILE)) if recipe.slice_fields else {}

@@ -10,8 +10,7 @@ from pydantic import JsonValue
 
 from loraflow.data.chats import GATE_SET
 from loraflow.identity import short
-from loraflow.registry.changes import changes
-from loraflow.registry.runs import RunRecord
+from loraflow.registry.runs import RunRecord, changes
 
 MOST_CHANGES = 12  # in the report; `loraflow compare` shows all
 _TRAINING = ("learning_rate", "num_train_epochs", "max_steps", "max_length", "seed")

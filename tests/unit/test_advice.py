@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from loraflow.evaluation.advice import HeldoutRows, advice
-from loraflow.evaluation.forgetting import GeneralGuard
 from loraflow.evaluation.gate import decide
+from loraflow.evaluation.guards import GeneralGuard
 from loraflow.evaluation.values import Decision
 
 

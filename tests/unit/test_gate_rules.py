@@ -11,7 +11,7 @@ from loraflow.config.gate import Gate
 from loraflow.config.gate_rules import NOT_SCORES, largest_difference
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.values import OF_ALL_ROWS, RANGES, ROW_COLUMNS
-from loraflow.execution import reproduce as reproducing
+from loraflow.execution import rederive as reproducing
 from loraflow.execution.repair import _recipe
 from loraflow.failures import BadConfig
 from loraflow.registry.rebuild import _command

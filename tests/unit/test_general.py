@@ -14,10 +14,9 @@ from loraflow.data.general import check_limits
 from loraflow.data.general import run as check_general
 from loraflow.data.general_rows import read_general
 from loraflow.evaluation import general as stage
-from loraflow.evaluation.choices import encode_choice, is_right
-from loraflow.evaluation.forgetting import general_guards
 from loraflow.evaluation.gate import decide
-from loraflow.evaluation.general import CHATS, CHOICES
+from loraflow.evaluation.general import CHATS, CHOICES, encode_choice, is_right
+from loraflow.evaluation.guards import general_guards
 from loraflow.evaluation.power import rows_that_rule_out
 from loraflow.execution.launcher import run_job
 from loraflow.execution.plan_rows import forgetting_lines

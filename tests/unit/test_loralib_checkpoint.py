@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraflow.adapters.loralib.mergeable_layer import MergeableLayer
+from loraflow.adapters.loralib.layers import MergeableLayer
 from loraflow.adapters.loralib.model import load, load_pretrained, prepare, state_of, to_adapter
 from loraflow.adapters.loralib.swap import Settings, swap
 from loraflow.adapters.peft_folder import write_peft

@@ -251,7 +251,7 @@ def test_a_part_of_mlflow_that_cannot_be_imported_is_a_missing_extra(monkeypatch
 
 def test_sync_with_an_address_keeps_the_model_and_experiment_of_the_newest_run(store, monkeypatch):
     from loraflow.cli import cli
-    from loraflow.cli import mlflow as command
+    from loraflow.cli import registry as command
 
     section = {"uri": "http://old:5000", "experiment": "nightly", "model": "tickets-shown"}
     resolved = {"register": {"model": "tickets"}, "runtime": {"mlflow": section}}

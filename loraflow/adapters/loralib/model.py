@@ -13,7 +13,7 @@ from torch import nn
 
 from loraflow.adapters.lora_updates import Adapter, Bias, LoraUpdate, block_diagonal, convolution
 from loraflow.adapters.loralib import layers
-from loraflow.adapters.loralib.mergeable_layer import MergeableLayer
+from loraflow.adapters.loralib.layers import MergeableLayer
 from loraflow.adapters.loralib.swap import Settings, swap
 from loraflow.adapters.peft_folder import write_peft
 from loraflow.failures import BadModel

@@ -15,8 +15,7 @@ from torch import nn
 
 from loraflow.adapters.fused_projections import NAMES, AttentionHeads, block_sizes
 from loraflow.adapters.lora_updates import Bias
-from loraflow.adapters.loralib.layers import wrap_module
-from loraflow.adapters.loralib.mergeable_layer import MergeableLayer
+from loraflow.adapters.loralib.layers import MergeableLayer, wrap_module
 from loraflow.adapters.targets import ALL_LINEAR, matches, not_adapted_by_all_linear, selects
 from loraflow.config.lora import LoralibConfig, PeftConfig
 from loraflow.failures import BadConfig

@@ -1,14 +1,18 @@
-"""Guards for parts of the held-out rows (`gate.slices`): no part may get worse by more than its margin.
+"""Guards for parts of the held-out rows (`gate.slices`) and for general rows (`gate.forgetting`).
 
+No part, and no score of general rows, may get worse by more than its margin.
 All parts must hold, so they need no correction, as other guards. A part with few rows leaves the decision open, and the
 reason names the rows that it would need: a part that is too small to compare is not known to be as good as before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from loraflow.evaluation.general import CHATS, CHOICES
+from loraflow.evaluation.groups import group_labels
 from loraflow.evaluation.power import MINIMUM_ROWS, equally_long, margin_of_unchanged, rows_for_margin
 from loraflow.evaluation.slices import NO_FIELDS, Part, divide
 
@@ -96,3 +100,72 @@ def power_lines(
                     f"rows{equally_long(metric)}, you have {rows}{out}"
                 )
     return lines
+
+
+# The set of rows of each score, and its column there.
+SCORES = {
+    "loss": (CHATS, "token_loss"),
+    "accuracy": (CHOICES, "accuracy"),
+    "accuracy_norm": (CHOICES, "accuracy_norm"),
+}
+PREFIX = "general_"  # these scores' names begin with it in the gate's reasons
+Tables = Mapping[str, "pd.DataFrame"]  # one model's tables, by the name of the set
+
+
+@dataclass(frozen=True)
+class GeneralGuard:
+    """A score on general rows that may get worse by at most `margin`."""
+
+    name: str  # in reasons
+    metric: str  # a column of the tables
+    margin: float
+    challenger: pd.DataFrame
+    others: Mapping[str, pd.DataFrame]
+
+
+def general_guards(
+    margins: Mapping[str, float], challenger: Tables, others: Mapping[str, Tables]
+) -> list[GeneralGuard]:
+    """Return the guards of gate.forgetting.
+
+    Args:
+        margins: {score: how much worse it may get}.
+        challenger: the tables of score_general for the new model.
+        others: the same for base and champion.
+    """
+    found = []
+    for score, margin in margins.items():
+        rows, column = SCORES[score]
+        tables = {name: tables[rows] for name, tables in others.items()}
+        found.append(GeneralGuard(f"{PREFIX}{score}", column, margin, challenger[rows], tables))
+    return found
+
+
+def why_not_promoted(
+    table: pd.DataFrame,
+    parts: Sequence[SliceGuard],
+    general: Sequence[GeneralGuard],
+    unscored: Sequence[str],
+) -> list[str]:
+    """Return before a look why no scores of these rows can promote the challenger; nothing if some can.
+
+    Only numbers of rows count here. A reason that depends on scores or answers, such as a check of behaviour that fails,
+    uses a look: if only comparisons that may still promote did, their promotions would be wrong more often than
+    `gate.error` says.
+
+    Args:
+        table: the challenger's scores of the held-out rows.
+        parts: guards for parts of these rows.
+        general: guards on general rows.
+        unscored: parts of which no row was scored.
+    """
+    tables = {"held-out rows": table}
+    tables |= {f"rows of {guard.part}": table[table["id"].isin(guard.part.ids)] for guard in parts}
+    tables |= {f"rows of {guard.name}": guard.challenger for guard in general}
+    independent = {name: len(set(group_labels(rows))) for name, rows in tables.items()}
+    few = [
+        f"{name}: {count} independent, and {MINIMUM_ROWS} are the least"
+        for name, count in independent.items()
+        if count < MINIMUM_ROWS
+    ]
+    return [*few, *(f"no row of {part} was scored" for part in unscored)]
