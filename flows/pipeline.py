@@ -19,7 +19,7 @@ the two.
 from __future__ import annotations
 
 from loraflow.execution.deal import deal_heldout
-from loraflow.execution.plan_tokens import warn_of_other_tokens
+from loraflow.execution.plan_notes import warn_of_other_tokens
 from loraflow.execution.results import PipelineResult, SeedResult
 from loraflow.store import Ref
 from loraflow.tasks.limits import check_general_rows, check_merge, check_rows

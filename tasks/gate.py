@@ -22,8 +22,12 @@ from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
 from loraflow.store import Ref, read_intact, require_unchanged
-from loraflow.tasks.forgetting import read_general_guards, require_general_comparable
-from loraflow.tasks.slices import read_field_values, read_unscored_parts
+from loraflow.tasks.guards import (
+    read_field_values,
+    read_general_guards,
+    read_unscored_parts,
+    require_general_comparable,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,10 +176,9 @@ def _comparable_tables(workspace: Workspace, result: PipelineResult) -> _Tables:
 
 def _decide(workspace: Workspace, result: PipelineResult, tables: _Tables, look: Look | None) -> Decision:
     """Compare the means of scores, then apply the rules that can only prevent a promotion."""
-    from loraflow.evaluation.behaviour import with_behaviour
+    from loraflow.evaluation.behaviour import WorseLimit, find_worse, with_behaviour, with_worse_rows
     from loraflow.evaluation.gate import decide
     from loraflow.evaluation.seeds import with_seeds
-    from loraflow.evaluation.worst import WorseLimit, find_worse, with_worse_rows
 
     rules = workspace.recipe.gate
     decision = decide(

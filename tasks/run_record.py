@@ -24,7 +24,7 @@ from loraflow.registry.log import actor
 from loraflow.registry.runs import Publication, RecordedDecision, RowsSummary, RunRecord, RunState, RunSummary, find_run
 from loraflow.reporting.rows import RowPolicy, summarise_rows
 from loraflow.store import Ref
-from loraflow.tasks.slices import heldout_slices
+from loraflow.tasks.guards import heldout_slices
 
 if TYPE_CHECKING:
     from loraflow.tasks.run import Run

@@ -194,9 +194,8 @@ def chat(
 ) -> None:
     """Talk to MODEL. /help lists the commands. From a pipe, each line is a message."""
     quiet_logging()
-    from loraflow.serving.chat import Chat
+    from loraflow.serving.chat import Chat, Session
     from loraflow.serving.models import Model, find_model, load
-    from loraflow.serving.session import Session
     from loraflow.store import open_store
 
     opened = open_store(store)

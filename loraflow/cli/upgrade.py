@@ -57,7 +57,7 @@ def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
     from loraflow.cli.init import FOR_DVCIGNORE, gitignore_lines, with_lines
     from loraflow.config.project import FILE
     from loraflow.config.upgrade_recipe import Upgraded, upgrade_recipe
-    from loraflow.flows.server.upgrade_prefect_yaml import upgrade_prefect_yaml
+    from loraflow.flows.server.new_prefect_yaml import upgrade_prefect_yaml
 
     recipes = sorted(path for pattern in ("*.yaml", "*.yml") for path in Path("configs").glob(pattern))
     if not recipes and not Path(FILE).exists():

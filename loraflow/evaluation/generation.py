@@ -166,8 +166,7 @@ class _Generator:
 
     def _cache(self, rows: int, width: int) -> DynamicCache | None:
         """Return a cache for one batch, with the shared prefix; None for a model that brings its own kind."""
-        from loraflow.evaluation.greedy_decoding import ALIGNED
-        from loraflow.evaluation.kv_cache import preallocated_cache
+        from loraflow.evaluation.greedy_decoding import ALIGNED, preallocated_cache
 
         capacity = width + self.max_new_tokens
         if self.use_cuda_graph:

@@ -34,7 +34,7 @@ class SharedPrefix:
 
     def cache(self, rows: int, capacity: int) -> DynamicCache:
         """Return a new cache that holds the prefix in each of `rows` rows, with memory for `capacity` tokens per row."""
-        from loraflow.evaluation.kv_cache import preallocated_cache
+        from loraflow.evaluation.greedy_decoding import preallocated_cache
 
         cache = preallocated_cache(len(self.layers), capacity)
         for index, (keys, values) in enumerate(self.layers):

@@ -18,7 +18,7 @@ from loraflow.evaluation.guards import partition_of, power_lines, slice_guards, 
 from loraflow.evaluation.slices import divide, slice_scores
 from loraflow.evaluation.values import Decision, MetricValue, SeedScores, Slice
 from loraflow.execution.launcher import run_job
-from loraflow.execution.plan_rows import slice_power_lines
+from loraflow.execution.plan_notes import slice_power_lines
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, BadData
 from loraflow.job import Inputs, Job, Progress
