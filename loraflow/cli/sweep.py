@@ -14,8 +14,7 @@ from loraflow.config.grid import MAX_TRIALS, check_grid, parse_grid
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
-    from loraflow.execution.sweep import Trial
-    from loraflow.execution.sweep_plan import SweepPlan
+    from loraflow.execution.sweep import SweepPlan, Trial
     from loraflow.registry.runs import RunSummary
     from loraflow.registry.sweeps import SweepRecord
 
@@ -103,7 +102,7 @@ def _check(
 def _plan(
     recipe: str, grid: dict[str, JsonValue], seeds: int, overrides: dict[str, JsonValue], max_trials: int
 ) -> SweepPlan:
-    from loraflow.execution.sweep_plan import plan_sweep
+    from loraflow.execution.sweep import plan_sweep
 
     return plan_sweep(_trials(recipe, grid, seeds, overrides, max_trials), [*grid])
 

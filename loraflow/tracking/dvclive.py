@@ -18,7 +18,7 @@ from loraflow.credentials import mask_json
 from loraflow.failures import BadConfig
 from loraflow.registry.runs import RunRecord
 from loraflow.store import Store
-from loraflow.tracking.content import curves
+from loraflow.tracking.tracker import curves
 
 PLOTS = "plots/metrics"
 # What DVC needs to find the files, if no stage of a dvc.yaml names them.

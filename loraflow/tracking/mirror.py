@@ -12,14 +12,16 @@ from loraflow.failures import Failure, Network
 from loraflow.registry.log import Entry, PromotionLog
 from loraflow.registry.runs import RunRecord, find_run, read_runs
 from loraflow.store import Store
-from loraflow.tracking.content import content_of, content_of_lost_run, is_news
 from loraflow.tracking.tracker import (
     RunContent,
     TrackedRun,
     Tracker,
     Tracking,
+    content_of,
+    content_of_lost_run,
     find_tracking,
     is_installed,
+    is_news,
     missing_extra,
 )
 

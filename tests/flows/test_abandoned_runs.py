@@ -19,9 +19,9 @@ def nightly(client):
     """A deployment with a limit of one, in a pool of its own."""
     from loraflow.flows.server.automations import Notifications
     from loraflow.flows.server.deployments import Deployer
-    from loraflow.flows.server.prefect_yaml import read_specs
+    from loraflow.flows.server.prefect_yaml import read_all
 
-    [nightly] = read_specs(FILE, ["retrain/nightly"])
+    [nightly] = read_all(FILE, ["retrain/nightly"])[0]
     pool = nightly.work_pool.model_copy(update={"name": "abandoned"})
     spec = nightly.model_copy(update={"name": "abandoned", "work_pool": pool})
     Deployer(client).deploy_all([spec], Notifications())

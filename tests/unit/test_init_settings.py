@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from loraflow.cli.init import LOCK_FILE, extend_dvcignore, extend_gitignore, init, project_lock
-from loraflow.cli.init_dataset import estimated_tokens, read_dataset
+from loraflow.cli.init import LOCK_FILE, _held_out_line, extend_dvcignore, extend_gitignore, init, project_lock
+from loraflow.cli.init_dataset import choose_heldout_fraction, choose_settings, estimated_tokens, read_dataset
 from loraflow.cli.init_recipe import recipe_text
-from loraflow.cli.init_report import _held_out_line
-from loraflow.cli.init_settings import choose_heldout_fraction, choose_settings
 from loraflow.config import parse_recipe
 from loraflow.failures import BadConfig
 from loraflow.store.lock import flock

@@ -15,11 +15,10 @@ from loraflow.failures import BudgetSpent, MissingExtra, Network
 from loraflow.registry import PromotionLog
 from loraflow.store import LocalStore, Summary
 from loraflow.tasks.run import mirror_run as mirror_run_of_flow
-from loraflow.tracking import content as content_module
 from loraflow.tracking import mirror
-from loraflow.tracking.content import content_of, is_news
+from loraflow.tracking import tracker as content_module
 from loraflow.tracking.mirror import read_marks
-from loraflow.tracking.tracker import TrackedRun, Tracking, find_tracking
+from loraflow.tracking.tracker import TrackedRun, Tracking, content_of, find_tracking, is_news
 from tests.promoted_models import add_model, promote, record_run
 
 RUNS = ("20260101-000000-aaaaaa", "20260102-000000-bbbbbb", "20260103-000000-cccccc")

@@ -6,17 +6,17 @@ from types import SimpleNamespace
 import pytest
 
 from loraflow.cli.sweep import _show_plan
-from loraflow.execution import sweep_plan
+from loraflow.execution import sweep as sweep_module
 from loraflow.execution.plan import PlannedStep
-from loraflow.execution.sweep_plan import plan_sweep
+from loraflow.execution.sweep import plan_sweep
 from loraflow.execution.trial_groups import group_job, make_groups, why_alone
 from loraflow.failures import BadConfig, BadPlacement, CannotGroup, DiskFull, MissingExtra, NonFiniteLoss, OutOfMemory
 from loraflow.identity import canonical
 from loraflow.stages import STAGES, TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
-from loraflow.tasks import trial_groups as groups_module
+from loraflow.tasks import trials as groups_module
 from loraflow.tasks.run import StageResult
-from loraflow.tasks.trial_groups import OF_THE_GROUP, OF_THE_TRIAL
+from loraflow.tasks.trials import OF_THE_GROUP, OF_THE_TRIAL
 from tests.unit.test_sweep import file, trials_of  # noqa: F401  (file is a fixture)
 from tests.unit.test_trials import LOSS, FakeStore, RecordingRun, sweep  # noqa: F401  (sweep is a fixture)
 
@@ -134,7 +134,7 @@ def plan_of(monkeypatch):
             if trial.label in alone:
                 key = trial.workspace.job(TRAIN, INPUTS).fingerprint
                 store.curves[key] = [{"step": 6, "eval_loss": LOSS[trial.workspace.recipe.peft_config.r]}]
-        monkeypatch.setattr(sweep_plan, "plan", plan)
+        monkeypatch.setattr(sweep_module, "plan", plan)
         return plan_sweep(trials, [*trials[0].settings])
 
     return plan_of

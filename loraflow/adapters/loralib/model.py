@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -110,13 +110,15 @@ def load(model: nn.Module, state: Mapping[str, torch.Tensor], bias: Bias = "none
             next_step="call model.train() first",
         )
     expected = state_of(model, bias).keys()
-    _check_keys(
-        "The checkpoint is not of this model's LoRA layers.",
-        state.keys() - own.keys(),
-        expected - state.keys(),
-        expected=f"the {len(expected)} tensors of lora_state_dict(bias={bias})",
-        next_step="give the rank, targets, enable_lora and bias with which it was trained",
-    )
+    unexpected, missing = sorted(state.keys() - own.keys()), sorted(expected - state.keys())
+    if unexpected or missing:
+        raise BadModel(
+            "The checkpoint is not of this model's LoRA layers.",
+            where=(unexpected or missing)[0],
+            expected=f"the {len(expected)} tensors of lora_state_dict(bias={bias})",
+            got=f"{len(unexpected)} unexpected, {len(missing)} missing",
+            next_step="give the rank, targets, enable_lora and bias with which it was trained",
+        )
     for name, tensor in state.items():
         if tensor.shape != own[name].shape or not tensor.isfinite().all():
             raise BadModel(
@@ -127,32 +129,6 @@ def load(model: nn.Module, state: Mapping[str, torch.Tensor], bias: Bias = "none
                 next_step="give the rank, targets and enable_lora with which it was trained",
             )
     nn.Module.load_state_dict(model, dict(state), strict=False)
-
-
-def load_pretrained(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Load pretrained weights into a model that has loralib's layers already.
-
-    Raises:
-        BadModel: an unexpected key, or a missing one that is not LoRA's; nothing was loaded.
-    """
-    own = model.state_dict(keep_vars=True)
-    missing = {name for name in own.keys() - state.keys() if "lora_" not in name}
-    _check_keys("The weights are not of this model.", state.keys() - own.keys(), missing)
-    nn.Module.load_state_dict(model, dict(state), strict=False)
-
-
-def _check_keys(
-    message: str, unexpected: Iterable[str], missing: Iterable[str], *, expected: str = "", next_step: str = ""
-) -> None:
-    unexpected, missing = sorted(unexpected), sorted(missing)
-    if unexpected or missing:
-        raise BadModel(
-            message,
-            where=(unexpected or missing)[0],
-            expected=expected,
-            got=f"{len(unexpected)} unexpected, {len(missing)} missing",
-            next_step=next_step,
-        )
 
 
 def to_adapter(model: nn.Module, bias: Bias = "none") -> Adapter:
