@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loraflow.data.heldout_fields import FILE, FieldValues, parse_field_values
 from loraflow.evaluation.values import Slice
-from loraflow.execution.look_rows import compared_rows
+from loraflow.execution.deal import compared_rows
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadData, CorruptArtifact

@@ -18,9 +18,8 @@ from loraflow.execution.results import PipelineResult
 from loraflow.execution.sweep import CURVES, read_curves
 from loraflow.failures import CorruptArtifact
 from loraflow.registry.runs import RunRecord, RunSummary, read_run, run_ids, write_report
-from loraflow.reporting.learned import History, Learned
 from loraflow.reporting.markdown import RunReport, drift_lines, run_report, scores_report
-from loraflow.reporting.sweep import TrialCurves
+from loraflow.reporting.sections import History, Learned, TrialCurves
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
 from loraflow.tasks.run import Run

@@ -14,7 +14,8 @@ from loraflow.config.grid import MAX_TRIALS, check_grid, parse_grid
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
-    from loraflow.execution.sweep import SweepPlan, Trial
+    from loraflow.execution.sweep import Trial
+    from loraflow.execution.sweep_plan import SweepPlan
     from loraflow.registry.runs import RunSummary
     from loraflow.registry.sweeps import SweepRecord
 
@@ -102,7 +103,7 @@ def _check(
 def _plan(
     recipe: str, grid: dict[str, JsonValue], seeds: int, overrides: dict[str, JsonValue], max_trials: int
 ) -> SweepPlan:
-    from loraflow.execution.sweep import plan_sweep
+    from loraflow.execution.sweep_plan import plan_sweep
 
     return plan_sweep(_trials(recipe, grid, seeds, overrides, max_trials), [*grid])
 
@@ -174,7 +175,7 @@ def show_trials(record: SweepRecord) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from loraflow.reporting.sweep import columns, table_rows
+    from loraflow.reporting.sections import columns, table_rows
 
     console = Console(highlight=False)
     table = Table(title="trials, ordered by validation loss", title_justify="left")

@@ -14,8 +14,7 @@ from loraflow.base.generation_settings import ONE_ANSWER, forget_earlier_prompts
 from loraflow.base.longrope import Side, fixed_angles
 from loraflow.evaluation.answers_file import GeneratedAnswer as GeneratedAnswer
 from loraflow.evaluation.answers_file import append_answers, read_answers
-from loraflow.evaluation.prefix_cache import SharedPrefix, has_plain_cache, shared_prefix
-from loraflow.evaluation.row_batches import groups_of
+from loraflow.evaluation.prefix_cache import SharedPrefix, groups_of, has_plain_cache, shared_prefix
 from loraflow.hardware.process_group import ProcessGroup
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from loraflow.execution.classify import storage_failure
 from loraflow.execution.code_digest import code_digest
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.memory_record import read_memory
-from loraflow.execution.stage_function import stage_function
 from loraflow.execution.start_worker import WORKER
+from loraflow.execution.worker import stage_function
 from loraflow.execution.worker_process import OnProgress, check_budget, run_in_worker_process
 from loraflow.job import Inputs, Job, Progress
 from loraflow.stages import STAGES

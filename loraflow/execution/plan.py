@@ -19,8 +19,7 @@ from loraflow.config.locations import FolderOrigin
 from loraflow.data.positions import Positions
 from loraflow.evaluation.values import LARGEST_VOCABULARY
 from loraflow.execution.cache import OTHER_CODE, known_changes, look_up
-from loraflow.execution.deal import preview_heldout
-from loraflow.execution.look_rows import checked_rows, rows_of_a_look
+from loraflow.execution.deal import checked_rows, preview_heldout, rows_of_a_look
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry.budget import gains_to_follow

@@ -17,7 +17,7 @@ from loraflow.data.heldout_fields import FILE, parse_field_values
 from loraflow.data.source_limits import source_lines
 from loraflow.evaluation.power import rows_for_margin, rows_that_rule_out
 from loraflow.execution.cache import look_up
-from loraflow.execution.look_rows import checked_rows, compared_rows, rows_of_a_look
+from loraflow.execution.deal import checked_rows, compared_rows, rows_of_a_look
 from loraflow.execution.plan import base_config, vocabulary_of
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, DamagedLog

@@ -24,8 +24,7 @@ from loraflow.identity import short
 from loraflow.registry.runs import RowsSummary
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.reporting import chart
-from loraflow.reporting.learned import History, Learned, history_lines, learned_lines
-from loraflow.reporting.sweep import TrialCurves, sweep_lines
+from loraflow.reporting.sections import History, Learned, TrialCurves, history_lines, learned_lines, sweep_lines
 
 GATE_SET = "heldout"  # its scores are shown first: the gate decides by them
 LOSS_ROWS = 12  # rows of the table below the loss curve

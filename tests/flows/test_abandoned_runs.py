@@ -49,7 +49,7 @@ def run_with_states(client, deployment, *states):
     ids=["submitting", "running", "cancelling"],
 )
 def test_an_abandoned_run_ends_and_frees_its_slot(client, nightly, states, wanted):
-    from loraflow.flows.server.abandoned_runs import end_abandoned
+    from loraflow.flows.server.automations import end_abandoned
 
     left = run_with_states(client, nightly, *states)
     waiting = client.read_flow_run(run_with_states(client, nightly, Pending()))
@@ -62,7 +62,7 @@ def test_an_abandoned_run_ends_and_frees_its_slot(client, nightly, states, wante
 
 
 def test_a_run_that_another_worker_may_execute_is_not_ended(client, nightly):
-    from loraflow.flows.server.abandoned_runs import end_abandoned, worker_name
+    from loraflow.flows.server.automations import end_abandoned, worker_name
 
     left = run_with_states(client, nightly, Pending(), Running())
     for name in (worker_name(), "elsewhere"):

@@ -8,11 +8,12 @@ import pytest
 from loraflow.config.grid import check_grid, parse_grid, short_names
 from loraflow.config.load import read_recipe
 from loraflow.config.stage_configs import FingerprintedTraining
-from loraflow.execution.sweep import differing_keys, make_trials, plan_sweep, sharing_lines, stage_counts
+from loraflow.execution.sweep import differing_keys, make_trials, sharing_lines, stage_counts
+from loraflow.execution.sweep_plan import plan_sweep
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig
 from loraflow.registry.sweeps import TrialRecord, choose, ranked
-from loraflow.reporting.sweep import TrialCurves, sweep_lines
+from loraflow.reporting.sections import TrialCurves, sweep_lines
 from loraflow.stages import STAGES
 from loraflow.training.validation_loss import Curves
 from tests.conftest import RECIPE, write_chats

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from loraflow.cli.sweep import _show_plan
-from loraflow.execution import sweep as sweep_module
+from loraflow.execution import sweep_plan
 from loraflow.execution.plan import PlannedStep
-from loraflow.execution.sweep import plan_sweep
+from loraflow.execution.sweep_plan import plan_sweep
 from loraflow.execution.trial_groups import group_job, make_groups, why_alone
 from loraflow.failures import BadConfig, BadPlacement, CannotGroup, DiskFull, MissingExtra, NonFiniteLoss, OutOfMemory
 from loraflow.identity import canonical
@@ -134,7 +134,7 @@ def plan_of(monkeypatch):
             if trial.label in alone:
                 key = trial.workspace.job(TRAIN, INPUTS).fingerprint
                 store.curves[key] = [{"step": 6, "eval_loss": LOSS[trial.workspace.recipe.peft_config.r]}]
-        monkeypatch.setattr(sweep_module, "plan", plan)
+        monkeypatch.setattr(sweep_plan, "plan", plan)
         return plan_sweep(trials, [*trials[0].settings])
 
     return plan_of
