@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from loraflow.adapters.fit_to_base import BaseShapes, fit
-from loraflow.adapters.fused_projections import NAMES, block_sizes
-from loraflow.adapters.lora_updates import Adapter, Bias, LoraUpdate, block_diagonal, convolution
+from loraflow.adapters.lora_updates import (
+    FUSED_NAMES,
+    Adapter,
+    Bias,
+    LoraUpdate,
+    block_diagonal,
+    block_sizes,
+    convolution,
+)
 from loraflow.adapters.peft_folder import read_peft, refuse_unconvertible, write_peft
 from loraflow.adapters.tokenizer_files import copy_tokenizer_files
 from loraflow.adapters.validation import check_adapter, check_finite
@@ -200,7 +207,7 @@ def _fused_up(
 ) -> torch.Tensor:
     """Return B over all rows of a fused module, of which `blocks` blocks are adapted: those that are named, or all."""
     own = module.rsplit(".", 1)[-1]
-    names = NAMES.get(own, ())
+    names = FUSED_NAMES.get(own, ())
     enabled = [named is None or name in named for name in names]
     sizes = block_sizes(base.heads, own, rows) if names else None
     if named is not None and not set(named) <= set(names):

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraflow.adapters.fused_projections import SPLIT, AttentionHeads, block_sizes
-from loraflow.adapters.lora_updates import Adapter, LoraUpdate
+from loraflow.adapters.lora_updates import SPLIT, Adapter, AttentionHeads, LoraUpdate, block_sizes
 from loraflow.base.meta import model_without_weights
 from loraflow.failures import BadModel
 
