@@ -237,7 +237,6 @@ MERGE = (
     "loraflow.adapters.safetensors_files",
     "loraflow.adapters.lora_updates",
     "loraflow.adapters.merge_with_peft",
-    "loraflow.adapters.merge_nf4",
     "loraflow.adapters.nf4",
     "loraflow.adapters.logits",
     "loraflow.base.architecture",

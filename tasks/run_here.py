@@ -31,6 +31,8 @@ from loraflow.stages import STAGES
 from loraflow.store import Ref, Store
 from loraflow.store.lock import flock
 
+log = logging.getLogger("loraflow")
+
 
 def run_here(
     job: Job[StageConfig], store: Store, label: str, *, force: bool = False, run_started: float | None = None
@@ -39,8 +41,6 @@ def run_here(
     with gpu_lease(job):
         return run_job(job, store, ProgressArtifact(label).show_figures, force=force, run_started=run_started)
 
-
-log = logging.getLogger("loraflow")
 
 UPDATE_EVERY = 5.0  # seconds between updates
 

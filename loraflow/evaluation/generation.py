@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 
 SINGLE_PROCESS = ProcessGroup()
 
@@ -221,7 +223,6 @@ class _Generator:
         }
 
 
-log = logging.getLogger(__name__)
 _LENGTHS = (5, 14)  # tokens of two prompts
 _PREFIX = 6  # tokens that both share
 _NEW = 3  # tokens of their answers

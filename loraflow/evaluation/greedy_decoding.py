@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
+log = logging.getLogger(__name__)
+
 
 class PreallocatedLayer(DynamicLayer):
     """A layer's keys and values [rows, heads, tokens, width], written in place, with memory for the whole answer.
@@ -70,8 +72,6 @@ def preallocated_cache(layers: int, capacity: int) -> DynamicCache:
     cache.layers = [PreallocatedLayer(capacity) for _ in range(layers)]
     return cache
 
-
-log = logging.getLogger(__name__)
 
 EAGER_STEPS = 2  # before the capture: libraries may allocate memory in them, but not while a graph is captured
 # The capacity of a cache is a multiple of it. Otherwise attention with a mask copies the mask in every layer.

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from loraflow.config import Recipe
     from loraflow.evaluation.score import HeldoutRow
 
+log = logging.getLogger("loraflow")
+
 
 def slice_power_lines(workspace: Workspace) -> list[str]:
     """Return which guards of parts even an unchanged model does not pass; none if the rows are not in the store yet.
@@ -121,9 +123,6 @@ def _lines(workspace: Workspace, counts: object) -> Iterator[str]:
         enough = isinstance(count, int) and needed is not None and count >= needed
         what = "unchanged outputs pass" if enough else "even unchanged outputs do not pass"
         yield f"  general_{score}: {what}: a margin of {margin:g} needs {needed} rows, you have {count}"
-
-
-log = logging.getLogger("loraflow")
 
 
 def warn_of_other_tokens(workspace: Workspace) -> None:

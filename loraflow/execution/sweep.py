@@ -27,6 +27,8 @@ from loraflow.stages import TRAIN
 from loraflow.store import Ref, Store
 from loraflow.training.validation_loss import Curves
 
+log = logging.getLogger("loraflow")
+
 STEPS = steps_to(TRAIN.name)  # the steps of a trial
 SHARED = tuple(step.label for step in STEPS if step.stage is not TRAIN)
 # Keys that decide which tokens the validation loss is a mean over: trials that differ in them cannot be compared.
@@ -211,7 +213,6 @@ def _warnings_once() -> Iterator[None]:
         reader.removeFilter(is_new)
 
 
-log = logging.getLogger("loraflow")
 CURVES = "telemetry/curves.jsonl"  # in an adapter's artifact
 NOT_MEASURED = "its adapter is in the store, but its validation loss was not measured"
 

@@ -31,6 +31,8 @@ from loraflow.store.checksum import first_problem
 from loraflow.store.files import json_bytes, write_atomic
 from loraflow.store.lock import flock
 
+log = logging.getLogger("loraflow")
+
 KEY = "LORAFLOW_SIGNING_KEY"  # environment: the key's file, with which each promotion is signed
 _NAMESPACE = "loraflow-promotion-log"
 _FILE = "signed.json"
@@ -183,7 +185,6 @@ def _ssh_keygen(options: list[str], text: bytes, where: str) -> bytes:
     return done.stdout
 
 
-log = logging.getLogger("loraflow")
 _HEADS = TypeAdapter(dict[str, dict[str, LogHead]])
 
 

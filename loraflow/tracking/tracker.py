@@ -20,6 +20,8 @@ from loraflow.registry.runs import RunRecord, read_report
 from loraflow.reporting import chart
 from loraflow.store import Ref, Store, read_intact
 
+log = logging.getLogger("loraflow")
+
 
 class Point(NamedTuple):
     """A value of a metric at a step."""
@@ -129,7 +131,6 @@ def missing_extra(got: str = "") -> MissingExtra:
     return MissingExtra(what, got=got, next_step="pip install 'loraflow[mlflow]'")
 
 
-log = logging.getLogger("loraflow")
 MAX_VALUE = 500  # characters of a parameter that every version of MLflow takes
 MAX_ROWS = 5000  # rows of the table of answers: MLflow's page loads all of it
 SIDES = ("base", "tuned", "champion")
