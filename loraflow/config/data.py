@@ -17,9 +17,8 @@ from loraflow.config.data_sources import (
     known_columns,
     refuse_ignored_columns,
 )
-from loraflow.config.field_types import Positive, Share, ShareOrCount
 from loraflow.failures import BadConfig
-from loraflow.frozen import FrozenModel
+from loraflow.frozen import FrozenModel, Positive, Share, ShareOrCount
 
 GENERAL_SETS = ("general chats", "general questions")  # the names in reports of the sets of evaluation.general
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from loraflow.config.evaluation import SCORES, SliceBy
-from loraflow.config.field_types import Positive
-from loraflow.frozen import FrozenModel
+from loraflow.frozen import FrozenModel, Positive
 
 if TYPE_CHECKING:
     from loraflow.config.recipe import Recipe
