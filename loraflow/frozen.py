@@ -1,4 +1,4 @@
-"""Base classes of frozen values, for what people and code write and for documents; and types of fields that sections share."""
+"""Base classes of frozen values, for what people and code write and for documents; and types of fields that are shared."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from loraflow.evaluation.general import CHATS, CHOICES
-from loraflow.evaluation.groups import group_labels
+from loraflow.evaluation.intervals import group_labels
 from loraflow.evaluation.power import MINIMUM_ROWS, equally_long, margin_of_unchanged, rows_for_margin
 from loraflow.evaluation.slices import NO_FIELDS, Part, divide
 from loraflow.evaluation.values import Comparison, Decision
