@@ -257,7 +257,7 @@ def mirror_run(run: Run, record: RunRecord, error: BaseException | None) -> None
         tag_log(store, record.model)
 
 
-SHOWN = 8  # characters of the dataset's md5 and of the fingerprint
+SHOWN_CHARACTERS = 8  # of the dataset's md5 and of the fingerprint
 
 
 def run_name() -> str:
@@ -291,7 +291,7 @@ def full_name(workspace: Workspace) -> str:
     slices = {name: config.identity() for name, config in configs.items() if config.identity()}
     md5 = workspace.dataset.md5
     whole = identity.fingerprint({"dataset": md5, "stages": slices})
-    return f"{workspace.recipe.name} {md5[:SHOWN]} {whole[:SHOWN]}"
+    return f"{workspace.recipe.name} {md5[:SHOWN_CHARACTERS]} {whole[:SHOWN_CHARACTERS]}"
 
 
 def show_name(workspace: Workspace) -> None:

@@ -172,8 +172,8 @@ def _free_places(options: _Options) -> tuple[Path, Path]:
     return recipe, target
 
 
-STORE = "/.loraflow/"
-FOR_DVCIGNORE = (STORE,)  # DVC would walk through the store at each `dvc status`
+IGNORED_STORE = "/.loraflow/"
+FOR_DVCIGNORE = (IGNORED_STORE,)  # DVC would walk through the store at each `dvc status`
 OF_DVC = ("/.dvc/cache", "/.dvc/tmp", "/.dvc/config.local")
 
 
@@ -193,8 +193,8 @@ def gitignore_lines() -> tuple[str, ...]:
     """Return the lines that the .gitignore of this folder needs. `dvc init` writes those of DVC inside of a repository."""
     own = Path(".dvc", ".gitignore")
     if not Path(".dvc").is_dir() or (own.is_file() and "/cache" in own.read_text(encoding="utf-8").split()):
-        return (STORE,)
-    return (STORE, *OF_DVC)
+        return (IGNORED_STORE,)
+    return (IGNORED_STORE, *OF_DVC)
 
 
 def _extend(file: Path, lines: tuple[str, ...]) -> None:
@@ -215,7 +215,7 @@ def with_lines(text: str, needed: tuple[str, ...]) -> str:
 
 
 README = "README.md"
-TEXT = """\
+README_TEXT = """\
 # {title}
 
 A model that is fine-tuned with loraflow on the chats in `{data}`.
@@ -244,7 +244,7 @@ def write_readme(folder: Path, recipe: Path, data: Path) -> Path | None:
     if any(path.name.lower().startswith("readme") for path in folder.iterdir()):
         return None
     title = folder.absolute().name
-    file.write_text(TEXT.format(title=title, recipe=recipe.as_posix(), data=data.as_posix()), encoding="utf-8")
+    file.write_text(README_TEXT.format(title=title, recipe=recipe.as_posix(), data=data.as_posix()), encoding="utf-8")
     return file
 
 
