@@ -13,11 +13,11 @@ import sys
 import tempfile
 
 from loraflow.cli import parse_overrides
-from loraflow.cli.memory_lines import memory_of
+from loraflow.cli.show import memory_of
 from loraflow.config import load_recipe
 from loraflow.execution.launcher import run_job
 from loraflow.execution.plan import STEPS
-from loraflow.execution.plan_memory import planned_memory
+from loraflow.execution.plan_notes import planned_memory
 from loraflow.execution.workspace import Workspace
 from loraflow.store import Ref
 from loraflow.training.memory_parts import describe

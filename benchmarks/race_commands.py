@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from loraflow.cli.backup import backup
 from loraflow.cli.registry import promote, registry, rollback
-from loraflow.cli.store import gc
+from loraflow.cli.store import backup, gc
 from loraflow.cli.upgrade import upgrade
 from loraflow.registry import PromotionLog
 from loraflow.registry.deals import DealRecord, DealRequest

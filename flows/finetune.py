@@ -23,8 +23,7 @@ from loraflow.tasks.gate import gate
 from loraflow.tasks.publish import publish
 from loraflow.tasks.register import register
 from loraflow.tasks.report import publish_report
-from loraflow.tasks.run import Run, open_run
-from loraflow.tasks.run_name import run_name
+from loraflow.tasks.run import Run, open_run, run_name
 from loraflow.tasks.run_record import set_publication, set_summary
 
 log = logging.getLogger("loraflow")

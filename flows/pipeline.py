@@ -8,9 +8,9 @@ champion.
 
 With data.heldout_reserve, deal_rows follows verify. It writes the held-out rows that the new model is dealt, and all three
 models are scored on these; the base after training, too. With evaluation.general, check_general reads general rows, and
-score_general scores the base on them before the training and the other two models at the end (`flows/general.py`).
-
-With `gate.seeds`, the chain from train on is repeated for each further seed (`flows/seeds.py`).
+score_general scores the base on them before the training and the other two models at the end. With `gate.seeds`, the chain
+from train on is repeated for each further seed; only the model of the recipe's own seed is scored on general rows, because
+only that model can be registered.
 
 `loraflow.execution.plan.steps_of` lists the same steps for `loraflow plan`, which does not import prefect; a test compares
 the two.
@@ -19,18 +19,19 @@ the two.
 from __future__ import annotations
 
 from loraflow.execution.deal import deal_heldout
-from loraflow.execution.plan_tokens import warn_of_other_tokens
-from loraflow.execution.results import PipelineResult
-from loraflow.flows.general import read_general_rows, score_on_general_rows
-from loraflow.flows.seeds import train_seed
-from loraflow.tasks.limits import check_merge, check_rows
+from loraflow.execution.plan_notes import warn_of_other_tokens
+from loraflow.execution.results import PipelineResult, SeedResult
+from loraflow.store import Ref
+from loraflow.tasks.limits import check_general_rows, check_merge, check_rows
 from loraflow.tasks.run import Run
 from loraflow.tasks.stages import (
     check_dataset,
+    check_general,
     deal_rows,
     evaluate,
     merge,
     resolve_base,
+    score_general,
     tokenize,
     train,
     verify,
@@ -83,3 +84,38 @@ def pipeline(run: Run) -> PipelineResult:
         further_seeds=tuple(further),
         general={**on_general, **score_on_general_rows(run, general, tuned=merged, champion=champion)},
     )
+
+
+def read_general_rows(run: Run, rows: Ref) -> Ref | None:
+    """Return the general rows, which must be no training rows; None if the recipe names none."""
+    if not run.workspace.recipe.scores_general:
+        return None
+    general = check_general(run, rows=rows)
+    check_general_rows(run.workspace, general)
+    return general
+
+
+def score_on_general_rows(run: Run, general: Ref | None, **models: Ref | None) -> dict[str, Ref]:
+    """Return the scores of models by name (base, tuned, champion), without models that do not exist."""
+    if general is None:
+        return {}
+    return {
+        name: score_general(run, model=model, general=general, label=f"score_general {name}")
+        for name, model in models.items()
+        if model is not None
+    }
+
+
+def train_seed(
+    run: Run, seed: int, *, tokens: Ref, base: Ref, rows: Ref, scored: Ref, probes: Ref | None
+) -> SeedResult:
+    """Run the stages from the training to the scores with another training seed. `scored`: the rows that are scored.
+
+    The stages before the training are those of the recipe's own seed.
+    """
+    adapter = train(run, tokens=tokens, base=base, label=f"train seed {seed}", seed=seed)
+    merged = merge(run, base=base, adapter=adapter, tokens=probes, label=f"merge seed {seed}")
+    verified = verify(run, base=base, adapter=adapter, merged=merged, rows=rows, label=f"verify seed {seed}")
+    check_merge(run.workspace, verified)
+    scores = evaluate(run, model=merged, rows=scored, label=f"evaluate seed {seed}")
+    return SeedResult(seed=seed, adapter=adapter, merged=merged, scores=scores)

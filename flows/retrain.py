@@ -22,8 +22,7 @@ from loraflow.registry.runs import RunSummary
 from loraflow.tasks.approval import refuse_without_deployment
 from loraflow.tasks.drift import compare_data
 from loraflow.tasks.report import publish_waiting
-from loraflow.tasks.run import Run, open_run
-from loraflow.tasks.run_name import run_name
+from loraflow.tasks.run import Run, open_run, run_name
 from loraflow.tasks.stages import check_dataset, version_dataset
 
 

@@ -21,10 +21,8 @@ from loraflow.flows.pipeline import pipeline
 from loraflow.registry.runs import StageRun
 from loraflow.stages import TRAIN
 from loraflow.tasks.approval import refuse_without_deployment
-from loraflow.tasks.run import Run, open_run
-from loraflow.tasks.run_name import mask_parameters
-from loraflow.tasks.trial_groups import group_labels, note_loss_alone
-from loraflow.tasks.trials import refuse_if_all_failed, run_trials, validation_loss
+from loraflow.tasks.run import Run, mask_parameters, open_run
+from loraflow.tasks.trials import group_labels, note_loss_alone, refuse_if_all_failed, run_trials, validation_loss
 
 NO_GRID: JsonObject = {}
 

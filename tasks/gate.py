@@ -17,20 +17,22 @@ from loraflow.evaluation.values import BehaviourResult, Decision
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadData
-from loraflow.registry.budget import error_of_period, has_followers
+from loraflow.registry.budget import error_of_period, gains_to_follow, has_followers
 from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
-from loraflow.registry.near_gains import gains_to_follow
 from loraflow.store import Ref, read_intact, require_unchanged
-from loraflow.tasks.forgetting import read_general_guards, require_general_comparable
-from loraflow.tasks.slices import read_field_values, read_unscored_parts
+from loraflow.tasks.guards import (
+    read_field_values,
+    read_general_guards,
+    read_unscored_parts,
+    require_general_comparable,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from loraflow.evaluation.forgetting import GeneralGuard
-    from loraflow.evaluation.slice_guards import SliceGuard
+    from loraflow.evaluation.guards import GeneralGuard, SliceGuard
 
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE, persist_result=False)
@@ -94,7 +96,7 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
         if check["consistent"] is None:
             del check["consistent"]
     if rules.get("slices"):
-        from loraflow.evaluation.slice_guards import partition_of
+        from loraflow.evaluation.guards import partition_of
 
         # Another value of a row's field is another rule, although no score changed.
         rules["partition"] = partition_of(_slice_guards(workspace, result))
@@ -106,7 +108,7 @@ def _protocol(workspace: Workspace, result: PipelineResult) -> str:
 def _slice_guards(workspace: Workspace, result: PipelineResult) -> list[SliceGuard]:
     """Return the guards of gate.slices, for the parts of the rows that were scored."""
     from loraflow.evaluation.gate import require_comparable
-    from loraflow.evaluation.slice_guards import slice_guards
+    from loraflow.evaluation.guards import slice_guards
 
     rules = workspace.recipe.gate.slices
     if not rules:
@@ -138,7 +140,7 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
 
     A comparison that cannot promote, because of its numbers of rows, spends none.
     """
-    from loraflow.evaluation.before_look import why_not_promoted
+    from loraflow.evaluation.guards import why_not_promoted
 
     tables = _comparable_tables(workspace, result)
     hopeless = why_not_promoted(tables.ours, tables.parts, tables.general, tables.unscored)
@@ -174,10 +176,9 @@ def _comparable_tables(workspace: Workspace, result: PipelineResult) -> _Tables:
 
 def _decide(workspace: Workspace, result: PipelineResult, tables: _Tables, look: Look | None) -> Decision:
     """Compare the means of scores, then apply the rules that can only prevent a promotion."""
-    from loraflow.evaluation.behaviour import with_behaviour
+    from loraflow.evaluation.behaviour import WorseLimit, find_worse, with_behaviour, with_worse_rows
     from loraflow.evaluation.gate import decide
     from loraflow.evaluation.seeds import with_seeds
-    from loraflow.evaluation.worst import WorseLimit, find_worse, with_worse_rows
 
     rules = workspace.recipe.gate
     decision = decide(

@@ -9,12 +9,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from loraflow.serving.chat import Sampling
-from loraflow.serving.model_tools import tools_of
-from loraflow.serving.models import find_model
+from loraflow.serving.models import find_model, tools_of
 from loraflow.serving.predict import PredictionReport, PredictOptions, predict
 from loraflow.store import hash_memo, open_store
-from loraflow.tasks.progress import ProgressArtifact
-from loraflow.tasks.stage_task import RETRIES, RETRY_DELAYS, is_retryable
+from loraflow.tasks.run_here import ProgressArtifact
+from loraflow.tasks.stages import RETRIES, RETRY_DELAYS, is_retryable
 
 log = logging.getLogger("loraflow")
 

@@ -15,14 +15,11 @@ from loraflow.data.chats import GATE_SET
 from loraflow.data.token_report import TokenReport
 from loraflow.evaluation.values import Decision, scores_to_dict
 from loraflow.execution.results import PipelineResult
-from loraflow.execution.trial_loss import CURVES, read_curves
+from loraflow.execution.sweep import CURVES, read_curves
 from loraflow.failures import CorruptArtifact
 from loraflow.registry.runs import RunRecord, RunSummary, read_run, run_ids, write_report
-from loraflow.reporting.drift import drift_lines
-from loraflow.reporting.history import History
-from loraflow.reporting.learned import Learned
-from loraflow.reporting.markdown import RunReport, run_report, scores_report
-from loraflow.reporting.sweep import TrialCurves
+from loraflow.reporting.markdown import RunReport, drift_lines, run_report, scores_report
+from loraflow.reporting.sections import History, Learned, TrialCurves
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
 from loraflow.tasks.run import Run

@@ -11,34 +11,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from prefect.exceptions import Pause, TerminationSignal
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.exceptions import Pause, PrefectHTTPStatusError, TerminationSignal
 from prefect.runtime import deployment, flow_run
 from pydantic import JsonValue
 
+from loraflow import identity
 from loraflow.config import Recipe
 from loraflow.config.load import RecipeFile, read_recipe
 from loraflow.config.stage_configs import StageConfig
-from loraflow.credentials import protect_output
+from loraflow.credentials import mask_json, protect_output
 from loraflow.data import dvc
 from loraflow.data.drift import DataDrift
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
 from loraflow.execution.parent_death import end_with_parent
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import BudgetSpent, DamagedLog, Failure, from_os_error, mask_errors
+from loraflow.failures import BudgetSpent, DamagedLog, Failure, Preempted, from_os_error, mask_errors
 from loraflow.job import Job
 from loraflow.registry.cleanup import remove_unused
-from loraflow.registry.runs import RunSummary, StageRun
+from loraflow.registry.runs import RunRecord, RunSummary, StageRun
 from loraflow.registry.sweeps import SweepRecord
-from loraflow.stages import Stage, check_names
-from loraflow.store import Ref, require_intact
+from loraflow.stages import STAGES, Stage, check_names
+from loraflow.store import Ref, Store, require_intact
 from loraflow.tasks.continuation import schedule_continuation, schedule_continuation_after_signal
 from loraflow.tasks.events import announce_waiting
 from loraflow.tasks.failure_log import shorten_failures
 from loraflow.tasks.placement import run_on_pool
 from loraflow.tasks.run_here import run_here
-from loraflow.tasks.run_name import mask_parameters, show_name
 from loraflow.tasks.run_record import write_record
-from loraflow.tasks.tracking import mirror_run
+from loraflow.tracking import mirror
+from loraflow.tracking.git_tags import tag_log
 
 log = logging.getLogger("loraflow")
 
@@ -235,3 +238,69 @@ def _add_data(workspace: Workspace) -> None:
     if not Path(data.source).exists() or dvc.work_tree_md5(Path(folder)) != dvc.read_pin(".", data.source, None).md5:
         pin = dvc.add(folder, remote=data.remote)
         log.info("%s is versioned as %s", folder, pin.md5)
+
+
+def mirror_run(run: Run, record: RunRecord, error: BaseException | None) -> None:
+    """Mirror a run that has ended. A run that was asked to end leaves that to the next one.
+
+    Nothing that happens here changes the run's outcome: its record and the promotion log are written by now.
+    """
+    store: Store = run.workspace.store
+    try:
+        if isinstance(error, Preempted) or (error is not None and not isinstance(error, Exception)):
+            mirror.postpone(store, record)
+        else:
+            mirror.mirror_run(store, record)
+    except Exception as problem:  # a mistake in the mirror must not fail a run that is done
+        mirror.warn_of_mistake(problem)
+    if error is None and record.model is not None and record.summary is not None and record.summary.registered:
+        tag_log(store, record.model)
+
+
+SHOWN_CHARACTERS = 8  # of the dataset's md5 and of the fingerprint
+
+
+def run_name() -> str:
+    """Return the name of a run before its recipe is read: the recipe's file name."""
+    return Path(flow_run.parameters["recipe"]).stem
+
+
+def mask_parameters(given: Mapping[str, JsonValue]) -> None:
+    """Mask credentials in the run's parameters on the server, such as a URL with a password that was typed into the form.
+
+    This process still has them. A retry, or the same run after an approval, is a new process and has not.
+    """
+    if not flow_run.id or all(mask_json(value) == value for value in given.values()):
+        return
+    try:
+        with get_client(sync_client=True) as client:
+            run = client.read_flow_run(flow_run.id)  # type: ignore[arg-type]
+            masked = {name: mask_json(value) for name, value in run.parameters.items()}
+            client.update_flow_run(run.id, parameters=masked).raise_for_status()
+        log.warning(
+            "credentials in the run's parameters are masked on Prefect's server; a retry of this run will not have them. "
+            "Set up a git credential helper on the worker instead."
+        )
+    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+        log.warning("credentials in the run's parameters could not be masked on Prefect's server: %s", error)
+
+
+def full_name(workspace: Workspace) -> str:
+    """Return recipe, md5 of the dataset, and a fingerprint over what every stage takes from the recipe."""
+    configs = {name: stage.config.from_recipe(workspace.recipe, workspace) for name, stage in STAGES.items()}
+    slices = {name: config.identity() for name, config in configs.items() if config.identity()}
+    md5 = workspace.dataset.md5
+    whole = identity.fingerprint({"dataset": md5, "stages": slices})
+    return f"{workspace.recipe.name} {md5[:SHOWN_CHARACTERS]} {whole[:SHOWN_CHARACTERS]}"
+
+
+def show_name(workspace: Workspace) -> None:
+    """Give the run its full name. If the server refuses it, the run keeps its name and continues."""
+    name = full_name(workspace)
+    if not flow_run.id:
+        return
+    try:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(flow_run.id, name=name)  # type: ignore[arg-type]
+    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+        log.warning("the run could not be renamed: %s", error)

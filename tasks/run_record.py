@@ -16,7 +16,7 @@ from loraflow.data.chats import GATE_SET
 from loraflow.data.check_report import CheckReport
 from loraflow.data.drift import DataDrift
 from loraflow.data.git import has_uncommitted_changes, head_commit
-from loraflow.evaluation.advice import HeldoutRows, advice
+from loraflow.evaluation.guards import HeldoutRows, advice
 from loraflow.evaluation.values import EvaluationReport, ModelScores, Scores, SeedScores
 from loraflow.execution.results import PipelineResult, Registration
 from loraflow.failures import Failure
@@ -24,7 +24,7 @@ from loraflow.registry.log import actor
 from loraflow.registry.runs import Publication, RecordedDecision, RowsSummary, RunRecord, RunState, RunSummary, find_run
 from loraflow.reporting.rows import RowPolicy, summarise_rows
 from loraflow.store import Ref
-from loraflow.tasks.slices import heldout_slices
+from loraflow.tasks.guards import heldout_slices
 
 if TYPE_CHECKING:
     from loraflow.tasks.run import Run

@@ -12,7 +12,7 @@ from loraflow.job import Inputs, Job, Progress
 from loraflow.stages import Input, Stage
 from loraflow.store import Ref, Summary
 from loraflow.tasks.run import Run, StageResult
-from loraflow.tasks.stage_task import stage_task
+from loraflow.tasks.stages import stage_task
 
 
 class CountWordsConfig(StageConfig):

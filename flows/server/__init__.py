@@ -1,9 +1,9 @@
 """Administration of a Prefect server, by task.
 
 - `loraflow deploy`: `deployments` creates and updates what `prefect_yaml` reads from prefect.yaml; `automations` are the
-  server's automations; `comparison` finds what differs; `connection` checks the server and its workers.
-- `loraflow up`: `local_server` starts a server and workers on this machine; `abandoned_runs` ends the runs that an
-  earlier `loraflow up` left unfinished.
+  server's automations; `connection` checks the server and its workers.
+- `loraflow up`: `local_server` starts a server and workers on this machine; `end_abandoned` in `automations` ends the runs
+  that an earlier `loraflow up` left unfinished.
 - a deployment's pull step: `project`.
 
 No process may outlive its parent, even if the parent is killed by SIGKILL:

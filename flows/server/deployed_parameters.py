@@ -5,19 +5,25 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jsonschema import ValidationError as JSONSchemaError
 from prefect import Flow
+from prefect.client.schemas.objects import WorkPool
 from prefect.utilities.schema_tools import validate
+from prefect.utilities.templating import find_placeholders
+from prefect.workers.process import ProcessWorker
 from pydantic import JsonValue
 
 from loraflow.config.load import load_recipe
 from loraflow.config.project import FILE
+from loraflow.config.recipe import Recipe
 from loraflow.data.git_branch import MAIN, branches
 from loraflow.failures import BadConfig
+from loraflow.flows.parameters import KEYS, Overrides
 from loraflow.flows.server.deployment_spec import DeploymentSpec
 
 log = logging.getLogger("loraflow")
@@ -137,3 +143,120 @@ def _is_computed(value: JsonValue) -> bool:
     if isinstance(value, list):
         return any(map(_is_computed, value))
     return isinstance(value, str) and "{{" in value
+
+
+TEMPLATE = re.compile(r"\{\{\s*([^\s}]*)")
+
+
+def is_filled_in_later(path: str, text: str) -> bool:
+    """Tell whether a template is kept by `prefect deploy` too: the worker or the server fills it in for each run."""
+    if path == ".description" or path.startswith(".pull"):
+        return True
+    if path.startswith(
+        ".work_pool.job_variables"
+    ):  # the worker reads blocks and variables, so no secret is in the file
+        return all(name.startswith(("prefect.blocks.", "prefect.variables.")) for name in TEMPLATE.findall(text))
+    if re.match(r"\.triggers\[\d+\]\.parameters\b", path):  # of the event
+        return not any(name.startswith(("$", "prefect.")) for name in TEMPLATE.findall(text))
+    return False
+
+
+def texts(value: JsonValue, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text in a document, with its path."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from texts(inner, f"{path}.{key}")
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from texts(inner, f"{path}[{number}]")
+
+
+def with_recipe_values(spec: DeploymentSpec, folder: Path, where: str) -> DeploymentSpec:
+    """Return a deployment whose form says the values of the recipe that the deployment names.
+
+    The values are those of the recipe's file when the deployment is created: `loraflow deploy` brings them up to date.
+
+    Args:
+        spec: the deployment; it is returned as it is if its flow has no such form, or it names no recipe.
+        folder: the folder of `prefect.yaml`.
+        where: the deployment's place, for a warning of a recipe that cannot be read.
+    """
+    recipe = spec.parameters.get("recipe")
+    file = recipe_file(folder, recipe) if isinstance(recipe, str) else None
+    if file is None or _form(spec.parameter_openapi_schema) is None:
+        return spec
+    try:
+        loaded = load_recipe(file)
+    except BadConfig as error:
+        log.warning("%s: runs of this recipe will fail: %s", where, error)
+        return spec
+    copied = spec.model_copy(deep=True)
+    fields = _form(copied.parameter_openapi_schema)
+    for name, field in (fields or {}).items():
+        if isinstance(field, dict):
+            field["description"] = f"{field['description']} In {recipe}: {_value(loaded, name)}."
+    return copied
+
+
+def _form(schema: dict[str, JsonValue]) -> dict[str, JsonValue] | None:
+    """Return the fields of `Overrides` in a flow's schema; None if it has none."""
+    found: JsonValue = schema
+    for key in ("definitions", Overrides.__name__, "properties"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else None
+
+
+def _value(recipe: Recipe, field: str) -> str:
+    """Return the value of a recipe that a field of the form would replace."""
+    training = recipe.training_config
+    if field == "epochs" and training.max_steps > 0:
+        return f"{training.num_train_epochs:g}, not used because max_steps is {training.max_steps}"
+    if field == "steps" and training.max_steps < 0:
+        return "no limit"
+    if field == "batch_size":
+        return str(training.global_batch)
+    value: object = recipe
+    for part in KEYS[field].split("."):
+        value = getattr(value, part)
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def refuse_ignored_job_variables(spec: DeploymentSpec, pool: WorkPool | None) -> None:
+    """Check the job variables of a deployment against the job template of its work pool.
+
+    Args:
+        spec: the deployment.
+        pool: its work pool on the server; None if `loraflow deploy` will create it, of type process.
+
+    Raises:
+        BadConfig: the template does not know a variable, such as `image` in a pool of type process.
+    """
+    known = _known(pool)
+    if known is None or not (ignored := sorted(spec.work_pool.job_variables.keys() - known)):
+        return
+    name, kind = spec.work_pool.name, pool.type if pool else "process"
+    create = f"prefect work-pool create {name} --type docker (or kubernetes), then `loraflow deploy`"
+    raise BadConfig(
+        f"The work pool {name} has no such job variables, so Prefect would ignore them.",
+        where=f"prefect.yaml: {spec.full_name}.work_pool.job_variables",
+        expected=f"of a pool of type {kind}: {', '.join(sorted(known))}",
+        got=", ".join(ignored),
+        next_step="remove them from prefect.yaml"
+        + ("" if pool else f"; or create a pool of another type first: {create}"),
+    )
+
+
+def _known(pool: WorkPool | None) -> set[str] | None:
+    """Return the names of the job variables of a pool; None if the server does not have its template yet."""
+    template: Mapping[str, Any] = (pool.base_job_template if pool else None) or {}
+    if not template and (pool is None or pool.type == "process"):
+        template = ProcessWorker.get_default_base_job_template()
+    if not template:  # its first worker sets it
+        return None
+    return set(template.get("variables", {}).get("properties", {})) | {
+        placeholder.name for placeholder in find_placeholders(template.get("job_configuration", {}))
+    }

@@ -1,4 +1,7 @@
-"""Write a project's first `prefect.yaml`, for its own recipes. `loraflow init` calls it; no import of prefect here."""
+"""A project's `prefect.yaml`: write the first one, show what to add to somebody's own, upgrade an earlier version's.
+
+`loraflow init` and `loraflow upgrade` call it; no import of prefect here.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ import re
 from pathlib import Path
 from string import Template
 
+import yaml
+from pydantic import JsonValue
+
 from loraflow.config.project import FILE
 from loraflow.config.recipe_text import find_recipe
-from loraflow.config.yaml import load_plain
+from loraflow.config.upgrade_recipe import Upgraded
+from loraflow.config.yaml import Edit, Scalar, Syntax, apply, load_plain, scalars
 from loraflow.data.git_branch import MAIN, branch_for_retraining
 
 TEXT = Template("""\
@@ -155,3 +162,132 @@ def quoted(name: str) -> str:
     """Return a name as YAML reads it back: as text, whatever it looks like."""
     is_plain = re.fullmatch(r"[A-Za-z][\w-]*", name) and isinstance(load_plain(name), str)
     return name if is_plain else json.dumps(name, ensure_ascii=False)
+
+
+INTRODUCTION = (
+    "prefect.yaml   unchanged: it is your own file, without a deployment of loraflow. "
+    "To start runs from Prefect's UI, {}:"
+)
+
+
+def deployment_to_add(folder: Path, recipe: str) -> str | None:
+    """Return what to add to a project's own `prefect.yaml`; None if it has a flow of loraflow, or cannot be read."""
+    try:
+        text = (folder / FILE).read_text(encoding="utf-8-sig")
+        document = load_plain(text)
+    except (OSError, UnicodeDecodeError, Syntax):
+        return None
+    if not isinstance(document, dict):
+        return None
+    entries = document.get("deployments")
+    if not isinstance(entries, list | None) or "loraflow.flows." in str(entries):
+        return None
+    project = slug(folder.absolute().name)
+    name = str(document["name"]) if document.get("name") not in (None, "") else project
+    entry = [
+        f"name: {project}",
+        "entrypoint: loraflow.flows.finetune.finetune",
+        f"work_pool: {{name: {quoted(_first_pool(entries or []) or project)}}}",
+        f"parameters: {{recipe: {quoted(recipe)}}}",
+        f"pull: [{{loraflow.flows.server.project.enter: {{project: {quoted(name)}}}}}]",
+    ]
+    indent = _indent(text)
+    if not entries:
+        is_there = "deployments" in document
+        todo = "replace its empty `deployments` with this" if is_there else "add this to it"
+        lines = ["deployments:", *_item(entry, 2)]
+    elif indent is None:
+        todo, lines = "add this to the list in brackets at `deployments`", [f"{{{', '.join(entry)}}}"]
+    else:
+        todo, lines = "add this at the end of its `deployments`", _item(entry, indent)
+    if document.get("name") in (None, ""):
+        lines.append(f"name: {quoted(name)}" + ("  # instead of the empty name" if "name" in document else ""))
+        todo += ", with the name of the project"
+    return "\n".join([INTRODUCTION.format(todo), *lines])
+
+
+def _item(entry: list[str], indent: int) -> list[str]:
+    """Return an entry as an item of a list whose hyphens are in the column `indent`."""
+    return [" " * indent + ("  " if number else "- ") + line for number, line in enumerate(entry)]
+
+
+def _first_pool(entries: list[JsonValue]) -> str | None:
+    pools = [entry.get("work_pool") for entry in entries if isinstance(entry, dict)]
+    return next((str(pool["name"]) for pool in pools if isinstance(pool, dict) and pool.get("name")), None)
+
+
+def _indent(text: str) -> int | None:
+    """Return the column of the hyphens of `deployments`; None without a list, or if it is in brackets."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(root, yaml.MappingNode)
+    for key, value in root.value:
+        if key.value == "deployments" and isinstance(value, yaml.SequenceNode) and not value.flow_style:
+            return value.start_mark.column
+    return None
+
+
+ENTER = "loraflow.flows.server.project.enter"
+OLD_ENTER = "flows.project.enter"  # while loraflow's flows were a top-level package
+# loraflow's own flows, under the names that they had then: as a module, or as a file of a clone
+OLD_FLOW = re.compile(r"(?:loraflow/)?flows[./](finetune|retrain|evaluate_model|predict|stage)(?:\.|\.py:)(\w+)")
+
+
+def upgrade_prefect_yaml(text: str, folder: Path) -> Upgraded:
+    """Write current import names, the project's name, and the project into loraflow's pull step.
+
+    Deployments, schedules and everything else stay as they are. A flow of the project's own, in its folder
+    `flows`, keeps its entrypoint.
+    """
+    try:
+        found = list(scalars(text))
+    except Syntax as error:
+        return Upgraded(text, [f"line {error.line}: {error}"])
+    edits = [edit for scalar in found if (edit := _entrypoint(scalar, folder))]
+    steps = [scalar for scalar in found if scalar.is_key and scalar.value in (ENTER, OLD_ENTER)]
+    edits += [step.replaced_by(ENTER) for step in steps if step.value == OLD_ENTER]
+    name = next((scalar.value for scalar in found if scalar.path == ("name",) and not scalar.is_key), "")
+    notes = []
+    if steps and not name:
+        name = slug(folder.absolute().name)
+        edits.append(_before_first_key(found, f"name: {name}\n"))
+    for step in steps:
+        if any(scalar.path == (*step.path, "project") for scalar in found):
+            continue
+        if (edit := _project(text, step, name)) is None:
+            line = text.count("\n", 0, step.start) + 1
+            notes.append(f"line {line}: add the project to this step: {ENTER}: {{project: {name}}}")
+        else:
+            edits.append(edit)
+    new = apply(text, edits)
+    if new != text and not _has_name(new, name):
+        return Upgraded(text, [*notes, "left unchanged: the file does not have one key per line"])
+    return Upgraded(new, notes)
+
+
+def _has_name(text: str, name: str) -> bool:
+    """Return whether a text is valid YAML whose project has this name; any, if none was needed."""
+    try:
+        document = load_plain(text)
+    except Syntax:
+        return False
+    return isinstance(document, dict) and (not name or str(document.get("name")) == name)
+
+
+def _entrypoint(scalar: Scalar, folder: Path) -> Edit | None:
+    if scalar.is_key or scalar.path[-1:] != ("entrypoint",):
+        return None
+    old = OLD_FLOW.fullmatch(scalar.value)
+    if old is None or (folder / "flows" / f"{old[1]}.py").exists():  # the project's own flow
+        return None
+    return scalar.replaced_by(f"loraflow.flows.{old[1]}.{old[2]}")
+
+
+def _before_first_key(found: list[Scalar], text: str) -> Edit:
+    start = min(scalar.start for scalar in found)
+    return Edit(start, start, text)
+
+
+def _project(text: str, step: Scalar, name: str) -> Edit | None:
+    """Return the edit that gives an empty step its project; None if the step has other values."""
+    rest = re.compile(r"\s*:[ \t]*(\{[ \t]*\}|null|~)?(?=[ \t]*(?:#.*)?(?:\r?\n|$))").match(text, step.end)
+    return None if rest is None else Edit(step.end, rest.end(), f": {{project: {quoted(name)}}}")

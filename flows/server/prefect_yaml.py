@@ -15,15 +15,19 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import JsonValue, ValidationError
 
 import loraflow
-from loraflow.config import yaml
-from loraflow.config.project import FILE
+from loraflow.config.project import FILE, read_prefect_yaml
 from loraflow.failures import BadConfig
 from loraflow.flows.server.automations import Notifications, Project
-from loraflow.flows.server.deployed_parameters import check_parameters, check_settings, warn_of_missing_branches
+from loraflow.flows.server.deployed_parameters import (
+    check_parameters,
+    check_settings,
+    is_filled_in_later,
+    texts,
+    warn_of_missing_branches,
+    with_recipe_values,
+)
 from loraflow.flows.server.deployment_spec import DeploymentEntry, DeploymentSpec, project_of
-from loraflow.flows.server.form_values import with_recipe_values
 from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
-from loraflow.flows.server.templates import is_filled_in_later, texts
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -61,46 +65,17 @@ def find_prefect_yaml() -> Path:
 
 
 def read_all(file: Path, only: list[str] | None = None) -> tuple[list[DeploymentSpec], Notifications]:
-    """Read deployments and notifications, from one reading of the file. See `read_specs` and `read_notifications`."""
+    """Read the notifications, and the deployments: all of them or those named `flow/deployment`.
+
+    Raises:
+        BadConfig: the file cannot be read, has no such deployment, an unknown key, or a wrong value.
+    """
     document = _read(file)
     return _specs(document, file, only), _notifications(document, file)
 
 
-def read_specs(file: Path, only: list[str] | None = None) -> list[DeploymentSpec]:
-    """Read the deployments, all of them or those named `flow/deployment`.
-
-    Raises:
-        BadConfig: the file cannot be read, or has no such deployment.
-    """
-    return _specs(_read(file), file, only)
-
-
-def read_notifications(file: Path) -> Notifications:
-    """Read the notifications.
-
-    Raises:
-        BadConfig: the section has an unknown key, or a wrong value.
-    """
-    return _notifications(_read(file), file)
-
-
 def _read(file: Path) -> dict[str, JsonValue]:
-    try:
-        document = yaml.load_plain(file.read_text(encoding="utf-8-sig"))
-    except yaml.Syntax as error:
-        raise BadConfig(
-            f"{FILE} is not plain YAML.",
-            where=f"{file}:{error.line}",
-            got=str(error),
-            next_step=f"correct the line in {FILE}",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(
-            f"{FILE} cannot be read.",
-            where=str(file),
-            got=str(error),
-            next_step="correct its permissions, or save it as UTF-8",
-        ) from error
+    document = read_prefect_yaml(file)
     if not isinstance(document, dict):
         raise BadConfig(
             f"{FILE} is empty, or is not a mapping.",

@@ -15,9 +15,21 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from dateutil.rrule import DAILY, HOURLY, MINUTELY, MONTHLY, SECONDLY, YEARLY, rrule, rruleset
 from prefect.client.schemas.schedules import SCHEDULE_TYPES, CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.utilities.asyncutils import run_coro_as_sync
-from pydantic import JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
-from loraflow.flows.server.strict_model import StrictModel
+
+class StrictModel(BaseModel):
+    """A part of `prefect.yaml`. Unknown keys are refused. A key without a value counts as not given, as in Prefect."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None}
+
 
 # Prefect starts an interval without `anchor_date` at the time of deploying, so that each deploy would move the schedule.
 ANCHOR = datetime(2020, 1, 1, tzinfo=UTC)

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.adapters.adapter_config import FILE, AdapterConfig
-from loraflow.adapters.fused_projections import SPLIT, AttentionHeads, block_sizes
-from loraflow.adapters.lora_updates import PREFIX
+from loraflow.adapters.lora_updates import PREFIX, SPLIT, AttentionHeads, block_sizes
 from loraflow.adapters.vocabulary import embedding_names
 from loraflow.base.stored_weights import read_entries
 from loraflow.failures import BadModel

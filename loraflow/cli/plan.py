@@ -14,7 +14,7 @@ from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option
 if TYPE_CHECKING:
     from loraflow.evaluation.power import GatePower
     from loraflow.execution.plan import PlannedStep
-    from loraflow.execution.plan_memory import PlannedMemory
+    from loraflow.execution.plan_notes import PlannedMemory
     from loraflow.execution.workspace import Workspace
     from loraflow.registry.reserve import ReserveState
 
@@ -58,11 +58,13 @@ class _PlannedRun:
 
 def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:
     from loraflow.execution.plan import base_report, gate_power, plan, too_few_positions
-    from loraflow.execution.plan_general import forgetting_lines
-    from loraflow.execution.plan_memory import planned_memory
-    from loraflow.execution.plan_slices import slice_power_lines
-    from loraflow.execution.plan_sources import planned_sources
-    from loraflow.execution.plan_tokens import token_lines
+    from loraflow.execution.plan_notes import (
+        forgetting_lines,
+        planned_memory,
+        planned_sources,
+        slice_power_lines,
+        token_lines,
+    )
     from loraflow.failures import Failure
     from loraflow.stages import TRAIN
 

@@ -1,13 +1,15 @@
-"""`loraflow registry, promote, rollback`: show the promotion log, and change the champion by hand."""
+"""`loraflow registry, promote, rollback, mlflow`: show the promotion log, change the champion, send both to MLflow."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 
 import click
 
-from loraflow.cli import json_option, model_option, store_option
+from loraflow.cli import json_option, model_option, quiet_logging, store_option
+from loraflow.credentials import hide_in_url
 from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.identity import short
 from loraflow.registry.champions import choose_intact
@@ -19,7 +21,7 @@ from loraflow.registry.signature import sign
 from loraflow.serving.models import only_model
 from loraflow.store import Ref, Store, hash_memo, open_store, require_intact_in_store
 from loraflow.tracking.git_tags import tag_log
-from loraflow.tracking.mirror import mirror_log
+from loraflow.tracking.mirror import mirror_log, open_tracker, summary_line, sync, tracking_of_model
 
 reason_option = click.option("--reason", required=True, help="The reason, for readers of the promotion log.")
 
@@ -216,3 +218,33 @@ def _changed_meanwhile() -> Failure:
         "Another process changed the champion at the same time.",
         next_step="look at `loraflow registry`, then run the command again",
     )
+
+
+@click.group()
+def mlflow() -> None:
+    """Show runs and the champion in MLflow. The store stays the truth; MLflow is a view of it."""
+
+
+@mlflow.command("sync")
+@store_option
+@model_option
+@click.option("--uri", help="MLflow's address; the default is that of the model's newest run, or MLFLOW_TRACKING_URI.")
+@click.option("--experiment", help="Name of MLflow's experiment.")
+def sync_command(store: str, model: str | None, uri: str | None, experiment: str | None) -> None:
+    """Send the runs that are missing, register promoted models, and move the alias champion to the champion."""
+    quiet_logging()
+    opened = open_store(store)
+    name = model or only_model(opened)
+    tracking = tracking_of_model(opened, name, uri)
+    if tracking is None:
+        raise BadConfig(
+            "Nothing says where MLflow is.",
+            where="runtime.mlflow.uri, MLFLOW_TRACKING_URI or --uri",
+            expected="an address such as http://localhost:5000 or sqlite:///mlflow.db",
+            next_step="loraflow mlflow sync --uri ADDRESS",
+        )
+    if experiment:
+        tracking = dataclasses.replace(tracking, experiment=experiment)
+    with opened.reader_lock():
+        done = sync(opened, name, open_tracker(tracking))
+    click.echo(summary_line(done, name, hide_in_url(tracking.uri)))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from pydantic import JsonValue
 
-from loraflow.cli import json_option, parse_overrides, set_option
+from loraflow.cli import json_option, parse_overrides, set_option, stop_at_second_interrupt
 from loraflow.stages import STAGES, check_names
 
 if TYPE_CHECKING:
-    from pydantic import JsonValue
     from rich.table import Table
 
     from loraflow.evaluation.values import SetScores
@@ -67,13 +69,12 @@ def _run_flow(
     """Run the flow; return its summary, also as the JSON document."""
     from loraflow.base.resolve import require_base
     from loraflow.config import load_recipe
-    from loraflow.tracking.dvc_pipeline import lost_with_experiment
+    from loraflow.tracking.dvclive import lost_with_experiment
 
     read = load_recipe(recipe, overrides)  # before prefect starts, so that a mistake is reported at once
     require_base(read.base)
     if lost := lost_with_experiment(Path.cwd(), read.runtime.store):
         click.echo(f"WARNING {lost}", err=True)
-    from loraflow.cli.flow_call import call_flow
     from loraflow.flows.finetune import finetune
 
     return call_flow(finetune, {"recipe": recipe, "settings": overrides, "force": list(force)}, quiet=quiet)
@@ -168,3 +169,34 @@ def _stage_table(summary: RunSummary) -> Table:
 def _relative_to_cwd(path: str) -> str:
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+
+
+def call_flow(
+    flow: Callable[..., dict[str, JsonValue]], parameters: Mapping[str, JsonValue], *, quiet: bool
+) -> tuple[RunSummary, dict[str, JsonValue]]:
+    """Call a flow, with a temporary server if none is configured; return its summary, also as the JSON document.
+
+    Args:
+        flow: the flow.
+        parameters: its own.
+        quiet: show warnings only.
+
+    Raises:
+        Failure: the flow's own, or the server was lost.
+    """
+    from loraflow.flows.server.temporary_server import prepare_server
+    from loraflow.registry.runs import RunSummary
+    from loraflow.tasks.failure_log import is_server_error, server_lost, show_failures_once
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("loraflow").setLevel(logging.WARNING if quiet else logging.INFO)
+    show_failures_once()
+    stop_at_second_interrupt()
+    prepare_server()
+    try:
+        document = flow(**parameters)
+    except Exception as error:
+        if is_server_error(error):
+            raise server_lost(error) from error
+        raise
+    return RunSummary.model_validate(document), document

@@ -1,24 +1,26 @@
-"""`loraflow show`: a run's report, an artifact's manifest, or the facts about the champion."""
+"""`loraflow show, compare`: a run's report, an artifact's manifest, the facts about the champion; runs side by side."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from loraflow.cli import json_option, model_option, quiet_logging, store_option
-from loraflow.cli.memory_lines import memory_of, run_memory_lines
 from loraflow.credentials import mask
-from loraflow.failures import BadConfig, CorruptArtifact
+from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.identity import short
-from loraflow.registry.runs import PREFECT_ID, RUN_ID, RunRecord, find_named_run, read_report
+from loraflow.registry.runs import PREFECT_ID, RUN_ID, RunRecord, StageRun, find_named_run, read_report
 from loraflow.store import Manifest, Ref, Store, open_store
 
 if TYPE_CHECKING:
     from loraflow.serving.champion import Champion, Files, MadeWith, PromotionEntry, RunScores
+
 
 LABEL = 10  # width of the first column
 MIN_PREFIX = 4  # shortest beginning of a fingerprint or digest that is looked up
@@ -261,3 +263,72 @@ def _file_parts(files: Files) -> list[str]:
     if files.contents == "intact":
         return [files.uri, "intact: hashed on this machine, and not changed since"]
     return [files.uri, "contents not checked since they were written or copied; `loraflow verify --deep` hashes them"]
+
+
+def memory_of(manifest: Manifest) -> str | None:
+    """Return a line about the memory of the stage that made an artifact; None if it was not measured."""
+    from loraflow.training.memory_parts import describe
+
+    recorded = manifest.provenance.get("memory")
+    if not isinstance(recorded, dict):
+        return None
+    peaks, estimate = recorded.get("peak_bytes"), recorded.get("estimate_bytes")
+    sizes = {key: size for key, size in peaks.items() if isinstance(size, int)} if isinstance(peaks, dict) else {}
+    peak = sizes.get("gpu") or sizes.get("host")
+    if not peak:
+        return None
+    place = "on the GPU" if sizes.get("gpu") else "of main memory"
+    line = f"peak {peak / 2**30:.2f} GiB {place}"
+    parts = {key: size for key, size in estimate.items() if isinstance(size, int)} if isinstance(estimate, dict) else {}
+    if parts:
+        total = sum(parts.values())
+        line += f", estimated {total / 2**30:.2f} ({total / peak:.0%}): {describe(parts)}"
+    return line
+
+
+def run_memory_lines(store: Store, stages: Iterable[StageRun]) -> Iterator[str]:
+    """Yield a line for each stage of a run whose artifact is still in the store and whose memory was measured."""
+    shown = list(stages)
+    width = max((len(stage.stage) for stage in shown), default=0) + 2
+    for stage in shown:
+        ref = Ref(stage=stage.stage.split()[0], fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
+        try:
+            line = memory_of(store.manifest(ref))
+        except Failure:  # removed since then
+            continue
+        if line:
+            yield f"  {stage.stage:<{width}}{line}"
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="A B [C]")
+@click.option("--html", type=click.Path(dir_okay=False), help="Write a page with everything to this file.")
+@store_option
+@json_option
+def compare(models: tuple[str, ...], html: str | None, store: str, as_json: bool) -> None:
+    """Compare the models of two or three runs, or `champion`: B and C against A, on the held-out rows that both have.
+
+    Shown are the scores, paired differences with bounds, changed settings, and the rows that changed most. No look at the
+    held-out rows is counted, so do not choose a model by it: that is what the gate is for.
+    """
+    quiet_logging()
+    if not 2 <= len(models) <= 3:
+        raise BadConfig(
+            "Two or three models can be compared.",
+            where="loraflow compare",
+            got=str(len(models)),
+            next_step="`loraflow runs` lists the runs",
+        )
+    from loraflow.serving.compared import compare_models, html_page, terminal_lines
+
+    comparison = compare_models(open_store(store), models)
+    if html is not None:
+        Path(html).write_text(html_page(comparison), encoding="utf-8")
+    if as_json:
+        pairings = [dataclasses.asdict(pairing) for pairing in comparison.pairings]
+        click.echo(json.dumps({"models": [*models], "against_first": pairings}, ensure_ascii=False))
+        return
+    for line in terminal_lines(comparison):
+        click.echo(line)
+    if html is not None:
+        click.echo(f"page: {html}")

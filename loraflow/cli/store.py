@@ -1,14 +1,16 @@
-"""`loraflow runs, verify, gc`: list the runs of the store, check its artifacts, and clean it up."""
+"""`loraflow runs, verify, reproduce, repair, gc, backup`: list the runs of a store, check, recompute, clean and copy it."""
 
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 
 import click
 
 from loraflow.cli import json_option, model_option, quiet_logging, store_option
-from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog
+from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog, Failure, LimitExceeded
 from loraflow.registry.log import PromotionLog
 from loraflow.store import Store, open_store
 
@@ -69,8 +71,6 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
             next_step="`loraflow verify champion --rederive`, or `loraflow verify --deep`",
         )
     if what is not None:
-        from loraflow.cli.rederive import verify_model
-
         verify_model(opened, what, model)
         return
     damaged = checked = 0
@@ -103,8 +103,7 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
 
 def _check_signature(log: PromotionLog, signers: Path) -> None:
     from loraflow.registry.runs import LogHead
-    from loraflow.registry.signature import check_signature
-    from loraflow.registry.verified_heads import remember_verified, require_not_older
+    from loraflow.registry.signature import check_signature, remember_verified, require_not_older
 
     hashes = [entry.hash for entry in log.entries()]
     require_not_older(log.store, log.model, hashes, signers)
@@ -127,8 +126,7 @@ def _missing_champions(store: Store, signers: Path | None) -> str:
     from loraflow.registry.looks import LookRecord, models_with_looks
     from loraflow.registry.rebuild import how_to_rebuild
     from loraflow.registry.runs import damaged_runs
-    from loraflow.registry.signature import signed_models
-    from loraflow.registry.verified_heads import verified_models
+    from loraflow.registry.signature import signed_models, verified_models
 
     steps = []
     signed = signed_models(store) | verified_models(store, signers) if signers is not None else set()
@@ -186,3 +184,189 @@ def gc(store: str, keep: int, keep_champions: int, dry_run: bool) -> None:
         freed += size
         click.echo(f"{'would remove' if dry_run else 'removed'}  {size / 2**20:9.1f} MiB  {path}  ({reason})")
     click.echo(f"{freed / 2**20:.1f} MiB {'could be' if dry_run else 'were'} freed")
+
+
+def verify_model(store: Store, what: str, model: str | None) -> None:
+    """Print what holds of a model's lineage, and merge it again.
+
+    Raises:
+        BadConfig: there is no such run or champion.
+        CorruptArtifact: something does not hold.
+    """
+    from loraflow.execution.rederive import rederive
+    from loraflow.registry.rebuild import how_to_rebuild
+    from loraflow.registry.runs import read_run
+    from loraflow.serving.models import champion_entry, only_model
+    from loraflow.store import Ref
+
+    if what.split(":")[0] == "champion":
+        merged = champion_entry(store, what.partition(":")[2] or model or only_model(store)).merged
+    else:
+        record = read_run(store, what)
+        stage = record.stage("merge") if record else None
+        if stage is None:
+            raise BadConfig(
+                "There is no champion or run of this name with a model.",
+                where=what,
+                next_step="`loraflow runs` lists the runs",
+            )
+        merged = Ref(stage="merge", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
+    started, failed = time.perf_counter(), 0
+    with store.reader_lock():
+        for check in rederive(store, merged):
+            failed += bool(check.problems)
+            word = "differs" if check.problems else "unknown" if check.unknown else "holds"
+            detail = "; ".join(check.problems[:5]) or check.unknown
+            click.echo(f"{word:<8} {check.what}{f' ({detail})' if detail else ''}")
+    click.echo(f"{what}: {merged}, {failed} differences, {time.perf_counter() - started:.1f} s")
+    if failed:
+        raise CorruptArtifact(
+            "The model does not match its recorded lineage.",
+            where=store.location(merged),
+            got=f"{failed} differences, see above",
+            next_step=f"`loraflow verify --deep` quarantines damaged artifacts; {how_to_rebuild(store, merged)}",
+        )
+
+
+@click.command()
+@click.argument("run")
+@click.option("--into", required=True, help="The store to compute in: a folder that does not exist yet.")
+@store_option
+@json_option
+def reproduce(run: str, into: str, store: str, as_json: bool) -> None:
+    """Run RUN again with its recorded recipe and data, in a fresh store, and compare the digest of each stage.
+
+    Where a result differs, the settings, versions and hardware that differ are named. Nothing is decided or promoted.
+
+    Exit status 1 if a result differs.
+    """
+    quiet_logging()
+    from loraflow.execution.rederive import reproduce as run_again
+    from loraflow.registry.runs import read_run
+
+    opened = open_store(store)
+    record = read_run(opened, run)
+    if record is None:
+        raise BadConfig("There is no such run.", where=run, next_step="`loraflow runs` lists the runs")
+    results = []
+    for result in run_again(opened, record, into):
+        results.append(result)
+        if not as_json:
+            click.echo(f"{'same' if result.is_same else 'differs':<8} {result.label:<17} {result.got}")
+            for reason in result.reasons:
+                click.echo(f"{'':<8}   {reason}")
+    if not results:
+        raise BadConfig(
+            "The record of this run has no stages.",
+            where=run,
+            next_step="choose another run: `loraflow runs` lists them",
+        )
+    different = [result.label for result in results if not result.is_same]
+    if as_json:
+        values = [
+            {
+                "stage": item.label,
+                "expected": item.expected,
+                "got": item.got,
+                "same": item.is_same,
+                "reasons": [*item.reasons],
+            }
+            for item in results
+        ]
+        click.echo(json.dumps({"run": run, "stages": values}, ensure_ascii=False))
+    if different:
+        raise LimitExceeded(
+            "The run was not reproduced bit for bit.",
+            where=into,
+            got=f"{len(different)} of {len(results)} stages differ: {', '.join(different)}",
+            next_step="the reasons are listed above; the same versions on the same kind of machine give the same bytes",
+        )
+    if not as_json:
+        click.echo(f"all {len(results)} stages are the same, bit for bit")
+        if record.stage("merge") is None:
+            click.echo("the run made no model: its record ends before merge")
+
+
+@click.command()
+@click.argument("target", type=click.Path(file_okay=False, path_type=Path))
+@store_option
+def backup(target: Path, store: str) -> None:
+    """Copy the artifacts, promotion logs and run records of the store to the folder TARGET, which is a store itself.
+
+    Runs may use the store meanwhile. Repeated with the same TARGET, it copies what is new. Each copy is hashed.
+    """
+    quiet_logging()
+    from loraflow.registry.backup import back_up, require_complete
+
+    opened = open_store(store)
+    copied = failed = size = 0
+    for item in back_up(opened, target):
+        if item.problem:
+            failed += 1
+            click.echo(f"not copied  {item.ref}: {item.problem}", err=True)
+        else:
+            copied, size = copied + 1, size + item.size
+    click.echo(
+        f"{copied} artifacts copied ({size / 2**20:.1f} MiB), with the promotion logs and run records, to {target}"
+    )
+    require_complete(failed, opened, target)
+
+
+@click.command()
+@click.option("--yes", is_flag=True, help="Recompute without asking.")
+@store_option
+def repair(yes: bool, store: str) -> None:
+    """Find damaged and missing artifacts, and recompute those that a recorded run can compute again.
+
+    All artifacts are hashed, and damaged ones quarantined, as by `loraflow verify --deep`. Then the stages to recompute and
+    the seconds that they took are listed, and what cannot be recomputed. Nothing is decided or promoted.
+
+    Exit status 1 if something is left that is damaged or missing.
+    """
+    quiet_logging()
+    from loraflow.execution.repair import find_loss, recompute, total_seconds
+
+    opened = open_store(store)
+    loss = find_loss(opened)
+    for lost in loss.repairable:
+        took = "unknown time" if lost.seconds is None else f"{lost.seconds:.1f} s"
+        run = lost.record.run if lost.record else ""
+        click.echo(f"recompute  {lost.label:<17} {lost.ref}  took {took} in run {run}  ({lost.problem})")
+    for lost in loss.irreparable:
+        click.echo(
+            f"lost       {lost.label or lost.ref.stage:<17} {lost.ref}  ({lost.problem})\n           {lost.why_not}"
+        )
+    for failure in loss.logs:
+        click.echo(f"lost       promotion log     {failure.where}  ({failure.got})\n           {failure.next_step}")
+    left = len(loss.irreparable) + len(loss.logs)
+    if loss.repairable:
+        stages = len(loss.repairable)
+        cost = f"{stages} stage{'s' if stages > 1 else ''}, about {total_seconds(loss.repairable):.1f} s"
+        click.echo(f"to recompute: {cost}, and whatever they need that is missing too")
+        if not yes and not _confirmed():
+            raise CorruptArtifact(
+                "Nothing was recomputed.",
+                where=opened.uri,
+                got=f"{stages + left} artifacts and logs are damaged or missing",
+                next_step="loraflow repair --yes",
+            )
+    for lost in loss.repairable:
+        try:
+            recompute(opened, lost)
+            click.echo(f"recomputed {lost.label:<17} {lost.ref}")
+        except Failure as failure:
+            left += 1
+            click.echo(f"failed     {lost.label:<17} {lost.ref}\n{failure}", err=True)
+    if left:
+        raise CorruptArtifact(
+            "Not everything could be recomputed.",
+            where=opened.uri,
+            got=f"{left} artifacts and logs are damaged or missing",
+            next_step="see above; a backup of the store has them (docs/backup.md)",
+        )
+    click.echo("the store is complete" if loss.repairable else "nothing is damaged or missing")
+
+
+def _confirmed() -> bool:
+    """Ask the person at the terminal. Without a terminal, the answer is no."""
+    return sys.stdin.isatty() and click.confirm("Recompute now?")

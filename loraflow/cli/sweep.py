@@ -131,7 +131,7 @@ def _run_flow(
     quiet: bool,
 ) -> tuple[RunSummary, dict[str, JsonValue]]:
     """Run the flow; return its summary, also as the JSON document."""
-    from loraflow.cli.flow_call import call_flow
+    from loraflow.cli.run import call_flow
     from loraflow.flows.sweep import sweep as flow
 
     parameters: dict[str, JsonValue] = {
@@ -175,7 +175,7 @@ def show_trials(record: SweepRecord) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from loraflow.reporting.sweep import columns, table_rows
+    from loraflow.reporting.sections import columns, table_rows
 
     console = Console(highlight=False)
     table = Table(title="trials, ordered by validation loss", title_justify="left")

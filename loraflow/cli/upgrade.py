@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraflow.cli import quiet_logging
-from loraflow.cli.project_lock import project_lock
+from loraflow.cli.init import project_lock
 from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ def upgrade(write: bool) -> None:
 
 def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
     """Yield each file of the project, with its new and its present text."""
-    from loraflow.cli.gitignore import FOR_DVCIGNORE, gitignore_lines, with_lines
+    from loraflow.cli.init import FOR_DVCIGNORE, gitignore_lines, with_lines
     from loraflow.config.project import FILE
     from loraflow.config.upgrade_recipe import Upgraded, upgrade_recipe
-    from loraflow.flows.server.upgrade_prefect_yaml import upgrade_prefect_yaml
+    from loraflow.flows.server.new_prefect_yaml import upgrade_prefect_yaml
 
     recipes = sorted(path for pattern in ("*.yaml", "*.yml") for path in Path("configs").glob(pattern))
     if not recipes and not Path(FILE).exists():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.config.data_sources import (
@@ -15,8 +17,8 @@ from loraflow.config.data_sources import (
     known_columns,
     refuse_ignored_columns,
 )
-from loraflow.config.field_types import Positive, Share, ShareOrCount
-from loraflow.frozen import FrozenModel
+from loraflow.failures import BadConfig
+from loraflow.frozen import FrozenModel, Positive, Share, ShareOrCount
 
 GENERAL_SETS = ("general chats", "general questions")  # the names in reports of the sets of evaluation.general
 
@@ -117,3 +119,31 @@ class Data(FrozenModel):
         if taken := {"heldout", "train", "validation", *GENERAL_SETS} & value.keys():
             raise ValueError(f"{', '.join(sorted(taken))} is a reserved name; choose another")
         return value
+
+
+def read_tools_file(name: str) -> list[JsonValue]:
+    """Return the tools of a dataset. check_dataset checks them.
+
+    Raises:
+        BadConfig: the file is missing, or is not a JSON list.
+    """
+    try:
+        value = json.loads(Path(name).read_text(encoding="utf-8"))
+        # Refuses NaN, infinities and lone surrogates, which neither fingerprints nor rows can contain.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadConfig(
+            "The tools cannot be read.",
+            where=f"data.tools: {name}",
+            got=str(error)[:200],
+            next_step="correct the path, or the file's JSON",
+        ) from error
+    if not isinstance(value, list) or not value:
+        raise BadConfig(
+            "The file is not a list of tools.",
+            where=f"data.tools: {name}",
+            expected='a JSON list: [{"type": "function", "function": {"name": …, "parameters": …}}, …]',
+            got=type(value).__name__,
+            next_step="write the tools as OpenAI's API takes them",
+        )
+    return value

@@ -6,8 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from loraflow.config.field_types import Dtype, Positive
-from loraflow.frozen import FrozenModel
+from loraflow.frozen import Dtype, FrozenModel, Positive
 
 SliceBy = Annotated[str, Field(min_length=1)]  # one of BUILT_IN_SLICES, or a field of the rows
 BUILT_IN_SLICES = ("length", "script")

@@ -6,13 +6,12 @@ from typing import Literal, Self
 
 from pydantic import JsonValue, SerializerFunctionWrapHandler, model_serializer
 
-from loraflow.config.field_types import Positive
 from loraflow.config.locations import Origin
 from loraflow.config.recipe import Recipe
 from loraflow.config.runtime import Runtime
 from loraflow.config.stage_configs import RecipeContext, TrainConfig
 from loraflow.config.training import BestCheckpoint, TrainerSettings, UnfingerprintedTraining
-from loraflow.frozen import FrozenModel
+from loraflow.frozen import FrozenModel, Positive
 
 
 class JobTrainingRuntime(UnfingerprintedTraining, BestCheckpoint):

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from loraflow.config import yaml
 from loraflow.config.data_sources import DataSource
-from loraflow.config.gate_rules import contradictions
+from loraflow.config.gate import contradictions
 from loraflow.config.recipe import Recipe
 from loraflow.config.recipe_text import find_and_read, shorten
 from loraflow.config.renamed_keys import TRANSLATED, translate

@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from loraflow.config.field_types import Positive, Share
-from loraflow.frozen import FrozenModel
+from loraflow.frozen import FrozenModel, Positive, Share
 
 
 class EvaConfig(FrozenModel):

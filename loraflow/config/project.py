@@ -12,6 +12,30 @@ FILE = "prefect.yaml"
 PROJECT_VARIABLE = "LORAFLOW_PROJECT"  # names the project of a worker whose folder has no prefect.yaml, as in an image
 
 
+def read_prefect_yaml(file: Path) -> object:
+    """Return the content of a `prefect.yaml`.
+
+    Raises:
+        BadConfig: the file cannot be read; its cause is the exception.
+    """
+    try:
+        return yaml.load_plain(file.read_text(encoding="utf-8-sig"))
+    except yaml.Syntax as error:
+        raise BadConfig(
+            f"{FILE} is not plain YAML.",
+            where=f"{file}:{error.line}",
+            got=str(error),
+            next_step=f"correct the line in {FILE}",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(
+            f"{FILE} cannot be read.",
+            where=str(file),
+            got=str(error),
+            next_step="correct its permissions, or save it as UTF-8",
+        ) from error
+
+
 def project_name(folder: Path) -> str | None:
     """Return the `name` in a project's `prefect.yaml`; None if it has no such file, or no name.
 
@@ -19,20 +43,11 @@ def project_name(folder: Path) -> str | None:
         BadConfig: the file cannot be read.
     """
     try:
-        document = yaml.load_plain((folder / FILE).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return None
-    except yaml.Syntax as error:
-        raise BadConfig(
-            f"{FILE} is not plain YAML.",
-            where=f"{folder / FILE}:{error.line}",
-            got=str(error),
-            next_step=f"correct {FILE}",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(
-            f"{FILE} cannot be read.", where=str(folder / FILE), got=str(error), next_step=f"correct {FILE}"
-        ) from error
+        document = read_prefect_yaml(folder / FILE)
+    except BadConfig as failure:
+        if isinstance(failure.__cause__, FileNotFoundError):
+            return None
+        raise
     name = document.get("name") if isinstance(document, dict) else None
     return str(name) if name is not None else None
 

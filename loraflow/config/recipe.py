@@ -14,12 +14,11 @@ from pydantic import Field, model_validator
 
 from loraflow.config.data import Data
 from loraflow.config.evaluation import BUILT_IN_SLICES, Evaluation
-from loraflow.config.field_types import Dtype, Positive
 from loraflow.config.gate import Gate
 from loraflow.config.lora import LoralibConfig, PeftConfig
 from loraflow.config.runtime import Runtime
 from loraflow.config.training import TrainingConfig
-from loraflow.frozen import FrozenModel
+from loraflow.frozen import Dtype, FrozenModel, Positive
 
 
 class Base(FrozenModel):

@@ -13,15 +13,14 @@ from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Field, JsonValue
 
+from loraflow.config.data import read_tools_file
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.config.data_sources import RowFormat, source_settings
-from loraflow.config.field_types import Dtype, Positive, Share
 from loraflow.config.locations import BaseLocation, DatasetLocation, SourcesOrigin
 from loraflow.config.lora import LoralibConfig, PeftConfig
 from loraflow.config.recipe import Recipe
-from loraflow.config.tools_file import read_tools_file
 from loraflow.config.training import BestCheckpoint, TrainingMath
-from loraflow.frozen import FrozenModel
+from loraflow.frozen import Dtype, FrozenModel, Positive, Share
 
 
 class RecipeContext(Protocol):

@@ -18,8 +18,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from loraflow.config.field_types import Positive, Share
-from loraflow.frozen import FrozenModel
+from loraflow.frozen import FrozenModel, Positive, Share
 
 
 class TrainingMath(FrozenModel):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from loraflow.config import yaml
 from loraflow.config.load import parse_recipe
 from loraflow.config.renamed_keys import IGNORED, REFUSED, TRANSLATED
-from loraflow.config.yaml_edits import Edit, apply, scalars
+from loraflow.config.yaml import Edit, apply, scalars
 from loraflow.failures import BadConfig
 
 

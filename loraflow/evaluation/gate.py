@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Literal
 
 from loraflow.data.chats import GATE_SET
 from loraflow.evaluation.evidence import Evidence
-from loraflow.evaluation.forgetting import GeneralGuard
+from loraflow.evaluation.guards import GeneralGuard, SliceGuard
 from loraflow.evaluation.intervals import Bounds
 from loraflow.evaluation.pairing import NO_RANGES, pair, refusal, require_in_range, require_same_tokens, scores
 from loraflow.evaluation.power import MINIMUM_ROWS
-from loraflow.evaluation.slice_guards import SliceGuard
 from loraflow.evaluation.slices import Part
 from loraflow.evaluation.values import Comparison, Decision
 

@@ -12,8 +12,7 @@ from loraflow.base.longrope import fixed_angles
 from loraflow.data.loss_mask import Encoded
 from loraflow.data.token_labels import IGNORED
 from loraflow.evaluation.generation import SINGLE_PROCESS
-from loraflow.evaluation.prefix_cache import SharedPrefix, shared_prefix
-from loraflow.evaluation.row_batches import groups_of
+from loraflow.evaluation.prefix_cache import SharedPrefix, groups_of, shared_prefix
 from loraflow.hardware.process_group import ProcessGroup
 
 if TYPE_CHECKING:

@@ -2,17 +2,199 @@
 
 `evaluate` would look up a bare name on the hub and run the script it finds, so a bare name always means a module of
 loraflow.
+
+What decides a metric of the user's own are its script, the modules that it imports, and the files that it names.
+Files that the code writes itself, such as a cache or a log, are no part of it: they change with each evaluation. A file
+counts as written if its name is in a call that opens it for writing, directly or through a variable of the same module.
+
+Scores of two models are comparable only if the same code computed them, and a script may leave its arithmetic to a module
+beside it. Installed packages are no part of it: like torch, they are recorded by their versions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ast
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from loraflow.evaluation.metric_files import metric_files, metric_hash
 from loraflow.failures import BadConfig
 from loraflow.store.files import HashMemo
+
+PARSE_ATTEMPTS = 5
+OURS = "loraflow"  # its code is a part of the stage's
+# Calls that write the file that they are a method of, and those that write the file that they are given first, or second.
+_WRITING_METHODS = frozenset({"write_text", "write_bytes", "touch", "unlink"})
+_WRITING_CALLS = frozenset(
+    {"FileHandler", "RotatingFileHandler", "connect", "to_csv", "to_json", "to_parquet", "savez", "save"}
+)
+_COPYING_CALLS = frozenset({"copy", "copy2", "copyfile", "move", "replace", "rename"})
+
+
+def metric_hash(script: Path, memo: HashMemo) -> str:
+    """Return the hash of a metric: of its script, or of all its files if it has more.
+
+    Args:
+        script: of the metric's module.
+        memo: that may know the files' hashes.
+    """
+    files = metric_files(script)
+    if files == [script]:
+        return memo.hash(script)
+    hashes = [[os.path.relpath(file, script.parent), memo.hash(file)] for file in files]
+    return hashlib.sha256(json.dumps(sorted(hashes)).encode()).hexdigest()
+
+
+def metric_files(script: Path) -> list[Path]:
+    """Return a metric's script, and what it reads in the working directory and in its own folder, in a stable order.
+
+    That is every module that it imports from there, directly or through another one, and every file whose path is written
+    as a text in one of them, such as `open("metrics/words.txt")`.
+    """
+    found, left = [script], [script]
+    seen = {script.resolve()}
+    while left:
+        for file in _named_files(left.pop(), script.parent):
+            if file.resolve() not in seen:
+                seen.add(file.resolve())
+                found.append(file)
+                if file.suffix == ".py":
+                    left.append(file)
+    return [script, *sorted(found[1:])]
+
+
+def _named_files(file: Path, folder: Path) -> Iterator[Path]:
+    """Yield the files that a Python file imports or names, from the metric's folder or the working directory."""
+    try:
+        tree = _parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return  # the metric's import raises the same error, and says where
+    written = _written_names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield from _modules(Path(), name.name)
+        elif isinstance(node, ast.ImportFrom):
+            # evaluate copies the modules beside a script, and so makes them importable by `from .name import …`.
+            start = file.parents[node.level - 1] if 0 < node.level <= len(file.parents) else Path()
+            module = f"{node.module}." if node.module else ""
+            for name in node.names:
+                yield from _modules(start, f"{module}{name.name}")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in written:
+            yield from (file for file in (Path(node.value), folder / node.value) if _is_file(file))
+
+
+def _written_names(tree: ast.Module) -> set[str]:
+    """Return the texts that name a file which the code opens for writing."""
+    attributes: dict[str, set[str]] = {}
+    for node in ast.walk(tree):
+        for target, texts in _assigned(node):
+            if isinstance(target, ast.Attribute):
+                attributes.setdefault(target.attr, set()).update(texts)
+    return set(_written_in(tree, {}, attributes))
+
+
+_Texts = Mapping[str, set[str]]  # variable or attribute: the texts in what is assigned to it
+
+
+def _written_in(scope: ast.AST, outer: _Texts, attributes: _Texts) -> Iterator[str]:
+    """Yield those texts of a module or a function, with the variables of the scopes around it."""
+    nodes = list(_nodes_of(scope))
+    own: dict[str, set[str]] = {}
+    for node in nodes:
+        for target, texts in _assigned(node):
+            if isinstance(target, ast.Name):
+                own.setdefault(target.id, set()).update(texts)
+    known = {**outer, **own}
+    for node in nodes:
+        if isinstance(node, _FUNCTIONS):
+            yield from _written_in(node, known, attributes)
+        elif isinstance(node, ast.Call):
+            for target in _written_by(node):
+                yield from _texts(target)
+                for one in ast.walk(target):
+                    if isinstance(one, ast.Name):
+                        yield from known.get(one.id, ())
+                    elif isinstance(one, ast.Attribute):
+                        yield from attributes.get(one.attr, known.get(one.attr, ()))
+
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
+def _nodes_of(scope: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes of a module or function, and of classes in it; of functions in it only themselves."""
+    for node in ast.iter_child_nodes(scope):
+        yield node
+        if not isinstance(node, _FUNCTIONS):
+            yield from _nodes_of(node)
+
+
+def _assigned(node: ast.AST) -> list[tuple[ast.expr, set[str]]]:
+    """Return the targets of an assignment, with the texts in its value."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+        return []
+    return [(one, _texts(node.value)) for one in (node.targets if isinstance(node, ast.Assign) else [node.target])]
+
+
+def _written_by(call: ast.Call) -> Iterator[ast.expr]:
+    """Yield the expressions for the files that a call writes."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    owner = function.value if isinstance(function, ast.Attribute) else None
+    if name == "open":
+        modes = [*call.args[:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+        if any(_is_writing_mode(mode) for mode in modes):
+            yield from (one for one in (owner, *call.args[:1]) if one is not None)
+    elif name in _WRITING_METHODS and owner is not None:
+        yield owner
+    elif name in _WRITING_CALLS:
+        yield from call.args[:1]
+    elif name in _COPYING_CALLS:
+        yield from call.args[-1:]
+    yield from (keyword.value for keyword in call.keywords if name == "basicConfig" and keyword.arg == "filename")
+
+
+def _is_writing_mode(node: ast.expr) -> bool:
+    """Tell whether it is a mode of `open` that writes, such as "w", "ab" or "r+"."""
+    mode = node.value if isinstance(node, ast.Constant) else None
+    return (
+        isinstance(mode, str)
+        and 0 < len(mode) <= 3
+        and set(mode) <= set("rwxabt+")
+        and not set(mode).isdisjoint("wxa+")
+    )
+
+
+def _texts(node: ast.expr) -> set[str]:
+    return {one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)}
+
+
+def _parse(source: bytes) -> ast.Module:
+    """Parse, again if another thread parses at the same time, which CPython before 3.11.8 reports as a SystemError."""
+    for _ in range(PARSE_ATTEMPTS - 1):
+        with suppress(SystemError):
+            return ast.parse(source)
+    return ast.parse(source)
+
+
+def _modules(start: Path, name: str) -> Iterator[Path]:
+    """Yield the files of a module with a dotted name, and of the packages that it is in."""
+    if start == Path() and name.partition(".")[0] == OURS:
+        return
+    path = start
+    for part in name.split("."):
+        path /= part
+        yield from (file for file in (path.with_name(f"{part}.py"), path / "__init__.py") if _is_file(file))
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113  # Path.is_file raises for a text that cannot be a path
+
 
 BUILT_IN = Path(__file__).parent / "metrics"
 LOWER_IS_BETTER = frozenset({"token_loss", "perplexity"})

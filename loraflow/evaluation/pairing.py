@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from loraflow.evaluation.evidence import Evidence
-from loraflow.evaluation.groups import group_labels
-from loraflow.evaluation.intervals import is_binary
+from loraflow.evaluation.intervals import group_labels, is_binary
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.values import BINARY, LARGEST_SCORE, LARGEST_VOCABULARY, RANGES, ROW_COLUMNS
 from loraflow.failures import BadConfig, BadData

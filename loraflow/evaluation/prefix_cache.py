@@ -1,22 +1,26 @@
-"""Prefix sharing: compute the keys and values of the prefix that all prompts share once, and reuse them in every batch.
+"""Divide rows into batches, and share what they have in common.
 
-Padding is between the prefix and the rest of a row. The attention mask hides it, and positions count only what is not
-hidden, so that each token has the position that it has without padding.
+Prefix sharing: the keys and values of the prefix that all prompts share are computed once, and used in every batch. Padding
+is between the prefix and the rest of a row. The attention mask hides it, and positions count only what is not hidden, so
+that each token has the position that it has without padding.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraflow.base.load import sees_all_before
-from loraflow.base.longrope import Side
+from loraflow.base.longrope import Side, longrope_modules
 from loraflow.data.common_prefix import common_prefix_length
+from loraflow.data.positions import Positions
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import DynamicCache, PreTrainedModel
+
 
 # Below these, a forward pass for the prefix and a copy of its keys for each batch cost more than they save.
 MIN_TOKENS = 16
@@ -34,7 +38,7 @@ class SharedPrefix:
 
     def cache(self, rows: int, capacity: int) -> DynamicCache:
         """Return a new cache that holds the prefix in each of `rows` rows, with memory for `capacity` tokens per row."""
-        from loraflow.evaluation.kv_cache import preallocated_cache
+        from loraflow.evaluation.greedy_decoding import preallocated_cache
 
         cache = preallocated_cache(len(self.layers), capacity)
         for index, (keys, values) in enumerate(self.layers):
@@ -106,3 +110,54 @@ def has_plain_cache(model: PreTrainedModel, length: int, side: Side = "unchanged
         and (kind not in _ROPE_BY_LENGTH or (kind == "longrope" and side != "unchanged"))
         and getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")
     )
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows that can share a batch."""
+
+    rows: tuple[int, ...]  # indices, longest first
+    batch_size: int
+    side: Side = "unchanged"
+    switch: int = 0
+
+    def batches(self) -> Iterator[list[int]]:
+        """Yield the indices of each batch's rows."""
+        for first in range(0, len(self.rows), self.batch_size):
+            yield list(self.rows[first : first + self.batch_size])
+
+
+def group_rows(
+    lengths: Sequence[int], batch_size: int, switch: int | None = None, new_tokens: int = 0, *, fixable: bool = True
+) -> list[RowGroup]:
+    """Return the rows in groups, longest rows first, so that little is padded.
+
+    A LongRoPE model has other angles for rows that are longer than its switch, and transformers chooses them for a whole
+    batch. So a batch has rows of one side only. An answer that passes the switch is generated in a batch of its own, as
+    transformers does it: when the row passes the switch, all of it is computed again with the angles of long rows.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: the number of rows of a batch.
+        switch: longer rows have other angles; None for models without one.
+        new_tokens: the number of tokens that may be added to each row.
+        fixable: the model's angles are computed by transformers' own code, so that they can be fixed.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if switch is None:
+        return [RowGroup(tuple(order), batch_size)] if order else []
+    above = tuple(i for i in order if lengths[i] > switch)
+    below = tuple(i for i in order if lengths[i] + new_tokens <= switch)
+    passing = tuple(i for i in order if lengths[i] <= switch < lengths[i] + new_tokens)
+    groups = [
+        RowGroup(above, batch_size if fixable else 1, "long" if fixable else "unchanged", switch),
+        RowGroup(passing, 1, "unchanged", switch),
+        RowGroup(below, batch_size, "short" if fixable else "unchanged", switch),
+    ]
+    return [group for group in groups if group.rows]
+
+
+def groups_of(model: PreTrainedModel, lengths: Sequence[int], batch_size: int, new_tokens: int = 0) -> list[RowGroup]:
+    """Return the rows of a model in groups; see `group_rows`."""
+    switch = Positions.of(model.config.to_dict()).switch
+    return group_rows(lengths, batch_size, switch, new_tokens, fixable=bool(longrope_modules(model)))

@@ -17,8 +17,7 @@ from loraflow.config.stage_configs import EvaluateConfig
 from loraflow.data.chats import GATE_SET, Message
 from loraflow.data.sampling import spread_sample, spread_values
 from loraflow.data.split import prompt_key
-from loraflow.evaluation.groups import group_labels
-from loraflow.evaluation.intervals import Interval, mean_interval
+from loraflow.evaluation.intervals import Interval, group_labels, mean_interval
 from loraflow.evaluation.label_scores import confusions, macro_f1
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.values import (

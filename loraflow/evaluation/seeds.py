@@ -21,7 +21,7 @@ from loraflow.evaluation.values import Decision, SeedScores, SetScores
 if TYPE_CHECKING:
     import pandas as pd
 
-    from loraflow.evaluation.slice_guards import SliceGuard
+    from loraflow.evaluation.guards import SliceGuard
     from loraflow.evaluation.slices import Part
 
 

@@ -1,7 +1,7 @@
 """Parts of the gate's rows, such as short and long answers or the values of one of their fields, and their scores.
 
 The scores describe, and decide nothing: with many parts some differ by chance, and each has few rows, so the intervals are
-wide and not corrected. `slice_guards.py` has the rules that decide.
+wide and not corrected. `guards.py` has the rules that decide.
 """
 
 from __future__ import annotations

@@ -19,11 +19,10 @@ from loraflow.config.locations import FolderOrigin
 from loraflow.data.positions import Positions
 from loraflow.evaluation.values import LARGEST_VOCABULARY
 from loraflow.execution.cache import OTHER_CODE, known_changes, look_up
-from loraflow.execution.deal import preview_heldout
-from loraflow.execution.look_rows import checked_rows, rows_of_a_look
+from loraflow.execution.deal import checked_rows, preview_heldout, rows_of_a_look
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, Failure
-from loraflow.registry.near_gains import gains_to_follow
+from loraflow.registry.budget import gains_to_follow
 from loraflow.stages import (
     CHECK_DATASET,
     CHECK_GENERAL,
@@ -122,7 +121,7 @@ def find_step(label: str) -> Step | None:
 
 
 def _steps_of_seed(seed: int) -> tuple[Step, ...]:
-    """Return the steps of `flows/seeds.py`."""
+    """Return the steps of `train_seed` in `flows/pipeline.py`."""
     adapter, merged = f"train seed {seed}", f"merge seed {seed}"
     inputs = {"base": "resolve_base", "adapter": adapter, "merged": merged, "rows": "check_dataset"}
     return (

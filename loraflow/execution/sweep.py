@@ -1,7 +1,7 @@
 """The trials of a sweep: variants of a recipe that share every stage before training. Imports no prefect and no torch.
 
 A trial is exactly the training of `loraflow run` with its settings: it has the same fingerprints. What a sweep adds is the
-measurement of the validation loss, which no fingerprint contains.
+measurement of the validation loss, which no fingerprint contains. `read_curves` reads it from a trained adapter.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ from pydantic import JsonValue
 from loraflow.config.grid import SEED, Grid, short_names, show_value
 from loraflow.config.load import RecipeFile
 from loraflow.config.recipe_text import shorten
+from loraflow.config.stage_configs import FingerprintedTraining, TrainConfig
 from loraflow.execution.plan import steps_to
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import BadConfig
+from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.stages import TRAIN
+from loraflow.store import Ref, Store
+from loraflow.training.validation_loss import Curves
+
+log = logging.getLogger("loraflow")
 
 STEPS = steps_to(TRAIN.name)  # the steps of a trial
 SHARED = tuple(step.label for step in STEPS if step.stage is not TRAIN)
@@ -206,3 +211,21 @@ def _warnings_once() -> Iterator[None]:
         yield
     finally:
         reader.removeFilter(is_new)
+
+
+CURVES = "telemetry/curves.jsonl"  # in an adapter's artifact
+NOT_MEASURED = "its adapter is in the store, but its validation loss was not measured"
+
+
+def read_curves(store: Store, adapter: Ref, name: str = CURVES) -> Curves | None:
+    """Return the losses that a training logged; None if the log is damaged, which the adapter's digest does not cover."""
+    try:
+        return Curves.parse(store.read(adapter, name))
+    except CorruptArtifact as failure:
+        log.warning("the losses of an adapter cannot be read. %s", failure)
+        return None
+
+
+def training_config(workspace: Workspace) -> FingerprintedTraining:
+    """Return the settings of the training that decide its result."""
+    return TrainConfig.from_recipe(workspace.recipe, workspace).training_config

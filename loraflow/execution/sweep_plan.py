@@ -9,9 +9,17 @@ from typing import Literal
 from pydantic import JsonValue
 
 from loraflow.execution.plan import PlannedStep, plan
-from loraflow.execution.sweep import SHARED, STEPS, Trial, sharing_lines, stage_counts
+from loraflow.execution.sweep import (
+    NOT_MEASURED,
+    SHARED,
+    STEPS,
+    Trial,
+    read_curves,
+    sharing_lines,
+    stage_counts,
+    training_config,
+)
 from loraflow.execution.trial_groups import TRAIN_INPUTS, Division, divide
-from loraflow.execution.trial_loss import NOT_MEASURED, read_curves, training_config
 from loraflow.registry.sweeps import TrialRecord, choose
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref

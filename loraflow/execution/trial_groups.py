@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import TrainConfig, TrainGroupConfig
-from loraflow.execution.sweep import Trial
-from loraflow.execution.trial_loss import read_curves
+from loraflow.execution.sweep import Trial, read_curves
 from loraflow.job import Job
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref, Store

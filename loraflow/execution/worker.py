@@ -17,10 +17,13 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from loraflow import failures
+from loraflow.config.stage_configs import StageConfig
 from loraflow.credentials import format_masked, protect_output, protect_streams
 from loraflow.execution.classify import classify
 from loraflow.execution.device_group import PARENT, needs_group, node, run_in_group
@@ -28,9 +31,9 @@ from loraflow.execution.job_file import JobFile
 from loraflow.execution.memory_record import record_peak
 from loraflow.execution.outcome import FILE, report_outcome, take_pipe
 from loraflow.execution.parent_death import end_group_with_parent
-from loraflow.execution.stage_function import stage_function
 from loraflow.execution.stall_watch import write_stacks_on_request
-from loraflow.job import Progress
+from loraflow.job import Inputs, Job, Progress
+from loraflow.stages import Stage
 from loraflow.store import Summary, staging
 from loraflow.store.lock import flock
 
@@ -129,3 +132,12 @@ def _end_with_launcher(grace: float) -> None:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
+
+
+C = TypeVar("C", bound=StageConfig)
+
+
+def stage_function(stage: Stage) -> Callable[[Job[C], Inputs, Path, Progress], Summary]:
+    """Return `run` of a stage's module: it reads the inputs' folders and writes the artifact's files into a folder."""
+    function: Callable[[Job[C], Inputs, Path, Progress], Summary] = import_module(stage.module).run
+    return function

@@ -20,7 +20,7 @@ from loraflow.stages import MERGE
 from loraflow.store import Ref, Store
 from loraflow.store.lock import LockHeld
 
-_MERGE_OF_SEED = f"{MERGE.name} seed "  # labels of flows/seeds.py begin with it
+_MERGE_OF_SEED = f"{MERGE.name} seed "  # labels of train_seed in flows/pipeline.py begin with it
 STALE_SECONDS = 14 * 86400  # after which unfinished work and interrupted writes are removed
 
 

@@ -4,7 +4,7 @@ Every comparison of a new challenger is one more chance of a false promotion. Al
 whatever rows; `budget.py` deals it out.
 
     registry/<model>/looks/000001.json   a look; written before its verdict is computed, never changed, hash-chained
-    registry/<model>/rows/<digest>.json  the keys of the rows of looks; a copy is in anchors/ (`scored_rows.py`)
+    registry/<model>/rows/<digest>.json  the keys of the rows of looks; a copy is in anchors/ (`ScoredRows`)
     anchors/<model>/looks.json           number and hash of the last look, and the digests of all rows, so that a loss is
                                          noticed
     runs/<id>.json                       `looks_head`: the last look that the run saw or took, if the anchor is lost too
@@ -24,10 +24,9 @@ from loraflow.registry.budget import Look as Look
 from loraflow.registry.budget import NextLook, next_look
 from loraflow.registry.entry import JSON_OBJECT, Entry
 from loraflow.registry.look_claims import LostLooks as LostLooks
-from loraflow.registry.look_claims import claims_of_runs, newest_claim, read_losses, write_loss
+from loraflow.registry.look_claims import ScoredRows, Sets, claims_of_runs, newest_claim, read_losses, write_loss
+from loraflow.registry.look_claims import row_key as row_key
 from loraflow.registry.runs import LogHead
-from loraflow.registry.scored_rows import ScoredRows, Sets
-from loraflow.registry.scored_rows import row_key as row_key
 from loraflow.store import LocalStore, Store
 from loraflow.store.checksum import add_checksum, check_document, first_problem
 from loraflow.store.files import json_bytes
@@ -104,7 +103,7 @@ class LookRecord:
             horizon: gate.looks.
             promotions: the entries of the promotion log.
             actor: who runs this.
-            nearly: numbers (seq) of looks that nearly showed a gain (`near_gains.py`); None without gate.independent_rows.
+            nearly: numbers (seq) of looks that nearly showed a gain (`near_gains`); None without gate.independent_rows.
 
         Raises:
             DamagedLog: a look is missing or was changed.

@@ -24,12 +24,7 @@ from loraflow.identity import short
 from loraflow.registry.runs import RowsSummary
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.reporting import chart
-from loraflow.reporting.drift import drift_lines
-from loraflow.reporting.history import History, history_lines
-from loraflow.reporting.learned import Learned, learned_lines
-from loraflow.reporting.seeds import seed_lines
-from loraflow.reporting.slices import slice_lines
-from loraflow.reporting.sweep import TrialCurves, sweep_lines
+from loraflow.reporting.sections import History, Learned, TrialCurves, history_lines, learned_lines, sweep_lines
 
 GATE_SET = "heldout"  # its scores are shown first: the gate decides by them
 LOSS_ROWS = 12  # rows of the table below the loss curve
@@ -312,3 +307,50 @@ def quote(text: str) -> str:
     """Return a text for a line of markdown in backticks: without line breaks, and cut after 300 characters."""
     flat = " ".join(text.split()).replace("`", "'").replace("|", "\\|")
     return flat if len(flat) <= QUOTED else flat[: QUOTED - 1] + "…"
+
+
+def drift_lines(drift: DataDrift | None) -> Iterator[str]:
+    """Yield what changed since the champion's training rows, as markdown; nothing if it was not measured."""
+    if drift is not None:
+        yield from ("## Training rows since the champion", "")
+        yield from (f"- {line.replace('|', chr(92) + '|')}" for line in drift.lines)
+        yield ""
+
+
+def seed_lines(found: Sequence[SeedScores]) -> Iterator[str]:
+    """Yield a table of each seed's scores, with mean and standard deviation, as markdown."""
+    if not found:
+        return
+    seeds = [*found[0].values]
+    yield from ("## Scores by training seed", "")
+    yield f"The gate compares the means. The model of seed {seeds[0]} is registered."
+    yield from ("", f"| metric | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | standard deviation |")
+    yield "|---|" + "---:|" * (len(seeds) + 2)
+    for scores in found:
+        cells = " | ".join(f"{value:.3f}" for value in scores.values.values())
+        yield f"| {scores.metric} | {cells} | {scores.mean:.3f} | {scores.deviation:.3f} |"
+    yield ""
+
+
+def slice_lines(slices: Sequence[Slice]) -> Iterator[str]:
+    """Yield a table for each kind of slice, as markdown."""
+    if slices:
+        yield from (
+            "## Scores of parts of the held-out rows",
+            "",
+            "Only the parts in gate.slices affect the decision. With many parts, some differ by chance.",
+            "",
+        )
+    for by in dict.fromkeys(part.by for part in slices):
+        found = [part for part in slices if part.by == by]
+        models = list(found[0].values)
+        yield from (f"| {_cell(by)} | rows | metric | {' | '.join(models)} |", "|---|---:|---|" + "---|" * len(models))
+        for part in found:
+            for metric in part.values[models[0]]:
+                cells = " | ".join(str(part.values[model][metric]) for model in models)
+                yield f"| {_cell(part.name)} | {part.rows} | {metric} | {cells} |"
+        yield ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

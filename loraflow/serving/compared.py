@@ -1,19 +1,23 @@
-"""Collect what `loraflow compare` shows of runs and champions: scores, settings and training losses, from the store."""
+"""What `loraflow compare` shows: scores, settings and training losses from the store, as lines and as one HTML page."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from html import escape
 
 import pandas as pd
 
-from loraflow.evaluation.compare import TableComparison, compare_tables
+from loraflow.evaluation.compare import ChangedRow, Difference, TableComparison, compare_tables
 from loraflow.evaluation.gate import heldout_rows
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.frozen import StoredModel
-from loraflow.registry.changes import changes
-from loraflow.registry.runs import RunRecord, find_named_run, find_run
+from loraflow.identity import short
+from loraflow.registry.runs import RunRecord, changes, find_named_run, find_run
+from loraflow.reporting.chart import svg
+from loraflow.reporting.markdown import quote
 from loraflow.serving.models import champion_entry, only_model
 from loraflow.store import Ref, Store, read_intact
 
@@ -129,3 +133,151 @@ def _losses(store: Store, record: RunRecord) -> tuple[tuple[float, float], ...]:
 def _digest(record: RunRecord) -> str | None:
     stage = record.stage("merge")
     return stage.digest if stage else None
+
+
+_SHOWN = 5  # rows of each metric and direction in the terminal
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+body { color: #222; background: #fff }
+table { border-collapse: collapse; margin: 0.5rem 0 1.5rem } th, td { border: 1px solid #ccc; padding: 0.25rem 0.6rem }
+th { background: #f2f4f7; text-align: left } td.n { text-align: right; font-variant-numeric: tabular-nums }
+td.text { max-width: 20rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px }
+.better { color: #0a6b2d } .worse { color: #a3161d } code { background: #f2f4f7; padding: 0 0.25rem }
+figure { display: inline-block; width: calc(50% - 1.5rem); margin: 0 1rem 1rem 0 } svg { max-width: 100%; height: auto }
+"""
+
+
+def terminal_lines(comparison: ModelComparison) -> Iterator[str]:
+    """Yield the comparison as text."""
+    for letter, model in zip("ABC", comparison.models, strict=False):
+        yield f"{letter}  {_describe(model)}"
+    for letter, pairing in zip("BC", comparison.pairings, strict=False):
+        yield ""
+        yield f"{letter} against A on {_rows(pairing)}"
+        if pairing.same_model:
+            yield "  the same model"
+        table = [["", "A", letter, "difference", _bounds_name(comparison.confidence), "rows better, worse"]]
+        table += [_cells(difference) for difference in pairing.scores.differences]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            yield f"  {'  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths, strict=True))}".rstrip()
+        yield "  settings that differ:" if pairing.settings else "  no setting differs"
+        yield from (f"    {setting}" for setting in pairing.settings)
+        yield from _changed_lines(pairing)
+
+
+def _changed_lines(pairing: Pairing) -> Iterator[str]:
+    for difference in pairing.scores.differences:
+        for word, rows in (("better", difference.better), ("worse", difference.worse)):
+            for row in rows[:_SHOWN]:
+                yield f"  {difference.metric} {word}: {row.id} {row.first:.3f} → {row.second:.3f}  {quote(row.question)}"
+
+
+def html_page(comparison: ModelComparison) -> str:
+    """Return the comparison as a page: no scripts, no fonts or images from elsewhere."""
+    names = ", ".join(model.name for model in comparison.models)
+    body = [f"<h1>{escape(names)}</h1>", *_models(comparison.models), *_curves(comparison.models)]
+    for letter, pairing in zip("BC", comparison.pairings, strict=False):
+        body += [f"<h2>{letter} ({escape(pairing.name)}) against A</h2>", f"<p>On {_rows(pairing)}.</p>"]
+        body += ["<p>The same model.</p>"] if pairing.same_model else []
+        head = ("metric", "A", letter, "difference", _bounds_name(comparison.confidence), "rows better, worse")
+        rows = map(_cells, pairing.scores.differences)
+        body += _table(head, ([_text(cell, number=i > 0) for i, cell in enumerate(row)] for row in rows))
+        body += ["<h3>Settings that differ</h3>", *_settings(pairing), *_changed_rows(pairing, letter)]
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(names)}</title><style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def _describe(model: Compared) -> str:
+    record = model.record
+    merged = record.stage("merge")
+    verdict = record.summary.decision.verdict if record.summary and record.summary.decision else record.state
+    digest = short(merged.digest) if merged else "none"
+    return f"{model.name}: run {record.run}, recipe {record.recipe}, model {digest}, {verdict}"
+
+
+def _rows(pairing: Pairing) -> str:
+    scores = pairing.scores
+    left_out = f"; {_count(scores.only_first)} of A and {scores.only_second} of the other were not scored for both"
+    tokens = "".join(
+        f"; {metric} is per token, and the models split the references into different tokens (another tokenizer or chat "
+        "template)"
+        for metric in scores.left_out
+    )
+    ranges = "".join(
+        f"; {metric} has values outside of gate.ranges, so its bounds allow for no failure that no row shows"
+        for metric in scores.out_of_range
+    )
+    which = left_out if scores.only_first or scores.only_second else ""
+    return f"{_count(scores.rows, 'held-out ')}{which}{tokens}{ranges}"
+
+
+def _count(rows: int, kind: str = "") -> str:
+    return f"{rows} {kind}{'row' if rows == 1 else 'rows'}"
+
+
+def _bounds_name(confidence: float) -> str:
+    return f"one-sided {100 * confidence:g} % bounds"
+
+
+def _cells(difference: Difference) -> list[str]:
+    bounds = difference.bounds
+    return [
+        difference.metric,
+        f"{difference.first:.4f}",
+        f"{difference.second:.4f}",
+        f"{bounds.mean:+.4f}",
+        f"[{bounds.lower:+.4f}, {bounds.upper:+.4f}]",
+        f"{difference.better_rows}, {difference.worse_rows}",
+    ]
+
+
+def _models(models: Iterable[Compared]) -> list[str]:
+    rows = ([_text(letter), _text(_describe(model))] for letter, model in zip("ABC", models, strict=False))
+    return _table(("", "model"), rows)
+
+
+def _curves(models: Iterable[Compared]) -> Iterator[str]:
+    for letter, model in zip("ABC", models, strict=False):
+        if model.losses:
+            picture = svg(model.losses, f"training loss of {letter}")
+            yield f"<figure>{picture}<figcaption>{letter}: training loss</figcaption></figure>"
+
+
+def _settings(pairing: Pairing) -> list[str]:
+    if not pairing.settings:
+        return ["<p>None.</p>"]
+    return ["<ul>", *(f"<li><code>{escape(setting)}</code></li>" for setting in pairing.settings), "</ul>"]
+
+
+def _changed_rows(pairing: Pairing, letter: str) -> Iterator[str]:
+    for difference in pairing.scores.differences:
+        for word, rows, count in (
+            ("better", difference.better, difference.better_rows),
+            ("worse", difference.worse, difference.worse_rows),
+        ):
+            if rows:
+                of = "" if len(rows) == count else f", the {len(rows)} that changed most"
+                yield f'<h3>{escape(difference.metric)}: <span class="{word}">{_count(count)} {word}{of}</span></h3>'
+                head = ("row", "A", letter, "question", "expected", "answer of A", f"answer of {letter}")
+                yield from _table(head, map(_row, rows))
+
+
+def _row(row: ChangedRow) -> list[str]:
+    texts = (row.question, row.reference, row.first_answer, row.second_answer)
+    numbers = [_text(f"{value:.3f}", number=True) for value in (row.first, row.second)]
+    return [_text(row.id), *numbers, *(f'<td class="text">{escape(text)}</td>' for text in texts)]
+
+
+def _text(text: str, *, number: bool = False) -> str:
+    return f'<td class="n">{escape(text)}</td>' if number else f"<td>{escape(text)}</td>"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    heads = "".join(f"<th>{escape(name)}</th>" for name in head)
+    return ["<table>", f"<tr>{heads}</tr>", *(f"<tr>{''.join(row)}</tr>" for row in rows), "</table>"]

@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import JsonValue
+
 from loraflow import identity
 from loraflow.adapters.tokenizer_files import served_folder, tokenizer_files
 from loraflow.config import Runtime
+from loraflow.config.data import read_tools_file
 from loraflow.data.tokenizer_config import further_templates
 from loraflow.failures import BadConfig, BadModel
 from loraflow.registry.log import Entry, PromotionLog, models
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from loraflow.data.loss_mask import ChatTemplate
+
 
 # Files that make a model: weights, configuration, tokenizer and template.
 MODEL_FILE_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -322,3 +326,33 @@ def _with_adapter(base: PreTrainedModel, adapter: Path) -> PeftModelForCausalLM:
             next_step="name the base that it was trained on: --base FOLDER",
         )
     return model.eval()
+
+
+def tools_of(store: Store, model: Model) -> list[JsonValue] | None:
+    """Return the content of `data.tools` of the run that made a model; None if it had none.
+
+    The artifact of check_dataset has the tools as they were in that run. If it was removed, the file is read again.
+
+    Raises:
+        BadConfig: the artifact was removed, and the file is missing or is not a list of tools.
+    """
+    name = model.run.section("data").get("tools") if model.run is not None else None
+    if model.run is None or not isinstance(name, str):
+        return None
+    stage = model.run.stage("check_dataset")
+    ref = store.find("check_dataset", stage.fingerprint) if stage is not None else None
+    if ref is not None:
+        config = store.manifest(ref).payload.get("config")
+        tools = config.get("tools") if isinstance(config, dict) else None
+        if isinstance(tools, list):
+            return tools
+    try:
+        return read_tools_file(name)
+    except BadConfig as failure:
+        raise BadConfig(
+            "The tools that the model was trained with are not in the store any more, and their file cannot be used.",
+            where=failure.where,
+            expected=failure.expected,
+            got=failure.got or failure.what,
+            next_step="give them with `loraflow predict … --tools FILE`, or put the file back",
+        ) from failure

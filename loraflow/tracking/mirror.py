@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -11,10 +12,18 @@ from loraflow.failures import Failure, Network
 from loraflow.registry.log import Entry, PromotionLog
 from loraflow.registry.runs import RunRecord, find_run, read_runs
 from loraflow.store import Store
-from loraflow.tracking.content import content_of, content_of_lost_run, is_news
-from loraflow.tracking.pending import add_mark, read_marks, remove_marks
-from loraflow.tracking.settings import Tracking, find_tracking, is_installed, missing_extra
-from loraflow.tracking.tracker import RunContent, TrackedRun, Tracker
+from loraflow.tracking.tracker import (
+    RunContent,
+    TrackedRun,
+    Tracker,
+    Tracking,
+    content_of,
+    content_of_lost_run,
+    find_tracking,
+    is_installed,
+    is_news,
+    missing_extra,
+)
 
 log = logging.getLogger("loraflow")
 MAX_MOVES = 10  # moves of the alias in one call, if others promote at the same time
@@ -207,3 +216,30 @@ def summary_line(synced: Synced, model: str, uri: str) -> str:
 def _first_line(error: Exception) -> str:
     """Return the first line of an error's text."""
     return (str(error).splitlines() or [""])[0][:300]
+
+
+def read_marks(store: Store, model: str) -> list[str]:
+    """Return the names of a model's marks; none if all was sent.
+
+    Raises:
+        Network: the store does not answer.
+    """
+    return store.documents(f"mlflow/{model}/")
+
+
+def add_mark(store: Store, model: str, writer: str) -> str:
+    """Write the mark of a run's id or another unique name, and return its name.
+
+    If the store refuses, nothing is marked: `loraflow mlflow sync` finds what is missing without marks.
+    """
+    name = f"mlflow/{model}/pending/{writer}.json"
+    with suppress(Failure, OSError):
+        store.write_document(name, b"{}\n")
+    return name
+
+
+def remove_marks(store: Store, names: Iterable[str]) -> None:
+    """Remove the marks of what was sent. One that stays costs the next run a comparison with MLflow, nothing else."""
+    for name in names:
+        with suppress(Failure, OSError):
+            store.remove_document(name)

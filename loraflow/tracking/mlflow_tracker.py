@@ -14,8 +14,7 @@ from typing import TypeVar
 
 from loraflow.credentials import MASK, mask, reveal
 from loraflow.failures import Network
-from loraflow.tracking.settings import Tracking, missing_extra
-from loraflow.tracking.tracker import RunContent, TrackedRun
+from loraflow.tracking.tracker import RunContent, TrackedRun, Tracking, missing_extra
 
 RUN_TAG, COMPLETE_TAG, DIGEST_TAG = "loraflow.run", "loraflow.complete", "loraflow.digest"
 TABLES_TAG = "mlflow.loggedArtifacts"  # names the files that MLflow's page shows as tables

@@ -132,7 +132,7 @@ def _count_parameters(model: PreTrainedModel) -> tuple[int, int]:
 def _save_adapter(setup: TrainingSetup, built: BuiltTrainer, out: Path) -> None:
     """Write the PEFT adapter to `adapter/`, and loralib's own checkpoint beside it if that is the method."""
     if setup.config.method == "loralib":
-        from loraflow.adapters.loralib.export import save_run
+        from loraflow.adapters.loralib.model import save_run
 
         save_run(built.trainer.model, out)
         return

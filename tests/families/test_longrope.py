@@ -17,7 +17,7 @@ from loraflow.data.token_rows import TokenRows
 from loraflow.evaluation import greedy_decoding
 from loraflow.evaluation.generation import generate_answers
 from loraflow.evaluation.likelihood import answer_losses
-from loraflow.evaluation.row_batches import group_rows
+from loraflow.evaluation.prefix_cache import group_rows
 from loraflow.failures import BadModel
 from loraflow.hardware.attention import DOCUMENTS
 from loraflow.training import attention, longrope_angles

@@ -12,8 +12,7 @@ from loraflow.adapters.targets import find_targets, has_routers
 from loraflow.base.load import has_linear_head
 from loraflow.base.usable import refuse_unknown_architecture
 from loraflow.config.lora import PeftConfig
-from loraflow.evaluation.generation import generate_answers
-from loraflow.evaluation.padding_check import batches_are_exact, prefix_is_exact
+from loraflow.evaluation.generation import batches_are_exact, generate_answers, prefix_is_exact
 from loraflow.failures import BadConfig, BadModel
 from loraflow.hardware.attention import DOCUMENTS, attention_with_mask
 from loraflow.training import attention

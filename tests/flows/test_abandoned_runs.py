@@ -19,9 +19,9 @@ def nightly(client):
     """A deployment with a limit of one, in a pool of its own."""
     from loraflow.flows.server.automations import Notifications
     from loraflow.flows.server.deployments import Deployer
-    from loraflow.flows.server.prefect_yaml import read_specs
+    from loraflow.flows.server.prefect_yaml import read_all
 
-    [nightly] = read_specs(FILE, ["retrain/nightly"])
+    [nightly] = read_all(FILE, ["retrain/nightly"])[0]
     pool = nightly.work_pool.model_copy(update={"name": "abandoned"})
     spec = nightly.model_copy(update={"name": "abandoned", "work_pool": pool})
     Deployer(client).deploy_all([spec], Notifications())
@@ -49,7 +49,7 @@ def run_with_states(client, deployment, *states):
     ids=["submitting", "running", "cancelling"],
 )
 def test_an_abandoned_run_ends_and_frees_its_slot(client, nightly, states, wanted):
-    from loraflow.flows.server.abandoned_runs import end_abandoned
+    from loraflow.flows.server.automations import end_abandoned
 
     left = run_with_states(client, nightly, *states)
     waiting = client.read_flow_run(run_with_states(client, nightly, Pending()))
@@ -62,7 +62,7 @@ def test_an_abandoned_run_ends_and_frees_its_slot(client, nightly, states, wante
 
 
 def test_a_run_that_another_worker_may_execute_is_not_ended(client, nightly):
-    from loraflow.flows.server.abandoned_runs import end_abandoned, worker_name
+    from loraflow.flows.server.automations import end_abandoned, worker_name
 
     left = run_with_states(client, nightly, Pending(), Running())
     for name in (worker_name(), "elsewhere"):

@@ -20,9 +20,9 @@ def deployed(client):
     """A deployment in a pool of its own."""
     from loraflow.flows.server.automations import Notifications
     from loraflow.flows.server.deployments import Deployer
-    from loraflow.flows.server.prefect_yaml import read_specs
+    from loraflow.flows.server.prefect_yaml import read_all
 
-    [local] = read_specs(FILE, ["finetune/local"])
+    [local] = read_all(FILE, ["finetune/local"])[0]
     pool = local.work_pool.model_copy(update={"name": "continued"})
     Deployer(client).deploy_all([local.model_copy(update={"name": "continued", "work_pool": pool})], Notifications())
     deployment = client.read_deployment_by_name("finetune/continued")

@@ -27,11 +27,11 @@ FILE = ROOT / "prefect.yaml"
 def put(client):
     from loraflow.flows.server.automations import Notifications
     from loraflow.flows.server.deployments import Deployer
-    from loraflow.flows.server.prefect_yaml import read_specs
+    from loraflow.flows.server.prefect_yaml import read_all
 
     def put(changes: dict[str, dict] | None = None, **notifications) -> list[str]:
         """Deploy prefect.yaml with changed fields: {deployment: {field: value}}."""
-        specs = [spec.model_copy(update=(changes or {}).get(spec.full_name, {})) for spec in read_specs(FILE, ONLY)]
+        specs = [spec.model_copy(update=(changes or {}).get(spec.full_name, {})) for spec in read_all(FILE, ONLY)[0]]
         return Deployer(client).deploy_all(specs, Notifications(**notifications))
 
     return put
@@ -48,14 +48,14 @@ def test_deploying_twice_changes_nothing_and_differences_are_reported(put, clien
 
 
 def test_an_updated_schedule_stays_paused_and_an_updated_trigger_stays_disabled(put, client):
-    from loraflow.flows.server.prefect_yaml import read_specs
+    from loraflow.flows.server.prefect_yaml import read_all
 
     put()
     nightly = client.read_deployment_by_name("retrain/nightly")
     client.update_deployment_schedule(nightly.id, nightly.schedules[0].id, active=False)
     trigger = client.read_automations_by_name("retrain on a new dataset")[0]
     client.pause_automation(trigger.id)
-    specs = {spec.full_name: spec for spec in read_specs(FILE, ONLY)}
+    specs = {spec.full_name: spec for spec in read_all(FILE, ONLY)[0]}
     schedule = specs["retrain/nightly"].schedules[0].model_copy(update={"cron": "30 3 * * *"})
     event = specs["retrain/on-dataset-update"].triggers[0].model_copy(update={"expect": {"another.event"}})
     changes = {"retrain/nightly": {"schedules": [schedule]}, "retrain/on-dataset-update": {"triggers": [event]}}
@@ -139,17 +139,17 @@ def test_a_closed_work_pool_stays_closed_and_is_named(put, client, caplog, close
 
 
 def test_a_stage_that_waits_for_the_gpu_says_so(put, client, caplog, monkeypatch):
-    from loraflow.tasks import gpu_lease
+    from loraflow.tasks import run_here
 
     put()
     caplog.set_level("INFO", "loraflow")
-    name = gpu_lease.limit_name()
-    gpu_lease._log_waiting(client)
+    name = run_here.limit_name()
+    run_here._log_waiting(client)
     assert not caplog.records
     client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(active_slots=1))
-    gpu_lease._log_waiting(client)
+    run_here._log_waiting(client)
     client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=0, active_slots=0))
-    gpu_lease._log_waiting(client)
+    run_here._log_waiting(client)
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     assert f"prefect gcl update {name} --limit 1" in caplog.text
     client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=1))
@@ -157,10 +157,10 @@ def test_a_stage_that_waits_for_the_gpu_says_so(put, client, caplog, monkeypatch
 
 def test_a_deployment_that_is_not_in_prefect_yaml_any_more_is_named(put, client, caplog):
     from loraflow.flows.server.deployments import Deployer
-    from loraflow.flows.server.prefect_yaml import read_specs
+    from loraflow.flows.server.prefect_yaml import read_all
 
     put()
-    left = [spec for spec in read_specs(FILE, ONLY) if spec.full_name != "retrain/nightly"]
+    left = [spec for spec in read_all(FILE, ONLY)[0] if spec.full_name != "retrain/nightly"]
     Deployer(client).warn_of_removed_deployments(left)
     [warning] = [record.message for record in caplog.records if "not in prefect.yaml" in record.message]
     assert warning.startswith("deployment retrain/nightly of this project")
@@ -246,9 +246,9 @@ def test_automations_end_runs_without_a_heartbeat(put, client, name, after, seco
 
 def test_exactly_the_deployments_with_the_heartbeat_tag_send_heartbeats():
     from loraflow.flows.server.automations import HEARTBEAT_TAG
-    from loraflow.flows.server.prefect_yaml import read_specs
+    from loraflow.flows.server.prefect_yaml import read_all
 
-    for spec in read_specs(FILE):
+    for spec in read_all(FILE)[0]:
         environment = spec.work_pool.job_variables["env"]
         assert ("PREFECT_FLOWS_HEARTBEAT_FREQUENCY" in environment) == (HEARTBEAT_TAG in spec.tags), spec.full_name
 
@@ -257,14 +257,14 @@ def test_a_missing_server_or_deployment_is_reported_with_a_next_step(monkeypatch
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from loraflow.flows.server.connection import require_server
-    from loraflow.flows.server.prefect_yaml import read_specs
+    from loraflow.flows.server.prefect_yaml import read_all
 
     require_server()
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), pytest.raises(Network) as error:
         require_server()
     assert "loraflow up" in error.value.next_step
     with pytest.raises(BadConfig, match="no such deployment") as error:
-        read_specs(FILE, ["finetune/nowhere"])
+        read_all(FILE, ["finetune/nowhere"])[0]
     assert "finetune/local" in error.value.expected
 
 

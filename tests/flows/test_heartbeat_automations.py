@@ -25,11 +25,11 @@ def deployments(client, monkeypatch):
     from loraflow.flows.server import automations
     from loraflow.flows.server.automations import Notifications
     from loraflow.flows.server.deployments import Deployer
-    from loraflow.flows.server.prefect_yaml import read_specs
+    from loraflow.flows.server.prefect_yaml import read_all
 
     for name in ("HEARTBEAT_TIMEOUT", "START_TIMEOUT"):
         monkeypatch.setattr(automations, name, timedelta(seconds=WITHIN))
-    [nightly] = read_specs(FILE, ["retrain/nightly"])
+    [nightly] = read_all(FILE, ["retrain/nightly"])[0]
     pool = nightly.work_pool.model_copy(update={"name": "silent"})
     spec = nightly.model_copy(update={"name": "silent", "work_pool": pool, "concurrency_limit": None})
     Deployer(client).deploy_all([spec], Notifications())

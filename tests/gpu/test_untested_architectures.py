@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: E402
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
 from loraflow.base.architecture import FAST  # noqa: E402
-from loraflow.evaluation.padding_check import batches_are_exact  # noqa: E402
+from loraflow.evaluation.generation import batches_are_exact  # noqa: E402
 from loraflow.failures import BadModel  # noqa: E402
 from loraflow.hardware.attention import DOCUMENTS  # noqa: E402
 from loraflow.training import attention  # noqa: E402

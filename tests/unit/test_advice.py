@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from loraflow.evaluation.advice import HeldoutRows, advice
-from loraflow.evaluation.forgetting import GeneralGuard
 from loraflow.evaluation.gate import decide
+from loraflow.evaluation.guards import GeneralGuard, HeldoutRows, advice
 from loraflow.evaluation.values import Decision
 
 

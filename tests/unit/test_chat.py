@@ -14,9 +14,8 @@ from click.testing import CliRunner
 
 from loraflow.cli import cli
 from loraflow.failures import Failure
-from loraflow.serving.chat import Chat, Sampling, Stream
+from loraflow.serving.chat import Chat, Sampling, Session, Stream
 from loraflow.serving.models import Model, load
-from loraflow.serving.session import Session
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loraflow.config.data import Data
-from loraflow.config.tools_file import read_tools_file
+from loraflow.config.data import Data, read_tools_file
 from loraflow.data import check, dvc, row_limits
 from loraflow.data.check_report import CheckReport
 from loraflow.failures import BadData, LimitExceeded

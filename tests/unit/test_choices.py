@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from loraflow.data.token_labels import IGNORED
-from loraflow.evaluation.choices import encode_choice
+from loraflow.evaluation.general import encode_choice
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<mask>"]
 AROUND = {None: [], "<s> $A": ["<s>"], "$A </s>": [], "<s> $A </s>": ["<s>"], "<mask> <s> $A </s>": ["<mask>", "<s>"]}

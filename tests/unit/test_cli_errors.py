@@ -76,7 +76,7 @@ def test_a_closed_pipe_ends_the_command_quietly_with_its_documented_status(recip
 
 @pytest.mark.parametrize(("argument", "printed"), [("--json", "né→".encode()), ("--quiet", b"n??")])
 def test_json_is_utf_8_in_any_locale_and_other_output_replaces_characters(argument, printed):
-    script = "from loraflow.cli.streams import prepare_streams; prepare_streams(); print('né→')"
+    script = "from loraflow.cli import prepare_streams; prepare_streams(); print('né→')"
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", script, argument], capture_output=True, env=env, check=True)
     assert done.stdout.strip() == printed

@@ -8,11 +8,10 @@ import torch
 from click.testing import CliRunner
 
 from loraflow.adapters.convert import convert
-from loraflow.adapters.loralib.checkpoint import state_of
-from loraflow.adapters.loralib.model import prepare
+from loraflow.adapters.loralib.model import prepare, state_of
 from loraflow.adapters.loralib.swap import Settings
 from loraflow.adapters.peft_folder import read_peft
-from loraflow.cli.adapters import adapters
+from loraflow.cli.models import adapters
 from loraflow.failures import BadModel
 from tests.conftest import build_phi3
 from tests.unit.test_loralib import IDS, QV, perturb, pretrained

@@ -2,8 +2,8 @@
 
 import pytest
 
+from loraflow.cli.data import _of_run
 from loraflow.cli.data_check import _of_recipe
-from loraflow.cli.data_diff import _of_run
 from loraflow.config import load_recipe
 from loraflow.execution.launcher import run_job
 from loraflow.execution.workspace import Workspace

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.cli import cli
-from loraflow.cli.data_diff import version_of
+from loraflow.cli.data import version_of
 from loraflow.data.compare import changes, difference_lines
 from loraflow.failures import BadConfig, BadData
 

@@ -88,7 +88,7 @@ def test_a_run_uses_the_project_that_its_worker_names(tmp_path, monkeypatch):
 
 def test_automations_do_not_depend_on_the_order_of_their_sets():
     """`expect` is a set: two equal sets may be dumped in two orders, and each deploy then updated the automation."""
-    from loraflow.flows.server.comparison import same_automation_fields
+    from loraflow.flows.server.deployments import same_automation_fields
 
     def automation(*names, id_=1, force=("train", "merge")):
         trigger = {"id": id_, "triggers": [{"id": id_, "expect": list(names), "within": 3}]}
@@ -138,7 +138,7 @@ def test_a_stage_leases_the_gpu_only_if_there_is_one(monkeypatch, tmp_path):
     from loraflow.config import parse_recipe
     from loraflow.stages import STAGES
     from loraflow.store.lock import LockHeld, flock
-    from loraflow.tasks import gpu_lease as lease
+    from loraflow.tasks import run_here as lease
 
     monkeypatch.setattr(lease.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(lease, "has_gpu", lambda: True)

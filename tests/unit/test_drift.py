@@ -17,7 +17,7 @@ from loraflow.data.split import row_id
 from loraflow.execution.launcher import run_job
 from loraflow.execution.workspace import Workspace
 from loraflow.flows import retrain as flow
-from loraflow.reporting.drift import drift_lines
+from loraflow.reporting.markdown import drift_lines
 from loraflow.stages import CHECK_DATASET, VERSION_DATASET
 from loraflow.tasks import drift as drift_task
 from loraflow.tasks import run as run_module

@@ -13,8 +13,7 @@ from click.testing import CliRunner
 from loraflow import identity
 from loraflow.failures import BadConfig
 from loraflow.store import LocalStore, Summary
-from loraflow.tracking.dvc_pipeline import write_pipeline
-from loraflow.tracking.dvclive import write_dvclive
+from loraflow.tracking.dvclive import write_dvclive, write_pipeline
 from tests.promoted_models import add_model, record_run
 
 RUN = "20260101-000000-aaaaaa"
@@ -157,7 +156,7 @@ def test_init_refuses_a_second_pipeline_with_a_step_that_works(tmp_path, monkeyp
 
 
 def test_a_run_in_dvcs_copy_of_a_project_warns_unless_its_store_is_elsewhere(tmp_path):
-    from loraflow.tracking.dvc_pipeline import lost_with_experiment
+    from loraflow.tracking.dvclive import lost_with_experiment
 
     copy = tmp_path / ".dvc" / "tmp" / "exps" / "standalone" / "tmpabc"
     assert "a promotion" in lost_with_experiment(copy, ".loraflow/store")

@@ -8,14 +8,14 @@ import pytest
 from scipy import stats
 
 from loraflow.config.evaluation import SCORES
-from loraflow.evaluation.advice import HeldoutRows, advice
+from loraflow.evaluation.behaviour import WorseLimit, find_worse
 from loraflow.evaluation.evidence import Evidence, exact_p_value, gaffke_p_value
 from loraflow.evaluation.gate import decide, heldout_rows, require_comparable
+from loraflow.evaluation.guards import HeldoutRows, advice
 from loraflow.evaluation.intervals import mean_interval, tango_bound
 from loraflow.evaluation.power import margin_of_unchanged, rows_for_margin, smallest_gain
 from loraflow.evaluation.score import summarise
 from loraflow.evaluation.values import Decision, MetricValue
-from loraflow.evaluation.worst import WorseLimit, find_worse
 from loraflow.failures import BadConfig, BadData
 
 

@@ -10,11 +10,11 @@ import pytest
 from loraflow.config import load_recipe
 from loraflow.evaluation.gate import decide
 from loraflow.evaluation.generation import GeneratedAnswer
-from loraflow.evaluation.groups import group_labels
+from loraflow.evaluation.guards import SliceGuard, power_lines
+from loraflow.evaluation.intervals import group_labels
 from loraflow.evaluation.power import gate_power as power_of
 from loraflow.evaluation.power import largest_differences, rows_for_margin
 from loraflow.evaluation.score import _Computed, _table, read_rows
-from loraflow.evaluation.slice_guards import SliceGuard, power_lines
 from loraflow.evaluation.slices import Part
 from loraflow.execution.launcher import run_job
 from loraflow.execution.plan import base_config, gate_power, vocabulary_of

@@ -7,11 +7,10 @@ from pydantic import ValidationError
 
 from loraflow.config import parse_recipe
 from loraflow.config.evaluation import SCORES
-from loraflow.config.gate import Gate
-from loraflow.config.gate_rules import NOT_SCORES, largest_difference
+from loraflow.config.gate import NOT_SCORES, Gate, largest_difference
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.values import OF_ALL_ROWS, RANGES, ROW_COLUMNS
-from loraflow.execution import reproduce as reproducing
+from loraflow.execution import rederive as reproducing
 from loraflow.execution.repair import _recipe
 from loraflow.failures import BadConfig
 from loraflow.registry.rebuild import _command

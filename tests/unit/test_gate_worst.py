@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from loraflow.config import load_recipe
+from loraflow.evaluation.behaviour import LISTED, WorseLimit, find_worse, with_worse_rows
 from loraflow.evaluation.gate import decide
 from loraflow.evaluation.values import Decision
-from loraflow.evaluation.worst import LISTED, WorseLimit, find_worse, with_worse_rows
 from loraflow.failures import BadConfig, BadData
 from loraflow.reporting.markdown import approval_request
 from loraflow.tasks.gate import _protocol

@@ -14,7 +14,7 @@ import pytest
 from loraflow import identity
 from loraflow.config import load_recipe
 from loraflow.execution.workspace import Workspace
-from loraflow.registry.near_gains import gains_to_follow, near_gains
+from loraflow.registry.budget import gains_to_follow, near_gains
 from loraflow.store import Summary
 from loraflow.tasks.gate import gate
 

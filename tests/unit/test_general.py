@@ -14,19 +14,18 @@ from loraflow.data.general import check_limits
 from loraflow.data.general import run as check_general
 from loraflow.data.general_rows import read_general
 from loraflow.evaluation import general as stage
-from loraflow.evaluation.choices import encode_choice, is_right
-from loraflow.evaluation.forgetting import general_guards
 from loraflow.evaluation.gate import decide
-from loraflow.evaluation.general import CHATS, CHOICES
+from loraflow.evaluation.general import CHATS, CHOICES, encode_choice, is_right
+from loraflow.evaluation.guards import general_guards
 from loraflow.evaluation.power import rows_that_rule_out
 from loraflow.execution.launcher import run_job
-from loraflow.execution.plan_general import forgetting_lines
+from loraflow.execution.plan_notes import forgetting_lines
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, BadData, DirtyData
 from loraflow.job import Inputs, Progress
 from loraflow.stages import CHECK_DATASET, CHECK_GENERAL, SCORE_GENERAL, VERSION_DATASET
 from loraflow.store import Ref
-from loraflow.tasks.forgetting import require_general_comparable
+from loraflow.tasks.guards import require_general_comparable
 from tests.conftest import write_chats
 from tests.job_factory import make_job
 

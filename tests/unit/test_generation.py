@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from loraflow.data.loss_mask import ChatTemplate
-from loraflow.evaluation import kv_cache
+from loraflow.evaluation import greedy_decoding
 from loraflow.evaluation.generation import generate_answers
-from loraflow.evaluation.kv_cache import preallocated_cache
+from loraflow.evaluation.greedy_decoding import preallocated_cache
 from loraflow.evaluation.likelihood import answer_losses
 from tests.conftest import chat
 from tests.unit.test_shared_prefix import spoken, without_prefix
@@ -133,8 +133,8 @@ def test_answers_equal_those_with_the_cache_of_transformers(phi3, model, monkeyp
     chats = spoken(range(6), system) if system else [chat(i)["messages"] for i in range(6)]
     prompts, options = template.prompt_ids(chats), {"stop_ids": [], "max_new_tokens": 12, "batch_size": 3}
     caches = []
-    real = kv_cache.preallocated_cache
-    monkeypatch.setattr(kv_cache, "preallocated_cache", lambda *a: caches.append(a) or real(*a))
+    real = greedy_decoding.preallocated_cache
+    monkeypatch.setattr(greedy_decoding, "preallocated_cache", lambda *a: caches.append(a) or real(*a))
     ours = generate_answers(model, tokenizer, prompts, **options)
     assert len(caches) == 2
     monkeypatch.setattr(generation, "has_plain_cache", lambda *_: False)

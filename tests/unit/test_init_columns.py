@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.cli import cli
-from loraflow.cli.init_columns import choose_columns
+from loraflow.cli.init_dataset import choose_columns
 from loraflow.data.guess_columns import guess_columns, is_classification
 from loraflow.failures import BadConfig, BadData
 

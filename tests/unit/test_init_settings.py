@@ -9,13 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from loraflow.cli.gitignore import extend_dvcignore, extend_gitignore
-from loraflow.cli.init import init
-from loraflow.cli.init_dataset import estimated_tokens, read_dataset
+from loraflow.cli.init import LOCK_FILE, _held_out_line, extend_dvcignore, extend_gitignore, init, project_lock
+from loraflow.cli.init_dataset import choose_heldout_fraction, choose_settings, estimated_tokens, read_dataset
 from loraflow.cli.init_recipe import recipe_text
-from loraflow.cli.init_report import _held_out_line
-from loraflow.cli.init_settings import choose_heldout_fraction, choose_settings
-from loraflow.cli.project_lock import FILE, project_lock
 from loraflow.config import parse_recipe
 from loraflow.failures import BadConfig
 from loraflow.store.lock import flock
@@ -140,7 +136,7 @@ def test_a_new_project_needs_no_upgrade(tmp_path, monkeypatch, own):
 
 
 def test_a_project_gets_a_short_readme_once(tmp_path):
-    from loraflow.cli.project_readme import write_readme
+    from loraflow.cli.init import write_readme
 
     folder = tmp_path / "Mein Projekt ü"
     folder.mkdir()
@@ -175,7 +171,7 @@ def test_a_command_that_waits_for_another_in_the_same_project_says_so(tmp_path, 
             return capsys.readouterr().err
 
     with ThreadPoolExecutor(1) as pool:
-        with flock(tmp_path / FILE):
+        with flock(tmp_path / LOCK_FILE):
             waiting = pool.submit(use)
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.2)

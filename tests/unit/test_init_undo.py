@@ -126,7 +126,7 @@ def test_a_step_of_the_undo_that_fails_hides_neither_the_error_nor_the_other_ste
 FAILS = {
     "copy": "loraflow.cli.init.shutil.copyfile",
     "after dvc add": "loraflow.data.dvc.read_pin",
-    "readme": "loraflow.cli.project_readme.write_readme",
+    "readme": "loraflow.cli.init.write_readme",
     "push": "loraflow.data.dvc.push_pin",
 }
 

@@ -12,8 +12,8 @@ from loraflow.data import chunk_encoder, segments
 from loraflow.data import tokenization as tokens
 from loraflow.data.token_report import LONGEST, Lengths, LongRow, SampleRow, TokenReport, long_rows, longest_of
 from loraflow.job import Inputs, Progress
-from loraflow.reporting import histogram, markdown
-from loraflow.reporting.learned import Learned, learned_lines
+from loraflow.reporting import markdown, sections
+from loraflow.reporting.sections import Learned, learned_lines
 from tests.conftest import chat
 from tests.job_factory import make_job
 from tests.unit.test_report import report
@@ -66,14 +66,14 @@ def test_the_longest_rows_of_chunks_are_those_of_the_file_and_the_first_of_equal
 @pytest.mark.parametrize("max_length", [10, 128, 100_000])
 def test_the_histogram_is_well_formed_with_a_bar_for_each_count_inside_the_image(max_length):
     found = lengths_of(np.random.default_rng(1).integers(20, 400, 300), max_length)
-    root = ElementTree.fromstring(histogram.svg(found, "lengths"))
+    root = ElementTree.fromstring(sections.svg(found, "lengths"))
     bars = [bar.attrib for bar in root.findall(f"{SVG}rect")[1:]]
     assert len(bars) == len(found.rows)
     for bar, count in zip(bars, found.rows, strict=True):
         left, top, wide, tall = (float(bar[key]) for key in ("x", "y", "width", "height"))
-        assert left >= 0 and top >= 0 and left + wide <= histogram.WIDTH and top + tall <= histogram.HEIGHT
+        assert left >= 0 and top >= 0 and left + wide <= sections.WIDTH and top + tall <= sections.HEIGHT
         assert (tall > 0) == (count > 0)
-    over = sum(n for bar, n in zip(bars, found.rows, strict=True) if bar["fill"] == histogram.OVER)
+    over = sum(n for bar, n in zip(bars, found.rows, strict=True) if bar["fill"] == sections.OVER)
     assert over + found.beyond == found.too_long_rows
     labels = [text.text for text in root.findall(f"{SVG}text")]
     assert f"max_length {max_length}" + ("" if max_length <= 128 else " →") in labels

@@ -15,8 +15,8 @@ from loraflow.identity import canonical
 from loraflow.registry import Entry, PromotionLog
 from loraflow.registry.backup import back_up
 from loraflow.registry.budget import Look, next_look
+from loraflow.registry.look_claims import ScoredRows, Sets
 from loraflow.registry.looks import LookRecord, models_with_looks, row_key
-from loraflow.registry.scored_rows import ScoredRows, Sets
 from loraflow.store import LocalStore, Ref
 from tests.promoted_models import add_model
 

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from loraflow.adapters.loralib.checkpoint import load, state_of
-from loraflow.adapters.loralib.model import prepare
+from loraflow.adapters.loralib.model import load, prepare, state_of
 from loraflow.adapters.loralib.swap import Settings
 from loraflow.data.token_rows import TokenRows
 from loraflow.failures import Preempted

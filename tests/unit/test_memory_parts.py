@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from loraflow.cli.memory_lines import memory_of, run_memory_lines
+from loraflow.cli.show import memory_of, run_memory_lines
+from loraflow.execution.launcher import saves_since
 from loraflow.execution.memory_record import clear_memory, read_memory, record_peak
-from loraflow.execution.saved_progress import saves_since
 from loraflow.job import Progress
 from loraflow.registry.runs import StageRun
 from loraflow.training import memory

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from loraflow.adapters import logits, merge_nf4, verify
+from loraflow.adapters import logits, verify
+from loraflow.adapters.merge import comparison_rows
 from loraflow.adapters.merge import run as run_merge
 from loraflow.adapters.merge_folders import merge
 from loraflow.adapters.nf4 import Nf4, quantized_modules, quantized_names
@@ -120,7 +121,7 @@ def test_the_merge_closer_to_the_trained_model_is_chosen(parts, tmp_path):
     )
     assert report == near and near["mean_kl"] < onto_base["mean_kl"] / 10, "the trained model is the reference"
     # the recorded KL is the distance to the model that bitsandbytes itself packs
-    probes = merge_nf4.comparison_rows(shards / "train")
+    probes = comparison_rows(shards / "train")
     trained = PeftModel.from_pretrained(by_bitsandbytes(base, True, torch.float32), str(adapter)).eval()
     with torch.inference_mode():
         expected = [trained(input_ids=row).logits[0] for row in probes]

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from loraflow.failures import BadConfig
-from loraflow.flows.server.own_prefect_yaml import deployment_to_add
-from loraflow.flows.server.prefect_yaml import read_specs
+from loraflow.flows.server.new_prefect_yaml import deployment_to_add
+from loraflow.flows.server.prefect_yaml import read_all
 
 MINE = "- name: mine\n  entrypoint: own.py:nothing\n  work_pool: {name: theirs}\n"
 INDENTED = MINE.replace("- name", "    - name").replace("  entry", "      entry").replace("  work", "      work")
@@ -35,7 +35,7 @@ def shown(folder, text):
 def added_to(folder, text):
     (folder / "prefect.yaml").write_text(text)
     assert deployment_to_add(folder, "tiny") is None, "it is there now"
-    return next(spec for spec in read_specs(folder / "prefect.yaml") if spec.flow_name == "finetune")
+    return next(spec for spec in read_all(folder / "prefect.yaml")[0] if spec.flow_name == "finetune")
 
 
 @pytest.mark.parametrize("entries", [MINE, INDENTED, EMPTY], ids=["column 0", "column 4", "prefect init's"])
@@ -78,10 +78,10 @@ def test_a_file_whose_deployments_are_no_list_gets_no_advice(folder):
 def test_the_empty_form_of_prefect_init_alone_is_no_deployment(folder):
     (folder / "prefect.yaml").write_text("name: p\ndeployments:\n" + EMPTY)
     with pytest.raises(BadConfig, match="no deployment with a name"):
-        read_specs(folder / "prefect.yaml")
+        read_all(folder / "prefect.yaml")[0]
     (folder / "prefect.yaml").write_text("name: p\ndeployments:\n" + EMPTY + MINE.replace("mine", "null"))
     with pytest.raises(BadConfig, match="not valid") as error:
-        read_specs(folder / "prefect.yaml")
+        read_all(folder / "prefect.yaml")[0]
     assert "deployments[1]" in error.value.where and "name" in error.value.got, (
         "an entrypoint without a name is a mistake"
     )

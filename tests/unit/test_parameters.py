@@ -172,7 +172,7 @@ def test_a_number_of_steps_replaces_the_epochs_and_not_both_are_accepted(recipe)
 
 
 def test_a_deployments_form_shows_the_values_of_its_recipe(recipe, tmp_path, monkeypatch):
-    from loraflow.flows.server.prefect_yaml import read_specs
+    from loraflow.flows.server.prefect_yaml import read_all
 
     monkeypatch.chdir(tmp_path)
     document = {
@@ -182,7 +182,7 @@ def test_a_deployments_form_shows_the_values_of_its_recipe(recipe, tmp_path, mon
         ],
     }  # fmt: skip
     (tmp_path / "prefect.yaml").write_text(json.dumps(document))
-    (spec,) = read_specs(tmp_path / "prefect.yaml")
+    (spec,) = read_all(tmp_path / "prefect.yaml")[0]
     fields = spec.parameter_openapi_schema["definitions"]["Overrides"]["properties"]
     loaded, before = load_recipe(recipe), schema()["definitions"]["Overrides"]["properties"]
     assert fields["rank"]["description"] == f"{before['rank']['description']} In {recipe.name}: {loaded.peft_config.r}."

@@ -12,7 +12,7 @@ from prefect.states import Failed
 from loraflow.execution import code_digest
 from loraflow.tasks import run as run_module
 from loraflow.tasks.run import open_run
-from loraflow.tasks.stage_task import is_retryable
+from loraflow.tasks.stages import is_retryable
 from tests.unit.test_recipe_file import recipe, record_of  # noqa: F401
 
 MISMATCH = "AST constructor recursion depth mismatch (before=54, after=78)"

@@ -6,9 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from loraflow.execution.plan import CHAMPION, find_step, inputs_of, steps_of
-from loraflow.flows import general as module_of_general
 from loraflow.flows import pipeline as module
-from loraflow.flows import seeds as module_of_seeds
 from loraflow.stages import STAGES
 from loraflow.store import Ref
 from loraflow.tasks import stages as tasks
@@ -58,12 +56,9 @@ def test_plan_lists_the_steps_of_the_pipeline(
 ):
     run = RecordingRun(compares_merges, champion, deals_rows, scores_general, seeds)
     for name in STAGES:
-        for where in (module, module_of_seeds, module_of_general):
-            monkeypatch.setattr(where, name, getattr(tasks, name).fn, raising=False)
-    for name in ("check_rows", "check_merge", "deal_heldout"):
+        monkeypatch.setattr(module, name, getattr(tasks, name).fn, raising=False)
+    for name in ("check_rows", "check_merge", "deal_heldout", "check_general_rows"):
         monkeypatch.setattr(module, name, lambda *_: None)
-    monkeypatch.setattr(module_of_seeds, "check_merge", lambda *_: None)
-    monkeypatch.setattr(module_of_general, "check_general_rows", lambda *_: None)
     warned: list[str] = []  # the last step before the warning
     monkeypatch.setattr(module, "warn_of_other_tokens", lambda _: warned.append(run.steps[-1][0]))
     result = module.pipeline(run)

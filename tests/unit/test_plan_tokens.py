@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from loraflow.cli import cli
 from loraflow.config import load_recipe
 from loraflow.execution.launcher import run_job
-from loraflow.execution.plan_tokens import token_lines, warn_of_other_tokens
+from loraflow.execution.plan_notes import token_lines, warn_of_other_tokens
 from loraflow.execution.workspace import Workspace
 from loraflow.identity import fingerprint, payload
 from loraflow.stages import CHECK_DATASET, EVALUATE, RESOLVE_BASE, VERSION_DATASET

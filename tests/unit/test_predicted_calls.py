@@ -11,8 +11,7 @@ from loraflow.failures import BadConfig
 from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.serving import predict as prediction
 from loraflow.serving.chat import Sampling
-from loraflow.serving.model_tools import tools_of
-from loraflow.serving.models import Loaded, Model
+from loraflow.serving.models import Loaded, Model, tools_of
 from loraflow.serving.predict import PredictOptions, predict
 from loraflow.serving.written_calls import reads_calls_of, vllm_parser, written_calls
 from tests.unit.test_tools import CHAT, TOOLS, call

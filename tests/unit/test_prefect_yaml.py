@@ -10,7 +10,7 @@ import yaml
 
 from loraflow.failures import BadConfig
 from loraflow.flows.server import project
-from loraflow.flows.server.prefect_yaml import read_specs
+from loraflow.flows.server.prefect_yaml import read_all
 from tests.unit.test_git_branch import git
 
 ENTRY = {
@@ -32,7 +32,7 @@ def specs(tmp_path):
         entry = {key: value for key, value in {**ENTRY, **fields}.items() if value is not None}
         file = tmp_path / "prefect.yaml"
         file.write_text(yaml.safe_dump({"name": "p", "pull": [], "deployments": [entry], **(document or {})}))
-        return read_specs(file)
+        return read_all(file)[0]
 
     return specs
 
@@ -311,11 +311,11 @@ def test_a_new_project_is_retrained_from_the_branch_that_its_repository_has(tmp_
     write_prefect_yaml(tmp_path)
     git(tmp_path, "add", "-A")
     git(tmp_path, "commit", "-qm", "one")
-    retrains = [spec for spec in read_specs(tmp_path / "prefect.yaml") if spec.flow_name == "retrain"]
+    retrains = [spec for spec in read_all(tmp_path / "prefect.yaml")[0] if spec.flow_name == "retrain"]
     assert [spec.parameters.get("branch", "main") for spec in retrains] == [first] * 2
     assert not caplog.records
     git(tmp_path, "branch", "-q", "-m", "trunk")
-    read_specs(tmp_path / "prefect.yaml")
+    read_all(tmp_path / "prefect.yaml")[0]
     assert caplog.records[0].message.endswith(
         f"parameters: the repository has no branch {first}, so this retraining will fail; it has: trunk "
         "(next: `branch: trunk` there)"
@@ -390,7 +390,7 @@ def test_a_project_gets_deployments_of_its_own_name_for_recipes_that_exist(tmp_p
     (tmp_path / folder / "configs").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / folder)
     (Path("configs") / "7.yaml").write_text("name: x\n")
-    specs = read_specs(find_prefect_yaml())
+    specs = read_all(find_prefect_yaml())[0]
     name = slug(folder)
     assert {spec.full_name for spec in specs} == {
         f"finetune/{name}", f"retrain/{name}-nightly", f"retrain/{name}-on-dataset-update", f"evaluate/{name}",
@@ -416,7 +416,7 @@ def test_the_gpu_team_template_is_deployable_and_its_commented_settings_are_a_va
     """The names in the recipe are those of the file, and no flow waits for a stage in its own pool."""
     from loraflow.config.load import load_recipe
     from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
-    from loraflow.flows.server.prefect_yaml import read_specs
+    from loraflow.flows.server.prefect_yaml import read_all
 
     project_folder = tmp_path / "my team ü"
     (project_folder / "configs").mkdir(parents=True)
@@ -430,7 +430,7 @@ def test_the_gpu_team_template_is_deployable_and_its_commented_settings_are_a_va
     Path("configs/chats.yaml").write_text(text + settings)
     runtime = load_recipe(Path("configs/chats.yaml")).runtime
     file = write_prefect_yaml(Path(), "chats", "gpu-team")
-    specs = {spec.full_name: spec for spec in read_specs(file)}
+    specs = {spec.full_name: spec for spec in read_all(file)[0]}
     assert str(runtime.store).startswith("s3://") and set(runtime.placement) == {"train", "evaluate"}
     pools = {specs[f"stage/{name}"].work_pool.name for name in runtime.placement.values()}
     assert not pools & {spec.work_pool.name for spec in specs.values() if spec.flow_name != "stage"}

@@ -9,10 +9,9 @@ from click.testing import CliRunner
 from loraflow import identity
 from loraflow.cli import cli
 from loraflow.config import load_recipe
-from loraflow.execution import reproduce as reproducing
+from loraflow.execution import rederive as reproducing
 from loraflow.execution.launcher import run_job
-from loraflow.execution.rederive import rederive
-from loraflow.execution.reproduce import reproduce
+from loraflow.execution.rederive import rederive, reproduce
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, CorruptArtifact, Crashed, LimitExceeded
 from loraflow.job import Job
@@ -207,7 +206,7 @@ def test_a_run_that_differs_names_settings_versions_and_files(recorded, tmp_path
 
 def test_the_device_that_trained_is_named_where_two_runs_differ(tmp_path):
     """It is in the telemetry, which is no part of a digest."""
-    from loraflow.execution.reproduce import _compared
+    from loraflow.execution.rederive import _compared
     from tests.promoted_models import commit as commit_text
 
     found = {}

@@ -11,7 +11,7 @@ from loraflow.config.data import Data
 from loraflow.execution.deal import deal_for_scores, deal_heldout, use_dealt_rows
 from loraflow.execution.launcher import run_job
 from loraflow.execution.plan import gate_power, plan
-from loraflow.execution.plan_slices import slice_power_lines
+from loraflow.execution.plan_notes import slice_power_lines
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, DamagedLog
 from loraflow.registry.deals import DealRecord, DealRequest

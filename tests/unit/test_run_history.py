@@ -3,7 +3,7 @@
 from loraflow.config.load import parse_recipe
 from loraflow.evaluation.values import MetricValue
 from loraflow.registry.runs import RecordedDecision, RunRecord, RunSummary, StageRun
-from loraflow.reporting.history import MOST_CHANGES, History, history_lines
+from loraflow.reporting.sections import MOST_CHANGES, History, history_lines
 
 RECIPE = "name: tickets\nbase: {model: a|b}\ntraining_config: {max_steps: 40}\n"
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from loraflow.data.sampling import label_values, spread_sample, spread_values
 from loraflow.evaluation.score import read_rows, sampled_rows
-from loraflow.execution.look_rows import compared_rows
+from loraflow.execution.deal import compared_rows
 from loraflow.registry.looks import row_key
 
 

@@ -12,7 +12,7 @@ from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, BadData, CorruptArtifact
 from loraflow.store import Ref, Summary
 from loraflow.tasks.gate import gate
-from loraflow.tasks.slices import heldout_slices
+from loraflow.tasks.guards import heldout_slices
 
 
 def scores(workspace: Workspace, name: str, value: float, version=1, config=None, rows_digest="rows", **columns) -> Ref:

@@ -9,14 +9,14 @@ import pytest
 
 from loraflow.config import load_recipe
 from loraflow.evaluation.gate import decide
+from loraflow.evaluation.guards import slice_guards
 from loraflow.evaluation.seeds import mean_scores, seed_scores, with_seeds
-from loraflow.evaluation.slice_guards import slice_guards
 from loraflow.evaluation.values import MetricValue
 from loraflow.execution.plan import _certain_changes, find_step, steps_of
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, BadData
 from loraflow.identity import payload
-from loraflow.reporting.seeds import seed_lines
+from loraflow.reporting.markdown import seed_lines
 from loraflow.stages import TRAIN
 from loraflow.store import Ref
 from loraflow.tasks.gate import _protocol, gate

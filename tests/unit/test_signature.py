@@ -13,7 +13,7 @@ from loraflow.cli import cli
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.registry import PromotionLog
 from loraflow.registry.runs import LogHead
-from loraflow.registry.verified_heads import heads_file, remember_verified
+from loraflow.registry.signature import heads_file, remember_verified
 from loraflow.store import LocalStore
 from tests.promoted_models import add_model, promote
 
@@ -113,7 +113,7 @@ def test_a_list_of_signers_in_a_read_only_folder_is_used_with_a_warning(store, k
         raise PermissionError(13, "Permission denied")
 
     loraflow(store, "registry", "sign", "--key", keys / "mine")
-    monkeypatch.setattr("loraflow.registry.verified_heads.write_atomic", refuse)
+    monkeypatch.setattr("loraflow.registry.signature.write_atomic", refuse)
     assert "2 entries of tickets are signed" in verify(store, keys)
     assert "will not be noticed" in caplog.text
 

@@ -12,13 +12,12 @@ from loraflow.config.data import Data
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data import check
 from loraflow.data.heldout_fields import FILE, MAX_VALUES, NO_VALUE, parse_field_values, write_field_values
-from loraflow.evaluation.advice import HeldoutRows, advice
 from loraflow.evaluation.gate import decide
-from loraflow.evaluation.slice_guards import partition_of, power_lines, slice_guards, unscored_parts
+from loraflow.evaluation.guards import HeldoutRows, advice, partition_of, power_lines, slice_guards, unscored_parts
 from loraflow.evaluation.slices import divide, slice_scores
 from loraflow.evaluation.values import Decision, MetricValue, SeedScores, Slice
 from loraflow.execution.launcher import run_job
-from loraflow.execution.plan_slices import slice_power_lines
+from loraflow.execution.plan_notes import slice_power_lines
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, BadData
 from loraflow.job import Inputs, Job, Progress

@@ -9,7 +9,7 @@ from scipy import stats
 
 from loraflow.data import broken_text
 from loraflow.evaluation.slices import QUARTERS, slice_scores
-from loraflow.reporting.slices import slice_lines
+from loraflow.reporting.markdown import slice_lines
 
 
 def table(hits, questions=None, tokens=None, reference="x"):

@@ -13,7 +13,7 @@ from loraflow.execution.sweep_plan import plan_sweep
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig
 from loraflow.registry.sweeps import TrialRecord, choose, ranked
-from loraflow.reporting.sweep import TrialCurves, sweep_lines
+from loraflow.reporting.sections import TrialCurves, sweep_lines
 from loraflow.stages import STAGES
 from loraflow.training.validation_loss import Curves
 from tests.conftest import RECIPE, write_chats

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loraflow.config.tools_file import read_tools_file
+from loraflow.config.data import read_tools_file
 from loraflow.data.call_parser import parse_calls
 from loraflow.data.chat_formats import read_chat, to_prompt
 from loraflow.data.chats import BadRow

@@ -14,13 +14,11 @@ from loraflow.config.load import parse_recipe
 from loraflow.failures import BudgetSpent, MissingExtra, Network
 from loraflow.registry import PromotionLog
 from loraflow.store import LocalStore, Summary
-from loraflow.tasks.tracking import mirror_run as mirror_run_of_flow
-from loraflow.tracking import content as content_module
+from loraflow.tasks.run import mirror_run as mirror_run_of_flow
 from loraflow.tracking import mirror
-from loraflow.tracking.content import content_of, is_news
-from loraflow.tracking.pending import read_marks
-from loraflow.tracking.settings import Tracking, find_tracking
-from loraflow.tracking.tracker import TrackedRun
+from loraflow.tracking import tracker as content_module
+from loraflow.tracking.mirror import read_marks
+from loraflow.tracking.tracker import TrackedRun, Tracking, content_of, find_tracking, is_news
 from tests.promoted_models import add_model, promote, record_run
 
 RUNS = ("20260101-000000-aaaaaa", "20260102-000000-bbbbbb", "20260103-000000-cccccc")
@@ -252,7 +250,7 @@ def test_a_part_of_mlflow_that_cannot_be_imported_is_a_missing_extra(monkeypatch
 
 def test_sync_with_an_address_keeps_the_model_and_experiment_of_the_newest_run(store, monkeypatch):
     from loraflow.cli import cli
-    from loraflow.cli import mlflow as command
+    from loraflow.cli import registry as command
 
     section = {"uri": "http://old:5000", "experiment": "nightly", "model": "tickets-shown"}
     resolved = {"register": {"model": "tickets"}, "runtime": {"mlflow": section}}

@@ -14,9 +14,8 @@ from loraflow.failures import BadConfig, BadPlacement, CannotGroup, DiskFull, Mi
 from loraflow.identity import canonical
 from loraflow.stages import STAGES, TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
-from loraflow.tasks import trial_groups as groups_module
 from loraflow.tasks.run import StageResult
-from loraflow.tasks.trial_failures import OF_THE_GROUP, OF_THE_TRIAL
+from loraflow.tasks.trials import OF_THE_GROUP, OF_THE_TRIAL
 from tests.unit.test_sweep import file, trials_of  # noqa: F401  (file is a fixture)
 from tests.unit.test_trials import LOSS, FakeStore, RecordingRun, sweep  # noqa: F401  (sweep is a fixture)
 
@@ -216,7 +215,6 @@ class GroupStore(FakeStore):
 @pytest.fixture
 def grouped(sweep, monkeypatch):  # noqa: F811
     """Return a function that runs a sweep with groups; its run has the sizes of the groups that were trained."""
-    monkeypatch.setattr(groups_module, "train_group", groups_module.train_group.fn)
     store = GroupStore()
     find_or_run = RecordingRun.find_or_run
 

@@ -9,10 +9,8 @@ from prefect.events.schemas.deployment_triggers import DeploymentTriggerTypes
 from prefect.exceptions import ObjectNotFound
 from pydantic import TypeAdapter, ValidationError
 
-from loraflow.flows.server.comparison import _comparable_trigger
-from loraflow.flows.server.deployment_spec import DeploymentEntry
-from loraflow.flows.server.deployments import Deployer
-from loraflow.flows.server.triggers import automation_of
+from loraflow.flows.server.deployment_spec import DeploymentEntry, automation_of
+from loraflow.flows.server.deployments import Deployer, _comparable_trigger
 
 FLOW = {"prefect.resource.role": "flow", "prefect.resource.name": ["etl", "load"]}
 ONE, TWO = UUID(int=1), UUID(int=2)

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from loraflow.cli import cli
 from loraflow.config import load_recipe
 from loraflow.config.upgrade_recipe import upgrade_recipe
-from loraflow.flows.server.upgrade_prefect_yaml import upgrade_prefect_yaml
+from loraflow.flows.server.new_prefect_yaml import upgrade_prefect_yaml
 
 RECIPE = """\
 name: old   # ours since March

@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 import loralib
 from torch import nn
 
-from loraflow.adapters.fused_projections import NAMES, AttentionHeads, block_sizes
-from loraflow.adapters.lora_updates import Bias
-from loraflow.adapters.loralib.layers import wrap_module
-from loraflow.adapters.loralib.mergeable_layer import MergeableLayer
+from loraflow.adapters.lora_updates import FUSED_NAMES, AttentionHeads, Bias, block_sizes
+from loraflow.adapters.loralib.layers import MergeableLayer, wrap_module
 from loraflow.adapters.targets import ALL_LINEAR, matches, not_adapted_by_all_linear, selects
 from loraflow.config.lora import LoralibConfig, PeftConfig
 from loraflow.failures import BadConfig
@@ -134,7 +132,7 @@ def _enabled_blocks(
     if asked is None:
         return None, None
     own = name.rsplit(".", 1)[-1]
-    blocks = NAMES.get(own)
+    blocks = FUSED_NAMES.get(own)
     rows = module.get_parameter("weight").shape[1 if type(module).__name__ == "Conv1D" else 0]
     where = f"loralib_config.enable_lora.{own}"
     if all(isinstance(block, bool) for block in asked):

@@ -1,19 +1,24 @@
-"""The parts of a run's held-out rows: the values of the fields that divide them, and their scores."""
+"""What the guards of a run compare: parts of the held-out rows with their scores, and the scores on general rows."""
 
 from __future__ import annotations
 
 import io
 import json
 import logging
-from collections.abc import Set
+from collections.abc import Sequence, Set
+from typing import TYPE_CHECKING
 
 from loraflow.data.heldout_fields import FILE, FieldValues, parse_field_values
 from loraflow.evaluation.values import Slice
-from loraflow.execution.look_rows import compared_rows
+from loraflow.execution.deal import compared_rows
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
-from loraflow.failures import CorruptArtifact
+from loraflow.failures import BadData, CorruptArtifact
 from loraflow.store import read_intact
+
+if TYPE_CHECKING:
+    from loraflow.evaluation.guards import GeneralGuard
+
 
 log = logging.getLogger("loraflow")
 
@@ -40,7 +45,7 @@ def read_unscored_parts(workspace: Workspace, result: PipelineResult, scored: Se
         return []
     import pandas as pd
 
-    from loraflow.evaluation.slice_guards import unscored_parts
+    from loraflow.evaluation.guards import unscored_parts
 
     rows = compared_rows(read_intact(workspace.store, result.rows, "heldout.jsonl"), None, 0)
     prompts = [json.dumps(row.messages[:-1], ensure_ascii=False) for _, row in rows]
@@ -76,3 +81,46 @@ def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:
     guarded = [name for margins in gate.slices.values() for name in margins]
     metrics, settings = list(dict.fromkeys([gate.primary, *gate.guards, *guarded])), recipe.evaluation
     return slice_scores(tables, by, metrics, confidence=settings.confidence, seed=settings.seed, fields=fields)
+
+
+def read_general_guards(workspace: Workspace, result: PipelineResult) -> list[GeneralGuard]:
+    """Return what gate.forgetting asks for; nothing if it is not set. The bytes that are parsed are those that were hashed.
+
+    Raises:
+        CorruptArtifact: scores are damaged; they are quarantined by now.
+    """
+    margins, store = workspace.recipe.gate.forgetting_margins, workspace.store
+    if not margins:
+        return []
+    import pandas as pd
+
+    from loraflow.evaluation.general import TABLES
+    from loraflow.evaluation.guards import SCORES, general_guards
+
+    sets = {SCORES[score][0] for score in margins}
+    tables = {
+        model: {rows: pd.read_parquet(io.BytesIO(read_intact(store, ref, TABLES[rows]))) for rows in sets}
+        for model, ref in result.general.items()
+    }
+    return general_guards(margins, tables.pop("tuned"), tables)
+
+
+def require_general_comparable(guards: Sequence[GeneralGuard]) -> None:
+    """Check scores on general rows before a look is spent on them.
+
+    Raises:
+        BadData: they cannot be compared; see `require_comparable`. The message names general rows, and how to score them.
+    """
+    from loraflow.evaluation.gate import require_comparable
+
+    for guard in guards:
+        try:
+            require_comparable(guard.challenger, guard.others, {guard.metric})
+        except BadData as failure:
+            raise BadData(
+                failure.what,
+                where=f"{failure.where} on general rows",
+                expected=failure.expected,
+                got=failure.got,
+                next_step="score them again with one protocol: `loraflow run RECIPE --force score_general`",
+            ) from failure
