@@ -34,7 +34,7 @@ from loraflow.data.published_formats import (
 from loraflow.data.question_parts import refuse_answers_by_letter, refuse_lost_parts
 from loraflow.data.roles import ASSISTANT, FUNCTION_CALL, ROLES, normal_role
 from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects
-from loraflow.data.tools import read_calls, read_tools
+from loraflow.data.tools import read_tools
 from loraflow.data.transcripts import is_glaive, is_transcript, prompt_turns, read_glaive, read_transcript
 
 __all__ = [
@@ -243,7 +243,7 @@ def _with_system(fields: RowFields, chat: list[Turn]) -> list[Turn]:
     else:
         system = fields.optional(*_SYSTEM_KEYS)
     if isinstance(system, list):
-        system = fields.joined(system, 0, "system")
+        system = fields.joined(system, "system")
     if not has_value(system) or is_missing(system):
         return chat
     if not isinstance(system, str):
@@ -325,12 +325,6 @@ def _sharegpt(fields: RowFields) -> list[Turn]:
     out: list[Turn] = []
     for number, turn in enumerate(fields.turns("conversations", turns, ("from", "role"), ("value", "content")), 1):
         who = turn.role
-        if who == FUNCTION_CALL:
-            calls = turn.calls or tuple(read_calls(turn.content, f"turn {number}: value"))
-            if not calls:
-                raise BadRow(f"turn {number}: a function_call without a call")
-            out.append(turn._replace(role="assistant", content="", calls=calls))
-            continue
         if not isinstance(who, str) or who not in ROLES:
             raise BadRow(f"turn {number}: unknown role {who!r}; expected one of {', '.join(sorted(ROLES))}")
         out.append(turn)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from pydantic import JsonValue
 
-from loraflow.data.bare_parameters import is_bare_parameters, schema_of
+from loraflow.data.bare_parameters import is_bare_parameters, schema_of, with_json_types
 from loraflow.data.chats import BadRow, Function, Tool, ToolCall
 from loraflow.data.json_text import strict_json
 from loraflow.failures import BadData
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
 MAX_DEPTH = 64
+# OpenAI's; InternLM's, Llama's and ChatGLM's; Anthropic's and Bedrock's; Gemini's and LangChain's
+_ARGUMENTS = ("arguments", "parameters", "input", "args", "kwargs")
+_CALL_KEYS = frozenset({*_ARGUMENTS, "name", "id", "type", "function", "index"})
 _MAX_SHOWN = 120  # characters of a schema's complaint
 
 
@@ -141,7 +144,7 @@ def _validator(schema: str, where: str) -> Validator:
     from referencing import Registry
     from referencing.jsonschema import DRAFT202012
 
-    value = json.loads(schema)
+    value = with_json_types(json.loads(schema))
     if isinstance(value, dict) and not isinstance(value.get("$schema", ""), str):
         raise BadRow(f"{where}.$schema is not text")
     kind = validator_for(value) if isinstance(value, dict) else validator_for({})
@@ -174,9 +177,11 @@ def read_calls(value: JsonValue, where: str) -> list[ToolCall]:
 
 def _call(item: JsonValue, where: str) -> ToolCall:
     function = item.get("function", item) if isinstance(item, dict) else None
+    if isinstance(item, dict) and isinstance(function, str):  # {"function": "f", "arguments": {}}
+        function = {"name": function, **{key: value for key, value in item.items() if key != "function"}}
     if not isinstance(item, dict) or not isinstance(function, dict):
         raise BadRow(f"{where} is {type(item).__name__}; expected an object with name and arguments")
-    name, arguments = function.get("name"), function.get("arguments")
+    name, arguments = function.get("name"), _arguments(function, where)
     if not isinstance(name, str) or not name.strip():
         raise BadRow(f"{where}.function.name is {name!r}; expected the function's name")
     if isinstance(arguments, str):
@@ -195,6 +200,22 @@ def _call(item: JsonValue, where: str) -> ToolCall:
     if isinstance(identifier := item.get("id"), str) and identifier:
         call["id"] = identifier
     return call
+
+
+def _arguments(function: dict[str, JsonValue], where: str) -> JsonValue:
+    """Return the arguments of a call, under the names that vendors give them; None if there are none.
+
+    Raises:
+        BadRow: two names have different values, or none is there and another key may hold them.
+    """
+    found = {key: value for key in _ARGUMENTS if (value := function.get(key)) is not None and value != ""}
+    first, *others = found.items() or [("", None)]
+    if any(value != first[1] for _, value in others):
+        raise BadRow(f"{where}: {' and '.join(found)} have different values; expected the arguments once")
+    unknown = [key for key, value in function.items() if key not in _CALL_KEYS and isinstance(value, dict | list) and value]
+    if not found and unknown:
+        raise BadRow(f"{where}: {unknown[0]} is not read; expected an object with name and arguments")
+    return first[1]
 
 
 def fitting_calls(calls: list[ToolCall], tools: list[Tool] | None, where: str) -> list[ToolCall]:
