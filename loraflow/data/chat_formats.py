@@ -410,7 +410,7 @@ FORMATS = {
     "gemini": ChatFormat(read_gemini, (frozenset({"contents"}),), lambda row: not isinstance(row["contents"], str)),
     "xlam": ChatFormat(read_xlam, (frozenset({"query", "answers", "tools"}),), is_xlam),
     "glaive": ChatFormat(read_glaive, (frozenset({"system", "chat"}),), is_glaive),
-    "tree": ChatFormat(read_tree, (frozenset({"prompt"}),), is_tree),
+    "tree": ChatFormat(read_tree, (frozenset({"prompt"}), frozenset({"text", "role", "replies"})), is_tree),
     "transcript": ChatFormat(read_transcript, (frozenset({"text"}),), lambda row: is_transcript(row["text"])),
 }
 _NEEDS = [(name, needed) for name, chat_format in FORMATS.items() for needed in chat_format.needs]
@@ -432,7 +432,7 @@ def _tools(
     if fields.tools is not None:
         tools = read_tools(fields.tools, "system")
         return tools, tools
-    for key in ("tools", "functions", "available_tools"):
+    for key in ("tools", "functions", "available_tools", "toolConfig"):
         if has_value(fields.row.get(key)) and (found := read_tools(fields.row[key], key)) is not None:
             tools, key_of_tools = found, key
             break

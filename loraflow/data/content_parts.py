@@ -6,6 +6,7 @@ Anthropic, Bedrock, Gemini, Mistral and OpenAI's Responses API have such parts, 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 
 from pydantic import JsonValue
@@ -26,6 +27,8 @@ _KEYS = {
     "toolResult": "tool_result",
     "functionResponse": "tool_result",
 }
+_KINDS = _TEXTS | _REASONING | _CALLS | {"tool_result"}
+_MEDIA = re.compile(r"(?:input_)?(?:image|audio|video|document|file)")
 _IDS = ("tool_use_id", "toolUseId", "call_id", "id")
 
 
@@ -79,7 +82,7 @@ def read_parts(content: list[JsonValue], where: str) -> Parts:
         elif kind == "tool_result":
             rank = 1
             name, identifier = body.get("name"), _first(body, *_IDS)
-            parts.results.append(Result(_result(_first(body, "content", "response", "output")), identifier, name))
+            parts.results.append(Result(_result(_first(body, "content", "response", "output"), where), identifier, name))
         else:
             raise BadRow(f"{where}: a part of type {kind}; only text, reasoning, and calls of tools with their results are supported")
         if rank < order:
@@ -121,14 +124,23 @@ def _as_call(body: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return {**body, "id": _first(body, "id", "toolUseId", "call_id")}
 
 
-def _result(value: JsonValue) -> str:
+def is_parts(content: list[JsonValue]) -> bool:
+    """Tell whether a list is one of parts, and not a tool's result that is a list."""
+    return any(isinstance(part, dict) and (_kind(part)[0] in _KINDS or _has_media(part)) for part in content)
+
+
+def _has_media(part: dict[str, JsonValue]) -> bool:
+    return _MEDIA.match(str(part.get("type", next(iter(part), "")))) is not None
+
+
+def _result(value: JsonValue, where: str) -> str:
     """Return a result as text: parts of text are joined, anything else is written as JSON."""
     if isinstance(value, str) or value is None:
         return value or ""
-    if isinstance(value, list) and value:
-        texts = [part.get("text") for part in value if isinstance(part, dict) and part.keys() <= {"type", "text"}]
-        if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
-            return "".join(map(str, texts))
+    if isinstance(value, list) and is_parts(value):
+        return "".join(read_parts(value, f"{where}: tool_result").texts)
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].keys() == {"json"}:
+        value = value[0]["json"]  # Bedrock's
     return as_json(value)
 
 

@@ -13,6 +13,7 @@ from loraflow.data.chat_formats import has_known_keys, read_chat, to_messages
 from loraflow.data.chats import BadRow
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.preference_pairs import refuse_corrected
+from loraflow.data.published_formats import pair_keys
 from loraflow.data.question_parts import LostPart, is_passage, is_phrase, question_parts
 from loraflow.data.readers import read_values
 
@@ -239,9 +240,7 @@ def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
 
 
 def _is_pairs(turns: JsonValue) -> bool:
-    return isinstance(turns, list) and any(
-        isinstance(turn, dict) and turn.keys() >= {"input", "output"} for turn in turns
-    )
+    return isinstance(turns, list) and any(isinstance(turn, dict) and pair_keys(turn) for turn in turns)
 
 
 def _is_chat(column: str, turns: JsonValue) -> bool:

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from loraflow.data.cell_values import media_key
 from loraflow.data.chats import BadRow, ToolCall
-from loraflow.data.content_parts import as_json, read_parts
+from loraflow.data.content_parts import as_json, is_parts, read_parts
 from loraflow.data.ignored_keys import without_ignored
 from loraflow.data.labels import ANSWERS, Labels, answers_of
 from loraflow.data.marks import Weight, answer_weight, excludes, is_mark
@@ -21,7 +21,6 @@ RawRow = dict[str, JsonValue]  # a row as its file has it
 MARKS = ("train", "exclude")  # of data.columns: the column says which rows are learned; not every row must have it
 # Cells of CSV that need not be named as not read. As a text that is read, "{}" is a value: a JSON answer.
 _EMPTY_TEXTS = ("[]", "{}", "null")
-_PART_KEYS = {"type", "text", "toolResult", "functionResponse"}
 
 
 class Turn(NamedTuple):
@@ -197,7 +196,7 @@ class RowFields:
         """
         where, content = f"message {number}", turn.content
         assert isinstance(content, list)
-        if turn.role == TOOL and not all(isinstance(part, dict) and part.keys() & _PART_KEYS for part in content):
+        if turn.role == TOOL and not is_parts(content):
             return [turn._replace(content=as_json(content))]  # a result that is a list
         parts = read_parts(content, where)
         for part in parts.unread:

@@ -7,6 +7,7 @@ Arguments are objects, as chat templates expect them; files may have them as JSO
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
@@ -39,8 +40,8 @@ def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
         if not value.strip():
             return None
         value = _parsed(value, where)
-    if isinstance(value, dict) and "name" in value:  # one function, not in a list
-        value = [value]
+    if isinstance(value, dict):
+        value = [value] if "name" in value else value.get("tools", value)  # one function, not in a list; Bedrock's toolConfig
     if value is None or value == [] or value == {}:
         return None
     if not isinstance(value, list):
@@ -58,7 +59,7 @@ def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
 def _checked_tools(text: str, where: str) -> list[Tool]:
     """Return the tools of a JSON list. Rows with the same tools share one list, which saves memory."""
     tools: list[Tool] = []
-    for number, item in enumerate(json.loads(text)):
+    for number, item in enumerate(_functions(json.loads(text))):
         field = f"{where}[{number}]"
         if not isinstance(item, dict):
             raise BadRow(f"{field} is {type(item).__name__}; expected an object with name and parameters")
@@ -70,8 +71,10 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
             raise BadRow(f"{field}.function.name is {name!r}; expected the function's name")
         if any(tool["function"]["name"] == name for tool in tools):
             raise BadRow(f"{field}.function.name {name!r} is duplicated")
-        if "parameters" not in function and "input_schema" in function:  # Anthropic's name
-            function["parameters"] = function.pop("input_schema")
+        for key in ("input_schema", "inputSchema"):  # Anthropic's and Bedrock's names
+            if key in function and "parameters" not in function:
+                schema = function.pop(key)
+                function["parameters"] = schema["json"] if isinstance(schema, dict) and schema.keys() == {"json"} else schema
         parameters = function.get("parameters", {})
         if isinstance(parameters, str):
             parameters = _parsed(parameters, f"{field}.function.parameters")
@@ -83,6 +86,15 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
         _validator(json.dumps(parameters), f"{field}.function.parameters")
         tools.append({"type": "function", "function": cast(Function, function)})
     return tools
+
+
+def _functions(items: list[JsonValue]) -> Iterator[JsonValue]:
+    """Yield the tools of a list, without the objects in which Gemini and Bedrock have them."""
+    for item in items:
+        if isinstance(item, dict) and isinstance(declared := item.get("functionDeclarations"), list):
+            yield from declared
+        else:
+            yield item.get("toolSpec", item) if isinstance(item, dict) else item
 
 
 def dataset_tools(value: list[JsonValue] | None, where: str) -> list[Tool] | None:
