@@ -409,7 +409,9 @@ FORMATS = {
     ),
     "gemini": ChatFormat(read_gemini, (frozenset({"contents"}),), lambda row: not isinstance(row["contents"], str)),
     "xlam": ChatFormat(read_xlam, (frozenset({"query", "answers", "tools"}),), is_xlam),
-    "glaive": ChatFormat(read_glaive, (frozenset({"system", "chat"}),), is_glaive),
+    "glaive": ChatFormat(
+        read_glaive, (frozenset({"system", "chat"}), frozenset({"text"}), frozenset({"sample"})), is_glaive
+    ),
     "tree": ChatFormat(read_tree, (frozenset({"prompt"}), frozenset({"text", "role", "replies"})), is_tree),
     "transcript": ChatFormat(read_transcript, (frozenset({"text"}),), lambda row: is_transcript(row["text"])),
 }

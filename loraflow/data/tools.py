@@ -49,9 +49,10 @@ def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
     if _is_deep(value):
         raise BadRow(f"{where} are nested too deeply; at most {MAX_DEPTH} levels")
     if all(isinstance(item, str) for item in value):
-        if not all(isinstance(item, str) and item.lstrip().startswith("{") for item in value):
+        if not all(isinstance(item, str) and item.lstrip().startswith(("{", "[")) for item in value):
             return None
-        value = [_parsed(str(item), f"{where}[{number}]") for number, item in enumerate(value)]
+        parsed = [_parsed(str(item), f"{where}[{number}]") for number, item in enumerate(value)]
+        value = [tool for item in parsed for tool in (item if isinstance(item, list) else [item])]
     return _checked_tools(json.dumps(value, ensure_ascii=False, default=str), where)
 
 
