@@ -1,4 +1,4 @@
-"""Parameters of a tool that are not quite JSON schema: xLAM's {"city": {"type": "str, optional"}}, types such as dict or OBJECT."""
+"""Parameters of a tool that are not quite JSON schema: xLAM's {"city": {"type": "str, optional"}}, types such as dict."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def schema_of(parameters: dict[str, JsonValue]) -> JsonValue:
 
 
 def with_json_types(schema: JsonValue) -> JsonValue:
-    """Return a schema whose types are those of JSON schema, for Python's and Java's (dict: Gorilla, BFCL) and Gemini's (OBJECT).
+    """Return a schema with the types of JSON schema instead of Python's and Java's (dict: BFCL) and Gemini's (OBJECT).
 
     The type any is left out. A type that is none of these is kept: the schema is then not valid.
     """

@@ -19,7 +19,7 @@ from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.conversion_hints import conversion_hint
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
-from loraflow.data.message_checks import checked_messages
+from loraflow.data.message_checks import checked_messages, plain_messages
 from loraflow.data.preference_pairs import refuse_corrected, refuse_rejected
 from loraflow.data.published_formats import (
     is_tree,
@@ -32,8 +32,8 @@ from loraflow.data.published_formats import (
     template_arguments,
 )
 from loraflow.data.question_parts import refuse_answers_by_letter, refuse_lost_parts
-from loraflow.data.roles import ASSISTANT, FUNCTION_CALL, ROLES, normal_role
-from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects
+from loraflow.data.roles import ASSISTANT, ROLES
+from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects, without_answer
 from loraflow.data.tools import read_tools
 from loraflow.data.transcripts import is_glaive, is_transcript, prompt_turns, read_glaive, read_transcript
 
@@ -98,7 +98,7 @@ def read_chat(
         and isinstance(row, dict)
         and len(row) == 1
     ):
-        plain = _plain_messages(row.get("messages"))
+        plain = plain_messages(row.get("messages"))
         if plain is not None:
             return ReadChat(plain)
     fields = RowFields(_object(row), columns, labels or Labels(), ignore)
@@ -119,29 +119,6 @@ def read_chat(
         refuse_rejected(fields.row, messages, fields.chosen_answers())
         refuse_corrected(fields.row, messages, used)
     return ReadChat(messages, learned, weights, unread)
-
-
-def _plain_messages(turns: JsonValue) -> list[Message] | None:
-    """Return the chat of the most frequent kind of row, as all checks would; None for every other row.
-
-    These are texts of user and assistant in turn, which `checked_messages` accepts. This saves half of the time of reading a
-    file.
-    """
-    if not isinstance(turns, list) or not turns:
-        return None
-    has_system = len(turns) % 2 == 1  # else the last message is not the assistant's
-    messages: list[Message] = []
-    for number, turn in enumerate(turns):
-        role = "assistant" if (number + has_system) % 2 else "user"
-        if has_system and number == 0:
-            role = "system"
-        if not isinstance(turn, dict) or len(turn) != 2 or turn.get("role") != role:
-            return None
-        content = turn.get("content")
-        if not isinstance(content, str) or not content or content.isspace() or content[0] == "#" or "\0" in content:
-            return None
-        messages.append({"role": ROLES[role], "content": content})
-    return messages if len(messages) > 1 else None
 
 
 def _marked(
@@ -220,7 +197,7 @@ def _turns(fields: RowFields, format_name: str) -> list[Turn]:
         system, tools = template_arguments(fields, turns)
         fields.tools = fields.tools if tools is None else tools
         turns = turns if system is None else [Turn("system", system), *turns]
-    return turns
+    return fields.with_reasoning(turns)
 
 
 def _refuse_two_chats(fields: RowFields) -> None:
@@ -269,8 +246,7 @@ def _with_dummy_answer(row: RawRow) -> RawRow:
         if (pairs := pairs_with_answer(value)) is not None:
             out[key] = pairs
         elif turns:
-            answered = normal_role(turns[-1].get(role)) in (ASSISTANT, FUNCTION_CALL)
-            out[key] = [*(turns[:-1] if answered else turns), {role: "assistant", content: "."}]
+            out[key] = [*without_answer(turns), {role: ASSISTANT, content: "."}]
     for question, answer in (("instruction", "output"), ("prompt", "completion")):
         if question in out and not isinstance(out[question], dict):  # a tree has its own answers
             if is_chat_as_text(out[question]):

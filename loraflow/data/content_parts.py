@@ -20,7 +20,6 @@ _REASONING = frozenset({"thinking", "reasoning"})
 _CALLS = frozenset({"tool_use", "tool_call", "function_call"})
 # The only key of a part of Bedrock or Gemini → its type
 _KEYS = {
-    "text": "text",
     "reasoningContent": "reasoning",
     "toolUse": "tool_use",
     "functionCall": "tool_use",
@@ -53,15 +52,15 @@ class Parts:
 
 
 def read_parts(content: list[JsonValue], where: str) -> Parts:
-    """Read a message's parts, such as [{"type": "text", "text": "Let me look."}, {"type": "tool_use", "name": …, "input": …}].
+    """Read a message's parts, such as [{"type": "text", "text": "Look."}, {"type": "tool_use", "name": …, "input": …}].
 
     Args:
         content: the parts.
         where: the message, for the problem's text.
 
     Raises:
-        BadRow: a part is of another type or marked as not to be learned, or the parts are not in the order in which templates
-            write them: reasoning, text, calls; or results, text.
+        BadRow: a part is of another type or marked as not to be learned, or the parts are not in the order of templates:
+            reasoning, text, calls; or results, text.
     """
     parts, order = Parts(), 0
     for part in content:
@@ -82,11 +81,17 @@ def read_parts(content: list[JsonValue], where: str) -> Parts:
         elif kind == "tool_result":
             rank = 1
             name, identifier = body.get("name"), _first(body, *_IDS)
-            parts.results.append(Result(_result(_first(body, "content", "response", "output"), where), identifier, name))
+            parts.results.append(
+                Result(_result(_first(body, "content", "response", "output"), where), identifier, name)
+            )
         else:
-            raise BadRow(f"{where}: a part of type {kind}; only text, reasoning, and calls of tools with their results are supported")
+            raise BadRow(
+                f"{where}: a part of type {kind}; only text, reasoning, and calls of tools with their results are supported"
+            )
         if rank < order:
-            raise BadRow(f"{where}: a part of type {kind} after a part that a chat template writes behind it; write it before")
+            raise BadRow(
+                f"{where}: a part of type {kind} after a part that a chat template writes behind it; write it before"
+            )
         order = rank
         parts.unread.append(_unread(part, kind, where))
     return parts
@@ -97,6 +102,8 @@ def _kind(part: dict[str, JsonValue]) -> tuple[str, dict[str, JsonValue]]:
     kind = part.get("type")
     if isinstance(kind, str):
         return kind, part
+    if isinstance(part.get("text"), str):  # Bedrock's and Gemini's
+        return "text", part
     keys = [key for key, value in part.items() if value is not None]
     found = _KEYS.get(keys[0]) if len(keys) == 1 else None
     if found is None:
@@ -161,5 +168,7 @@ def _unread(part: dict[str, JsonValue], kind: str, where: str) -> dict[str, Json
     others = {key: value for key, value in part.items() if key not in read}
     for key, value in others.items():
         if is_mark(key) and value is not None and value not in (True, 1):
-            raise BadRow(f"{where}: {key}: {value} marks a part of the answer; only a whole message can be left out, by its {key}")
+            raise BadRow(
+                f"{where}: {key}: {value} marks a part of the answer; only a whole message can be left out, by its {key}"
+            )
     return others

@@ -17,7 +17,13 @@ from loraflow.data.tools import read_calls
 
 _MESSAGE = ("role",), ("content",)
 # Capybara and xtuner; Firefly and ms-swift; others
-_PAIRS = (("input", "output"), ("human", "assistant"), ("user", "assistant"), ("question", "answer"), ("prompt", "response"))
+_PAIRS = (
+    ("input", "output"),
+    ("human", "assistant"),
+    ("user", "assistant"),
+    ("question", "answer"),
+    ("prompt", "response"),
+)
 _ROLE_LABEL = re.compile(
     r"\s*(?:### ?)?(?:human|user|customer|prompter|gpt|assistant|bot|chatbot|chatgpt|ai|model|agent|system) ?:",
     re.IGNORECASE,
@@ -65,8 +71,10 @@ def pairs_with_answer(value: JsonValue) -> list[JsonValue] | None:
     if all(isinstance(item, str) for item in value):
         return [*(value if len(value) % 2 else value[:-1]), "."]
     last = value[-1]
-    keys = pair_keys(dict.fromkeys(last) | dict.fromkeys(answer for question, answer in _PAIRS if question in last)) if isinstance(last, dict) else None
-    return None if keys is None else [*value[:-1], {**last, keys[1]: "."}]
+    if not isinstance(last, dict) or last.keys() & {"role", "from"}:
+        return None
+    answer = next((answer for question, answer in _PAIRS if question in last), None)
+    return None if answer is None else [*value[:-1], {**last, answer: "."}]
 
 
 def is_tree(row: Mapping[str, JsonValue]) -> bool:

@@ -100,6 +100,23 @@ class RowFields:
         """Return the row's columns that a recipe names as the answer and that were read as such."""
         return tuple(theirs for ours, theirs in self._columns.items() if ours in self._used and ours in ANSWERS)
 
+    def with_reasoning(self, turns: list[Turn]) -> list[Turn]:
+        """Return a chat whose last answer has the reasoning of the column that a recipe names as such.
+
+        Raises:
+            BadRow: the column is no text, or the answer has another reasoning.
+        """
+        if "reasoning" not in self._columns or not turns:
+            return turns
+        text = self.value("reasoning")
+        if not has_value(text):
+            return turns
+        if not isinstance(text, str) or turns[-1].reasoning not in ("", text):
+            raise BadRow(
+                f"the column {self._columns['reasoning']}: expected text, and no other reasoning of the answer"
+            )
+        return [*turns[:-1], turns[-1]._replace(reasoning=text)]
+
     def row_weight(self) -> Weight:
         """Return the weight of the row's answers in the loss, by the row's marks; 0: they are not learned.
 
@@ -174,7 +191,9 @@ class RowFields:
         if role == TOOL:
             used |= {"tool_call_id", "name"}
             if content is None and item.keys() & {"parameters", "observation"}:
-                calls = read_calls({"name": item.get("name"), "parameters": item.get("parameters")}, f"message {number}")
+                calls = read_calls(
+                    {"name": item.get("name"), "parameters": item.get("parameters")}, f"message {number}"
+                )
                 used |= {"parameters", "observation"}
                 is_answer = True
         if is_answer and self.labels is not None:
@@ -249,6 +268,20 @@ def _add_calls(turns: list[Turn], answer: Turn) -> None:
         turns[-1] = last._replace(calls=(*last.calls, *answer.calls))
     else:
         turns.append(answer)
+
+
+def without_answer(items: list[RawRow]) -> list[RawRow]:
+    """Return messages of a row without the last answer, if they end with one: a text, calls, or both."""
+    roles = [normal_role(item.get("from", item.get("role"))) for item in items]
+    end = len(items)
+    while end and (roles[end - 1] == FUNCTION_CALL or (roles[end - 1] == TOOL and _is_open_call(items[end - 1]))):
+        end -= 1
+    return items[: end - 1] if end and roles[end - 1] == ASSISTANT else items[:end]
+
+
+def _is_open_call(item: RawRow) -> bool:
+    """Tell whether a message of ChatGLM3 is a call without its result."""
+    return "parameters" in item and not item.keys() & {"content", "observation"}
 
 
 def _reasoning(message: RowFields) -> str:

@@ -41,7 +41,9 @@ def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
             return None
         value = _parsed(value, where)
     if isinstance(value, dict):
-        value = [value] if "name" in value else value.get("tools", value)  # one function, not in a list; Bedrock's toolConfig
+        value = (
+            [value] if "name" in value else value.get("tools", value)
+        )  # one function, not in a list; Bedrock's toolConfig
     if value is None or value == [] or value == {}:
         return None
     if not isinstance(value, list):
@@ -75,7 +77,9 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
         for key in ("input_schema", "inputSchema"):  # Anthropic's and Bedrock's names
             if key in function and "parameters" not in function:
                 schema = function.pop(key)
-                function["parameters"] = schema["json"] if isinstance(schema, dict) and schema.keys() == {"json"} else schema
+                function["parameters"] = (
+                    schema["json"] if isinstance(schema, dict) and schema.keys() == {"json"} else schema
+                )
         parameters = function.get("parameters", {})
         if isinstance(parameters, str):
             parameters = _parsed(parameters, f"{field}.function.parameters")
@@ -225,7 +229,9 @@ def _arguments(function: dict[str, JsonValue], where: str) -> JsonValue:
     first, *others = found.items() or [("", None)]
     if any(value != first[1] for _, value in others):
         raise BadRow(f"{where}: {' and '.join(found)} have different values; expected the arguments once")
-    unknown = [key for key, value in function.items() if key not in _CALL_KEYS and isinstance(value, dict | list) and value]
+    unknown = [
+        key for key, value in function.items() if key not in _CALL_KEYS and isinstance(value, dict | list) and value
+    ]
     if not found and unknown:
         raise BadRow(f"{where}: {unknown[0]} is not read; expected an object with name and arguments")
     return first[1]

@@ -28,7 +28,7 @@ class _Dialect(NamedTuple):
 
 
 def _labelled(question: str) -> _Dialect:
-    """Return the dialect of lines that begin with `Human:` or `User:`, and `Assistant:`. A line `System:` may be the first."""
+    """Return the dialect of lines that begin with `Human:` or `User:`, and `Assistant:`; the first may be `System:`."""
     return _Dialect(
         re.compile(rf"\s*(?:System:(?:(?!\n(?:Human|User):)[\s\S])*\n)?{question}:"),
         re.compile(rf"^({question}|Assistant):[ \t]?|\A(System):[ \t]?", re.MULTILINE),
@@ -83,7 +83,9 @@ def read_transcript(fields: RowFields) -> list[Turn]:
     """
     text = fields.value("text")
     if not isinstance(text, str) or not is_transcript(text):
-        raise BadRow("text: expected a chat with the labels Human: or User: and Assistant:, ### Human:, or <|im_start|>")
+        raise BadRow(
+            "text: expected a chat with the labels Human: or User: and Assistant:, ### Human:, or <|im_start|>"
+        )
     dialect = _dialect(text)
     assert dialect is not None
     return _turns(text.lstrip(), dialect)
