@@ -209,7 +209,7 @@ EVALUATE = Stage(
 
 CHECK_GENERAL = Stage(
     name="check_general",
-    version=2,  # 2: line ends in the cells of a table
+    version=3,  # 2: line ends in the cells of a table; 3: chats as check_dataset 11 reads them
     module="loraflow.data.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from loraflow.data.cell_values import is_chat_as_text, is_missing, media_key, parsed_list, refuse_media
 from loraflow.data.chats import BadRow, Message, Tool
-from loraflow.data.conversion_hints import conversion_hint
+from loraflow.data.conversion_hints import conversion_hint, hint_to_choose
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
 from loraflow.data.message_checks import checked_messages, plain_messages
@@ -105,6 +105,8 @@ def read_chat(
     turns = _turns(fields, format_name)
     has_others = not fields.row.keys() <= _FORMAT_KEYS
     row_weight, excluded_by = fields.row_weight() if has_others else (1.0, "")
+    if turns and turns[-1].role == "user" and (hint := hint_to_choose(fields.row)):
+        raise BadRow(f"the chat ends with a question, and its answer is in chosen{hint}")
     messages = _with_tools(turns, *_tools(fields, turns, tools))
     if not row_weight:
         raise MarkedFalse("the row is marked as not to be learned", excluded_by)

@@ -85,9 +85,7 @@ def read_parts(content: list[JsonValue], where: str) -> Parts:
                 Result(_result(_first(body, "content", "response", "output"), where), identifier, name)
             )
         else:
-            raise BadRow(
-                f"{where}: a part of type {kind}; only text, reasoning, and calls of tools with their results are supported"
-            )
+            raise BadRow(f"{where}: a part of type {kind}; only text is supported")
         if rank < order:
             raise BadRow(
                 f"{where}: a part of type {kind} after a part that a chat template writes behind it; write it before"
@@ -131,9 +129,11 @@ def _as_call(body: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return {**body, "id": _first(body, "id", "toolUseId", "call_id")}
 
 
-def is_parts(content: list[JsonValue]) -> bool:
-    """Tell whether a list is one of parts, and not a tool's result that is a list."""
-    return any(isinstance(part, dict) and (_kind(part)[0] in _KINDS or _has_media(part)) for part in content)
+def is_parts(content: JsonValue) -> bool:
+    """Tell whether a value is a list of parts, and not a tool's result that is a list."""
+    return isinstance(content, list) and any(
+        isinstance(part, dict) and (_kind(part)[0] in _KINDS or _has_media(part)) for part in content
+    )
 
 
 def _has_media(part: dict[str, JsonValue]) -> bool:

@@ -71,5 +71,14 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
     return next((_by_jq(made) for keys, made in _FILTERS if row.keys() >= keys), "")
 
 
+def hint_to_choose(row: Mapping[str, JsonValue]) -> str:
+    """Return how the chosen answer is put behind a chat that ends with a question; empty if the row has none."""
+    key, chosen = next((key for key in ("messages", "conversations") if key in row), None), row.get("chosen")
+    if key is None or not isinstance(chosen, str | dict) or not chosen:
+        return ""
+    answer = ".chosen" if isinstance(chosen, dict) else '{role: "assistant", content: .chosen}'
+    return _by_jq(f".{key} += [{answer}] | del(.chosen, .rejected)")
+
+
 def _by_jq(made: str, options: str = "-c") -> str:
     return f"; jq {options} '{made}' IN.jsonl > OUT.jsonl makes chats of such rows"

@@ -290,9 +290,10 @@ def _reasoning(message: RowFields) -> str:
     Raises:
         BadRow: two keys have different values.
     """
-    names = [name for name in KEYS if isinstance(message.row.get(name), str | list)]
+    row = message.row
+    names = [name for name in KEYS if isinstance(row.get(name), str) or is_parts(row.get(name))]
     found = message.optional(*names)
-    if isinstance(found, list) and found:
+    if isinstance(found, list):
         found = "".join(read_parts(found, "reasoning").texts)
     return found if isinstance(found, str) and has_value(found) else ""
 
