@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 from pydantic import JsonValue
@@ -32,7 +33,7 @@ from loraflow.data.published_formats import (
     template_arguments,
 )
 from loraflow.data.question_parts import refuse_answers_by_letter, refuse_lost_parts
-from loraflow.data.roles import ASSISTANT, ROLES
+from loraflow.data.roles import ASSISTANT
 from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects, without_answer
 from loraflow.data.tools import read_tools
 from loraflow.data.transcripts import is_glaive, is_transcript, prompt_turns, read_glaive, read_transcript
@@ -286,27 +287,15 @@ def has_known_keys(row: RawRow) -> bool:
 # -- one function per format ----------------------------------------------------------------------------------------
 
 
-def _messages(fields: RowFields) -> list[Turn]:
-    messages = objects(parsed_list(fields.value("messages"), "messages"))
-    if messages is None:
-        raise BadRow("messages: expected a list of {role, content}")
-    return fields.turns("messages", messages, ("role",), ("content",))
-
-
-def _sharegpt(fields: RowFields) -> list[Turn]:
-    value = parsed_list(fields.value("conversations"), "conversations")
-    if (pairs := read_pairs(fields, "conversations", value)) is not None:
+def _chat(column: str, roles: tuple[str, ...], contents: tuple[str, ...], fields: RowFields) -> list[Turn]:
+    """Read a list of messages, of pairs, or of texts in turn."""
+    value = parsed_list(fields.value(column), column)
+    if (pairs := read_pairs(fields, column, value)) is not None:
         return pairs
-    turns = objects(value)
-    if turns is None:
-        raise BadRow("conversations: expected a list of {from, value}")
-    out: list[Turn] = []
-    for number, turn in enumerate(fields.turns("conversations", turns, ("from", "role"), ("value", "content")), 1):
-        who = turn.role
-        if not isinstance(who, str) or who not in ROLES:
-            raise BadRow(f"turn {number}: unknown role {who!r}; expected one of {', '.join(sorted(ROLES))}")
-        out.append(turn)
-    return out
+    messages = objects(value)
+    if messages is None:
+        raise BadRow(f"{column}: expected a list of {{{roles[0]}, {contents[0]}}}")
+    return fields.turns(column, messages, roles, contents)
 
 
 def _alpaca(fields: RowFields) -> list[Turn]:
@@ -379,8 +368,12 @@ class ChatFormat:
 
 
 FORMATS = {
-    "messages": ChatFormat(_messages, (frozenset({"messages"}),)),
-    "sharegpt": ChatFormat(_sharegpt, (frozenset({"conversations"}),)),
+    "messages": ChatFormat(
+        partial(_chat, "messages", ("role", "from"), ("content", "value")), (frozenset({"messages"}),)
+    ),
+    "sharegpt": ChatFormat(
+        partial(_chat, "conversations", ("from", "role"), ("value", "content")), (frozenset({"conversations"}),)
+    ),
     "alpaca": ChatFormat(_alpaca, (frozenset({"instruction", "output"}), frozenset({"instruction", "response"}))),
     "prompt_completion": ChatFormat(
         _prompt_completion, (frozenset({"prompt", "completion"}), frozenset({"prompt", "response"}))

@@ -108,6 +108,10 @@ ROWS = {
         ["u: q", "a: {r} a"]),
     "Firefly and ms-swift's pairs": (
         {"conversation_id": 1, "conversation": [{"human": "q", "assistant": "a"}, {"human": "r", "assistant": "b"}]}, [*QA, "u: r", "a: b"]),
+    "messages of ShareGPT": ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, QA),
+    "a result that is an object": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
+                           {"from": "tool", "value": {"y": [1]}}, {"from": "gpt", "value": "a"}]}, ["u: q", 'a:  f{"x": 1}', 't: {"y": [1]}', "a: a"]),
     "mistral-finetune's interactions": ({"interactions": [user("q"), answer("a")]}, QA),
     "OpenAssistant's messages with replies": (
         {"message_id": "m", "parent_id": None, "text": "q", "role": "prompter", "review_result": True, "deleted": False, "rank": None, "replies": [
