@@ -332,8 +332,8 @@ def _prompt_completion(fields: RowFields) -> list[Turn]:
     if is_chat_as_text(prompt) and is_chat_as_text(completion):  # CSV has no lists
         prompt, completion = parsed_list(prompt, "prompt"), parsed_list(completion, "completion")
     _refuse_chat_as_text("prompt", prompt)
-    if isinstance(prompt, list) and isinstance(completion, str):
-        raise BadRow("prompt is a list of messages, and completion a text; expected both as text or both as lists")
+    if isinstance(prompt, list) and isinstance(completion, str):  # Nemotron, OpenAI's evals
+        completion = [{"role": ASSISTANT, "content": completion}]
     if isinstance(prompt, list) and isinstance(completion, list):  # trl's conversational format
         asked, answered = objects(prompt), objects(completion)
         if asked is None or answered is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from loraflow.data.chat_formats import has_known_keys, read_chat, to_messages
+from loraflow.data.chat_formats import has_known_keys, is_bare_chat, read_chat, to_messages
 from loraflow.data.chats import BadRow
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.preference_pairs import refuse_corrected
@@ -47,6 +47,13 @@ _PAIRS = (
     ("article", "highlights"),
     ("dialogue", "summary"),
     ("text", "summary"),
+    ("input", "expected_output"),
+    ("input", "ideal"),  # OpenAI's evals
+    ("question", "solution"),
+    ("problem", "answer"),
+    ("instruction", "generation"),  # distilabel
+    ("message_1", "message_2"),  # Camel
+    ("q", "a"),
 )
 
 # Usual names of a text that a question is about, in lower case, and what such a text must be. The others of these columns
@@ -164,7 +171,8 @@ def _columns_of(row: dict[str, JsonValue], rows: Sequence[dict[str, JsonValue]])
         return _column_of_turns(row)
     for question, answer in _PAIRS:
         asked, answered = names.get(question), names.get(answer)
-        if asked and answered and isinstance(row[asked], str) and isinstance(row[answered], str):
+        is_question = asked is not None and (isinstance(row[asked], str) or is_bare_chat(row[asked]))
+        if asked and answered and is_question and isinstance(row[answered], str):
             answered = _worked_answer(row, names, answered)
             if answered is None:
                 return {}

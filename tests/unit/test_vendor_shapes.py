@@ -108,6 +108,10 @@ ROWS = {
         ["u: q", "a: {r} a"]),
     "Firefly and ms-swift's pairs": (
         {"conversation_id": 1, "conversation": [{"human": "q", "assistant": "a"}, {"human": "r", "assistant": "b"}]}, [*QA, "u: r", "a: b"]),
+    "Nemotron": ({"input": [user("q")], "output": "a", "system_prompt": "s", "reasoning": "off"}, ["s: s", *QA]),
+    "OpenAI's evals": ({"input": [{"role": "system", "content": "s"}, user("q")], "ideal": "a"}, ["s: s", *QA]),
+    "a solution that was generated": ({"problem": "q", "answer": "1", "generated_solution": "a"}, QA),
+    "Camel": ({"message_1": "q", "message_2": "a", "topic": "t"}, QA),
     "messages of ShareGPT": ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, QA),
     "a result that is an object": (
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
