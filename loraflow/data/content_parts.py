@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow, ToolCall
-from loraflow.data.marks import is_mark
 from loraflow.data.tools import read_calls
 
 _TEXTS = frozenset({"text", "input_text", "output_text"})
@@ -59,8 +58,8 @@ def read_parts(content: list[JsonValue], where: str) -> Parts:
         where: the message, for the problem's text.
 
     Raises:
-        BadRow: a part is of another type or marked as not to be learned, or the parts are not in the order of templates:
-            reasoning, text, calls; or results, text.
+        BadRow: a part is of another type, or the parts are not in the order of templates: reasoning, text, calls; or
+            results, text.
     """
     parts, order = Parts(), 0
     for part in content:
@@ -91,7 +90,7 @@ def read_parts(content: list[JsonValue], where: str) -> Parts:
                 f"{where}: a part of type {kind} after a part that a chat template writes behind it; write it before"
             )
         order = rank
-        parts.unread.append(_unread(part, kind, where))
+        parts.unread.append(_unread(part, kind))
     return parts
 
 
@@ -156,19 +155,9 @@ def as_json(value: JsonValue) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _unread(part: dict[str, JsonValue], kind: str, where: str) -> dict[str, JsonValue]:
-    """Return the keys of a part that say something else, such as cache_control and is_error.
-
-    Raises:
-        BadRow: one marks the part as not to be learned. Masks are those of whole answers.
-    """
+def _unread(part: dict[str, JsonValue], kind: str) -> dict[str, JsonValue]:
+    """Return the keys of a part that say something else, such as cache_control, is_error and marks."""
     if kind not in _TEXTS | _REASONING:
         return {key: value for key, value in part.items() if key in ("is_error", "status", "cache_control")}
     read = {"type", *_TEXTS, *_REASONING, "content", "value", "reasoningContent", "signature"}
-    others = {key: value for key, value in part.items() if key not in read}
-    for key, value in others.items():
-        if is_mark(key) and value is not None and value not in (True, 1):
-            raise BadRow(
-                f"{where}: {key}: {value} marks a part of the answer; only a whole message can be left out, by its {key}"
-            )
-    return others
+    return {key: value for key, value in part.items() if key not in read}

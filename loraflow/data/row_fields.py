@@ -219,7 +219,7 @@ class RowFields:
             return [turn._replace(content=as_json(content))]  # a result that is a list
         parts = read_parts(content, where)
         for part in parts.unread:
-            self.note_unread(f"{column}.content", part, set())
+            self.note_unread(f"{column}.content", part, self._marks_of_part(turn, part, where))
         if (parts.calls or parts.reasoning) and turn.role != ASSISTANT:
             raise BadRow(f"{where}: a tool call or reasoning in a {turn.role} message; expected it in an assistant's")
         if parts.results and turn.role not in ("user", TOOL):
@@ -232,6 +232,21 @@ class RowFields:
             calls = (*turn.calls, *parts.calls)
             out.append(turn._replace(content="".join(parts.texts), calls=calls, reasoning=reasoning))
         return out
+
+    def _marks_of_part(self, turn: Turn, part: RawRow, where: str) -> set[str]:
+        """Return the keys of a part that are marks: only answers are learned.
+
+        Raises:
+            BadRow: one marks a part of an answer as not to be learned. Masks are those of whole answers.
+        """
+        used = {key for key, value in part.items() if is_mark(key) and excludes(key, value)}
+        if turn.role != ASSISTANT or self.labels is None:
+            return used
+        weight = answer_weight(part, f"{where}: ", used, self.labels)
+        if weight.value != 1:
+            by = weight.excluded_by or f"weight: {weight.value:g}"
+            raise BadRow(f"{where}: {by} marks a part of the answer; only a whole message can be left out or weighted")
+        return used
 
     def joined(self, content: list[JsonValue], column: str) -> str:
         """Join the text parts of a system column: [{"type": "text", "text": …}].

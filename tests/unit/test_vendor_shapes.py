@@ -99,7 +99,7 @@ ROWS = {
         ["u: q", 'a:  f{"x": 1}', 't: {"y": 1}', "a: a"]),
     "OpenAI's Responses": (
         {"messages": [user([{"type": "input_text", "text": "q"}]), answer([{"type": "output_text", "text": "a"}])]}, QA),
-    "axolotl's parts": ({"messages": [user([{"type": "text", "content": "q"}]), answer([{"type": "text", "value": "a", "train": True}])]}, QA),
+    "axolotl's parts": ({"messages": [user([{"type": "text", "content": "q", "train": False}]), answer([{"type": "text", "value": "a", "train": True}])]}, QA),
     "reasoning in parts": (
         {"messages": [user("q"), answer("a", reasoning_content=[{"type": "text", "text": "r"}, {"type": "text", "text": "s"}])]},
         ["u: q", "a: {rs} a"]),
