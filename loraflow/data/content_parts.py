@@ -61,7 +61,7 @@ def read_parts(content: list[JsonValue], where: str) -> Parts:
         BadRow: a part is of another type, or the parts are not in the order of templates: reasoning, text, calls; or
             results, text.
     """
-    parts, order = Parts(), 0
+    parts, order, last = Parts(), 0, ""
     for part in content:
         if not isinstance(part, dict):
             raise BadRow(f"{where}: content is a list; expected text, or parts of type text")
@@ -87,9 +87,9 @@ def read_parts(content: list[JsonValue], where: str) -> Parts:
             raise BadRow(f"{where}: a part of type {kind}; only text is supported")
         if rank < order:
             raise BadRow(
-                f"{where}: a part of type {kind} after a part that a chat template writes behind it; write it before"
+                f"{where}: a part of type {kind} after one of {last}; expected reasoning, text, calls in this order"
             )
-        order = rank
+        order, last = rank, kind
         parts.unread.append(_unread(part, kind))
     return parts
 

@@ -279,7 +279,8 @@ class RowFields:
 def _add_calls(turns: list[Turn], answer: Turn) -> None:
     """Add an answer with calls to the turns. It is one answer with a text or calls directly before it."""
     last = turns[-1] if turns else None
-    if last is not None and last.role == ASSISTANT and last.weight == answer.weight and isinstance(last.content, str):
+    is_joined = last is not None and last.role == ASSISTANT and last.weight == answer.weight and not answer.reasoning
+    if last is not None and is_joined and isinstance(last.content, str):
         turns[-1] = last._replace(calls=(*last.calls, *answer.calls))
     else:
         turns.append(answer)

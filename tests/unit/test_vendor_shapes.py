@@ -78,6 +78,9 @@ ROWS = {
         ["u: q", 'a: I call. f{"x": 1}', 't: [{"type": "y"}]', "a: a"]),
     "a text and calls at the end": (
         {"messages": [user("q"), answer("Two."), *[{"role": "tool_call", "content": '{"name": "f", "arguments": {}}'}] * 2]}, ["u: q", "a: Two. f{}+f{}"]),
+    "a call with its own reasoning": (
+        {"messages": [user("q"), answer("Text."), {"role": "tool_call", "content": '{"name": "f", "arguments": {}}', "reasoning_content": "r"},
+                      {"role": "tool", "content": "1"}, answer("a")]}, ["u: q", "a: Text.", "a: {r}  f{}", "t: 1", "a: a"]),
     "a call of ChatGLM3 at the end": (
         {"conversations": [user("q"), {"role": "tool", "name": "f", "parameters": {"x": 1}}]}, ["u: q", 'a:  f{"x": 1}']),
     "Anthropic": (
