@@ -295,6 +295,10 @@ def _chat(column: str, roles: tuple[str, ...], contents: tuple[str, ...], fields
     messages = objects(value)
     if messages is None:
         raise BadRow(f"{column}: expected a list of {{{roles[0]}, {contents[0]}}}")
+    if column == "messages":  # where a message has a role, `from` may be its author
+        roles, contents = (
+            names[:1] if any(names[0] in message for message in messages) else names for names in (roles, contents)
+        )
     return fields.turns(column, messages, roles, contents)
 
 

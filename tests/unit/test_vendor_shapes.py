@@ -116,6 +116,7 @@ ROWS = {
     "a solution that was generated": ({"problem": "q", "answer": "1", "generated_solution": "a"}, QA),
     "Camel": ({"message_1": "q", "message_2": "a", "topic": "t"}, QA),
     "messages of ShareGPT": ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, QA),
+    "authors of messages": ({"messages": [{**user("q"), "from": "ann"}, {**answer("a"), "from": "desk", "value": 3}]}, QA),
     "a result that is an object": (
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
                            {"from": "tool", "value": {"y": [1]}}, {"from": "gpt", "value": "a"}]}, ["u: q", 'a:  f{"x": 1}', 't: {"y": [1]}', "a: a"]),
