@@ -288,7 +288,7 @@ def _add_calls(turns: list[Turn], answer: Turn) -> None:
 
 def without_answer(items: list[RawRow]) -> list[RawRow]:
     """Return messages of a row without the last answer, if they end with one: a text, calls, or both."""
-    roles = [normal_role(item.get("from", item.get("role"))) for item in items]
+    roles = [normal_role(item["role"] if "role" in item else item.get("from")) for item in items]
     end = len(items)
     while end and (roles[end - 1] == FUNCTION_CALL or (roles[end - 1] == TOOL and _is_open_call(items[end - 1]))):
         end -= 1
