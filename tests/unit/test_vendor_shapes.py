@@ -239,3 +239,14 @@ def test_the_command_for_flat_rows_of_trees_makes_a_tree_of_each():
         ["jq", "-cs", _TREES], input="\n".join(map(json.dumps, rows)), capture_output=True, text=True, check=True
     )
     assert [told(json.loads(line)) for line in made.stdout.splitlines()] == [QA, ["u: r", "a: b"]]
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+@pytest.mark.parametrize("chosen", [{"from": "gpt", "value": "a"}, "a"])
+def test_the_command_for_pairs_puts_the_chosen_answer_behind_the_chat(chosen):
+    row = {"conversations": [{"from": "human", "value": "q"}], "chosen": chosen, "rejected": "b"}
+    with pytest.raises(BadRow, match="the chat ends with a question, and its answer is in chosen") as refused:
+        read_chat(row)
+    command = str(refused.value).split("jq -c '")[1].split("' IN.jsonl")[0]
+    made = subprocess.run(["jq", "-c", command], input=json.dumps(row), capture_output=True, text=True, check=True)
+    assert told(json.loads(made.stdout)) == QA
