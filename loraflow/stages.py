@@ -86,7 +86,10 @@ CHECK_DATASET = Stage(
     # 10: parts of a question beside its prompt are refused, and earlier turns beside it are read; judgements of generations,
     # of problems and of unfinished answers; labels that are numbers of the answers are classes; tools as JSON texts; pairs,
     # trees, transcripts, xLAM's and Glaive's calls, Gemini's contents; line ends in cells
-    version=10,
+    # 11: arguments of calls under other names, types of Python in tools, parts of messages with calls, results and
+    # reasoning, marks of parts, roles such as tool_call, calls joined with the text before them, pairs under other keys,
+    # User: and Assistant:
+    version=11,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -206,7 +209,7 @@ EVALUATE = Stage(
 
 CHECK_GENERAL = Stage(
     name="check_general",
-    version=2,  # 2: line ends in the cells of a table
+    version=3,  # 2: line ends in the cells of a table; 3: chats as check_dataset 11 reads them
     module="loraflow.data.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},

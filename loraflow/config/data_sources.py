@@ -17,8 +17,8 @@ RowFormat = Literal[
 ]
 FORMATS: tuple[str, ...] = get_args(RowFormat)
 COLUMNS = (
-    "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system", "text", "train",
-    "exclude",
+    "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system", "text", "reasoning",
+    "train", "exclude",
 )  # fmt: skip
 MAX_WEIGHT = 100
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -1,4 +1,4 @@
-"""Parameters of a tool without a JSON schema around them, as xLAM has them: {"city": {"type": "str, optional"}}."""
+"""Parameters of a tool that are not quite JSON schema: xLAM's {"city": {"type": "str, optional"}}, types such as dict."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pydantic import JsonValue
 _TYPES = {
     "str": "string", "string": "string", "int": "integer", "integer": "integer", "float": "number", "number": "number",
     "bool": "boolean", "boolean": "boolean", "list": "array", "array": "array", "tuple": "array", "set": "array",
-    "dict": "object", "object": "object",
+    "dict": "object", "object": "object", "null": "null", "long": "integer", "double": "number", "char": "string",
+    "arraylist": "array", "hashmap": "object",
 }  # fmt: skip
+_JSON_TYPES = {*_TYPES.values(), "null"}
 _BASE = re.compile(r"(\w+)\s*(?:\[.*\])?")
 
 
@@ -39,6 +41,26 @@ def schema_of(parameters: dict[str, JsonValue]) -> JsonValue:
         if "optional" not in said.lower() and "default" not in value:
             required.append(name)
     return {"type": "object", "properties": properties, "required": required}
+
+
+def with_json_types(schema: JsonValue) -> JsonValue:
+    """Return a schema with the types of JSON schema instead of Python's and Java's (dict: BFCL) and Gemini's (OBJECT).
+
+    The type any is left out. A type that is none of these is kept: the schema is then not valid.
+    """
+    if isinstance(schema, list):
+        return [with_json_types(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out: dict[str, JsonValue] = {}
+    for key, value in schema.items():
+        if key in ("enum", "const", "default", "examples", "example"):
+            out[key] = value
+        elif key == "type" and isinstance(value, str) and value not in _JSON_TYPES:
+            out |= {} if value.lower() == "any" else _json_type(value) or {key: value}
+        else:
+            out[key] = with_json_types(value)
+    return out
 
 
 def _json_type(said: str) -> dict[str, JsonValue]:

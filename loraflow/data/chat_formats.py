@@ -10,16 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 from pydantic import JsonValue
 
 from loraflow.data.cell_values import is_chat_as_text, is_missing, media_key, parsed_list, refuse_media
 from loraflow.data.chats import BadRow, Message, Tool
-from loraflow.data.conversion_hints import conversion_hint
+from loraflow.data.conversion_hints import conversion_hint, hint_to_choose
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
-from loraflow.data.message_checks import checked_messages
+from loraflow.data.message_checks import checked_messages, plain_messages
 from loraflow.data.preference_pairs import refuse_corrected, refuse_rejected
 from loraflow.data.published_formats import (
     is_tree,
@@ -32,9 +33,9 @@ from loraflow.data.published_formats import (
     template_arguments,
 )
 from loraflow.data.question_parts import refuse_answers_by_letter, refuse_lost_parts
-from loraflow.data.roles import ASSISTANT, FUNCTION_CALL, ROLES, normal_role
-from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects
-from loraflow.data.tools import read_calls, read_tools
+from loraflow.data.roles import ASSISTANT
+from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects, without_answer
+from loraflow.data.tools import read_tools
 from loraflow.data.transcripts import is_glaive, is_transcript, prompt_turns, read_glaive, read_transcript
 
 __all__ = [
@@ -98,13 +99,15 @@ def read_chat(
         and isinstance(row, dict)
         and len(row) == 1
     ):
-        plain = _plain_messages(row.get("messages"))
+        plain = plain_messages(row.get("messages"))
         if plain is not None:
             return ReadChat(plain)
     fields = RowFields(_object(row), columns, labels or Labels(), ignore)
     turns = _turns(fields, format_name)
     has_others = not fields.row.keys() <= _FORMAT_KEYS
     row_weight, excluded_by = fields.row_weight() if has_others else (1.0, "")
+    if turns and turns[-1].role == "user" and (hint := hint_to_choose(fields.row)):
+        raise BadRow(f"the chat ends with a question, and its answer is in chosen{hint}")
     messages = _with_tools(turns, *_tools(fields, turns, tools))
     if not row_weight:
         raise MarkedFalse("the row is marked as not to be learned", excluded_by)
@@ -119,29 +122,6 @@ def read_chat(
         refuse_rejected(fields.row, messages, fields.chosen_answers())
         refuse_corrected(fields.row, messages, used)
     return ReadChat(messages, learned, weights, unread)
-
-
-def _plain_messages(turns: JsonValue) -> list[Message] | None:
-    """Return the chat of the most frequent kind of row, as all checks would; None for every other row.
-
-    These are texts of user and assistant in turn, which `checked_messages` accepts. This saves half of the time of reading a
-    file.
-    """
-    if not isinstance(turns, list) or not turns:
-        return None
-    has_system = len(turns) % 2 == 1  # else the last message is not the assistant's
-    messages: list[Message] = []
-    for number, turn in enumerate(turns):
-        role = "assistant" if (number + has_system) % 2 else "user"
-        if has_system and number == 0:
-            role = "system"
-        if not isinstance(turn, dict) or len(turn) != 2 or turn.get("role") != role:
-            return None
-        content = turn.get("content")
-        if not isinstance(content, str) or not content or content.isspace() or content[0] == "#" or "\0" in content:
-            return None
-        messages.append({"role": ROLES[role], "content": content})
-    return messages if len(messages) > 1 else None
 
 
 def _marked(
@@ -220,7 +200,7 @@ def _turns(fields: RowFields, format_name: str) -> list[Turn]:
         system, tools = template_arguments(fields, turns)
         fields.tools = fields.tools if tools is None else tools
         turns = turns if system is None else [Turn("system", system), *turns]
-    return turns
+    return fields.with_reasoning(turns)
 
 
 def _refuse_two_chats(fields: RowFields) -> None:
@@ -243,7 +223,7 @@ def _with_system(fields: RowFields, chat: list[Turn]) -> list[Turn]:
     else:
         system = fields.optional(*_SYSTEM_KEYS)
     if isinstance(system, list):
-        system = fields.joined(system, 0, "system")
+        system = fields.joined(system, "system")
     if not has_value(system) or is_missing(system):
         return chat
     if not isinstance(system, str):
@@ -269,8 +249,7 @@ def _with_dummy_answer(row: RawRow) -> RawRow:
         if (pairs := pairs_with_answer(value)) is not None:
             out[key] = pairs
         elif turns:
-            answered = normal_role(turns[-1].get(role)) in (ASSISTANT, FUNCTION_CALL)
-            out[key] = [*(turns[:-1] if answered else turns), {role: "assistant", content: "."}]
+            out[key] = [*without_answer(turns), {role: ASSISTANT, content: "."}]
     for question, answer in (("instruction", "output"), ("prompt", "completion")):
         if question in out and not isinstance(out[question], dict):  # a tree has its own answers
             if is_chat_as_text(out[question]):
@@ -308,33 +287,19 @@ def has_known_keys(row: RawRow) -> bool:
 # -- one function per format ----------------------------------------------------------------------------------------
 
 
-def _messages(fields: RowFields) -> list[Turn]:
-    messages = objects(parsed_list(fields.value("messages"), "messages"))
-    if messages is None:
-        raise BadRow("messages: expected a list of {role, content}")
-    return fields.turns("messages", messages, ("role",), ("content",))
-
-
-def _sharegpt(fields: RowFields) -> list[Turn]:
-    value = parsed_list(fields.value("conversations"), "conversations")
-    if (pairs := read_pairs(fields, "conversations", value)) is not None:
+def _chat(column: str, roles: tuple[str, ...], contents: tuple[str, ...], fields: RowFields) -> list[Turn]:
+    """Read a list of messages, of pairs, or of texts in turn."""
+    value = parsed_list(fields.value(column), column)
+    if (pairs := read_pairs(fields, column, value)) is not None:
         return pairs
-    turns = objects(value)
-    if turns is None:
-        raise BadRow("conversations: expected a list of {from, value}")
-    out: list[Turn] = []
-    for number, turn in enumerate(fields.turns("conversations", turns, ("from", "role"), ("value", "content")), 1):
-        who = turn.role
-        if who == FUNCTION_CALL:
-            calls = turn.calls or tuple(read_calls(turn.content, f"turn {number}: value"))
-            if not calls:
-                raise BadRow(f"turn {number}: a function_call without a call")
-            out.append(turn._replace(role="assistant", content="", calls=calls))
-            continue
-        if not isinstance(who, str) or who not in ROLES:
-            raise BadRow(f"turn {number}: unknown role {who!r}; expected one of {', '.join(sorted(ROLES))}")
-        out.append(turn)
-    return out
+    messages = objects(value)
+    if messages is None:
+        raise BadRow(f"{column}: expected a list of {{{roles[0]}, {contents[0]}}}")
+    if column == "messages":  # where a message has a role, `from` may be its author
+        roles, contents = (
+            names[:1] if any(names[0] in message for message in messages) else names for names in (roles, contents)
+        )
+    return fields.turns(column, messages, roles, contents)
 
 
 def _alpaca(fields: RowFields) -> list[Turn]:
@@ -371,8 +336,8 @@ def _prompt_completion(fields: RowFields) -> list[Turn]:
     if is_chat_as_text(prompt) and is_chat_as_text(completion):  # CSV has no lists
         prompt, completion = parsed_list(prompt, "prompt"), parsed_list(completion, "completion")
     _refuse_chat_as_text("prompt", prompt)
-    if isinstance(prompt, list) and isinstance(completion, str):
-        raise BadRow("prompt is a list of messages, and completion a text; expected both as text or both as lists")
+    if isinstance(prompt, list) and isinstance(completion, str):  # Nemotron, OpenAI's evals
+        completion = [{"role": ASSISTANT, "content": completion}]
     if isinstance(prompt, list) and isinstance(completion, list):  # trl's conversational format
         asked, answered = objects(prompt), objects(completion)
         if asked is None or answered is None:
@@ -407,16 +372,22 @@ class ChatFormat:
 
 
 FORMATS = {
-    "messages": ChatFormat(_messages, (frozenset({"messages"}),)),
-    "sharegpt": ChatFormat(_sharegpt, (frozenset({"conversations"}),)),
+    "messages": ChatFormat(
+        partial(_chat, "messages", ("role", "from"), ("content", "value")), (frozenset({"messages"}),)
+    ),
+    "sharegpt": ChatFormat(
+        partial(_chat, "conversations", ("from", "role"), ("value", "content")), (frozenset({"conversations"}),)
+    ),
     "alpaca": ChatFormat(_alpaca, (frozenset({"instruction", "output"}), frozenset({"instruction", "response"}))),
     "prompt_completion": ChatFormat(
         _prompt_completion, (frozenset({"prompt", "completion"}), frozenset({"prompt", "response"}))
     ),
     "gemini": ChatFormat(read_gemini, (frozenset({"contents"}),), lambda row: not isinstance(row["contents"], str)),
     "xlam": ChatFormat(read_xlam, (frozenset({"query", "answers", "tools"}),), is_xlam),
-    "glaive": ChatFormat(read_glaive, (frozenset({"system", "chat"}),), is_glaive),
-    "tree": ChatFormat(read_tree, (frozenset({"prompt"}),), is_tree),
+    "glaive": ChatFormat(
+        read_glaive, (frozenset({"system", "chat"}), frozenset({"text"}), frozenset({"sample"})), is_glaive
+    ),
+    "tree": ChatFormat(read_tree, (frozenset({"prompt"}), frozenset({"text", "role", "replies"})), is_tree),
     "transcript": ChatFormat(read_transcript, (frozenset({"text"}),), lambda row: is_transcript(row["text"])),
 }
 _NEEDS = [(name, needed) for name, chat_format in FORMATS.items() for needed in chat_format.needs]
@@ -438,7 +409,7 @@ def _tools(
     if fields.tools is not None:
         tools = read_tools(fields.tools, "system")
         return tools, tools
-    for key in ("tools", "functions", "available_tools"):
+    for key in ("tools", "functions", "available_tools", "toolConfig"):
         if has_value(fields.row.get(key)) and (found := read_tools(fields.row[key], key)) is not None:
             tools, key_of_tools = found, key
             break

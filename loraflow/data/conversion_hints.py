@@ -41,16 +41,18 @@ _FILTERS: tuple[tuple[frozenset[str], str], ...] = (
         '{role: "assistant", content: .response}])}',
     ),
 )
+# OpenAssistant's rows: all of a file are read (jq -s), and each tree becomes a row.
+_TREES = (
+    "def tree($all): . + {replies: [.message_id as $id | $all[] | select(.parent_id == $id) | tree($all)]}; "
+    "group_by(.message_tree_id)[] | . as $all | .[] | select(.parent_id == null) | tree($all)"
+)
 _RENDERED = ("[INST]", "### Instruction:", "<|user|>", "<|start_header_id|>", "<start_of_turn>")
 
 
 def conversion_hint(row: Mapping[str, JsonValue]) -> str:
     """Return how a row is made a chat, for the end of a message; empty if nothing is known about its keys."""
     if row.keys() >= {"message_id", "parent_id", "text"}:
-        return (
-            "; these are the messages of trees, one in a row: use the dataset's file of trees (…_ready.trees.jsonl), whose "
-            "rows have a prompt with replies"
-        )
+        return "; these are the messages of trees, one in a row" + _by_jq(_TREES, "-cs").replace("chats", "trees")
     if "chosen" in row:
         if is_transcript(row["chosen"]):
             return "; for the chosen answers of preference pairs, set data.columns: {text: chosen}"
@@ -69,5 +71,14 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
     return next((_by_jq(made) for keys, made in _FILTERS if row.keys() >= keys), "")
 
 
-def _by_jq(made: str) -> str:
-    return f"; jq -c '{made}' IN.jsonl > OUT.jsonl makes chats of such rows"
+def hint_to_choose(row: Mapping[str, JsonValue]) -> str:
+    """Return how the chosen answer is put behind a chat that ends with a question; empty if the row has none."""
+    key, chosen = next((key for key in ("messages", "conversations") if key in row), None), row.get("chosen")
+    if key is None or not isinstance(chosen, str | dict) or not chosen:
+        return ""
+    answer = ".chosen" if isinstance(chosen, dict) else '{role: "assistant", content: .chosen}'
+    return _by_jq(f".{key} += [{answer}] | del(.chosen, .rejected)")
+
+
+def _by_jq(made: str, options: str = "-c") -> str:
+    return f"; jq {options} '{made}' IN.jsonl > OUT.jsonl makes chats of such rows"

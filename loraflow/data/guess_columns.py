@@ -9,12 +9,14 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from loraflow.data.chat_formats import has_known_keys, read_chat, to_messages
+from loraflow.data.chat_formats import has_known_keys, is_bare_chat, read_chat, to_messages
 from loraflow.data.chats import BadRow
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.preference_pairs import refuse_corrected
+from loraflow.data.published_formats import pair_keys
 from loraflow.data.question_parts import LostPart, is_passage, is_phrase, question_parts
 from loraflow.data.readers import read_values
+from loraflow.data.row_fields import objects
 
 # usual names of (question, answer), in lower case
 _PAIRS = (
@@ -45,6 +47,13 @@ _PAIRS = (
     ("article", "highlights"),
     ("dialogue", "summary"),
     ("text", "summary"),
+    ("input", "expected_output"),
+    ("input", "ideal"),  # OpenAI's evals
+    ("question", "solution"),
+    ("problem", "answer"),
+    ("instruction", "generation"),  # distilabel
+    ("message_1", "message_2"),  # Camel
+    ("q", "a"),
 )
 
 # Usual names of a text that a question is about, in lower case, and what such a text must be. The others of these columns
@@ -162,7 +171,8 @@ def _columns_of(row: dict[str, JsonValue], rows: Sequence[dict[str, JsonValue]])
         return _column_of_turns(row)
     for question, answer in _PAIRS:
         asked, answered = names.get(question), names.get(answer)
-        if asked and answered and isinstance(row[asked], str) and isinstance(row[answered], str):
+        is_question = asked is not None and (isinstance(row[asked], str) or is_bare_chat(row[asked]))
+        if asked and answered and is_question and isinstance(row[answered], str):
             answered = _worked_answer(row, names, answered)
             if answered is None:
                 return {}
@@ -230,18 +240,14 @@ def _columns_of_classes(row: dict[str, JsonValue], names: dict[str, str]) -> dic
 def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
     """Return the column that holds a valid list of turns. Preference pairs, and chats to compare, are left to the user."""
     found: dict[str, str] = {}  # column of the row → loraflow's
-    for name, turns in row.items():
-        is_chat = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
-        if is_chat and not _COMPARED.search(name.lower()) and (_CHAT_NAMES.search(name) or not _is_pairs(turns)):
-            ours = next((column for column in ("messages", "conversations") if _is_chat(column, turns)), None)
-            found |= {} if ours is None else {name: ours}
+    for name, value in row.items():
+        turns = objects(value) if isinstance(value, list) else None
+        if turns is None or _COMPARED.search(name.lower()):
+            continue
+        if _CHAT_NAMES.search(name) or not any(map(pair_keys, turns)):
+            ours = "messages" if any("role" in turn for turn in turns) else "conversations"
+            found |= {name: ours} if _is_chat(ours, value) else {}
     return {ours: name for name, ours in found.items()} if len(found) == 1 else {}
-
-
-def _is_pairs(turns: JsonValue) -> bool:
-    return isinstance(turns, list) and any(
-        isinstance(turn, dict) and turn.keys() >= {"input", "output"} for turn in turns
-    )
 
 
 def _is_chat(column: str, turns: JsonValue) -> bool:

@@ -93,6 +93,10 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     is_word = isinstance(value, bool) or (isinstance(value, str) and not value.strip().isdigit())
     if side is None or side == "other" or (name in WORD_VERDICTS | WORD_BAD_VERDICTS and not is_word):
         return None
+    if (
+        not is_word and isinstance(value, str | int | float) and _has_above_1(here, beside)
+    ):  # the number of a choice, or a count
+        return None
     # `correct: no` beside the answer no is a mark, unless the column has the answer in every row
     labels = beside.labels if isinstance(value, str | bool) and is_answer(str(value), beside.said) else None
     if labels is not None and not labels.some_row(("not the answer", *here), lambda row: _differs(row, here)):
@@ -217,7 +221,15 @@ def _is_flag(number: float, here: tuple[str, ...], value: JsonValue, beside: Bes
     labels, other = beside.labels, 1.0 - number
     if labels is None or not labels.some_row((f"is {other}", *here), lambda row: other in _numbers_at(row, here)):
         return False
-    return not labels.some_row(("above 1", *here), lambda row: bool(_numbers_at(row, here) - {0.0, 1.0}))
+    return not _has_above_1(here, beside)
+
+
+def _has_above_1(here: tuple[str, ...], beside: Beside) -> bool:
+    """Tell whether a column has a number that is neither 0 nor 1."""
+    labels = beside.labels
+    return labels is not None and labels.some_row(
+        ("above 1", *here), lambda row: bool(_numbers_at(row, here) - {0.0, 1.0})
+    )
 
 
 def part_of_dataset(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:

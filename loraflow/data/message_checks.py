@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 
+from pydantic import JsonValue
+
 from loraflow.data.cell_values import refuse_error_value
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.row_fields import Turn
@@ -46,6 +48,29 @@ def checked_messages(turns: list[Turn], tools: list[Tool] | None = None) -> list
     if tools is not None:
         messages[0]["tools"] = tools
     return messages
+
+
+def plain_messages(turns: JsonValue) -> list[Message] | None:
+    """Return the chat of the most frequent kind of row, as all checks would; None for every other row.
+
+    These are texts of user and assistant in turn, which `checked_messages` accepts. This saves half of the time of reading a
+    file.
+    """
+    if not isinstance(turns, list) or not turns:
+        return None
+    has_system = len(turns) % 2 == 1  # else the last message is not the assistant's
+    messages: list[Message] = []
+    for number, turn in enumerate(turns):
+        role = "assistant" if (number + has_system) % 2 else "user"
+        if has_system and number == 0:
+            role = "system"
+        if not isinstance(turn, dict) or len(turn) != 2 or turn.get("role") != role:
+            return None
+        content = turn.get("content")
+        if not isinstance(content, str) or not content or content.isspace() or content[0] == "#" or "\0" in content:
+            return None
+        messages.append({"role": ROLES[role], "content": content})
+    return messages if len(messages) > 1 else None
 
 
 def _message(turn: Turn, number: int, *, has_calls: bool) -> Message:

@@ -16,6 +16,14 @@ from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects
 from loraflow.data.tools import read_calls
 
 _MESSAGE = ("role",), ("content",)
+# Capybara and xtuner; Firefly and ms-swift; others
+_PAIRS = (
+    ("input", "output"),
+    ("human", "assistant"),
+    ("user", "assistant"),
+    ("question", "answer"),
+    ("prompt", "response"),
+)
 _ROLE_LABEL = re.compile(
     r"\s*(?:### ?)?(?:human|user|customer|prompter|gpt|assistant|bot|chatbot|chatgpt|ai|model|agent|system) ?:",
     re.IGNORECASE,
@@ -37,15 +45,23 @@ def read_pairs(fields: RowFields, column: str, value: JsonValue) -> list[Turn] |
             raise BadRow(f"{column}: {len(value)} texts in turn end with a question; expected an answer at the end")
         return [Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(value)]
     pairs = objects(value)
-    if not pairs or not all(pair.keys() >= {"input", "output"} for pair in pairs):
+    if not pairs or not all(pair_keys(pair) for pair in pairs):
         return None
     items: list[RawRow] = []
     for pair in pairs:
+        question, answer = pair_keys(pair) or ("", "")
         if has_value(pair.get("system")):
             items.append({"role": "system", "content": pair["system"]})
-        marks = {key: item for key, item in pair.items() if key not in ("system", "input", "output")}
-        items += [{"role": "user", "content": pair["input"]}, {**marks, "role": ASSISTANT, "content": pair["output"]}]
+        marks = {key: item for key, item in pair.items() if key not in ("system", question, answer)}
+        items += [{"role": "user", "content": pair[question]}, {**marks, "role": ASSISTANT, "content": pair[answer]}]
     return fields.turns(column, items, *_MESSAGE)
+
+
+def pair_keys(pair: RawRow) -> tuple[str, str] | None:
+    """Return the keys of a question and its answer in an object of a chat; None if it is a message or something else."""
+    if pair.keys() & {"role", "from"}:
+        return None
+    return next((keys for keys in _PAIRS if pair.keys() >= set(keys)), None)
 
 
 def pairs_with_answer(value: JsonValue) -> list[JsonValue] | None:
@@ -55,14 +71,15 @@ def pairs_with_answer(value: JsonValue) -> list[JsonValue] | None:
     if all(isinstance(item, str) for item in value):
         return [*(value if len(value) % 2 else value[:-1]), "."]
     last = value[-1]
-    if not isinstance(last, dict) or "input" not in last or "role" in last or "from" in last:
+    if not isinstance(last, dict) or last.keys() & {"role", "from"}:
         return None
-    return [*value[:-1], {**last, "output": "."}]
+    answer = next((answer for question, answer in _PAIRS if question in last), None)
+    return None if answer is None else [*value[:-1], {**last, answer: "."}]
 
 
 def is_tree(row: Mapping[str, JsonValue]) -> bool:
-    """Tell whether a row is a tree of messages: its prompt is a message with replies."""
-    prompt = row.get("prompt")
+    """Tell whether a row is a tree of messages: its prompt is a message with replies, or it is such a message itself."""
+    prompt = row.get("prompt", row)
     return isinstance(prompt, dict) and isinstance(prompt.get("replies"), list)
 
 
@@ -73,10 +90,16 @@ def read_tree(fields: RowFields) -> list[Turn]:
         MarkedFalse: the tree is not ready for export, or its question was not accepted.
         BadRow: its question has no answer.
     """
-    prompt, state = fields.value("prompt"), fields.optional("tree_state")
+    prompt, state = fields.row, fields.optional("tree_state")
     if isinstance(state, str) and state != "ready_for_export":
         raise MarkedFalse("the tree is not ready for export", f"tree_state: {state}")
-    if not isinstance(prompt, dict) or not is_tree(fields.row):
+    if "prompt" in fields.row:
+        value = fields.value("prompt")
+        prompt = value if isinstance(value, dict) else {}
+    else:
+        for key in ("text", "role", "replies"):
+            fields.value(key)
+    if not is_tree(fields.row):
         raise BadRow("prompt: expected a message with text, role and replies")
     if mark := _excluded_by(prompt):
         raise MarkedFalse("the question of the tree is marked as not to be learned", mark)
@@ -131,27 +154,18 @@ def read_gemini(fields: RowFields) -> list[Turn]:
     """Read `contents` of {role, parts}, and the text of `systemInstruction`.
 
     Raises:
-        BadRow: a part is no text.
+        BadRow: a part is malformed.
     """
     contents = objects(parsed_list(fields.value("contents"), "contents"))
     if contents is None:
         raise BadRow("contents: expected a list of {role, parts}")
     system = fields.optional("systemInstruction", "system_instruction")
-    turns = [Turn("system", _parts(system, "systemInstruction"))] if isinstance(system, dict) else []
-    items = [
-        {**item, "parts": _parts(item, f"contents[{number}]")} if isinstance(item.get("parts"), list | dict) else item
-        for number, item in enumerate(contents)
-    ]
+    turns = []
+    if isinstance(system, dict):
+        parts = system.get("parts")
+        turns.append(Turn("system", fields.joined(parts if isinstance(parts, list) else [parts], "systemInstruction")))
+    items = [{**item, "parts": [item["parts"]]} if isinstance(item.get("parts"), dict) else item for item in contents]
     return turns + fields.turns("contents", items, ("role",), ("parts",))
-
-
-def _parts(message: RawRow, where: str) -> str:
-    value = message.get("parts")
-    parts = [value] if isinstance(value, dict) and "text" in value else objects(value)
-    texts = [part.get("text") for part in parts or []]
-    if not texts or any([key for key, item in part.items() if item is not None] != ["text"] for part in parts or []):
-        raise BadRow(f"{where}.parts: expected a list of {{text}}; only text is supported")
-    return "".join(str(text) for text in texts)
 
 
 def template_arguments(fields: RowFields, turns: list[Turn]) -> tuple[JsonValue, JsonValue]:

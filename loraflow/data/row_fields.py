@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from loraflow.data.cell_values import media_key
 from loraflow.data.chats import BadRow, ToolCall
+from loraflow.data.content_parts import as_json, is_parts, read_parts
 from loraflow.data.ignored_keys import without_ignored
 from loraflow.data.labels import ANSWERS, Labels, answers_of
 from loraflow.data.marks import Weight, answer_weight, excludes, is_mark
@@ -99,6 +100,23 @@ class RowFields:
         """Return the row's columns that a recipe names as the answer and that were read as such."""
         return tuple(theirs for ours, theirs in self._columns.items() if ours in self._used and ours in ANSWERS)
 
+    def with_reasoning(self, turns: list[Turn]) -> list[Turn]:
+        """Return a chat whose last answer has the reasoning of the column that a recipe names as such.
+
+        Raises:
+            BadRow: the column is no text, or the answer has another reasoning.
+        """
+        if "reasoning" not in self._columns or not turns:
+            return turns
+        text = self.value("reasoning")
+        if not has_value(text):
+            return turns
+        if not isinstance(text, str) or turns[-1].reasoning not in ("", text):
+            raise BadRow(
+                f"the column {self._columns['reasoning']}: expected text, and no other reasoning of the answer"
+            )
+        return [*turns[:-1], turns[-1]._replace(reasoning=text)]
+
     def row_weight(self) -> Weight:
         """Return the weight of the row's answers in the loss, by the row's marks; 0: they are not learned.
 
@@ -139,9 +157,20 @@ class RowFields:
                 turn = Turn(normal_role(item[role_key]), item[content_key])
             else:
                 turn = self._turn(column, item, roles, contents, number)
-            if isinstance(turn.content, list) and turn.role != FUNCTION_CALL:
-                turn = turn._replace(content=self.joined(turn.content, number, column))
-            out.append(turn)
+            if turn.role == FUNCTION_CALL:
+                calls = turn.calls or tuple(read_calls(turn.content, f"message {number}: {content_key}"))
+                if not calls:
+                    raise BadRow(f"message {number}: a {item.get(role_key)} without a call")
+                _add_calls(out, turn._replace(role=ASSISTANT, content="", calls=calls))
+            elif turn.role == TOOL and turn.content is None and turn.calls:  # ChatGLM3's: the call and its result
+                _add_calls(out, turn._replace(role=ASSISTANT, content="", name=None))
+                if (observation := item.get("observation")) is not None:
+                    text = observation if isinstance(observation, str) else as_json(observation)
+                    out.append(Turn(TOOL, text, name=turn.name))
+            elif isinstance(turn.content, list):
+                out += self._of_parts(turn, number, column)
+            else:
+                out.append(turn)
         return out
 
     def _turn(self, column: str, item: RawRow, roles: tuple[str, ...], contents: tuple[str, ...], number: int) -> Turn:
@@ -161,6 +190,12 @@ class RowFields:
             raise BadRow(f"message {number}: a tool call in a {role} message; only an assistant calls tools")
         if role == TOOL:
             used |= {"tool_call_id", "name"}
+            if content is None and item.keys() & {"parameters", "observation"}:
+                calls = read_calls(
+                    {"name": item.get("name"), "parameters": item.get("parameters")}, f"message {number}"
+                )
+                used |= {"parameters", "observation"}
+                is_answer = True
         if is_answer and self.labels is not None:
             said = [content] if isinstance(content, str) else []
             weight = answer_weight(item, f"message {number}: ", used, self.labels, said=said)
@@ -172,23 +207,55 @@ class RowFields:
         ids = item.get("tool_call_id"), item.get("name")
         return Turn(role, content, weight.value, tuple(calls), *ids, reasoning, weight.excluded_by)
 
-    def joined(self, content: list[JsonValue], number: int, column: str) -> str:
-        """Join a message's parts: [{"type": "text", "text": …}].
+    def _of_parts(self, turn: Turn, number: int, column: str) -> list[Turn]:
+        """Return the turns of a message whose content is a list of parts: results of tools are messages of their own.
+
+        Raises:
+            BadRow: a part is malformed, or is not one of a message with this role.
+        """
+        where, content = f"message {number}", turn.content
+        assert isinstance(content, list)
+        if turn.role == TOOL and not is_parts(content):
+            return [turn._replace(content=as_json(content))]  # a result that is a list
+        parts = read_parts(content, where)
+        for part in parts.unread:
+            self.note_unread(f"{column}.content", part, self._marks_of_part(turn, part, where))
+        if (parts.calls or parts.reasoning) and turn.role != ASSISTANT:
+            raise BadRow(f"{where}: a tool call or reasoning in a {turn.role} message; expected it in an assistant's")
+        if parts.results and turn.role not in ("user", TOOL):
+            raise BadRow(f"{where}: a tool's result in a {turn.role} message; expected it in a user's")
+        if parts.reasoning and turn.reasoning:
+            raise BadRow(f"{where}: reasoning in the content and beside it; expected it once")
+        out = [Turn(TOOL, result.text, call_id=result.call_id, name=result.name) for result in parts.results]
+        if parts.texts or not out:
+            reasoning = turn.reasoning or "".join(parts.reasoning)
+            calls = (*turn.calls, *parts.calls)
+            out.append(turn._replace(content="".join(parts.texts), calls=calls, reasoning=reasoning))
+        return out
+
+    def _marks_of_part(self, turn: Turn, part: RawRow, where: str) -> set[str]:
+        """Return the keys of a part that are marks: only answers are learned.
+
+        Raises:
+            BadRow: one marks a part of an answer as not to be learned. Masks are those of whole answers.
+        """
+        used = {key for key, value in part.items() if is_mark(key) and excludes(key, value)}
+        if turn.role != ASSISTANT or self.labels is None:
+            return used
+        weight = answer_weight(part, f"{where}: ", used, self.labels)
+        if weight.value != 1:
+            by = weight.excluded_by or f"weight: {weight.value:g}"
+            raise BadRow(f"{where}: {by} marks a part of the answer; only a whole message can be left out or weighted")
+        return used
+
+    def joined(self, content: list[JsonValue], column: str) -> str:
+        """Join the text parts of a system column: [{"type": "text", "text": …}].
 
         Raises:
             BadRow: a part is not text.
         """
-        parts = objects(content)
-        if parts is None:
-            raise BadRow(f"message {number}: content is a list; expected text, or parts of type text")
-        texts: list[str] = []
-        for part in parts:
-            text = part.get("text")
-            if part.get("type", "text") != "text" or not isinstance(text, str):  # Bedrock's parts have no type
-                raise BadRow(f"message {number}: a part of type {part.get('type')}; only text is supported")
-            texts.append(text)
-            self.note_unread(f"{column}.content", part, {"type", "text"})
-        return "".join(texts)
+        (turn,) = self._of_parts(Turn("system", content), 0, column)
+        return str(turn.content)
 
     def note_unread(self, column: str, item: RawRow, used: set[str]) -> None:
         """Record the keys of an object in a column that have a value and are not in `used`."""
@@ -209,14 +276,41 @@ class RowFields:
         return (*found, *self._inner_unread)
 
 
+def _add_calls(turns: list[Turn], answer: Turn) -> None:
+    """Add an answer with calls to the turns. It is one answer with a text or calls directly before it."""
+    last = turns[-1] if turns else None
+    is_joined = last is not None and last.role == ASSISTANT and last.weight == answer.weight and not answer.reasoning
+    if last is not None and is_joined and isinstance(last.content, str):
+        turns[-1] = last._replace(calls=(*last.calls, *answer.calls))
+    else:
+        turns.append(answer)
+
+
+def without_answer(items: list[RawRow]) -> list[RawRow]:
+    """Return messages of a row without the last answer, if they end with one: a text, calls, or both."""
+    roles = [normal_role(item["role"] if "role" in item else item.get("from")) for item in items]
+    end = len(items)
+    while end and (roles[end - 1] == FUNCTION_CALL or (roles[end - 1] == TOOL and _is_open_call(items[end - 1]))):
+        end -= 1
+    return items[: end - 1] if end and roles[end - 1] == ASSISTANT else items[:end]
+
+
+def _is_open_call(item: RawRow) -> bool:
+    """Tell whether a message of ChatGLM3 is a call without its result."""
+    return "parameters" in item and not item.keys() & {"content", "observation"}
+
+
 def _reasoning(message: RowFields) -> str:
-    """Return the reasoning beside an answer's content; values that are no text stay unread.
+    """Return the reasoning beside an answer's content, a text or a list of texts; other values stay unread.
 
     Raises:
         BadRow: two keys have different values.
     """
-    names = [name for name in KEYS if isinstance(message.row.get(name), str)]
+    row = message.row
+    names = [name for name in KEYS if isinstance(row.get(name), str) or is_parts(row.get(name))]
     found = message.optional(*names)
+    if isinstance(found, list):
+        found = "".join(read_parts(found, "reasoning").texts)
     return found if isinstance(found, str) and has_value(found) else ""
 
 

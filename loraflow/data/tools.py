@@ -7,12 +7,13 @@ Arguments are objects, as chat templates expect them; files may have them as JSO
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 from pydantic import JsonValue
 
-from loraflow.data.bare_parameters import is_bare_parameters, schema_of
+from loraflow.data.bare_parameters import is_bare_parameters, schema_of, with_json_types
 from loraflow.data.chats import BadRow, Function, Tool, ToolCall
 from loraflow.data.json_text import strict_json
 from loraflow.failures import BadData
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
 MAX_DEPTH = 64
+# OpenAI's; InternLM's, Llama's and ChatGLM's; Anthropic's and Bedrock's; Gemini's and LangChain's
+_ARGUMENTS = ("arguments", "parameters", "input", "args", "kwargs")
+_CALL_KEYS = frozenset({*_ARGUMENTS, "name", "id", "type", "function", "index"})
 _MAX_SHOWN = 120  # characters of a schema's complaint
 
 
@@ -36,8 +40,10 @@ def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
         if not value.strip():
             return None
         value = _parsed(value, where)
-    if isinstance(value, dict) and "name" in value:  # one function, not in a list
-        value = [value]
+    if isinstance(value, dict):
+        value = (
+            [value] if "name" in value else value.get("tools", value)
+        )  # one function, not in a list; Bedrock's toolConfig
     if value is None or value == [] or value == {}:
         return None
     if not isinstance(value, list):
@@ -45,9 +51,10 @@ def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
     if _is_deep(value):
         raise BadRow(f"{where} are nested too deeply; at most {MAX_DEPTH} levels")
     if all(isinstance(item, str) for item in value):
-        if not all(isinstance(item, str) and item.lstrip().startswith("{") for item in value):
+        if not all(isinstance(item, str) and item.lstrip().startswith(("{", "[")) for item in value):
             return None
-        value = [_parsed(str(item), f"{where}[{number}]") for number, item in enumerate(value)]
+        parsed = [_parsed(str(item), f"{where}[{number}]") for number, item in enumerate(value)]
+        value = [tool for item in parsed for tool in (item if isinstance(item, list) else [item])]
     return _checked_tools(json.dumps(value, ensure_ascii=False, default=str), where)
 
 
@@ -55,7 +62,7 @@ def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
 def _checked_tools(text: str, where: str) -> list[Tool]:
     """Return the tools of a JSON list. Rows with the same tools share one list, which saves memory."""
     tools: list[Tool] = []
-    for number, item in enumerate(json.loads(text)):
+    for number, item in enumerate(_functions(json.loads(text))):
         field = f"{where}[{number}]"
         if not isinstance(item, dict):
             raise BadRow(f"{field} is {type(item).__name__}; expected an object with name and parameters")
@@ -67,8 +74,12 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
             raise BadRow(f"{field}.function.name is {name!r}; expected the function's name")
         if any(tool["function"]["name"] == name for tool in tools):
             raise BadRow(f"{field}.function.name {name!r} is duplicated")
-        if "parameters" not in function and "input_schema" in function:  # Anthropic's name
-            function["parameters"] = function.pop("input_schema")
+        for key in ("input_schema", "inputSchema"):  # Anthropic's and Bedrock's names
+            if key in function and "parameters" not in function:
+                schema = function.pop(key)
+                function["parameters"] = (
+                    schema["json"] if isinstance(schema, dict) and schema.keys() == {"json"} else schema
+                )
         parameters = function.get("parameters", {})
         if isinstance(parameters, str):
             parameters = _parsed(parameters, f"{field}.function.parameters")
@@ -80,6 +91,15 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
         _validator(json.dumps(parameters), f"{field}.function.parameters")
         tools.append({"type": "function", "function": cast(Function, function)})
     return tools
+
+
+def _functions(items: list[JsonValue]) -> Iterator[JsonValue]:
+    """Yield the tools of a list, without the objects in which Gemini and Bedrock have them."""
+    for item in items:
+        if isinstance(item, dict) and isinstance(declared := item.get("functionDeclarations"), list):
+            yield from declared
+        else:
+            yield item.get("toolSpec", item) if isinstance(item, dict) else item
 
 
 def dataset_tools(value: list[JsonValue] | None, where: str) -> list[Tool] | None:
@@ -141,7 +161,7 @@ def _validator(schema: str, where: str) -> Validator:
     from referencing import Registry
     from referencing.jsonschema import DRAFT202012
 
-    value = json.loads(schema)
+    value = with_json_types(json.loads(schema))
     if isinstance(value, dict) and not isinstance(value.get("$schema", ""), str):
         raise BadRow(f"{where}.$schema is not text")
     kind = validator_for(value) if isinstance(value, dict) else validator_for({})
@@ -174,9 +194,11 @@ def read_calls(value: JsonValue, where: str) -> list[ToolCall]:
 
 def _call(item: JsonValue, where: str) -> ToolCall:
     function = item.get("function", item) if isinstance(item, dict) else None
+    if isinstance(item, dict) and isinstance(function, str):  # {"function": "f", "arguments": {}}
+        function = {"name": function, **{key: value for key, value in item.items() if key != "function"}}
     if not isinstance(item, dict) or not isinstance(function, dict):
         raise BadRow(f"{where} is {type(item).__name__}; expected an object with name and arguments")
-    name, arguments = function.get("name"), function.get("arguments")
+    name, arguments = function.get("name"), _arguments(function, where)
     if not isinstance(name, str) or not name.strip():
         raise BadRow(f"{where}.function.name is {name!r}; expected the function's name")
     if isinstance(arguments, str):
@@ -195,6 +217,24 @@ def _call(item: JsonValue, where: str) -> ToolCall:
     if isinstance(identifier := item.get("id"), str) and identifier:
         call["id"] = identifier
     return call
+
+
+def _arguments(function: dict[str, JsonValue], where: str) -> JsonValue:
+    """Return the arguments of a call, under the names that vendors give them; None if there are none.
+
+    Raises:
+        BadRow: two names have different values, or none is there and another key may hold them.
+    """
+    found = {key: value for key in _ARGUMENTS if (value := function.get(key)) is not None and value != ""}
+    first, *others = found.items() or [("", None)]
+    if any(value != first[1] for _, value in others):
+        raise BadRow(f"{where}: {' and '.join(found)} have different values; expected the arguments once")
+    unknown = [
+        key for key, value in function.items() if key not in _CALL_KEYS and isinstance(value, dict | list) and value
+    ]
+    if not found and unknown:
+        raise BadRow(f"{where}: {unknown[0]} is not read; expected an object with name and arguments")
+    return first[1]
 
 
 def fitting_calls(calls: list[ToolCall], tools: list[Tool] | None, where: str) -> list[ToolCall]:

@@ -27,14 +27,21 @@ class _Dialect(NamedTuple):
     end: str = ""  # after each message
 
 
+def _labelled(question: str) -> _Dialect:
+    """Return the dialect of lines that begin with `Human:` or `User:`, and `Assistant:`; the first may be `System:`."""
+    return _Dialect(
+        re.compile(rf"\s*(?:System:(?:(?!\n(?:Human|User):)[\s\S])*\n)?{question}:"),
+        re.compile(rf"^({question}|Assistant):[ \t]?|\A(System):[ \t]?", re.MULTILINE),
+        re.compile(r"\nAssistant:"),
+    )
+
+
 # No pattern that is searched for begins with white space: a long run of it would be scanned once from each of its places.
 _DIALECTS = (
-    # Anthropic's; BELLE has no blank lines
-    _Dialect(
-        re.compile(r"\s*Human:"),
-        re.compile(r"^(Human|Assistant):[ \t]?", re.MULTILINE),
-        re.compile(r"\nAssistant:"),
-    ),
+    _labelled("Human"),  # Anthropic's; BELLE has no blank lines
+    _labelled("User"),
+    # OIG's
+    _Dialect(re.compile(r"\s*<human>:"), re.compile(r"^<(human|bot)>:[ \t]?", re.MULTILINE), re.compile(r"\n<bot>:")),
     # openassistant-guanaco
     _Dialect(re.compile(r"\s*### Human:"), re.compile(r"### (Human|Assistant):[ \t]?"), re.compile(r"### Assistant:")),
     # ChatML
@@ -48,6 +55,9 @@ _DIALECTS = (
 )
 _NEMO = re.compile(r"\n<extra_id_1>(User|Assistant)(?:\n|\Z)")  # HelpSteer's, after the first question
 _GLAIVE = re.compile(r"(?:\A|(?<=\n\n\n))[ \t]{0,4}(USER|ASSISTANT|FUNCTION RESPONSE):")
+_GLAIVE_LINE = re.compile(r"^[ \t]{0,4}(USER|ASSISTANT|FUNCTION RESPONSE):", re.MULTILINE)
+_GLAIVE_TEXT = re.compile(r"\s*SYSTEM:((?:(?!\n[ \t]{0,4}USER:)[\s\S])*)\n[ \t]{0,4}(?=USER:)")  # both in one text
+_GLAIVE_KEYS = ("text", "sample")
 _GLAIVE_ROLES = {"USER": "user", "ASSISTANT": ASSISTANT, "FUNCTION RESPONSE": TOOL}
 _GLAIVE_END = "<|endoftext|>"
 # Glaive's call whose arguments are in single quotes
@@ -73,7 +83,9 @@ def read_transcript(fields: RowFields) -> list[Turn]:
     """
     text = fields.value("text")
     if not isinstance(text, str) or not is_transcript(text):
-        raise BadRow("text: expected a chat with the labels Human: and Assistant:, ### Human:, or <|im_start|>")
+        raise BadRow(
+            "text: expected a chat with the labels Human: or User: and Assistant:, ### Human:, or <|im_start|>"
+        )
     dialect = _dialect(text)
     assert dialect is not None
     return _turns(text.lstrip(), dialect)
@@ -102,7 +114,7 @@ def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
     labels = list(dialect.label.finditer(prompt)) if dialect is not None else []
     if dialect is None or not labels:
         return None
-    if labels[-1].end() < len(prompt.rstrip()) or normal_role(labels[-1][1]) != ASSISTANT:
+    if labels[-1].end() < len(prompt.rstrip()) or normal_role(labels[-1][labels[-1].lastindex or 0]) != ASSISTANT:
         return None
     if dialect.end:
         answer = answer.rstrip().removesuffix(dialect.end) if answer.rstrip().endswith(dialect.end) else answer
@@ -137,7 +149,7 @@ def _turns(text: str, dialect: _Dialect) -> list[Turn]:
             content, found, rest = content.partition(dialect.end)
             if rest.strip() and found:
                 raise BadRow(f"a text between two messages: {rest.strip()[:40]!r}")
-        turns.append(Turn(normal_role(label[1]), content.strip()))
+        turns.append(Turn(normal_role(label[label.lastindex or 0]), content.strip()))
     return alternating(turns)
 
 
@@ -154,9 +166,11 @@ def alternating(turns: list[Turn]) -> list[Turn]:
 
 
 def is_glaive(row: dict[str, JsonValue]) -> bool:
-    """Tell whether a row has the texts `system` and `chat` of Glaive's function calls."""
+    """Tell whether a row has the texts `system` and `chat` of Glaive's function calls, or both in one text."""
     chat = row.get("chat")
-    return isinstance(row.get("system"), str) and isinstance(chat, str) and _GLAIVE.match(chat.lstrip()) is not None
+    if isinstance(row.get("system"), str) and isinstance(chat, str):
+        return _GLAIVE.match(chat.lstrip()) is not None
+    return any(isinstance(row.get(key), str) and _GLAIVE_TEXT.match(str(row[key])) is not None for key in _GLAIVE_KEYS)
 
 
 def read_glaive(fields: RowFields) -> list[Turn]:
@@ -165,12 +179,19 @@ def read_glaive(fields: RowFields) -> list[Turn]:
     Raises:
         BadRow: a tool or a call is no JSON.
     """
-    system, chat = fields.value("system"), fields.value("chat")
-    if not is_glaive(fields.row) or not isinstance(system, str) or not isinstance(chat, str):
+    if not is_glaive(fields.row):
         raise BadRow("expected the texts system and chat, with the labels USER: and ASSISTANT:")
-    text, fields.tools = _functions(system.removeprefix("SYSTEM:").strip())
-    chat = chat.lstrip()
+    if "chat" in fields.row:
+        system, chat = str(fields.value("system")), str(fields.value("chat")).lstrip()
+    else:
+        text = str(fields.value(next(key for key in _GLAIVE_KEYS if key in fields.row)))
+        found = _GLAIVE_TEXT.match(text)
+        assert found is not None
+        system, chat = found[1], text[found.end() :]
+    text, fields.tools = _functions(system.strip().removeprefix("SYSTEM:").strip())
     labels = list(_GLAIVE.finditer(chat))
+    if not any(label[1] == "ASSISTANT" for label in labels):  # version 1 has no blank lines before its labels
+        labels = list(_GLAIVE_LINE.finditer(chat))
     ends = [label.start() for label in labels[1:]] + [len(chat)]
     turns = [Turn("system", text)] if text else []
     for label, end in zip(labels, ends, strict=True):
@@ -185,7 +206,7 @@ def read_glaive(fields: RowFields) -> list[Turn]:
 
 def _functions(system: str) -> tuple[str, JsonValue]:
     """Return a system text without its functions, and the functions."""
-    begin = re.search(r"^\{", system, re.MULTILINE)
+    begin = re.search(r"^[\[{]", system, re.MULTILINE)
     if begin is None:
         return system, None
     text, at = system[: begin.start()].strip(), begin.start()
@@ -195,7 +216,7 @@ def _functions(system: str) -> tuple[str, JsonValue]:
             tool, end = decoder.raw_decode(system, at)
         except (ValueError, RecursionError) as error:
             raise BadRow(f"system: a function is no JSON: {error}") from None
-        tools.append(tool)
+        tools += tool if isinstance(tool, list) else [tool]
         white = _WHITE.match(system, end)
         at = end if white is None else white.end()
     return _HAS_FUNCTIONS.sub("", text).strip(), tools

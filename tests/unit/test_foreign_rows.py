@@ -131,7 +131,6 @@ def test_a_prompt_that_is_a_list_of_messages_as_text_is_never_learned_with_its_b
         ({"prompt": json.dumps([USER]), "completion": "a"}, "a list of messages as text"),
         ({"instruction": str([USER]), "output": "a"}, "a list of messages as text"),
         ({"messages": str([USER, ANSWER])}, "Python's notation"),
-        ({"prompt": [USER], "completion": "a"}, "expected both as text or both as lists"),
     ):
         with pytest.raises(BadRow, match=problem):
             read_chat(row)

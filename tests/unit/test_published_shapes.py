@@ -82,6 +82,7 @@ SHAPES = {
     "OpenAI preferences": ([{"input": {"messages": [user("q")]}, "preferred_output": [answer("a")], "non_preferred_output": [answer("b")]}],
                            [REFUSED]),
     "HelpSteer": ([{"prompt": "q", "response": "a", "helpfulness": 0, "correctness": n} for n in (0, 1, 4)], [QA, QA, QA]),
+    "the number of the right choice": ([{"prompt": "q", "completion": "a", "correct": n} for n in (0, 1, 3)], [QA, QA, QA]),
     "graded 0 and 1": ([{"prompt": "q", "response": "a", "correctness": n} for n in (0, 1)], [OUT, QA]),
     "BeaverTails": ([{"prompt": "q", "response": "a", "is_safe": safe} for safe in (False, True)], [REFUSED, QA]),
     "WildChat": ([{"conversation": [user("q"), answer("a")], "toxic": False, "redacted": False, "language": "English"}], [QA]),
