@@ -264,7 +264,7 @@ def processes_for(monkeypatch, tmp_path) -> tuple[segment_process.SegmentProcess
     recipe = Recipe.model_validate({"name": "x", "base": {"model": "b"}, "data": SETTINGS})
     config = CheckDatasetConfig.from_recipe(recipe, Outside())
     (file,) = check.files_of_sets(folder.files, config, None)
-    return segment_process.SegmentProcesses(config), list(file.items()), file
+    return segment_process.SegmentProcesses(config), next(file.segments()), file
 
 
 def test_a_process_that_is_killed_is_a_failure_that_is_retried(tmp_path, monkeypatch):
@@ -282,7 +282,7 @@ def test_a_process_that_is_killed_is_a_failure_that_is_retried(tmp_path, monkeyp
 def test_processes_end_with_the_reader_and_answer_nothing_after_an_exception(tmp_path, monkeypatch):
     processes, items, file = processes_for(monkeypatch, tmp_path)
     children = [child._process for child in processes._children]
-    assert processes.submit([items[0]._replace(content=None)], file).result() is None
+    assert processes.submit(items._replace(rows=[None]), file).result() is None
     assert processes.submit(items, file).result(), "the process goes on"
     assert [child.poll() for child in children] == [None, None]
     processes.close()
