@@ -9,6 +9,7 @@ import json
 import os
 from array import array
 from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from pathlib import Path
@@ -25,6 +26,7 @@ from loraflow.data.placement import Split
 from loraflow.data.row_segment import ADDED_SYSTEM, Keys, RowSegment
 from loraflow.data.split import group_key, to_json
 
+_AHEAD = 1 << 16  # bytes of texts that are read together
 TRAIN = "train"  # the set of rows that are not in a held-out file
 
 Rows = NDArray[np.int64]  # row numbers
@@ -146,30 +148,49 @@ class ChatTable:
         chat: list[Message] = json.loads(self._parts(number)[0])
         return without_system(chat) if self.flags[number] & ADDED_SYSTEM else chat
 
-    def line(self, number: int, split: Split, group: str | None) -> str:
-        """Return a row's line of train.jsonl, validation.jsonl or heldout.jsonl, without the line break.
+    def lines(self, rows: Rows, split: Split, group: Callable[[int], str | None]) -> Iterator[bytes]:
+        """Yield the lines of rows in train.jsonl, validation.jsonl or heldout.jsonl.
 
         Of a held-out row, only the last answer is used: marks and weights are left out.
 
         Args:
-            number: the row.
-            split: its split.
-            group: its group.
+            rows: their numbers.
+            split: of the rows.
+            group: returns the group of a row.
         """
-        messages, marks, _ = self._parts(number)
-        place = encode_basestring(self.place(number))
-        rest = "" if split == "heldout" else marks
-        if group is not None:
-            rest += f', "group": {to_json(group)}'
-        name = to_json(self.set_of(number, split))
-        return f'{{"id": "{self.id_of(number)}", "set": {name}, "place": {place}, "messages": {messages}{rest}}}'
+        is_heldout = split == "heldout"
+        names = [to_json(name if is_heldout else split).encode() for name in self._set_names]
+        places = [encode_basestring(place)[:-1].encode() for place in self._places]
+        of_places = (np.searchsorted(self._place_begins, rows, side="right") - 1).tolist()
+        numbers = rows.tolist()
+        for number, place, text in zip(numbers, of_places, self._texts(numbers, _AHEAD), strict=True):
+            messages, marks, _ = text.split(b"\n", 2)
+            rest = b"" if is_heldout else marks
+            if (name := group(number)) is not None:
+                rest += f', "group": {to_json(name)}'.encode()
+            yield b'{"id": "%016x", "set": %s, "place": %s%d", "messages": %s%s}\n' % (
+                self._ids[number],
+                names[self._set[number] or 1],
+                places[place],
+                self._numbers[number],
+                messages,
+                rest,
+            )
 
     def _parts(self, number: int) -> list[str]:
+        return next(self._texts([number])).decode().split("\n")[:3]
+
+    def _texts(self, numbers: Iterable[int], ahead: int = 0) -> Iterator[bytes]:
+        """Yield the texts of rows. `ahead`: bytes that are read together, for rows that mostly follow each other."""
         if self._is_unflushed:
             self._file.flush()
             self._is_unflushed = False
-        begin, end = self._start[number], self._start[number + 1]
-        return os.pread(self._file.fileno(), end - begin, begin).decode().split("\n")[:3]
+        at, found = 0, b""
+        for number in numbers:
+            begin, end = self._start[number], self._start[number + 1]
+            if begin < at or end > at + len(found):
+                at, found = begin, os.pread(self._file.fileno(), max(end - begin, ahead), begin)
+            yield found[begin - at : end - at]
 
     def set_of(self, number: int, split: Split) -> str:
         """Return the name of a row's set, if it is in this split."""

@@ -10,7 +10,7 @@ import json
 import logging
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ from loraflow.data.heldout_fields import write_field_values
 from loraflow.data.marked_rows import without_marks
 from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, place_near
-from loraflow.data.placement import SPLITS, Split
+from loraflow.data.placement import HELDOUT_SIDE, SPLITS, Split
 from loraflow.data.quarantine import Quarantine
 from loraflow.data.readers import RowSettings, match_files
 from loraflow.data.row_drops import drop_duplicates, drop_leaks
@@ -156,8 +156,8 @@ def _read(
     files: Path, config: CheckDatasetConfig, reading: _Reading
 ) -> tuple[dict[Split, Rows], Columns, Clusters | None]:
     """Read all files and split their rows; malformed rows go to the quarantine."""
-    table, found = reading.table, {split: array("q") for split in SPLITS}
-    place = partial(_place, found=found, config=config, reading=reading)
+    table, found = reading.table, array("q")
+    hold_out = partial(_hold_out, found=found, config=config, reading=reading)
     numbers: Iterable[int] = _valid_rows(files, config, reading)
     if config.sources:
         numbers = drawn_rows(numbers, table, config, reading.sources)
@@ -167,15 +167,19 @@ def _read(
         )
     clusters = None
     if config.near_duplicates is None:
-        for number in numbers:
-            place(number, SPLITS[table.drawn[number]])
+        placed = np.fromiter(_each_drawn(numbers, table, hold_out), np.int64)
+        sides = table.columns().drawn[placed]
     else:
         placed = np.fromiter(numbers, np.int64)
-        clusters = place_near(table, table.columns(), placed, config, place, reading.leave_out)
+        clusters, sides = place_near(table, table.columns(), placed, config, hold_out, reading.leave_out)
         if clusters.held_out_of_few:
             reading.counts["held_out_of_few"] += clusters.held_out_of_few
-    splits: dict[Split, Rows] = {split: np.frombuffer(rows, np.int64) for split, rows in found.items()}
     columns = table.columns()
+    splits: dict[Split, Rows] = {split: placed[sides == side] for side, split in enumerate(SPLITS)}
+    splits["heldout"] = np.frombuffer(found, np.int64)
+    for name, flag in (("weighted", WEIGHTED), ("partly_marked", PARTLY_LEARNED)):
+        if count := int(columns.has(flag)[placed[sides < HELDOUT_SIDE]].sum()):
+            reading.counts[name] += count
     if (
         config.heldout_fraction
         and not config.heldout
@@ -184,6 +188,14 @@ def _read(
     ):
         _hold_out_one(table, columns, splits, reading, config)
     return splits, columns, clusters
+
+
+def _each_drawn(numbers: Iterable[int], table: ChatTable, hold_out: Callable[[int], None]) -> Iterator[int]:
+    """Yield all rows; hold those out that are drawn, so that the quarantine is in the order of the files."""
+    for number in numbers:
+        if table.drawn[number] == HELDOUT_SIDE:
+            hold_out(number)
+        yield number
 
 
 def _may_be_learned(number: int, table: ChatTable, config: CheckDatasetConfig) -> bool:
@@ -260,23 +272,16 @@ def files_of_sets(files: Path, config: CheckDatasetConfig, tools: list[Tool] | N
             yield RowsFile(files, name, settings, set_name)
 
 
-def _place(
-    number: int, split: Split, found: Mapping[Split, array[int]], config: CheckDatasetConfig, reading: _Reading
-) -> None:
-    """Put a row into its split, or into the quarantine if it cannot be held out."""
-    table, flags = reading.table, reading.table.flags[number]
-    if split == "heldout" and config.group is not None and table.group[number] < 0:
+def _hold_out(number: int, found: array[int], config: CheckDatasetConfig, reading: _Reading) -> None:
+    """Hold a row out, or put it into the quarantine if it cannot be held out."""
+    table = reading.table
+    if config.group is not None and table.group[number] < 0:
         problem = f"expected the field {config.group} (data.group), which names the row's group"
         _refuse(number, "malformed", problem, reading)
-        return
-    if split == "heldout" and not flags & LAST_LEARNED:
+    elif not table.flags[number] & LAST_LEARNED:
         _refuse(number, "marked_false", "its last answer, the reference, is marked as not to be learned", reading)
-        return
-    if split != "heldout" and flags & WEIGHTED:
-        reading.counts["weighted"] += 1
-    if split != "heldout" and flags & PARTLY_LEARNED:
-        reading.counts["partly_marked"] += 1
-    found[split].append(number)
+    else:
+        found.append(number)
 
 
 def _refuse(number: int, reason: str, problem: str, reading: _Reading) -> None:
@@ -358,9 +363,10 @@ def _write_clusters(out: Path, table: ChatTable, splits: Mapping[Split, Rows], c
 
 def _write_rows(path: Path, table: ChatTable, rows: Rows, split: Split, clusters: Clusters | None) -> None:
     """Write the rows of a split. Held-out rows of a cluster become a group, if `clusters` is given."""
-    with path.open("w", encoding="utf-8") as file:
-        for number in rows.tolist():
-            group = table.group_name(number)
-            if clusters is not None and split == "heldout" and (cluster := clusters.group(number)):
-                group = f"{CLUSTER}{cluster}"
-            file.write(table.line(number, split, group) + "\n")
+
+    def group(number: int) -> str | None:
+        cluster = clusters.group(number) if clusters is not None and split == "heldout" else None
+        return f"{CLUSTER}{cluster}" if cluster else table.group_name(number)
+
+    with path.open("wb") as file:
+        file.writelines(table.lines(rows, split, group))

@@ -17,6 +17,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from loraflow.data.equal_keys import first_equal, may_be_equal
 from loraflow.data.shingles import HASHES, grams, jaccard, sketch
 from loraflow.data.split import text_key
 
@@ -76,8 +77,7 @@ class Candidates:
     """
 
     def __init__(self, sketches: NDArray[np.uint8], keys: NDArray[np.uint64], order: NDArray[np.int64]):
-        _, first, inverse = np.unique(keys[order], return_index=True, return_inverse=True)
-        self.first: np.ndarray = first[inverse]
+        self.first = first_equal(keys[order])
         self.unproposed = 0
         unique = np.flatnonzero(self.first == np.arange(len(order)))
         pairs = self._propose(sketches, order[unique], unique)
@@ -99,9 +99,7 @@ class Candidates:
         """Return pairs of row numbers [pairs, 2], the smaller one first. The sketch of rows[n] is sketches[of[n]]."""
         packed = [np.empty(0, np.int64)]
         for start in range(0, HASHES, BAND):
-            band = np.zeros((len(of), 8), np.uint8)
-            band[:, :BAND] = sketches[of, start : start + BAND]
-            for one, other in self._in_bands(band.view(np.uint64)[:, 0]):
+            for one, other in self._in_bands(_band(sketches, start)[of]):
                 for begin in range(0, len(one), _CHUNK):
                     a, b = one[begin : begin + _CHUNK], other[begin : begin + _CHUNK]
                     near = np.count_nonzero(sketches[of[a]] == sketches[of[b]], axis=1) >= MIN_EQUAL
@@ -112,7 +110,8 @@ class Candidates:
 
     def _in_bands(self, keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield pairs of positions whose keys are equal, at most WINDOW for each position."""
-        order = np.argsort(keys, kind="stable")
+        order = may_be_equal(keys)
+        order = order[np.argsort(keys[order], kind="stable")]
         ordered = keys[order]
         if len(order) == 0:
             return
@@ -127,6 +126,13 @@ class Candidates:
         counts = np.unique(ordered, return_counts=True)[1]
         left = np.maximum(counts - WINDOW - 1, 0)
         self.unproposed += int((left * (left + 1) // 2).sum())
+
+
+def _band(sketches: NDArray[np.uint8], start: int) -> NDArray[np.uint64]:
+    """Return BAND values of each sketch [rows], the first of which is at `start`, as a number."""
+    begin = min(start, HASHES - 8)
+    words = np.ndarray(len(sketches), "<u8", sketches, begin, (HASHES,))
+    return words >> np.uint64(8 * (start - begin)) & np.uint64((1 << 8 * BAND) - 1)
 
 
 class Comparison:

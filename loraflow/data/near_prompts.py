@@ -9,6 +9,7 @@ import numpy as np
 
 from loraflow.data.chat_table import ChatTable, Columns, Rows
 from loraflow.data.check_report import Similar
+from loraflow.data.equal_keys import first_equal
 from loraflow.data.near import Comparison
 from loraflow.data.row_segment import LAST_LEARNED
 from loraflow.data.shingles import comparable_text
@@ -28,7 +29,7 @@ def with_near_prompts(similar: Similar, table: ChatTable, columns: Columns, trai
     """
     assert table.prompts is not None
     learned = train[columns.has(LAST_LEARNED)[train]]
-    firsts = learned[np.sort(np.unique(columns.prompts[learned], return_index=True)[1])]  # of each prompt
+    firsts = learned[first_equal(columns.prompts[learned]) == np.arange(len(learned))]  # of each prompt
     answers = columns.answers[firsts]
     candidates = table.prompts.candidates(firsts)
     comparison = Comparison(lambda number: comparable_text(table.messages(int(firsts[number]))[:-1]))

@@ -79,4 +79,4 @@ def test_the_first_of_equal_rows_is_that_of_a_dictionary(rows):
     seen: dict[tuple[int, int], int] = {}
     expected = [seen.setdefault(row, number) for number, row in enumerate(rows)]
     columns = np.array(rows, np.int64).reshape(-1, 2)
-    assert _first(columns[:, 0], columns[:, 1]).tolist() == expected
+    assert _first(columns[:, 0].astype(np.uint64), columns[:, 1]).tolist() == expected
