@@ -9,7 +9,7 @@ import json
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from pathlib import Path
@@ -26,7 +26,8 @@ from loraflow.data.placement import Split
 from loraflow.data.row_segment import ADDED_SYSTEM, Keys, RowSegment
 from loraflow.data.split import group_key, to_json
 
-_AHEAD = 1 << 16  # bytes of texts that are read together
+_TOGETHER = 1024  # rows that are written together
+_MAX_READ = 8_000_000  # bytes of their texts, and those between, that are read together
 TRAIN = "train"  # the set of rows that are not in a held-out file
 
 Rows = NDArray[np.int64]  # row numbers
@@ -114,8 +115,8 @@ class ChatTable:
         names = np.array([_number(name, self._groups, self._group_names) for name in segment.groups], np.int32)
         groups = arrays["groups"]
         self.group.frombytes((np.where(groups < 0, groups, names[groups]) if len(names) else groups).tobytes())
-        self._set.extend([_number(set_name, self._sets, self._set_names)] * rows)
-        self.source.extend([-1 if source is None else self._sources[source]] * rows)
+        self._set.frombytes(np.full(rows, _number(set_name, self._sets, self._set_names), np.int16).tobytes())
+        self.source.frombytes(np.full(rows, -1 if source is None else self._sources[source], np.int16).tobytes())
         if rows:
             self._places.append(place)
             self._place_begins.append(begin)
@@ -148,7 +149,7 @@ class ChatTable:
         chat: list[Message] = json.loads(self._parts(number)[0])
         return without_system(chat) if self.flags[number] & ADDED_SYSTEM else chat
 
-    def lines(self, rows: Rows, split: Split, group: Callable[[int], str | None]) -> Iterator[bytes]:
+    def lines(self, rows: Rows, split: Split, group: Callable[[int], str | None] | None) -> Iterator[bytes]:
         """Yield the lines of rows in train.jsonl, validation.jsonl or heldout.jsonl.
 
         Of a held-out row, only the last answer is used: marks and weights are left out.
@@ -156,41 +157,46 @@ class ChatTable:
         Args:
             rows: their numbers.
             split: of the rows.
-            group: returns the group of a row.
+            group: returns the group of a row; None if no row has one.
         """
         is_heldout = split == "heldout"
         names = [to_json(name if is_heldout else split).encode() for name in self._set_names]
         places = [encode_basestring(place)[:-1].encode() for place in self._places]
-        of_places = (np.searchsorted(self._place_begins, rows, side="right") - 1).tolist()
-        numbers = rows.tolist()
-        for number, place, text in zip(numbers, of_places, self._texts(numbers, _AHEAD), strict=True):
-            messages, marks, _ = text.split(b"\n", 2)
-            rest = b"" if is_heldout else marks
-            if (name := group(number)) is not None:
-                rest += f', "group": {to_json(name)}'.encode()
-            yield b'{"id": "%016x", "set": %s, "place": %s%d", "messages": %s%s}\n' % (
-                self._ids[number],
-                names[self._set[number] or 1],
-                places[place],
-                self._numbers[number],
-                messages,
-                rest,
-            )
+        ids, sets = np.frombuffer(self._ids, np.uint64), np.maximum(np.frombuffer(self._set, np.int16), 1)
+        in_file = np.frombuffer(self._numbers, np.int64)
+        for begin in range(0, len(rows), _TOGETHER):
+            some = rows[begin : begin + _TOGETHER]
+            of_places = np.searchsorted(self._place_begins, some, side="right") - 1
+            columns = (column.tolist() for column in (some, ids[some], sets[some], of_places, in_file[some]))
+            for number, chat, name, place, at, text in zip(*columns, self._texts(some), strict=True):
+                messages, rest, _ = text.split(b"\n", 2)
+                if is_heldout:
+                    rest = b""
+                if group is not None and (of_row := group(number)) is not None:
+                    rest += f', "group": {to_json(of_row)}'.encode()
+                yield b'{"id": "%016x", "set": %s, "place": %s%d", "messages": %s%s}\n' % (
+                    *(chat, names[name], places[place], at, messages, rest),
+                )
 
     def _parts(self, number: int) -> list[str]:
-        return next(self._texts([number])).decode().split("\n")[:3]
+        (text,) = self._texts(np.array([number]))
+        return text.decode().split("\n")[:3]
 
-    def _texts(self, numbers: Iterable[int], ahead: int = 0) -> Iterator[bytes]:
-        """Yield the texts of rows. `ahead`: bytes that are read together, for rows that mostly follow each other."""
+    def _texts(self, rows: Rows) -> Iterator[bytes]:
+        """Yield the texts of rows, which are read together if they are close to each other."""
         if self._is_unflushed:
             self._file.flush()
             self._is_unflushed = False
-        at, found = 0, b""
-        for number in numbers:
-            begin, end = self._start[number], self._start[number + 1]
-            if begin < at or end > at + len(found):
-                at, found = begin, os.pread(self._file.fileno(), max(end - begin, ahead), begin)
-            yield found[begin - at : end - at]
+        starts = np.frombuffer(self._start, np.int64)
+        begins, ends = starts[rows], starts[rows + 1]
+        at, until = int(begins.min()), int(ends.max())
+        if until - at > _MAX_READ:
+            for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+                yield os.pread(self._file.fileno(), end - begin, begin)
+            return
+        found = os.pread(self._file.fileno(), until - at, at)
+        for begin, end in zip((begins - at).tolist(), (ends - at).tolist(), strict=True):
+            yield found[begin:end]
 
     def set_of(self, number: int, split: Split) -> str:
         """Return the name of a row's set, if it is in this split."""
@@ -199,6 +205,11 @@ class ChatTable:
     def set_read(self, number: int) -> str:
         """Return the name of the set whose files have the row."""
         return self._set_names[self._set[number]]
+
+    @property
+    def has_groups(self) -> bool:
+        """Tell whether rows have groups (data.group)."""
+        return bool(self._group_names)
 
     def group_name(self, number: int) -> str | None:
         """Return a row's group (data.group)."""

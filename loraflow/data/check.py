@@ -27,6 +27,7 @@ from loraflow.data.findings import leave_out_findings
 from loraflow.data.group_leaks import drop_group_leaks, heldout_groups
 from loraflow.data.heldout_fields import write_field_values
 from loraflow.data.marked_rows import without_marks
+from loraflow.data.near import Compared
 from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, place_near
 from loraflow.data.placement import HELDOUT_SIDE, SPLITS, Split
@@ -59,6 +60,7 @@ class _Reading:
     table: ChatTable
     quarantine: Quarantine
     reader: SegmentReader
+    compared: Compared
     unread: Counter[str] = field(default_factory=Counter)  # keys that have values and were not read
     told: Counter[tuple[str, str]] = field(default_factory=Counter)  # what they say
     marks: Counter[str] = field(default_factory=Counter)  # keys and values that left rows out
@@ -86,13 +88,16 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
         BadData: a file is missing or cannot be read, or rows cannot be divided by a field of `slices`.
     """
     cache = ChunkCache.beside(progress.work, job.stage)
-    reader = SegmentReader(job.config, cache, b"" if cache is None else key_of_job(job))
+    key = b"" if cache is None else key_of_job(job)
+    reader, compared = SegmentReader(job.config, cache, key), Compared(cache, key)
     with (
         (out / "quarantine.jsonl").open("w", encoding="utf-8") as file,
         ChatTable(out, job.config) as table,
         closing(reader),
     ):
-        report = _check(inputs["dataset"] / "files", job.config, _Reading(table, Quarantine(file), reader), out)
+        report = _check(
+            inputs["dataset"] / "files", job.config, _Reading(table, Quarantine(file), reader, compared), out
+        )
     read = report.counts.get("read", 0)
     if reader.computed < read:
         log.info("%d of %d rows were read before", read - reader.computed, read)
@@ -123,7 +128,8 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
     learnable = np.concatenate([splits["train"], splits["validation"]])
     similar = find_similar(table, columns, learnable, splits["heldout"])
     if config.near_duplicates is not None:
-        similar = with_near_prompts(similar, table, columns, learnable)
+        similar = with_near_prompts(similar, table, columns, learnable, reading.compared)
+        reading.compared.keep()
     _limit(table, columns, splits, reading, config)
     near = None if clusters is None else _write_clusters(out, table, splits, clusters)
     splits["train"] = repeated(columns, splits["train"], config)
@@ -171,7 +177,9 @@ def _read(
         sides = table.columns().drawn[placed]
     else:
         placed = np.fromiter(numbers, np.int64)
-        clusters, sides = place_near(table, table.columns(), placed, config, hold_out, reading.leave_out)
+        clusters, sides = place_near(
+            table, table.columns(), placed, config, hold_out, reading.leave_out, reading.compared
+        )
         if clusters.held_out_of_few:
             reading.counts["held_out_of_few"] += clusters.held_out_of_few
     columns = table.columns()
@@ -368,5 +376,6 @@ def _write_rows(path: Path, table: ChatTable, rows: Rows, split: Split, clusters
         cluster = clusters.group(number) if clusters is not None and split == "heldout" else None
         return f"{CLUSTER}{cluster}" if cluster else table.group_name(number)
 
+    is_in_cluster = clusters is not None and split == "heldout"
     with path.open("wb") as file:
-        file.writelines(table.lines(rows, split, group))
+        file.writelines(table.lines(rows, split, group if is_in_cluster or table.has_groups else None))

@@ -14,7 +14,7 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chat_table import ChatTable, Columns, Rows
 from loraflow.data.chats import Chat
 from loraflow.data.check_report import NearDuplicates
-from loraflow.data.near import Comparison, Sketches
+from loraflow.data.near import Compared, Comparison, Sketches
 from loraflow.data.placement import (
     HELDOUT_FILE,
     HELDOUT_SIDE,
@@ -137,6 +137,7 @@ def place_near(
     config: CheckDatasetConfig,
     hold_out: Callable[[int], None],
     leave_out: Callable[[int, str, str], None],
+    compared: Compared,
 ) -> tuple[Clusters, NDArray[np.int8]]:
     """Return the clusters, and the side of each row [numbers]. With `drop`, near rows are never on two sides.
 
@@ -147,6 +148,7 @@ def place_near(
         config: the stage's config.
         hold_out: is called with each row that is held out.
         leave_out: is called with each row that has no side, the reason, and a sentence.
+        compared: pairs of texts that were compared before.
 
     Raises:
         MissingExtra: rensa is not installed.
@@ -157,7 +159,9 @@ def place_near(
     order = numbers if is_drop else numbers[np.argsort(sides[numbers] < HELDOUT_SIDE, kind="stable")]
     assert table.texts is not None
     candidates = table.texts.candidates(order)
-    comparison = Comparison(lambda position: comparable_text(table.messages(int(order[position]))))
+    comparison = Comparison(
+        lambda position: comparable_text(table.messages(int(order[position]))), candidates.keys, compared
+    )
     placer = Placer(_unplaced(table, columns, sides, order, config), candidates, comparison)
     if not is_drop:
         placement = placer.keep_sides()

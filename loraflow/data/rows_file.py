@@ -38,8 +38,10 @@ class FileRows(NamedTuple):
     rows: Sequence[bytes | RowItem]  # lines, which may be blank, or rows
 
 
-def contents(rows: Sequence[bytes | RowItem]) -> list[bytes]:
+def contents(rows: Sequence[bytes | RowItem]) -> Sequence[bytes]:
     """Return the bytes that decide how each row is read."""
+    if set(map(type, rows)) <= {bytes}:
+        return rows  # type: ignore[return-value]
     return [row if isinstance(row, bytes) else row.content for row in rows]
 
 

@@ -180,12 +180,11 @@ def _key_of_file(file: RowsFile) -> bytes:
 
 def _key_of_rows(of_file: hashlib._Hash, segment: FileRows) -> str:
     found = of_file.copy()
-    others = [
-        (position, len(row.content), row.number - segment.first)
-        for position, row in enumerate(segment.rows)
-        if isinstance(row, RowItem)
-    ]
+    rows, others = contents(segment.rows), list[tuple[int, int, int]]()
+    if rows is not segment.rows:
+        items = enumerate(segment.rows)
+        others = [(n, len(row.content), row.number - segment.first) for n, row in items if isinstance(row, RowItem)]
     # Lines end with a line break, so their bytes say which they are; of other rows, sizes and numbers are needed.
-    found.update(json.dumps([len(segment.rows), others]).encode())
-    found.update(b"".join(contents(segment.rows)))
+    found.update(json.dumps([len(rows), others]).encode())
+    found.update(b"".join(rows))
     return found.hexdigest()
