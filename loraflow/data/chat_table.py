@@ -26,8 +26,9 @@ from loraflow.data.placement import Split
 from loraflow.data.row_segment import ADDED_SYSTEM, Keys, RowSegment
 from loraflow.data.split import group_key, to_json
 
-_TOGETHER = 1024  # rows that are written together
-_MAX_READ = 8_000_000  # bytes of their texts, and those between, that are read together
+# Rows that are written together, and bytes of their texts
+_TOGETHER = 1024
+_TOGETHER_BYTES = 250_000
 TRAIN = "train"  # the set of rows that are not in a held-out file
 
 Rows = NDArray[np.int64]  # row numbers
@@ -150,7 +151,7 @@ class ChatTable:
         return without_system(chat) if self.flags[number] & ADDED_SYSTEM else chat
 
     def lines(self, rows: Rows, split: Split, group: Callable[[int], str | None] | None) -> Iterator[bytes]:
-        """Yield the lines of rows in train.jsonl, validation.jsonl or heldout.jsonl.
+        """Yield the lines of rows in train.jsonl, validation.jsonl or heldout.jsonl, some at a time.
 
         Of a held-out row, only the last answer is used: marks and weights are left out.
 
@@ -160,43 +161,58 @@ class ChatTable:
             group: returns the group of a row; None if no row has one.
         """
         is_heldout = split == "heldout"
-        names = [to_json(name if is_heldout else split).encode() for name in self._set_names]
-        places = [encode_basestring(place)[:-1].encode() for place in self._places]
+        names = [to_json(name if is_heldout else split) for name in self._set_names]
+        places = [encode_basestring(place)[:-1] for place in self._places]
         ids, sets = np.frombuffer(self._ids, np.uint64), np.maximum(np.frombuffer(self._set, np.int16), 1)
         in_file = np.frombuffer(self._numbers, np.int64)
-        for begin in range(0, len(rows), _TOGETHER):
-            some = rows[begin : begin + _TOGETHER]
+        starts = np.frombuffer(self._start, np.int64)
+        while len(rows):
+            some = rows[:_TOGETHER]
+            totals = np.cumsum(starts[some + 1] - starts[some])
+            some = some[: 1 + int(np.searchsorted(totals, _TOGETHER_BYTES))]
+            rows = rows[len(some) :]
             of_places = np.searchsorted(self._place_begins, some, side="right") - 1
-            columns = (column.tolist() for column in (some, ids[some], sets[some], of_places, in_file[some]))
-            for number, chat, name, place, at, text in zip(*columns, self._texts(some), strict=True):
-                messages, rest, _ = text.split(b"\n", 2)
-                if is_heldout:
-                    rest = b""
-                if group is not None and (of_row := group(number)) is not None:
-                    rest += f', "group": {to_json(of_row)}'.encode()
-                yield b'{"id": "%016x", "set": %s, "place": %s%d", "messages": %s%s}\n' % (
-                    *(chat, names[name], places[place], at, messages, rest),
-                )
+            digits = ids[some].astype(">u8").tobytes().hex()
+            chats, rests = self._texts(some)
+            if is_heldout:
+                rests = [""] * len(some)
+            if group is not None:
+                groups = map(group, some.tolist())
+                rests = [
+                    rest if name is None else f'{rest}, "group": {to_json(name)}'
+                    for rest, name in zip(rests, groups, strict=True)
+                ]
+            columns = (column.tolist() for column in (sets[some], of_places, in_file[some]))
+            yield "".join(
+                [
+                    f'{{"id": "{digits[at : at + 16]}", "set": {names[name]}, "place": {places[place]}{number}", '
+                    f'"messages": {chat}{rest}}}\n'
+                    for at, name, place, number, chat, rest in zip(
+                        range(0, len(digits), 16), *columns, chats, rests, strict=True
+                    )
+                ]
+            ).encode()
 
     def _parts(self, number: int) -> list[str]:
-        (text,) = self._texts(np.array([number]))
-        return text.decode().split("\n")[:3]
+        return self._read(number, number + 1)
 
-    def _texts(self, rows: Rows) -> Iterator[bytes]:
-        """Yield the texts of rows, which are read together if they are close to each other."""
+    def _read(self, begin: int, end: int) -> list[str]:
+        """Return the texts of the rows from `begin` to `end`: three of each row."""
         if self._is_unflushed:
             self._file.flush()
             self._is_unflushed = False
-        starts = np.frombuffer(self._start, np.int64)
-        begins, ends = starts[rows], starts[rows + 1]
-        at, until = int(begins.min()), int(ends.max())
-        if until - at > _MAX_READ:
-            for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
-                yield os.pread(self._file.fileno(), end - begin, begin)
-            return
-        found = os.pread(self._file.fileno(), until - at, at)
-        for begin, end in zip((begins - at).tolist(), (ends - at).tolist(), strict=True):
-            yield found[begin:end]
+        at = self._start[begin]
+        return os.pread(self._file.fileno(), self._start[end] - at, at).decode().split("\n")[:-1]
+
+    def _texts(self, rows: Rows) -> tuple[list[str], list[str]]:
+        """Return the messages of rows, and their marks."""
+        first, last = int(rows.min()), int(rows.max())
+        if self._start[last + 1] - self._start[first] > 4 * _TOGETHER_BYTES:
+            parts = [self._parts(number) for number in rows.tolist()]
+            return [chat for chat, _, _ in parts], [marks for _, marks, _ in parts]
+        found = self._read(first, last + 1)
+        positions: list[int] = (3 * (rows - first)).tolist()
+        return [found[position] for position in positions], [found[position + 1] for position in positions]
 
     def set_of(self, number: int, split: Split) -> str:
         """Return the name of a row's set, if it is in this split."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from loraflow.data.placement import HELDOUT_SIDE, SPLITS, Split
 from loraflow.data.quarantine import Quarantine
 from loraflow.data.readers import RowSettings, match_files
 from loraflow.data.row_drops import drop_duplicates, drop_leaks
-from loraflow.data.row_segment import LAST_LEARNED, PARTLY_LEARNED, PINNED_TO_TRAIN, WEIGHTED, LeftOut
+from loraflow.data.row_segment import LAST_LEARNED, PARTLY_LEARNED, PINNED_TO_TRAIN, WEIGHTED, LeftOut, RowSegment
 from loraflow.data.rows_file import RowsFile
 from loraflow.data.sampling import spread_sample, spread_values
 from loraflow.data.segment_reader import SegmentReader, key_of_job
@@ -164,7 +165,7 @@ def _read(
     """Read all files and split their rows; malformed rows go to the quarantine."""
     table, found = reading.table, array("q")
     hold_out = partial(_hold_out, found=found, config=config, reading=reading)
-    numbers: Iterable[int] = _valid_rows(files, config, reading)
+    numbers: Iterable[int] = chain.from_iterable(_valid_rows(files, config, reading))
     if config.sources:
         numbers = drawn_rows(numbers, table, config, reading.sources)
     if config.profile:
@@ -213,8 +214,8 @@ def _may_be_learned(number: int, table: ChatTable, config: CheckDatasetConfig) -
     return SPLITS[table.drawn[number]] != "heldout"
 
 
-def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[int]:
-    """Yield the numbers of the rows that have a chat; the others go to the quarantine."""
+def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[Iterable[int]]:
+    """Yield the numbers of the rows that have a chat, segment by segment; the others go to the quarantine."""
     for file in files_of_sets(files, config, dataset_tools(config.tools, "data.tools")):
         for segment, place, first in reading.reader.read(file):
             numbers = reading.table.extend(segment, place, first, file.set_name, file.source)
@@ -230,17 +231,23 @@ def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> I
                     reading.told[item] += count
             if segment.carriage_returns:
                 reading.counts["carriage_returns"] += segment.carriage_returns
-            if not segment.left_out:
-                yield from numbers
-                continue
-            # In the order of the file: a row that cannot be held out gets into the quarantine after it was yielded.
-            left_out = deque(segment.left_out)
-            for in_segment, number in zip(segment.arrays["numbers"].tolist(), numbers, strict=True):
-                while left_out and left_out[0].number < in_segment:
-                    _leave_out(left_out.popleft(), place, first, file.set_name, reading)
-                yield number
-            for row in left_out:
-                _leave_out(row, place, first, file.set_name, reading)
+            yield numbers if not segment.left_out else _in_order(numbers, segment, file, (place, first), reading)
+
+
+def _in_order(
+    numbers: range, segment: RowSegment, file: RowsFile, at: tuple[str, int], reading: _Reading
+) -> Iterator[int]:
+    """Yield the rows with a chat; put the others into the quarantine where they are in the file.
+
+    A row that cannot be held out gets into the quarantine after it was yielded.
+    """
+    left_out = deque(segment.left_out)
+    for in_segment, number in zip(segment.arrays["numbers"].tolist(), numbers, strict=True):
+        while left_out and left_out[0].number < in_segment:
+            _leave_out(left_out.popleft(), *at, file.set_name, reading)
+        yield number
+    for row in left_out:
+        _leave_out(row, *at, file.set_name, reading)
 
 
 def _leave_out(row: LeftOut, place: str, first: int, set_name: str, reading: _Reading) -> None:
