@@ -17,7 +17,7 @@ from loraflow.data.json_text import strict_json
 from loraflow.failures import BadData
 
 MAX_ROW_BYTES = 50_000_000
-_BLOCK = 1 << 20  # bytes that are read together
+_BLOCK = 1 << 18  # bytes that are read together
 
 
 class RawValue(NamedTuple):
