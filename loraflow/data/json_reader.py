@@ -17,7 +17,7 @@ from loraflow.data.json_text import strict_json
 from loraflow.failures import BadData
 
 MAX_ROW_BYTES = 50_000_000
-_BLOCK = 1 << 18  # bytes that are read together
+_BLOCK = 1 << 16  # bytes that are read together
 
 
 class RawValue(NamedTuple):
@@ -56,12 +56,13 @@ def read_lines(path: Path, name: str) -> Iterator[tuple[int, list[bytes] | BadRo
     first = 1
     with path.open("rb") as file:
         while block := file.read(min(_BLOCK, MAX_ROW_BYTES)):
+            if first == 1:
+                block = block.removeprefix(b"\xef\xbb\xbf")
             if not block.endswith(b"\n"):
                 block += file.readline(MAX_ROW_BYTES + 1 - (len(block) - block.rfind(b"\n") - 1))
-            lines = BytesIO(block).readlines()
-            if first == 1:
-                lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+            lines = BytesIO(block).readlines() or [b""]  # nothing but a byte order mark
             long = lines.pop() if len(lines[-1]) > MAX_ROW_BYTES and not block.endswith(b"\n") else b""
+            del block  # the lines are a copy of it
             if lines:
                 yield first, lines
             first += len(lines)

@@ -137,7 +137,7 @@ class Candidates:
 def _band(sketches: NDArray[np.uint8], start: int) -> NDArray[np.uint64]:
     """Return BAND values of each sketch [rows], the first of which is at `start`, as a number."""
     begin = min(start, HASHES - 8)
-    words = np.ndarray(len(sketches), "<u8", sketches, begin, (HASHES,))
+    words = np.ascontiguousarray(sketches[:, begin : begin + 8]).view("<u8")[:, 0]
     return words >> np.uint64(8 * (start - begin)) & np.uint64((1 << 8 * BAND) - 1)
 
 
