@@ -50,7 +50,7 @@ class Sketches:
 
     def append(self, sketches: NDArray[np.uint8], keys: NDArray[np.uint64]) -> None:
         """Add rows by what `sketch` and `text_key` return for their texts."""
-        self._file.write(sketches)
+        self._file.write(sketches.data)
         self._keys.frombytes(keys.tobytes())
 
     def close(self) -> None:
