@@ -1,4 +1,5 @@
-"""Memory and time of the data stages by the number of rows: check_dataset without and with near-duplicates, tokenize.
+"""Memory and time of the data stages by the number of rows: check_dataset without and with near-duplicates, tokenize; and
+check_dataset that fills the row cache, and reads 1 % more rows with it.
 
     python benchmarks/data_scale.py [--words N] [ROWS ...]          default: 22 words a chat, 20000 200000 rows
 
@@ -26,12 +27,13 @@ from pathlib import Path
 from measure import print_row
 from tokenize_chats import PLAIN_TEMPLATE
 
-STAGES = ("check", "check, near-duplicates", "tokenize")
+FILL, APPEND = "check, filling the cache", "check, 1 % appended"
+STAGES = ("check", "check, near-duplicates", "tokenize", FILL, APPEND)
 
 
-def write_chats(file: Path, rows: int, count: int = 22) -> None:
+def write_chats(file: Path, rows: int, count: int = 22, seed: int = 0) -> None:
     """Write random chats of `count` words, in a fortieth of them a near copy of an earlier one."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     words = ["".join(rng.choices("etaoinshrdlucmfwypvbgkjqxz", k=rng.randint(2, 9))) for _ in range(20_000)]
     recent: list[tuple[list[str], str]] = []
     with file.open("w") as out:
@@ -78,13 +80,17 @@ def run_stage(stage: str, folder: Path) -> None:
 
     out = folder / stage.replace(", ", "-")
     out.mkdir()
+    if stage == APPEND:
+        with (folder / "files" / "train.jsonl").open("ab") as file:
+            file.write((folder / "more.jsonl").read_bytes())
     before = cpu_seconds()
     if stage.startswith("check"):
         fields = {"format", "columns", "train", "heldout", "extra_heldout", "validation_fraction", "system"}
         config = Data().model_dump(include=fields | {"duplicates", "limit", "heldout_fraction", "seed"})
         config |= {"near_duplicates": "drop"} if stage != "check" else {}
         job = Job(stage="check_dataset", version=1, config=config)
-        check.run(job, Inputs({"dataset": folder}), out, Progress())
+        work = folder / "store" / "work" / "check_dataset" / "f" if stage in (FILL, APPEND) else None
+        check.run(job, Inputs({"dataset": folder}), out, Progress(None, work))
     else:
         settings = TokenizeConfig(
             loss_on="assistant", too_long="truncate", special_tokens="drop", max_length=2048, packing=True
@@ -160,6 +166,7 @@ def main() -> None:
             folder = Path(name, str(rows))
             (folder / "files").mkdir(parents=True)
             write_chats(folder / "files" / "train.jsonl", rows, words)
+            write_chats(folder / "more.jsonl", rows // 100, words, seed=1)
             for stage in STAGES:
                 found[stage, rows] = seconds, own, mib = measure(stage, folder)
                 print_row(stage, rows, f"{rows / seconds:,.0f}", f"{rows / own:,.0f}", f"{mib:,.0f}")

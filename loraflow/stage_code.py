@@ -49,6 +49,7 @@ CHECK_DATASET = (
     "loraflow.data.chat_profile",
     "loraflow.data.quarantine",
     "loraflow.data.row_drops",
+    "loraflow.data.equal_keys",
     "loraflow.data.reasoning",
     "loraflow.data.thinking",
     "loraflow.data.readers",

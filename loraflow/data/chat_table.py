@@ -9,6 +9,7 @@ import json
 import os
 from array import array
 from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from pathlib import Path
@@ -25,6 +26,9 @@ from loraflow.data.placement import Split
 from loraflow.data.row_segment import ADDED_SYSTEM, Keys, RowSegment
 from loraflow.data.split import group_key, to_json
 
+# Rows that are written together, and bytes of their texts
+_TOGETHER = 1024
+_TOGETHER_BYTES = 250_000
 TRAIN = "train"  # the set of rows that are not in a held-out file
 
 Rows = NDArray[np.int64]  # row numbers
@@ -112,8 +116,8 @@ class ChatTable:
         names = np.array([_number(name, self._groups, self._group_names) for name in segment.groups], np.int32)
         groups = arrays["groups"]
         self.group.frombytes((np.where(groups < 0, groups, names[groups]) if len(names) else groups).tobytes())
-        self._set.extend([_number(set_name, self._sets, self._set_names)] * rows)
-        self.source.extend([-1 if source is None else self._sources[source]] * rows)
+        self._set.frombytes(np.full(rows, _number(set_name, self._sets, self._set_names), np.int16).tobytes())
+        self.source.frombytes(np.full(rows, -1 if source is None else self._sources[source], np.int16).tobytes())
         if rows:
             self._places.append(place)
             self._place_begins.append(begin)
@@ -146,30 +150,69 @@ class ChatTable:
         chat: list[Message] = json.loads(self._parts(number)[0])
         return without_system(chat) if self.flags[number] & ADDED_SYSTEM else chat
 
-    def line(self, number: int, split: Split, group: str | None) -> str:
-        """Return a row's line of train.jsonl, validation.jsonl or heldout.jsonl, without the line break.
+    def lines(self, rows: Rows, split: Split, group: Callable[[int], str | None] | None) -> Iterator[bytes]:
+        """Yield the lines of rows in train.jsonl, validation.jsonl or heldout.jsonl, some at a time.
 
         Of a held-out row, only the last answer is used: marks and weights are left out.
 
         Args:
-            number: the row.
-            split: its split.
-            group: its group.
+            rows: their numbers.
+            split: of the rows.
+            group: returns the group of a row; None if no row has one.
         """
-        messages, marks, _ = self._parts(number)
-        place = encode_basestring(self.place(number))
-        rest = "" if split == "heldout" else marks
-        if group is not None:
-            rest += f', "group": {to_json(group)}'
-        name = to_json(self.set_of(number, split))
-        return f'{{"id": "{self.id_of(number)}", "set": {name}, "place": {place}, "messages": {messages}{rest}}}'
+        is_heldout = split == "heldout"
+        names = [to_json(name if is_heldout else split) for name in self._set_names]
+        places = [encode_basestring(place)[:-1] for place in self._places]
+        ids, sets = np.frombuffer(self._ids, np.uint64), np.maximum(np.frombuffer(self._set, np.int16), 1)
+        in_file = np.frombuffer(self._numbers, np.int64)
+        starts = np.frombuffer(self._start, np.int64)
+        while len(rows):
+            some = rows[:_TOGETHER]
+            totals = np.cumsum(starts[some + 1] - starts[some])
+            some = some[: 1 + int(np.searchsorted(totals, _TOGETHER_BYTES))]
+            rows = rows[len(some) :]
+            of_places = np.searchsorted(self._place_begins, some, side="right") - 1
+            digits = ids[some].astype(">u8").tobytes().hex()
+            chats, rests = self._texts(some)
+            if is_heldout:
+                rests = [""] * len(some)
+            if group is not None:
+                groups = map(group, some.tolist())
+                rests = [
+                    rest if name is None else f'{rest}, "group": {to_json(name)}'
+                    for rest, name in zip(rests, groups, strict=True)
+                ]
+            columns = (column.tolist() for column in (sets[some], of_places, in_file[some]))
+            yield "".join(
+                [
+                    f'{{"id": "{digits[at : at + 16]}", "set": {names[name]}, "place": {places[place]}{number}", '
+                    f'"messages": {chat}{rest}}}\n'
+                    for at, name, place, number, chat, rest in zip(
+                        range(0, len(digits), 16), *columns, chats, rests, strict=True
+                    )
+                ]
+            ).encode()
 
     def _parts(self, number: int) -> list[str]:
+        return self._read(number, number + 1)
+
+    def _read(self, begin: int, end: int) -> list[str]:
+        """Return the texts of the rows from `begin` to `end`: three of each row."""
         if self._is_unflushed:
             self._file.flush()
             self._is_unflushed = False
-        begin, end = self._start[number], self._start[number + 1]
-        return os.pread(self._file.fileno(), end - begin, begin).decode().split("\n")[:3]
+        at = self._start[begin]
+        return os.pread(self._file.fileno(), self._start[end] - at, at).decode().split("\n")[:-1]
+
+    def _texts(self, rows: Rows) -> tuple[list[str], list[str]]:
+        """Return the messages of rows, and their marks."""
+        first, last = int(rows.min()), int(rows.max())
+        if self._start[last + 1] - self._start[first] > 4 * _TOGETHER_BYTES:
+            parts = [self._parts(number) for number in rows.tolist()]
+            return [chat for chat, _, _ in parts], [marks for _, marks, _ in parts]
+        found = self._read(first, last + 1)
+        positions: list[int] = (3 * (rows - first)).tolist()
+        return [found[position] for position in positions], [found[position + 1] for position in positions]
 
     def set_of(self, number: int, split: Split) -> str:
         """Return the name of a row's set, if it is in this split."""
@@ -178,6 +221,11 @@ class ChatTable:
     def set_read(self, number: int) -> str:
         """Return the name of the set whose files have the row."""
         return self._set_names[self._set[number]]
+
+    @property
+    def has_groups(self) -> bool:
+        """Tell whether rows have groups (data.group)."""
+        return bool(self._group_names)
 
     def group_name(self, number: int) -> str | None:
         """Return a row's group (data.group)."""

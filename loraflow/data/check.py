@@ -10,10 +10,11 @@ import json
 import logging
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,14 @@ from loraflow.data.findings import leave_out_findings
 from loraflow.data.group_leaks import drop_group_leaks, heldout_groups
 from loraflow.data.heldout_fields import write_field_values
 from loraflow.data.marked_rows import without_marks
+from loraflow.data.near import Compared
 from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, place_near
-from loraflow.data.placement import SPLITS, Split
+from loraflow.data.placement import HELDOUT_SIDE, SPLITS, Split
 from loraflow.data.quarantine import Quarantine
 from loraflow.data.readers import RowSettings, match_files
 from loraflow.data.row_drops import drop_duplicates, drop_leaks
-from loraflow.data.row_segment import LAST_LEARNED, PARTLY_LEARNED, PINNED_TO_TRAIN, WEIGHTED, LeftOut
+from loraflow.data.row_segment import LAST_LEARNED, PARTLY_LEARNED, PINNED_TO_TRAIN, WEIGHTED, LeftOut, RowSegment
 from loraflow.data.rows_file import RowsFile
 from loraflow.data.sampling import spread_sample, spread_values
 from loraflow.data.segment_reader import SegmentReader, key_of_job
@@ -59,6 +61,7 @@ class _Reading:
     table: ChatTable
     quarantine: Quarantine
     reader: SegmentReader
+    compared: Compared
     unread: Counter[str] = field(default_factory=Counter)  # keys that have values and were not read
     told: Counter[tuple[str, str]] = field(default_factory=Counter)  # what they say
     marks: Counter[str] = field(default_factory=Counter)  # keys and values that left rows out
@@ -86,13 +89,16 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
         BadData: a file is missing or cannot be read, or rows cannot be divided by a field of `slices`.
     """
     cache = ChunkCache.beside(progress.work, job.stage)
-    reader = SegmentReader(job.config, cache, b"" if cache is None else key_of_job(job))
+    key = b"" if cache is None else key_of_job(job)
+    reader, compared = SegmentReader(job.config, cache, key), Compared(cache, key)
     with (
         (out / "quarantine.jsonl").open("w", encoding="utf-8") as file,
         ChatTable(out, job.config) as table,
         closing(reader),
     ):
-        report = _check(inputs["dataset"] / "files", job.config, _Reading(table, Quarantine(file), reader), out)
+        report = _check(
+            inputs["dataset"] / "files", job.config, _Reading(table, Quarantine(file), reader, compared), out
+        )
     read = report.counts.get("read", 0)
     if reader.computed < read:
         log.info("%d of %d rows were read before", read - reader.computed, read)
@@ -123,7 +129,8 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
     learnable = np.concatenate([splits["train"], splits["validation"]])
     similar = find_similar(table, columns, learnable, splits["heldout"])
     if config.near_duplicates is not None:
-        similar = with_near_prompts(similar, table, columns, learnable)
+        similar = with_near_prompts(similar, table, columns, learnable, reading.compared)
+        reading.compared.keep()
     _limit(table, columns, splits, reading, config)
     near = None if clusters is None else _write_clusters(out, table, splits, clusters)
     splits["train"] = repeated(columns, splits["train"], config)
@@ -156,9 +163,9 @@ def _read(
     files: Path, config: CheckDatasetConfig, reading: _Reading
 ) -> tuple[dict[Split, Rows], Columns, Clusters | None]:
     """Read all files and split their rows; malformed rows go to the quarantine."""
-    table, found = reading.table, {split: array("q") for split in SPLITS}
-    place = partial(_place, found=found, config=config, reading=reading)
-    numbers: Iterable[int] = _valid_rows(files, config, reading)
+    table, found = reading.table, array("q")
+    hold_out = partial(_hold_out, found=found, config=config, reading=reading)
+    numbers: Iterable[int] = chain.from_iterable(_valid_rows(files, config, reading))
     if config.sources:
         numbers = drawn_rows(numbers, table, config, reading.sources)
     if config.profile:
@@ -167,15 +174,21 @@ def _read(
         )
     clusters = None
     if config.near_duplicates is None:
-        for number in numbers:
-            place(number, SPLITS[table.drawn[number]])
+        placed = np.fromiter(_each_drawn(numbers, table, hold_out), np.int64)
+        sides = table.columns().drawn[placed]
     else:
         placed = np.fromiter(numbers, np.int64)
-        clusters = place_near(table, table.columns(), placed, config, place, reading.leave_out)
+        clusters, sides = place_near(
+            table, table.columns(), placed, config, hold_out, reading.leave_out, reading.compared
+        )
         if clusters.held_out_of_few:
             reading.counts["held_out_of_few"] += clusters.held_out_of_few
-    splits: dict[Split, Rows] = {split: np.frombuffer(rows, np.int64) for split, rows in found.items()}
     columns = table.columns()
+    splits: dict[Split, Rows] = {split: placed[sides == side] for side, split in enumerate(SPLITS)}
+    splits["heldout"] = np.frombuffer(found, np.int64)
+    for name, flag in (("weighted", WEIGHTED), ("partly_marked", PARTLY_LEARNED)):
+        if count := int(columns.has(flag)[placed[sides < HELDOUT_SIDE]].sum()):
+            reading.counts[name] += count
     if (
         config.heldout_fraction
         and not config.heldout
@@ -186,6 +199,14 @@ def _read(
     return splits, columns, clusters
 
 
+def _each_drawn(numbers: Iterable[int], table: ChatTable, hold_out: Callable[[int], None]) -> Iterator[int]:
+    """Yield all rows; hold those out that are drawn, so that the quarantine is in the order of the files."""
+    for number in numbers:
+        if table.drawn[number] == HELDOUT_SIDE:
+            hold_out(number)
+        yield number
+
+
 def _may_be_learned(number: int, table: ChatTable, config: CheckDatasetConfig) -> bool:
     """Tell whether a row may get into training: which rows of training files do with `drop` depends on other rows."""
     if config.near_duplicates == "drop":
@@ -193,8 +214,8 @@ def _may_be_learned(number: int, table: ChatTable, config: CheckDatasetConfig) -
     return SPLITS[table.drawn[number]] != "heldout"
 
 
-def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[int]:
-    """Yield the numbers of the rows that have a chat; the others go to the quarantine."""
+def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> Iterator[Iterable[int]]:
+    """Yield the numbers of the rows that have a chat, segment by segment; the others go to the quarantine."""
     for file in files_of_sets(files, config, dataset_tools(config.tools, "data.tools")):
         for segment, place, first in reading.reader.read(file):
             numbers = reading.table.extend(segment, place, first, file.set_name, file.source)
@@ -210,17 +231,23 @@ def _valid_rows(files: Path, config: CheckDatasetConfig, reading: _Reading) -> I
                     reading.told[item] += count
             if segment.carriage_returns:
                 reading.counts["carriage_returns"] += segment.carriage_returns
-            if not segment.left_out:
-                yield from numbers
-                continue
-            # In the order of the file: a row that cannot be held out gets into the quarantine after it was yielded.
-            left_out = deque(segment.left_out)
-            for in_segment, number in zip(segment.arrays["numbers"].tolist(), numbers, strict=True):
-                while left_out and left_out[0].number < in_segment:
-                    _leave_out(left_out.popleft(), place, first, file.set_name, reading)
-                yield number
-            for row in left_out:
-                _leave_out(row, place, first, file.set_name, reading)
+            yield numbers if not segment.left_out else _in_order(numbers, segment, file, (place, first), reading)
+
+
+def _in_order(
+    numbers: range, segment: RowSegment, file: RowsFile, at: tuple[str, int], reading: _Reading
+) -> Iterator[int]:
+    """Yield the rows with a chat; put the others into the quarantine where they are in the file.
+
+    A row that cannot be held out gets into the quarantine after it was yielded.
+    """
+    left_out = deque(segment.left_out)
+    for in_segment, number in zip(segment.arrays["numbers"].tolist(), numbers, strict=True):
+        while left_out and left_out[0].number < in_segment:
+            _leave_out(left_out.popleft(), *at, file.set_name, reading)
+        yield number
+    for row in left_out:
+        _leave_out(row, *at, file.set_name, reading)
 
 
 def _leave_out(row: LeftOut, place: str, first: int, set_name: str, reading: _Reading) -> None:
@@ -260,23 +287,16 @@ def files_of_sets(files: Path, config: CheckDatasetConfig, tools: list[Tool] | N
             yield RowsFile(files, name, settings, set_name)
 
 
-def _place(
-    number: int, split: Split, found: Mapping[Split, array[int]], config: CheckDatasetConfig, reading: _Reading
-) -> None:
-    """Put a row into its split, or into the quarantine if it cannot be held out."""
-    table, flags = reading.table, reading.table.flags[number]
-    if split == "heldout" and config.group is not None and table.group[number] < 0:
+def _hold_out(number: int, found: array[int], config: CheckDatasetConfig, reading: _Reading) -> None:
+    """Hold a row out, or put it into the quarantine if it cannot be held out."""
+    table = reading.table
+    if config.group is not None and table.group[number] < 0:
         problem = f"expected the field {config.group} (data.group), which names the row's group"
         _refuse(number, "malformed", problem, reading)
-        return
-    if split == "heldout" and not flags & LAST_LEARNED:
+    elif not table.flags[number] & LAST_LEARNED:
         _refuse(number, "marked_false", "its last answer, the reference, is marked as not to be learned", reading)
-        return
-    if split != "heldout" and flags & WEIGHTED:
-        reading.counts["weighted"] += 1
-    if split != "heldout" and flags & PARTLY_LEARNED:
-        reading.counts["partly_marked"] += 1
-    found[split].append(number)
+    else:
+        found.append(number)
 
 
 def _refuse(number: int, reason: str, problem: str, reading: _Reading) -> None:
@@ -358,9 +378,11 @@ def _write_clusters(out: Path, table: ChatTable, splits: Mapping[Split, Rows], c
 
 def _write_rows(path: Path, table: ChatTable, rows: Rows, split: Split, clusters: Clusters | None) -> None:
     """Write the rows of a split. Held-out rows of a cluster become a group, if `clusters` is given."""
-    with path.open("w", encoding="utf-8") as file:
-        for number in rows.tolist():
-            group = table.group_name(number)
-            if clusters is not None and split == "heldout" and (cluster := clusters.group(number)):
-                group = f"{CLUSTER}{cluster}"
-            file.write(table.line(number, split, group) + "\n")
+
+    def group(number: int) -> str | None:
+        cluster = clusters.group(number) if clusters is not None and split == "heldout" else None
+        return f"{CLUSTER}{cluster}" if cluster else table.group_name(number)
+
+    is_in_cluster = clusters is not None and split == "heldout"
+    with path.open("wb") as file:
+        file.writelines(table.lines(rows, split, group if is_in_cluster or table.has_groups else None))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shlex
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -17,6 +17,7 @@ from loraflow.data.json_text import strict_json
 from loraflow.failures import BadData
 
 MAX_ROW_BYTES = 50_000_000
+_BLOCK = 1 << 16  # bytes that are read together
 
 
 class RawValue(NamedTuple):
@@ -37,29 +38,38 @@ def read_json_lines(path: Path, name: str) -> Iterator[RawValue]:
     Raises:
         BadData: the rows are spread over several lines, or end with the line breaks of old Macs.
     """
-    for number, line in read_lines(path, name):
-        place = f"{name}:{number}"
-        if isinstance(line, BadRow):
-            yield RawValue(place, line, "")
-        elif not line.isspace():
-            yield json_line(line, place)
+    for first, lines in read_lines(path, name):
+        if isinstance(lines, BadRow):
+            yield RawValue(f"{name}:{first}", lines, "")
+            continue
+        for number, line in enumerate(lines, first):
+            if not line.isspace():
+                yield json_line(line, f"{name}:{number}")
 
 
-def read_lines(path: Path, name: str) -> Iterator[tuple[int, bytes | BadRow]]:
-    """Yield number and content of each line, with blank ones; a line that is too long is a `BadRow`. Raises as above."""
+def read_lines(path: Path, name: str) -> Iterator[tuple[int, list[bytes] | BadRow]]:
+    """Yield the number of a line, and it with those that follow, also blank ones; or a `BadRow` if the line is too long.
+
+    Raises as above.
+    """
     _refuse_spread_rows(path, name)
+    first = 1
     with path.open("rb") as file:
-        for number in itertools.count(1):
-            line = file.readline(MAX_ROW_BYTES + 1)
-            if not line:
-                return
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
-                size = len(line) + _skip_line(file)
-                yield number, BadRow(f"a row of {size:,} bytes; at most {MAX_ROW_BYTES:,}")
-            else:
-                yield number, line
+        while block := file.read(min(_BLOCK, MAX_ROW_BYTES)):
+            if first == 1:
+                block = block.removeprefix(b"\xef\xbb\xbf")
+            if not block.endswith(b"\n"):
+                block += file.readline(MAX_ROW_BYTES + 1 - (len(block) - block.rfind(b"\n") - 1))
+            lines = BytesIO(block).readlines() or [b""]  # nothing but a byte order mark
+            long = lines.pop() if len(lines[-1]) > MAX_ROW_BYTES and not block.endswith(b"\n") else b""
+            del block  # the lines are a copy of it
+            if lines:
+                yield first, lines
+            first += len(lines)
+            if long:
+                size = len(long) + _skip_line(file)
+                yield first, BadRow(f"a row of {size:,} bytes; at most {MAX_ROW_BYTES:,}")
+                first += 1
 
 
 def _refuse_spread_rows(path: Path, name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -17,14 +18,18 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from loraflow.data.equal_keys import first_equal, may_be_equal
 from loraflow.data.shingles import HASHES, grams, jaccard, sketch
 from loraflow.data.split import text_key
+from loraflow.store.chunk_cache import ChunkCache
 
 THRESHOLD = 0.8  # Jaccard index from which two rows are near-duplicates
 BAND = 5  # MinHash values of a band
 # Equal values of two sketches below which a pair is not compared: four standard deviations below 0.8, that is 0.62.
 MIN_EQUAL = 50
 WINDOW = 64  # rows before a row that are proposed to it in a band: keeps time linear if thousands of rows share a text
+_SIZE = 17  # bytes of a pair that was compared: two keys and the result
+_MAX_KEPT = 250_000  # such pairs: 40 MB of memory. Beyond them, texts are compared again
 _CHUNK = 100_000  # pairs whose sketches are compared together
 
 
@@ -45,7 +50,7 @@ class Sketches:
 
     def append(self, sketches: NDArray[np.uint8], keys: NDArray[np.uint64]) -> None:
         """Add rows by what `sketch` and `text_key` return for their texts."""
-        self._file.write(sketches.tobytes())
+        self._file.write(sketches.data)
         self._keys.frombytes(keys.tobytes())
 
     def close(self) -> None:
@@ -69,6 +74,7 @@ class Candidates:
     """Pairs of rows that are worth comparing.
 
     Attributes:
+        keys: of the texts [rows].
         first: for each row [rows], the first row with the same text; its own number if there is none before it.
         has_before: for each row [rows], whether `before` returns a row.
         alone: for each row [rows], whether there is neither such a row nor one before it with the same text.
@@ -76,8 +82,8 @@ class Candidates:
     """
 
     def __init__(self, sketches: NDArray[np.uint8], keys: NDArray[np.uint64], order: NDArray[np.int64]):
-        _, first, inverse = np.unique(keys[order], return_index=True, return_inverse=True)
-        self.first: np.ndarray = first[inverse]
+        self.keys = keys[order]
+        self.first = first_equal(self.keys)
         self.unproposed = 0
         unique = np.flatnonzero(self.first == np.arange(len(order)))
         pairs = self._propose(sketches, order[unique], unique)
@@ -99,9 +105,7 @@ class Candidates:
         """Return pairs of row numbers [pairs, 2], the smaller one first. The sketch of rows[n] is sketches[of[n]]."""
         packed = [np.empty(0, np.int64)]
         for start in range(0, HASHES, BAND):
-            band = np.zeros((len(of), 8), np.uint8)
-            band[:, :BAND] = sketches[of, start : start + BAND]
-            for one, other in self._in_bands(band.view(np.uint64)[:, 0]):
+            for one, other in self._in_bands(_band(sketches, start)[of]):
                 for begin in range(0, len(one), _CHUNK):
                     a, b = one[begin : begin + _CHUNK], other[begin : begin + _CHUNK]
                     near = np.count_nonzero(sketches[of[a]] == sketches[of[b]], axis=1) >= MIN_EQUAL
@@ -112,7 +116,8 @@ class Candidates:
 
     def _in_bands(self, keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield pairs of positions whose keys are equal, at most WINDOW for each position."""
-        order = np.argsort(keys, kind="stable")
+        order = may_be_equal(keys)
+        order = order[np.argsort(keys[order], kind="stable")]
         ordered = keys[order]
         if len(order) == 0:
             return
@@ -129,15 +134,30 @@ class Candidates:
         self.unproposed += int((left * (left + 1) // 2).sum())
 
 
+def _band(sketches: NDArray[np.uint8], start: int) -> NDArray[np.uint64]:
+    """Return BAND values of each sketch [rows], the first of which is at `start`, as a number."""
+    begin = min(start, HASHES - 8)
+    words = np.ascontiguousarray(sketches[:, begin : begin + 8]).view("<u8")[:, 0]
+    return words >> np.uint64(8 * (start - begin)) & np.uint64((1 << 8 * BAND) - 1)
+
+
 class Comparison:
     """Compare rows by the exact Jaccard index of their 5-grams.
 
     Args:
         text_of: returns the comparable text of a row.
+        keys: of the texts [rows].
+        compared: pairs of texts that were compared before.
     """
 
-    def __init__(self, text_of: Callable[[int], str]):
+    def __init__(
+        self,
+        text_of: Callable[[int], str],
+        keys: Sequence[int] | NDArray[np.uint64] = (),
+        compared: Compared | None = None,
+    ):
         self._grams = lru_cache(maxsize=64)(lambda row: grams(text_of(row)))
+        self._keys, self._compared = keys, compared
 
     def index(self, one: int, other: int) -> float:
         """Return the Jaccard index of two rows."""
@@ -145,4 +165,39 @@ class Comparison:
 
     def is_near(self, one: int, other: int) -> bool:
         """Tell whether two rows are near-duplicates."""
-        return self.index(one, other) >= THRESHOLD
+        if self._compared is None:
+            return self.index(one, other) >= THRESHOLD
+        keys = sorted((int(self._keys[one]), int(self._keys[other])))
+        return self._compared.result(keys, lambda: self.index(one, other) >= THRESHOLD)
+
+
+class Compared:
+    """Pairs of texts that were compared, and whether they are near-duplicates. A cache keeps them for the next check.
+
+    Args:
+        cache: of the stage; None keeps nothing.
+        of_job: what its entries depend on.
+    """
+
+    def __init__(self, cache: ChunkCache | None, of_job: bytes):
+        self._cache, self._entry = cache, sha256(b"compared" + of_job).hexdigest()
+        content = b"" if cache is None else cache.read(self._entry) or b""
+        values = (int.from_bytes(content[begin : begin + _SIZE]) for begin in range(0, len(content), _SIZE))
+        self._known = {value >> 1: bool(value & 1) for value in values}
+        self._used: dict[int, bool] = {}
+
+    def result(self, keys: Sequence[int], compare: Callable[[], bool]) -> bool:
+        """Return what `compare` returns for the texts with these two keys."""
+        pair = keys[0] << 64 | keys[1]
+        found = self._known.get(pair)
+        if found is None:
+            found = compare()
+        if self._cache is not None and len(self._used) < _MAX_KEPT:
+            self._used[pair] = found
+        return found
+
+    def keep(self) -> None:
+        """Write the pairs that were used into the cache."""
+        if self._cache is not None and self._used.keys() != self._known.keys():
+            values = ((pair << 1 | found).to_bytes(_SIZE) for pair, found in self._used.items())
+            self._cache.write(self._entry, b"".join(values))

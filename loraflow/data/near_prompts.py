@@ -9,12 +9,13 @@ import numpy as np
 
 from loraflow.data.chat_table import ChatTable, Columns, Rows
 from loraflow.data.check_report import Similar
-from loraflow.data.near import Comparison
+from loraflow.data.equal_keys import first_equal
+from loraflow.data.near import Compared, Comparison
 from loraflow.data.row_segment import LAST_LEARNED
 from loraflow.data.shingles import comparable_text
 
 
-def with_near_prompts(similar: Similar, table: ChatTable, columns: Columns, train: Rows) -> Similar:
+def with_near_prompts(similar: Similar, table: ChatTable, columns: Columns, train: Rows, compared: Compared) -> Similar:
     """Return what was found about similar rows, with the prompts that are near to another one with another answer.
 
     Args:
@@ -22,16 +23,19 @@ def with_near_prompts(similar: Similar, table: ChatTable, columns: Columns, trai
         table: all rows.
         columns: what is known of them.
         train: training and validation rows. Answers that are not learned do not count.
+        compared: pairs of texts that were compared before.
 
     Raises:
         MissingExtra: rensa is not installed.
     """
     assert table.prompts is not None
     learned = train[columns.has(LAST_LEARNED)[train]]
-    firsts = learned[np.sort(np.unique(columns.prompts[learned], return_index=True)[1])]  # of each prompt
+    firsts = learned[first_equal(columns.prompts[learned]) == np.arange(len(learned))]  # of each prompt
     answers = columns.answers[firsts]
     candidates = table.prompts.candidates(firsts)
-    comparison = Comparison(lambda number: comparable_text(table.messages(int(firsts[number]))[:-1]))
+    comparison = Comparison(
+        lambda number: comparable_text(table.messages(int(firsts[number]))[:-1]), candidates.keys, compared
+    )
     disputed: set[int] = set()
     pair = ""
     for number in np.flatnonzero(candidates.has_before).tolist():

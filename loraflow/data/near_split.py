@@ -14,11 +14,11 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chat_table import ChatTable, Columns, Rows
 from loraflow.data.chats import Chat
 from loraflow.data.check_report import NearDuplicates
-from loraflow.data.near import Comparison, Sketches
+from loraflow.data.near import Compared, Comparison, Sketches
 from loraflow.data.placement import (
     HELDOUT_FILE,
     HELDOUT_SIDE,
-    SPLITS,
+    LEFT_OUT,
     TRAIN_SIDE,
     Placement,
     Placer,
@@ -135,18 +135,20 @@ def place_near(
     columns: Columns,
     numbers: Rows,
     config: CheckDatasetConfig,
-    place: Callable[[int, Split], None],
+    hold_out: Callable[[int], None],
     leave_out: Callable[[int, str, str], None],
-) -> Clusters:
-    """Decide the split of each row. With `drop`, near rows are never on two sides.
+    compared: Compared,
+) -> tuple[Clusters, NDArray[np.int8]]:
+    """Return the clusters, and the side of each row [numbers]. With `drop`, near rows are never on two sides.
 
     Args:
         table: all rows.
         columns: what is known of them.
         numbers: the rows to place: those of held-out files, then those of training files.
         config: the stage's config.
-        place: is called with each row that has a split.
-        leave_out: is called with each row that has none, the reason, and a sentence.
+        hold_out: is called with each row that is held out.
+        leave_out: is called with each row that has no side, the reason, and a sentence.
+        compared: pairs of texts that were compared before.
 
     Raises:
         MissingExtra: rensa is not installed.
@@ -157,7 +159,9 @@ def place_near(
     order = numbers if is_drop else numbers[np.argsort(sides[numbers] < HELDOUT_SIDE, kind="stable")]
     assert table.texts is not None
     candidates = table.texts.candidates(order)
-    comparison = Comparison(lambda position: comparable_text(table.messages(int(order[position]))))
+    comparison = Comparison(
+        lambda position: comparable_text(table.messages(int(order[position]))), candidates.keys, compared
+    )
     placer = Placer(_unplaced(table, columns, sides, order, config), candidates, comparison)
     if not is_drop:
         placement = placer.keep_sides()
@@ -167,18 +171,19 @@ def place_near(
         placement = placer.separate(lambda units: min(units, key=lambda unit: draw(unit, config.seed, "heldout")))
     is_pinned = columns.has(PINNED_TO_TRAIN)
     positions = np.argsort(order, kind="stable")  # of each of `numbers`, which ascend
-    for number, position in zip(numbers.tolist(), positions.tolist(), strict=True):
-        side = int(placement.sides[position])
-        if side == HELDOUT_SIDE and is_pinned[number]:
-            leave_out(number, "near_leak", "its prompt, its group, or a row that is nearly the same is held out")
-            continue
-        if side >= 0:
-            place(number, SPLITS[side])
+    of_numbers = placement.sides[positions]
+    for row in np.flatnonzero((of_numbers == LEFT_OUT) | (of_numbers == HELDOUT_SIDE)).tolist():
+        number, position = int(numbers[row]), int(positions[row])
+        if of_numbers[row] == HELDOUT_SIDE:
+            if is_pinned[number]:
+                leave_out(number, "near_leak", "its prompt, its group, or a row that is nearly the same is held out")
+            else:
+                hold_out(number)
             continue
         reason, other = placement.left_out[position]
         what = "held out" if reason == "near_leak" else "on another side of the split, and it is near to a row of each"
         leave_out(number, reason, f"nearly the same as {table.place(int(order[other]))}, which is {what}")
-    return _clusters(table, order, placement, candidates.unproposed)
+    return _clusters(table, order, placement, candidates.unproposed), of_numbers
 
 
 def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:

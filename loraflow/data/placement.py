@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from loraflow.data.equal_keys import is_repeated
 from loraflow.data.near import Candidates, Comparison
 
 Split = Literal["train", "validation", "heldout"]
@@ -200,8 +201,7 @@ class _Followed:
 
     def __init__(self, rows: Unplaced):
         self._rows = rows
-        values, counts = np.unique(rows.prompts, return_counts=True)
-        self._repeated = np.isin(rows.prompts, values[counts > 1])
+        self._repeated = is_repeated(rows.prompts)
         self._has_group = (rows.groups >= 0) & (rows.sides != HELDOUT_FILE)
         self.may_follow = self._repeated | self._has_group
         self._first: dict[tuple[bool, int], int] = {}

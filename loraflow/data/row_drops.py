@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraflow.data.chat_table import ChatTable, Columns, Rows
+from loraflow.data.equal_keys import is_repeated
 from loraflow.data.placement import Split
 
 Drop = Callable[[int, str, str, str], None]  # a row, its set, the reason, and a sentence
@@ -35,12 +36,14 @@ def drop_duplicates(
         splits[split] = rows[~duplicates]
 
 
-def _first(*columns: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Return for each row [rows] the first row with the same values in all columns."""
-    order = np.lexsort(columns)
+def _first(keys: NDArray[np.uint64], *others: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return for each row [rows] the first row with the same key and the same values in the other columns."""
+    first = np.arange(len(keys))
+    some = np.flatnonzero(is_repeated(keys))
+    columns = (keys, *others)
+    order = some[np.lexsort([column[some] for column in columns])]
     begins = np.ones(len(order), bool)
     begins[1:] = np.any([column[order[1:]] != column[order[:-1]] for column in columns], axis=0)
-    first = np.empty(len(order), np.int64)
     first[order] = order[np.flatnonzero(begins)][np.cumsum(begins) - 1]  # lexsort is stable: the first of equal rows
     return first
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,17 +14,35 @@ from loraflow.data.json_reader import RawValue, json_line, read_lines
 from loraflow.data.labels import Labels
 from loraflow.data.readers import Row, RowSettings, checked_suffix, labels_of, read_row, read_values
 from loraflow.data.row_segment import RowSegment, SegmentBuilder
+from loraflow.data.segments import segments
 from loraflow.data.thinking import with_thinking
 
+MAX_BYTES = 500_000  # of a segment, but for its last row
 _LINES = (".jsonl", ".ndjson")
+_BATCH = 1000  # rows of other files that are cut into segments together
 
 
 class RowItem(NamedTuple):
-    """A row of a file that was not converted yet."""
+    """A row that was not converted yet, and is not a line."""
 
-    number: int  # of its line or row, from 1
+    number: int  # from 1
     content: bytes  # decides how the row is read
-    value: RawValue | None  # the row; None: the content is a line, which may be blank
+    value: RawValue
+
+
+class FileRows(NamedTuple):
+    """A segment of a file's rows."""
+
+    place: str  # what the places of the rows begin with
+    first: int  # number of the first one, from 1
+    rows: Sequence[bytes | RowItem]  # lines, which may be blank, or rows
+
+
+def contents(rows: Sequence[bytes | RowItem]) -> Sequence[bytes]:
+    """Return the bytes that decide how each row is read."""
+    if set(map(type, rows)) <= {bytes}:
+        return rows  # type: ignore[return-value]
+    return [row if isinstance(row, bytes) else row.content for row in rows]
 
 
 @dataclass(frozen=True)
@@ -56,7 +75,7 @@ class RowsFile:
         for value in read_values(self.folder / self.name, self.name, self.settings.query):
             yield read_row(value, self.settings, labels)
 
-    def items(self) -> Iterator[RowItem]:
+    def segments(self) -> Iterator[FileRows]:
         """Yield the rows as they are.
 
         Raises:
@@ -64,18 +83,19 @@ class RowsFile:
         """
         path = self.folder / self.name
         if checked_suffix(path, self.name) in _LINES:
-            for number, line in read_lines(path, self.name):
-                if isinstance(line, BadRow):
-                    yield _item(RawValue(f"{self.name}:{number}", line, ""))
-                else:
-                    yield RowItem(number, line, None)
-        else:
-            yield from map(_item, read_values(path, self.name, self.settings.query))
+            first = 1
+            for rows in segments(self._lines(path), contents, MAX_BYTES):
+                yield FileRows(f"{self.name}:", first, rows)
+                first += len(rows)
+            return
+        items = map(_item, read_values(path, self.name, self.settings.query))
+        for found in segments(iter(lambda: list(islice(items, _BATCH)), []), contents, MAX_BYTES):
+            number = found[0].number
+            yield FileRows(found[0].value.place.removesuffix(str(number)), number, found)
 
-    def place(self, item: RowItem) -> str:
-        """Return what the places of rows like this one begin with."""
-        place = f"{self.name}:" if item.value is None else item.value.place
-        return place.removesuffix(str(item.number))
+    def _lines(self, path: Path) -> Iterator[Sequence[bytes | RowItem]]:
+        for number, lines in read_lines(path, self.name):
+            yield [_item(RawValue(f"{self.name}:{number}", lines, ""))] if isinstance(lines, BadRow) else lines
 
 
 def _item(value: RawValue) -> RowItem:
@@ -84,11 +104,11 @@ def _item(value: RawValue) -> RowItem:
     return RowItem(number, f"{value.value!r}\n{value.text}".encode("utf-8", "surrogatepass"), value)
 
 
-def read_segment(items: Sequence[RowItem], file: RowsFile, config: CheckDatasetConfig, labels: Labels) -> RowSegment:
+def read_segment(segment: FileRows, file: RowsFile, config: CheckDatasetConfig, labels: Labels) -> RowSegment:
     """Convert the rows of a segment to chats.
 
     Args:
-        items: the rows, of which there is one at least.
+        segment: the rows.
         file: their file.
         config: the stage's config.
         labels: knows the labels of the file.
@@ -99,10 +119,12 @@ def read_segment(items: Sequence[RowItem], file: RowsFile, config: CheckDatasetC
     """
     builder = SegmentBuilder(config, is_training=file.settings.is_training, is_pinned=file.is_pinned)
     labels.asked = {}
-    first = items[0].number
-    for number, content, value in items:
-        if value is None and content.isspace():
-            continue
-        row = read_row(value or json_line(content, ""), file.settings, labels)
-        builder.add(number - first, with_thinking(row, config.thinking))
+    for position, item in enumerate(segment.rows):
+        if isinstance(item, bytes):
+            if item.isspace():
+                continue
+            number, value = position, json_line(item, "")
+        else:
+            number, value = item.number - segment.first, item.value
+        builder.add(number, with_thinking(read_row(value, file.settings, labels), config.thinking))
     return builder.segment(labels.asked)

@@ -10,7 +10,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
@@ -19,7 +18,7 @@ from typing import IO
 
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.labels import Labels
-from loraflow.data.rows_file import RowItem, RowsFile, read_segment
+from loraflow.data.rows_file import FileRows, RowsFile, read_segment
 from loraflow.failures import Crashed, Failure, Killed
 
 MAX_PROCESSES = 4
@@ -59,12 +58,12 @@ class SegmentProcesses:
             self._free.put(child)
         self._threads = ThreadPoolExecutor(self.count, "segments")  # each waits for a process
 
-    def submit(self, items: Sequence[RowItem], file: RowsFile) -> Future[bytes | None]:
+    def submit(self, segment: FileRows, file: RowsFile) -> Future[bytes | None]:
         """Read a segment; the result is its content, or None if the process raised an exception.
 
         The result raises `Killed` if the process was killed, and `Crashed` if it ended by itself.
         """
-        return self._threads.submit(self._read, pickle.dumps((file, items)))
+        return self._threads.submit(self._read, pickle.dumps((file, segment)))
 
     def _read(self, message: bytes) -> bytes | None:
         child = self._free.get()
@@ -183,11 +182,11 @@ def main(answers_to: int) -> None:
     config: CheckDatasetConfig = pickle.loads(config_message)
     known: tuple[RowsFile, Labels] | None = None
     while (message := _read_frame(sys.stdin.buffer)) is not None:
-        file, items = pickle.loads(message)
+        file, segment = pickle.loads(message)
         if known is None or known[0] != file:
             known = file, file.labels()
         try:
-            answer = read_segment(items, file, config, known[1]).as_bytes()
+            answer = read_segment(segment, file, config, known[1]).as_bytes()
         except Exception as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             answer, known = b"", None

@@ -12,28 +12,24 @@ import json
 import logging
 import unicodedata
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-import numpy as np
-
 from loraflow import stage_code
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.labels import Answer, Labels, Question
 from loraflow.data.row_segment import RowSegment
-from loraflow.data.rows_file import RowItem, RowsFile, read_segment
+from loraflow.data.rows_file import FileRows, RowItem, RowsFile, contents, read_segment
 from loraflow.data.segment_process import SegmentProcesses, processors
-from loraflow.data.segments import segments
 from loraflow.job import Job
 from loraflow.store.chunk_cache import ChunkCache
 
 log = logging.getLogger("loraflow")
 
-FORMAT = 1  # of the entries
-MAX_BYTES = 500_000  # of a segment, but for its last row
+FORMAT = 2  # of the entries
 ALONE_ROWS = 20_000  # that are read before processes are started: each takes 0.6 s of processor time
 ALONE_BYTES = 20_000_000
 # Settings of the stage that do not decide how a row is read, or that each file has in its own settings
@@ -53,7 +49,7 @@ class PlacedSegment(NamedTuple):
 
 @dataclass(frozen=True)
 class _Pending:
-    items: Sequence[RowItem]
+    segment: FileRows
     key: str
     found: RowSegment | Future[bytes | None]
     is_cached: bool
@@ -96,11 +92,11 @@ class SegmentReader:
         of_file = hashlib.sha256(self._of_job + _key_of_file(file)) if self._cache is not None else None
         labels, answers = file.labels(), dict[Question, Answer]()
         pending: deque[_Pending] = deque()
-        for items in segments(file.items(), lambda item: item.content, MAX_BYTES):
-            key = "" if of_file is None else _key_of_rows(of_file, items)
+        for segment in file.segments():
+            key = "" if of_file is None else _key_of_rows(of_file, segment)
             cached = self._cached(key, answers)
-            found = self._compute(items, file, labels) if cached is None else cached
-            pending.append(_Pending(items, key, found, cached is not None))
+            found = self._compute(segment, file, labels) if cached is None else cached
+            pending.append(_Pending(segment, key, found, cached is not None))
             while pending and self._is_due(pending):
                 yield self._finish(pending.popleft(), file, labels, answers)
         while pending:
@@ -114,15 +110,15 @@ class SegmentReader:
         # A question that was not asked of this file in this run has no answer yet: the segment asks it.
         return found if all(answers.get(question) == answer for question, answer in found.asked.items()) else None
 
-    def _compute(self, items: Sequence[RowItem], file: RowsFile, labels: Labels) -> RowSegment | Future[bytes | None]:
+    def _compute(self, segment: FileRows, file: RowsFile, labels: Labels) -> RowSegment | Future[bytes | None]:
         is_large = self.computed >= ALONE_ROWS or self._computed_bytes >= ALONE_BYTES
         if is_large and not self._is_decided:
             self._processes, self._is_decided = self._started(), True
-        self.computed += len(items)
-        self._computed_bytes += sum(len(item.content) for item in items)
+        self.computed += len(segment.rows)
+        self._computed_bytes += sum(map(len, contents(segment.rows)))
         if self._processes is not None:
-            return self._processes.submit(items, file)
-        return read_segment(items, file, self._config, labels)
+            return self._processes.submit(segment, file)
+        return read_segment(segment, file, self._config, labels)
 
     def _started(self) -> SegmentProcesses | None:
         """Return processes that read rows; None if there is one processor, or if they cannot be started."""
@@ -146,13 +142,13 @@ class SegmentReader:
         if isinstance(found, Future):
             content = found.result()
             if content is None:  # an exception of the process is raised here, where it is handled
-                found = read_segment(pending.items, file, self._config, labels)
+                found = read_segment(pending.segment, file, self._config, labels)
             else:
                 found = RowSegment.from_bytes(content)
         answers |= found.asked
         if self._cache is not None and not pending.is_cached:
             self._cache.write(pending.key, found.as_bytes() if content is None else content)
-        return PlacedSegment(found, file.place(pending.items[0]), pending.items[0].number)
+        return PlacedSegment(found, pending.segment.place, pending.segment.first)
 
 
 def key_of_job(job: Job[CheckDatasetConfig]) -> bytes:
@@ -182,10 +178,13 @@ def _key_of_file(file: RowsFile) -> bytes:
     return json.dumps([values, file.is_pinned], sort_keys=True).encode()
 
 
-def _key_of_rows(of_file: hashlib._Hash, items: Sequence[RowItem]) -> str:
+def _key_of_rows(of_file: hashlib._Hash, segment: FileRows) -> str:
     found = of_file.copy()
-    # Lines and other rows have different signs, and numbers begin with those of the segment's first row.
-    shape = [(len(content), number - items[0].number, value is None) for number, content, value in items]
-    found.update(np.array(shape, np.int64).tobytes())
-    found.update(b"".join([item.content for item in items]))
+    rows, others = contents(segment.rows), list[tuple[int, int, int]]()
+    if rows is not segment.rows:
+        items = enumerate(segment.rows)
+        others = [(n, len(row.content), row.number - segment.first) for n, row in items if isinstance(row, RowItem)]
+    # Lines end with a line break, so their bytes say which they are; of other rows, sizes and numbers are needed.
+    found.update(json.dumps([len(rows), others]).encode())
+    found.update(b"".join(rows))
     return found.hexdigest()

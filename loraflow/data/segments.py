@@ -7,30 +7,43 @@ what is new.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
+
+import numpy as np
 
 MEAN_ROWS = 256  # of a segment
 MAX_ROWS = 1024
 Item = TypeVar("Item")
 
 
-def segments(items: Iterable[Item], content: Callable[[Item], bytes], max_bytes: int) -> Iterator[list[Item]]:
+def segments(
+    batches: Iterable[Sequence[Item]], contents: Callable[[Sequence[Item]], Sequence[bytes]], max_bytes: int
+) -> Iterator[list[Item]]:
     """Yield items in segments, in order.
 
     Args:
-        items: the rows.
-        content: returns what decides whether a row ends a segment: the same bytes for the same row.
+        batches: the rows, some thousands at a time. How many does not matter for the segments.
+        contents: returns what decides whether rows end a segment: the same bytes for the same row.
         max_bytes: content of a segment, but for its last row.
     """
     found: list[Item] = []
     size = 0
-    for item in items:
-        found.append(item)
-        data = content(item)
-        size += len(data)
-        if len(found) == MAX_ROWS or size >= max_bytes or zlib.crc32(data) % MEAN_ROWS == 0:
+    for items in batches:
+        data = contents(items)
+        totals = np.cumsum(np.fromiter(map(len, data), np.int64, len(data)))
+        ends = np.flatnonzero(np.fromiter(map(zlib.crc32, data), np.uint32, len(data)) % MEAN_ROWS == 0)
+        begin = 0
+        while begin < len(items):
+            before = int(totals[begin - 1]) if begin else 0
+            by_content = ends[np.searchsorted(ends, begin) :][:1]
+            by_size = int(np.searchsorted(totals, max_bytes - size + before))
+            end = 1 + min(*by_content.tolist(), by_size, begin + MAX_ROWS - len(found) - 1)
+            found += items[begin:end]
+            if end > len(items):
+                size += int(totals[-1]) - before
+                break
             yield found
-            found, size = [], 0
+            found, size, begin = [], 0, end
     if found:
         yield found

@@ -6,6 +6,7 @@ import numpy as np
 
 from loraflow.data.chat_table import ChatTable, Columns, Rows
 from loraflow.data.check_report import Similar
+from loraflow.data.equal_keys import is_repeated
 from loraflow.data.row_segment import LAST_LEARNED
 
 
@@ -39,11 +40,7 @@ def find_similar(table: ChatTable, columns: Columns, train: Rows, heldout: Rows)
 def _disputed(prompts: np.ndarray, answers: np.ndarray, learned: np.ndarray) -> np.ndarray:
     """Tell for each row whether a row with its prompt has another answer. Answers that are not learned do not count."""
     found = np.zeros(len(prompts), bool)
-    ordered = np.sort(prompts)
-    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    if len(repeated) == 0:  # as in most datasets: the rest needs several times the memory of the keys
-        return found
-    order = np.flatnonzero(learned & np.isin(prompts, repeated))
+    order = np.flatnonzero(learned & is_repeated(prompts))
     order = order[np.lexsort((answers[order], prompts[order]))]
     if len(order) == 0:
         return found

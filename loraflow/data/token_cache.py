@@ -24,6 +24,7 @@ from loraflow.job import Job
 
 FORMAT = 2  # of the entries; those of version 1 had no key in their hash
 MAX_BYTES = 4_000_000  # of a segment, but for its last row: the arrays of long documents must fit into memory
+_BATCH_CHARACTERS = 1_000_000  # of lines that are read together
 _CONTENT = ', "messages": '  # of a row begins here; what stands before it is its id, set and place
 
 
@@ -116,7 +117,8 @@ def key_of_rows(of_job: bytes, lines: Iterable[str]) -> str:
 def segments(source: Path) -> Iterator[list[str]]:
     """Yield the lines of a file of checked rows, cut into segments by their content."""
     with source.open(encoding="utf-8") as file:
-        yield from cut(file, _content, MAX_BYTES)
+        batches = iter(lambda: file.readlines(_BATCH_CHARACTERS), [])
+        yield from cut(batches, lambda lines: [_content(line) for line in lines], MAX_BYTES)
 
 
 def _content(line: str) -> bytes:

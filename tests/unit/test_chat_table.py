@@ -36,6 +36,8 @@ def test_the_texts_of_rows_are_not_in_memory(tmp_path, row):
     """150 rows of 50 kB, valid or malformed."""
     rng = np.random.default_rng(0)
     lines = [json.dumps(row).replace("x", f"question {n}").replace("TEXT", rng.bytes(25_000).hex()) for n in range(150)]
+    (tmp_path / "first").mkdir()
+    run_check(tmp_path / "first", lines[:1])  # imports modules, whose memory does not count
     tracemalloc.start()
     try:
         report = run_check(tmp_path, lines, heldout_fraction=0.1).report
@@ -43,7 +45,7 @@ def test_the_texts_of_rows_are_not_in_memory(tmp_path, row):
     finally:
         tracemalloc.stop()
     assert report["counts"]["read"] == 150
-    assert peak < 4e6
+    assert peak < 4e6, peak
 
 
 def test_a_dataset_without_a_valid_row_has_a_report_with_near_duplicates(tmp_path):
@@ -79,4 +81,4 @@ def test_the_first_of_equal_rows_is_that_of_a_dictionary(rows):
     seen: dict[tuple[int, int], int] = {}
     expected = [seen.setdefault(row, number) for number, row in enumerate(rows)]
     columns = np.array(rows, np.int64).reshape(-1, 2)
-    assert _first(columns[:, 0], columns[:, 1]).tolist() == expected
+    assert _first(columns[:, 0].astype(np.uint64), columns[:, 1]).tolist() == expected

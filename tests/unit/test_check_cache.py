@@ -9,7 +9,7 @@ import pytest
 
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data import check, segment_process, segment_reader
+from loraflow.data import check, near, segment_process, segment_reader
 from loraflow.failures import BadData, Crashed, Killed
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.chunk_cache import ChunkCache
@@ -89,6 +89,39 @@ def test_of_many_rows_3_percent_are_read_again_at_most(tmp_path):
     for lines in ([*before, *rows(200, seed=1)], [*rows(200, seed=2), *before]):
         folder.write("train.jsonl", lines)
         assert folder.check(settings)[1] <= 0.03 * 20_000 + 256
+
+
+def test_after_any_edit_the_result_is_that_without_a_cache(tmp_path):
+    rng, folder, lines = random.Random(3), Folder(tmp_path), rows(700)
+    more = iter(rows(400, seed=4))
+    for edit in ("append", "insert", "delete", "reorder", "change", "append", "reorder"):
+        at, count = rng.randrange(len(lines)), rng.randrange(1, 40)
+        if edit == "reorder":
+            block = [lines.pop(at % len(lines)) for _ in range(count)]
+            lines[rng.randrange(len(lines)) : 0] = block
+        else:
+            new = [] if edit == "delete" else [next(more) for _ in range(1 if edit == "change" else count)]
+            begin = len(lines) if edit == "append" else at
+            lines[begin : begin + {"delete": count, "change": 1}.get(edit, 0)] = new
+        folder.write("train.jsonl", lines)
+        folder.check_both(SETTINGS | {"near_duplicates": rng.choice(["drop", "report"])})
+
+
+def test_pairs_of_texts_are_compared_once(tmp_path, monkeypatch):
+    compared, jaccard = [], near.jaccard
+    monkeypatch.setattr(near, "jaccard", lambda *texts: compared.append(texts) or jaccard(*texts))
+    folder, lines = Folder(tmp_path), rows(1000)
+    folder.write("train.jsonl", lines)
+    folder.check(SETTINGS)
+    pairs = len(compared)
+    assert pairs > 20 and folder.check(SETTINGS) and len(compared) == pairs
+    copy = json.loads(lines[2])["messages"][0]["content"] + " once more"
+    chat = [{"role": "user", "content": copy}, {"role": "assistant", "content": "x"}]
+    folder.write("train.jsonl", [*lines, json.dumps({"messages": chat}) + "\n"])
+    found = folder.check(SETTINGS)[0]
+    # With the row that it was copied from, and with the other copy of it; chats and prompts.
+    assert pairs < len(compared) <= pairs + 4
+    assert found == folder.check(SETTINGS, cached=False)[0]
 
 
 def test_a_new_source_is_read_alone(tmp_path):
@@ -181,7 +214,7 @@ def test_an_entry_that_was_copied_over_another_one_is_not_believed(tmp_path):
     folder = Folder(tmp_path)
     folder.write("train.jsonl", rows(900))
     folder.check(SETTINGS)
-    one, other, *_ = sorted(folder.cache.glob("*/*"))
+    *_, one, other = sorted(folder.cache.glob("*/*"), key=lambda file: file.stat().st_size)  # the smallest has no rows
     other.write_bytes(one.read_bytes())
     assert 0 < folder.check_both(SETTINGS) < 900
 
@@ -264,7 +297,7 @@ def processes_for(monkeypatch, tmp_path) -> tuple[segment_process.SegmentProcess
     recipe = Recipe.model_validate({"name": "x", "base": {"model": "b"}, "data": SETTINGS})
     config = CheckDatasetConfig.from_recipe(recipe, Outside())
     (file,) = check.files_of_sets(folder.files, config, None)
-    return segment_process.SegmentProcesses(config), list(file.items()), file
+    return segment_process.SegmentProcesses(config), next(file.segments()), file
 
 
 def test_a_process_that_is_killed_is_a_failure_that_is_retried(tmp_path, monkeypatch):
@@ -282,7 +315,7 @@ def test_a_process_that_is_killed_is_a_failure_that_is_retried(tmp_path, monkeyp
 def test_processes_end_with_the_reader_and_answer_nothing_after_an_exception(tmp_path, monkeypatch):
     processes, items, file = processes_for(monkeypatch, tmp_path)
     children = [child._process for child in processes._children]
-    assert processes.submit([items[0]._replace(content=None)], file).result() is None
+    assert processes.submit(items._replace(rows=[None]), file).result() is None
     assert processes.submit(items, file).result(), "the process goes on"
     assert [child.poll() for child in children] == [None, None]
     processes.close()
