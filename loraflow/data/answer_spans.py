@@ -268,7 +268,9 @@ class AnswerFinder:
             except BadModel:  # a template that refuses this chat
                 text = head = ""
             tail = text.partition(_PROBE)[2]
-            tokens = list(self._control.finditer(tail)) if self._control and self._stop and self._stop.match(tail) else []
+            tokens = (
+                list(self._control.finditer(tail)) if self._control and self._stop and self._stop.match(tail) else []
+            )
             opening = next((token.start() for token in tokens[1:] if head.endswith(tail[token.start() :])), len(tail))
             closing = [token for token in tokens if token.start() < opening]
             known = [token for token in closing if token.group() in self._ends]

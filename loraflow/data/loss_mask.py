@@ -23,13 +23,13 @@ import numpy as np
 from loraflow.data.alignment import ByteAlignment, Span
 from loraflow.data.answer_spans import Answer, AnswerFinder, IfCut, LossOn
 from loraflow.data.chats import Chat
+from loraflow.data.reasoning import without_reasoning
 from loraflow.data.render_checks import (
     refuse_cut_questions,
     refuse_ignored_tools,
     refuse_left_out,
     refuse_other_text,
 )
-from loraflow.data.reasoning import without_reasoning
 from loraflow.data.rendered_calls import CALL_ENDS, call_text
 from loraflow.data.template_process import TemplateProcess, template_process
 from loraflow.data.token_labels import (
@@ -282,7 +282,7 @@ class ChatTemplate:
         return (self._opening or "") if is_open else ""
 
     def _end_before(self, role: str) -> str | None:
-        """Return the control token with which a message of a role ends the answer before it; None if answers end themselves."""
+        """Return the control token with which a message ends the answer before it; None if answers end themselves."""
         chat = _PROBES[0] if role == "user" else _CALL
         try:
             ended, continued = self.render([chat, [*chat, {"role": role, "content": "a"}]])
