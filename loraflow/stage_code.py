@@ -17,6 +17,7 @@ _TEMPLATE = (
     "loraflow.data.token_labels",
     "loraflow.data.render_checks",
     "loraflow.data.rendered_calls",
+    "loraflow.data.reasoning",
     "loraflow.data.answer_spans",
     "loraflow.data.answer_refusals",
     "loraflow.data.alignment",

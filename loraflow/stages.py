@@ -111,7 +111,10 @@ RESOLVE_BASE = Stage(
 
 TOKENIZE = Stage(
     name="tokenize",
-    version=3,  # 3: what a template leaves unmarked in an answer is learned; a question that it cuts is refused
+    # 3: what a template leaves unmarked in an answer is learned; a question that it cuts is refused
+    # 4: of what a template writes behind the last answer, the start of another answer is not learned (Command A); of a text
+    # between two tokens, all of it is (Kimi K3); a GLM's call ends with <|observation|>
+    version=4,
     module="loraflow.data.tokenization",
     config=configs.TokenizeConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train"), "base": _from(RESOLVE_BASE, part="tokenizer")},

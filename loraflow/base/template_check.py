@@ -116,12 +116,12 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
 def follows_stop_ids(folder: Path) -> bool:
     """Tell whether the tokens of chats, or whether chats are refused, depend on the stop ids of the model's configuration.
 
-    They do if the template ends an answer only by the next message, as GLM's, or closes earlier answers by other tokens than
-    the last one, as gpt-oss's.
+    They do if the template ends an answer only by the next message, as GLM's, closes earlier answers by other tokens than
+    the last one, as gpt-oss's, or writes more behind a chat than the token that ends its last answer, as Command A's.
     """
     special = ChatTemplate(folder).special_ids()
-    none, every = (_outcomes(ChatTemplate(folder, eos)) for eos in (set[int](), special))
-    return none != every
+    none, every, own = (_outcomes(ChatTemplate(folder, eos)) for eos in (set[int](), special, None))
+    return not none == every == own
 
 
 def _outcomes(template: ChatTemplate) -> list[tuple[list[int], list[int]] | None]:

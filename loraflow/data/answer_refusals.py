@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -78,7 +79,7 @@ def refuse_prompt(text: str, head: str, turn: AnswerTurn) -> NoReturn:
     """Refuse an answer that does not follow the prompt that a server sends."""
     at = next((i for i, (a, b) in enumerate(zip(text, head, strict=False)) if a != b), min(len(text), len(head)))
     ways = [] if turn.is_last else ["data.loss_on: last_assistant learns the last answer only"]
-    if "think" in head[max(0, at - 10) :].lower():
+    if re.search("think|thought", head[max(0, at - 10) :].lower()):
         ways.append("data.thinking: empty serves a prompt without reasoning")
         ways.append("base.chat_template names another template")
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,20 +61,30 @@ class AnswerFinder:
         source: its source.
         special: the tokenizer's control tokens, longest first.
         marking: renders the same text with `{% generation %}` blocks, if another template than the server's does so.
+        ends: the control tokens at which the model's own configuration ends an answer.
     """
 
     def __init__(
-        self, renderer: TemplateProcess, source: str, special: Sequence[str], marking: TemplateProcess | None = None
+        self,
+        renderer: TemplateProcess,
+        source: str,
+        special: Sequence[str],
+        marking: TemplateProcess | None = None,
+        ends: Collection[str] = (),
     ):
+        self._ends = ends
         self._renderer = renderer
         self._marking = marking or (renderer if MARKERS.search(source) else None)
         self._asks_for_answers = "add_generation_prompt" in source
         self._special = tuple(special)
         tokens = "|".join(map(re.escape, special))
         self._stop = re.compile(rf"\s*({tokens})") if special else None
+        self._control = re.compile(tokens) if special else None
         self.appended = ""  # what the caller adds to a rendered chat that ends with an answer
         self._insertions = [""]  # texts that were found between prompts and answers
         self._call_ends: list[str] | None = None  # tokens that end an answer with calls
+        self._tail: str | None = None  # what follows the last answer of a chat
+        self._opens_answers = False  # whether the start of another answer follows it
 
     def find(
         self,
@@ -160,6 +170,7 @@ class AnswerFinder:
         Both are found by rendering the chat with another answer: what is equal in the two texts is the template's.
         """
         content = chat[turn.message]["content"]
+        self._tail_of_chats()
         before, found, after = self._around_probe(chat, turn)
         if self.appended and text.endswith(self.appended) and not after.endswith(self.appended):
             after += self.appended
@@ -172,7 +183,7 @@ class AnswerFinder:
         rendered = text[len(head) : end]
         if not text.endswith(after) or end < len(head) or not _is_whole(rendered, content, head, inserted):
             raise CutAnswer(content, rendered)
-        if inserted.strip() and not self._asks_for_answers:
+        if inserted.strip() and not self._asks_for_answers and not self._opens_answers:
             refuse_ignored_prompt(inserted, turn)
         if inserted not in self._insertions and rendered.startswith(inserted):
             self._insertions.append(inserted)
@@ -231,6 +242,9 @@ class AnswerFinder:
 
     def _closed(self, text: str, start: int, end: int, inserted: str, turn: AnswerTurn) -> Answer:
         """Return the answer with the control tokens that close it."""
+        tail = self._tail_of_chats()
+        if tail and text.startswith(tail, end):
+            return Answer(((start, end + len(tail)),), inserted, tail)
         stop = self._stop.match(text, end) if self._stop else None
         if stop is None:
             refuse_open(text[end : end + 40], turn)
@@ -239,6 +253,37 @@ class AnswerFinder:
             while self._stop and (more := self._stop.match(text, closed)):
                 closed = more.end()
         return Answer(((start, closed),), inserted, text[end:closed])
+
+    def _tail_of_chats(self) -> str:
+        """Return what the template writes behind the last answer of a chat: a control token, or a text between two of them.
+
+        It is empty if no control token follows. The start of a further answer, which some templates write whatever
+        add_generation_prompt says, is not a part of it.
+        """
+        if self._tail is None:
+            chat: Chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+            try:
+                (text,) = self._renderer.render([chat], prompt=False)
+                (head,) = self._renderer.render([chat[:1]], prompt=True)
+            except BadModel:  # a template that refuses this chat
+                text = head = ""
+            tail = text.partition(_PROBE)[2]
+            tokens = (
+                list(self._control.finditer(tail)) if self._control and self._stop and self._stop.match(tail) else []
+            )
+            opening = next((token.start() for token in tokens[1:] if head.endswith(tail[token.start() :])), len(tail))
+            closing = [token for token in tokens if token.start() < opening]
+            known = [token for token in closing if token.group() in self._ends]
+            self._tail = tail[: (known or closing)[-1].end()] if closing else ""
+            self._opens_answers = head.endswith(tail[len(self._tail) :]) and self._tail != tail.rstrip()
+        return self._tail
+
+    def stop_tokens(self, answer: Answer) -> list[str]:
+        """Return the control tokens that close an answer and are not a part of it: generation stops at the first one."""
+        last = self._before_closing(answer.closing)
+        inner = answer.inserted + answer.closing[:last]
+        found = self._control.findall(answer.closing[last:]) if self._control else []
+        return [token for token in found if token not in inner]
 
     def _with_calls(self, chat: Chat, text: str, head: str, turn: AnswerTurn) -> Answer:
         """Return an answer with tool calls: from its prompt to the first token that ends an answer."""
@@ -275,8 +320,7 @@ class AnswerFinder:
                 ((answer,),) = self.find([chat], [text + self.appended], "assistant")
             except BadModel:  # a template that refuses this chat; the rows decide
                 return self._call_ends
-            found = re.findall("|".join(map(re.escape, self._special)), answer.closing) if self._special else []
-            self._call_ends += list(dict.fromkeys(found))
+            self._call_ends += list(dict.fromkeys(self.stop_tokens(answer)))
         return self._call_ends
 
     # -- templates with {% generation %} blocks ---------------------------------------------------------------------

@@ -23,13 +23,14 @@ import numpy as np
 from loraflow.data.alignment import ByteAlignment, Span
 from loraflow.data.answer_spans import Answer, AnswerFinder, IfCut, LossOn
 from loraflow.data.chats import Chat
+from loraflow.data.reasoning import without_reasoning
 from loraflow.data.render_checks import (
     refuse_cut_questions,
     refuse_ignored_tools,
     refuse_left_out,
     refuse_other_text,
 )
-from loraflow.data.rendered_calls import call_text
+from loraflow.data.rendered_calls import CALL_ENDS, call_text
 from loraflow.data.template_process import TemplateProcess, template_process
 from loraflow.data.token_labels import (
     IGNORED,
@@ -47,6 +48,14 @@ _PROBES: tuple[Chat, ...] = (
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nc\n</think>\n\nb"}],
 )
+_CALL: Chat = [
+    {"role": "user", "content": "a"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "id": "call00001", "function": {"name": "b", "arguments": {"c": "d"}}}],
+    },
+]
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,9 @@ class ChatTemplate:
         if (folder / TRAINING_TEMPLATE).exists():
             marking = (folder / TRAINING_TEMPLATE).read_text(encoding="utf-8")
             self._marking = template_process(marking, special_tokens(folder))
-        self._answers = AnswerFinder(self._renderer, self.template, self.special, self._marking)
         self._eos = eos_ids(folder) if eos is None else eos
+        ends = {token for i in self._eos if (token := self.tokenizer.id_to_token(i)) is not None}
+        self._answers = AnswerFinder(self._renderer, self.template, self.special, self._marking, ends)
         self._ends: set[str] | None = None  # tokens at which generation stops
         self._probed: Answer | None = None  # how an answer is rendered
         self._opening: str | None = None  # of a user's message: the token that ends the answer before it
@@ -223,9 +233,8 @@ class ChatTemplate:
         Raises:
             BadModel: there is no such token.
         """
-        found = {
-            i for token in self._control(self._probe().closing) if (i := self.tokenizer.token_to_id(token)) is not None
-        }
+        tokens = self._answers.stop_tokens(self._probe())
+        found = {i for token in tokens if (i := self.tokenizer.token_to_id(token)) is not None}
         if not found:
             raise BadModel(
                 "The chat template's {% generation %} block contains no stop token: the model would not learn to stop.",
@@ -253,24 +262,30 @@ class ChatTemplate:
     def _closed(self, chats: Sequence[Chat], texts: list[str]) -> list[str]:
         """Add the token that ends the last answer, if the template writes it only before the next message, as GLM's does.
 
-        It is the control token that opens a user's message, and one of the model's own stop tokens.
+        It is the control token that opens the next message, of a user or with a call's result, and one of the model's own
+        stop tokens.
         """
         if self._opening is None:
-            self._opening = self._answers.appended = self._end_before_next() or ""
+            self._opening = self._answers.appended = self._end_before("user") or ""
         if not self._opening:
             return texts
-        return [
-            text + self._opening
-            if chat[-1]["role"] == "assistant" and text.endswith(chat[-1]["content"].strip())
-            else text
-            for chat, text in zip(chats, texts, strict=True)
-        ]
+        return [text + self._end_of(chat, text) for chat, text in zip(chats, texts, strict=True)]
 
-    def _end_before_next(self) -> str | None:
-        """Return the control token with which a user's message ends the answer before it; None if answers end themselves."""
-        chat = _PROBES[0]
+    def _end_of(self, chat: Chat, text: str) -> str:
+        """Return the token to add to a rendered chat; nothing if it does not end with an open answer."""
+        if chat[-1]["role"] != "assistant":
+            return ""
+        if "tool_calls" in chat[-1] and not text.endswith(CALL_ENDS):
+            return self._end_before("tool") or self._opening or ""
+        (answer,) = without_reasoning(chat[-1:])
+        is_open = text.endswith(answer["content"].strip()) and not text.endswith(CALL_ENDS)
+        return (self._opening or "") if is_open else ""
+
+    def _end_before(self, role: str) -> str | None:
+        """Return the control token with which a message ends the answer before it; None if answers end themselves."""
+        chat = _PROBES[0] if role == "user" else _CALL
         try:
-            ended, continued = self.render([chat, [*chat, {"role": "user", "content": "a"}]])
+            ended, continued = self.render([chat, [*chat, {"role": role, "content": "a"}]])
         except BadModel:  # the template refuses these probes; the rows decide
             return None
         if not ended.endswith(chat[-1]["content"]) or not continued.startswith(ended) or self._any_special is None:

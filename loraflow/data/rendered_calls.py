@@ -11,8 +11,8 @@ from pydantic import JsonValue
 from loraflow.data.chats import Chat, Message, ToolCall
 
 # Tokens that close an answer with a call in templates that close other answers differently: Llama's, gpt-oss's, GLM's,
-# Gemma 4's.
-CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|observation|>", "<|tool_response>")
+# Gemma 4's, Apertus'.
+CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|observation|>", "<|tool_response>", "<|tools_suffix|>")
 
 
 def missing_part(rendered: str, message: Message) -> str | None:

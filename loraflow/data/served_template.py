@@ -31,6 +31,7 @@ _DATE_USE = re.compile(r"\bstrftime_now\b(?!\s+is\b)")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _NOTE = re.compile(r"\A\{#- The date is fixed to (\S+),")
 _OPENS = re.compile(r"<think>(?:\\n|\s)*[\"']")  # the end of a text in the template
+_EMPTY = ("<|channel>thought\n<channel|>", "<|START_THINKING|><|END_THINKING|>")  # blocks of Gemma 4 and Cohere
 _TEXT = "loraflow_text"  # a variable of a template: what the base's own one writes
 _SWITCHES = ("enable_thinking", "thinking")
 
@@ -128,9 +129,12 @@ def pinned(source: str, *, no_thinking: bool = False) -> str:
         BadModel: the template cannot be served without thinking, or prints a date in a way that cannot be fixed.
     """
     if no_thinking:
-        switch = next((s for s in _SWITCHES if re.search(rf"\b{s}\b", source)), None)
-        if switch is None:
-            return pinned(_without_open_block(source))
+        code = _COMMENT.sub("", source)
+        prompts = code.rpartition("add_generation_prompt")[2].replace(r"\n", "\n")
+        block = next((block for block in _EMPTY if block in prompts), None)
+        switch = next((s for s in _SWITCHES if re.search(rf"(?<![\w.'\"]){s}\b", code)), None)
+        if switch is None or block is not None:
+            return pinned(_without_block(source, block))
         source = f"{{%- if {switch} is not defined %}}{{%- set {switch} = false %}}{{%- endif -%}}\n" + source
     if _DATE_CALL.search(source) and not _NOTE.match(source):
         source = _DATE_CALL.sub(lambda call: json.dumps(time.strftime(call[2], TODAY)), source)
@@ -147,28 +151,34 @@ def pinned(source: str, *, no_thinking: bool = False) -> str:
     return source
 
 
-def _without_open_block(source: str) -> str:
-    """Return a template whose prompts do not end with the tag that opens the reasoning, as DeepSeek-R1's do.
+def _without_block(source: str, empty: str | None) -> str:
+    """Return a template whose prompts do not end with the start of the reasoning, or with empty reasoning.
 
-    Its answers are rendered without reasoning, so this is what they follow.
+    DeepSeek-R1's end with the tag that opens it, Gemma 4's with an empty block. Their answers are rendered without
+    reasoning, so this is what they follow.
+
+    Args:
+        source: the template.
+        empty: the empty block; None: the tag.
 
     Raises:
         BadModel: the template writes no such tag, or marks its answers.
     """
     if _TEXT in source:
         return source  # a merged model can be a base
-    if not _OPENS.search(source) or MARKERS.search(source):
+    if (empty is None and not _OPENS.search(source)) or MARKERS.search(source):
         raise BadModel(
             "The chat template cannot put an empty think block before an answer.",
             where="data.thinking",
             expected="a template that reads enable_thinking, or whose prompts end with <think>",
             next_step="set data.thinking to strip, or name another template: base.chat_template",
         )
+    asked, ending = ("add_generation_prompt and ", "<think>") if empty is None else ("", empty)
     # No white space may be added to what the template writes, or taken from it.
     return (
         f"{{% set {_TEXT} +%}}" + source.removesuffix("\n") + "{%+ endset -%}\n"
-        f"{{%- if add_generation_prompt and {_TEXT}.rstrip().endswith('<think>') -%}}\n"
-        f"{{{{- {_TEXT}.rstrip()[:-7] -}}}}\n"
+        f"{{%- if {asked}{_TEXT}.rstrip().endswith({ending!r}) -%}}\n"
+        f"{{{{- {_TEXT}.rstrip()[:-{len(ending)}] -}}}}\n"
         "{%- else -%}\n"
         f"{{{{- {_TEXT} -}}}}\n"
         "{%- endif -%}"

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.merge_folders import merge
 from loraflow.store.checkpoints import FOLDER
+from tests.conftest import WORDS
 from tests.families.tiny import FAMILIES, family_config
 from tests.unit.test_training import build_phi3, run, tokenize
 from tests.variants import _documents, _loss, _validation_loss
@@ -27,7 +28,25 @@ SETTINGS = {
     "training_config__max_steps": STEPS,
     "peft_config__target_modules": "all-linear",
 }
+CHATS, TRAINED = 8, 30  # chats that a model learns by heart, and the steps in which it does
+BY_HEART = FAMILIES.keys() - {"Granite 3", "DeepSeek-V3"}  # these two need more steps
+OVERFIT = {
+    **SETTINGS,
+    "training_config__eval_steps": TRAINED,
+    "training_config__max_steps": TRAINED,
+    "training_config__save_steps": TRAINED - 2,
+    "training_config__per_device_train_batch_size": CHATS,
+    "training_config__learning_rate": 2e-2,
+    "peft_config__r": 16,
+    "peft_config__lora_alpha": 16,
+}
 EXPERTS = {"peft_config__target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
+def short_chat(number):
+    question, *answer = (WORDS[at % len(WORDS)] for at in (number, 3 * number + 1, 5 * number + 2, 7 * number))
+    said = {"role": "assistant", "content": " ".join(answer)}
+    return {"messages": [{"role": "user", "content": f"what is the {question}"}, said]}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +54,9 @@ def prepared(tmp_path_factory):
     """A tokenizer, and rows that were tokenized with it: the same for all families."""
     folder = tmp_path_factory.mktemp("prepared")
     phi3 = build_phi3(folder / "phi3", dtype="float32")
-    return SimpleNamespace(phi3=phi3, shards=tokenize(phi3, folder / "rows", chats=24, **SETTINGS))
+    shards = tokenize(phi3, folder / "rows", chats=24, **SETTINGS)
+    short = tokenize(phi3, folder / "short", chats=CHATS, chat_of=short_chat, **OVERFIT)
+    return SimpleNamespace(phi3=phi3, shards=shards, short=short)
 
 
 def build(family, prepared, folder):
@@ -48,6 +69,31 @@ def build(family, prepared, folder):
     return folder
 
 
+def widened(base):
+    """Widen random weights: at their usual size, no head can be as certain of a token as eight chats ask for."""
+    generator, model = torch.Generator().manual_seed(1), load(base)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim >= 2 and "A_log" not in name and "vision" not in name:
+                of_tokens = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+                weight.copy_(torch.randn(weight.shape, generator=generator) * (0.25 if of_tokens else 0.12))
+    model.save_pretrained(base)
+    return base
+
+
+def require_answers(merged, base):
+    """Require that a merged model answers each chat as it was trained, and stops there, in plain transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for number in range(CHATS):
+        question, answer = short_chat(number)["messages"]
+        asked = tokenizer.apply_chat_template(
+            [question], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            said = merged.generate(**asked, max_new_tokens=48, do_sample=False)[0, asked["input_ids"].shape[1] :]
+        assert tokenizer.decode(said) == answer["content"] + "<|end|>"
+
+
 def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -56,22 +102,26 @@ def load(folder):
 def test_a_family_trains_resumes_and_merges_bit_for_bit_and_loads_with_plain_libraries(family, prepared, tmp_path):
     if FAMILIES[family][0] not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {FAMILIES[family][0]}")
-    settings = {**SETTINGS, **(EXPERTS if "experts adapted" in family else {})}
+    by_heart = family in BY_HEART
+    settings = {**(OVERFIT if by_heart else SETTINGS), **(EXPERTS if "experts adapted" in family else {})}
+    shards, steps = (prepared.short, TRAINED) if by_heart else (prepared.shards, STEPS)
     base = build(family, prepared, tmp_path / "base")
-    trained, losses = run(base, prepared.shards, tmp_path / "straight", **settings)
-    assert losses[STEPS] < losses[1], "it learns"
+    if by_heart:
+        widened(base)
+    trained, losses = run(base, shards, tmp_path / "straight", **settings)
+    assert losses[steps] < losses[1], "it learns"
 
-    # What a killed run leaves behind: its work folder, with the checkpoint of step 2.
+    # What a killed run leaves behind: its work folder, with the checkpoint before the last one.
     shutil.copytree(tmp_path / "straight" / "work", tmp_path / "resumed" / "work")
-    shutil.rmtree(tmp_path / "resumed" / "work" / FOLDER / f"checkpoint-{STEPS}")
-    assert (tmp_path / "resumed" / "work" / FOLDER / "checkpoint-2").exists()
-    resumed, _ = run(base, prepared.shards, tmp_path / "resumed", **settings)
+    shutil.rmtree(tmp_path / "resumed" / "work" / FOLDER / f"checkpoint-{steps}")
+    assert (tmp_path / "resumed" / "work" / FOLDER / f"checkpoint-{steps - 2}").exists()
+    resumed, _ = run(base, shards, tmp_path / "resumed", **settings)
     assert resumed.keys() == trained.keys() and all(torch.equal(trained[name], resumed[name]) for name in trained)
 
     adapter = tmp_path / "straight" / "out" / "adapter"
     check_adapter(adapter, base)
     in_peft = PeftModel.from_pretrained(load(base), str(adapter)).eval()
-    exported = _loss(in_peft, _documents(prepared.shards / "validation", 5))
+    exported = _loss(in_peft, _documents(shards / "validation", 5))
     # For mixtures, trl adds the router's loss to the validation loss too: 0.001 times a number of about 2.
     tolerance = 0.005 if getattr(in_peft.config.get_text_config(), "num_experts", 0) else 1e-4
     assert exported == pytest.approx(_validation_loss(tmp_path / "straight"), abs=tolerance), (
@@ -89,3 +139,5 @@ def test_a_family_trains_resumes_and_merges_bit_for_bit_and_loads_with_plain_lib
     theirs, ours = by_peft.state_dict(), merged.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    if by_heart:
+        require_answers(merged, base)

@@ -52,7 +52,14 @@ def test_the_date_is_the_same_in_training_and_on_any_day_of_serving(name):
 
 
 @needs_trl
-@pytest.mark.parametrize("name", [name for name, text in TEMPLATES.items() if re.search(r"\benable_thinking\b", text)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, text in TEMPLATES.items()
+        if re.search(r"\benable_thinking\b", re.sub(r"\{#.*?#\}", "", text, flags=re.DOTALL))
+    ],
+)
 def test_a_template_that_is_fixed_not_to_think_equals_the_switch(name):
     fixed, free = CompiledTemplate(pinned(TEMPLATES[name], no_thinking=True), VARIABLES), CompiledTemplate(
         TEMPLATES[name], VARIABLES
@@ -95,9 +102,28 @@ def test_without_a_switch_the_prompt_no_longer_opens_the_reasoning(tmp_path, nam
     assert pinned(once, no_thinking=True) == once, "a merged model can be a base"
 
 
-def test_a_template_without_the_switch_cannot_be_fixed():
+@pytest.mark.parametrize("block", ["<|channel>thought\n<channel|>", "<|START_THINKING|><|END_THINKING|>"])
+def test_an_empty_block_that_is_in_prompts_only_is_removed(tmp_path, block):
+    """Gemma 4 and Command R7B are served with it, and render answers without."""
+    start = "{{ '<|assistant|>\n' }}"
+    with_block = PHI3_TEMPLATE.replace(start, start + f"{{% if not enable_thinking %}}{{{{ {block!r} }}}}{{% endif %}}")
+    build_tokenizer(tmp_path, with_block)
+    with pytest.raises(BadModel, match="differently in training") as caught:
+        ChatTemplate(tmp_path).encode([ONE], "assistant")
+    assert "data.thinking: empty" in caught.value.next_step
+    write_served_template(tmp_path, None, no_thinking=True)
+    plain = CompiledTemplate(PHI3_TEMPLATE, VARIABLES)
+    fixed = CompiledTemplate((tmp_path / "chat_template.jinja").read_text(), VARIABLES)
+    assert fixed.render(TWO) == plain.render(TWO)
+    assert fixed.render(ONE[:1], prompt=True) == plain.render(ONE[:1], prompt=True)
+    (encoded,) = ChatTemplate(tmp_path).encode([ONE], "assistant")
+    assert encoded.labels[-1] == encoded.ids[-1]
+
+
+@pytest.mark.parametrize("text", ["{# enable_thinking #}", "{{ m.thinking }}", "{{ m['thinking'] }}"])
+def test_a_template_without_the_switch_cannot_be_fixed(text):
     with pytest.raises(BadModel, match="cannot put an empty think block"):
-        pinned(PHI3_TEMPLATE, no_thinking=True)
+        pinned(text + PHI3_TEMPLATE, no_thinking=True)
 
 
 def test_a_template_without_a_date_stays_as_it_is(tmp_path):

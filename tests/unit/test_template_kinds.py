@@ -1,5 +1,7 @@
 """Templates of kinds that people bring: each is encoded as transformers serves it, or refused in one sentence."""
 
+import json
+
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -60,6 +62,34 @@ def test_what_a_template_leaves_unmarked_in_an_answer_is_learned_because_no_serv
     prompt = served.apply_chat_template(TWO[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
     assert encoded.ids[: encoded.prompt].tolist() == prompt
     assert template.inserted() == before
+
+
+OPEN = "{{ '<|assistant|>' }}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "end", "eos", "learned_as", "stops"),
+    [
+        ("{{ m['content'] + '<|user|>x<|user|><|end|>' }}", START, "<|endoftext|>", "{}<|user|>x<|user|><|end|>", ["<|end|>"]),
+        ("{{ '<|system|>' + m['content'] + '<|system|><|end|>' }}", START, "<|endoftext|>", "<|system|>{}<|system|><|end|>", ["<|end|>"]),
+        ("{{ '<|user|>' + m['content'] + '<|system|><|end|>' }}", OPEN + START.replace("assistant", "user"), "<|end|>", "{}<|system|><|end|>", ["<|system|>", "<|end|>"]),
+        ("{{ m['content'] + '<|end|>' }}", OPEN, "<|endoftext|>", "{}<|end|>", ["<|end|>"]),
+        ("{{ '<|system|>' + m['content'] + '<|end|>' }}", OPEN, "<|endoftext|>", "<|system|>{}<|end|>", ["<|end|>"]),
+    ],
+    ids=["a text between tokens", "a token before the answer too", "prompts with more than the start that is always written",
+         "the start is always written", "and not all of it"],
+)  # fmt: skip
+def test_only_what_ends_an_answer_is_learned_behind_it(tmp_path, answer, end, eos, learned_as, stops):
+    """As Kimi K3, Command A and Command R write their templates."""
+    build_tokenizer(tmp_path, turns(answer).replace(START, end))
+    served = AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": served.convert_tokens_to_ids(eos)}))
+    template = ChatTemplate(tmp_path)
+    assert {served.convert_ids_to_tokens(i) for i in template.stop_ids()} == set(stops)
+    assert learned(template, TWO) == [learned_as.format("a color"), learned_as.format("the house")]
+    (encoded,) = template.encode([TWO], "assistant")
+    assert encoded.ids.tolist() == served.apply_chat_template(TWO, return_dict=True)["input_ids"]
+    check_template(tmp_path)
 
 
 def test_the_end_of_answers_is_compared_with_transformers_own_mask(tmp_path, monkeypatch):

@@ -47,13 +47,14 @@ def recipe(**overrides):
     return parse_recipe("name: t\nbase: {model: x}\n", overrides=settings)
 
 
-def tokenize(base: Path, folder: Path, chats: int = 30, system: str = "", **overrides) -> Path:
+def tokenize(base: Path, folder: Path, chats: int = 30, system: str = "", chat_of=chat, **overrides) -> Path:
     rows, out = folder / "rows", folder / "tokens"
     rows.mkdir(parents=True)
     out.mkdir()
     first = [{"role": "system", "content": system}] if system else []
     rows_of = (
-        {"id": str(i), "set": "train", "place": f"x:{i}", "messages": first + chat(i)["messages"]} for i in range(chats)
+        {"id": str(i), "set": "train", "place": f"x:{i}", "messages": first + chat_of(i)["messages"]}
+        for i in range(chats)
     )
     lines = [json.dumps(row) + "\n" for row in rows_of]
     (rows / "train.jsonl").write_text("".join(lines))

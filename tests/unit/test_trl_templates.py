@@ -124,6 +124,25 @@ def require_right(template, tokenizer, name, chat, loss_on="assistant"):
     assert stop_of(name) in text.removesuffix("<|endoftext|>").rstrip()[-len(stop_of(name)) :]
 
 
+@pytest.mark.parametrize(
+    ("message", "end"),
+    [
+        (answer("a color"), "<|user|>"),
+        (answer("<think>\none and two\n</think>\n\na color"), "<|user|>"),
+        ({**answer(""), "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"at": "red"}}}]}, "<|observation|>"),
+    ],
+    ids=["answer", "reasoning", "call"],
+)  # fmt: skip
+def test_an_open_end_is_closed_by_the_token_that_opens_the_next_message(template_of, message, end):
+    """GLM generates the token of the message that follows, and stops there."""
+    template, tokenizer = template_of("glm4moe")
+    template._eos = {tokenizer.convert_tokens_to_ids(token) for token in ("<|user|>", "<|observation|>")}
+    (encoded,) = template.encode([[question("what is red"), message]], "assistant")
+    served = tokenizer.apply_chat_template([question("what is red"), message], return_dict=True)["input_ids"]
+    assert encoded.ids.tolist() == [*served, tokenizer.convert_tokens_to_ids(end)]
+    assert encoded.labels[-1] == encoded.ids[-1]
+
+
 def refused(template, chat, loss_on="assistant") -> BadModel:
     with pytest.raises(BadModel) as caught:
         template.encode([chat], loss_on)
