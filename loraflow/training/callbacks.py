@@ -28,11 +28,13 @@ Logs = dict[str, float]
 class CurveWriter(TrainerCallback):
     """Write every logged value with its step.
 
-    The trainer loses its own log on resume. This file continues from the copy in the checkpoint.
+    The trainer loses its own log on resume. This file continues from the copy in the checkpoint, whose hash was checked.
+    The values that count are those in memory: the file is written from them again for each checkpoint and at the end, so
+    that a file that is edited or damaged during a training changes nothing.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.lines = path, path.read_text().splitlines() if path.exists() else []
 
     def on_log(
         self,
@@ -43,8 +45,21 @@ class CurveWriter(TrainerCallback):
         **_: Any,
     ) -> None:
         """Append a line."""
+        self.lines.append(json.dumps({"step": state.global_step, **(logs or {})}))
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+            file.write(self.lines[-1] + "\n")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the file for the checkpoint, which gets a copy of it."""
+        self.write()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the file for the artifact."""
+        self.write()
+
+    def write(self) -> None:
+        """Write all lines."""
+        self.path.write_text("".join(f"{line}\n" for line in self.lines))
 
 
 class ProgressReporter(TrainerCallback):
