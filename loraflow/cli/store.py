@@ -56,7 +56,7 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
     With --rederive, WHAT is `champion`, `champion:NAME` or a run's id. Every byte of the artifacts that it was made from is
     hashed, from the dataset's md5 on, and the merge is computed again in a temporary folder ($TMPDIR). Nothing is written.
 
-    The promotion logs, and the records of looks and of deals, are checked too, and that the models which they need are in the store.
+    The promotion logs and the records of looks and deals are checked too, and that the models which they need are there.
 
     Exit status 1 if an artifact or a log is damaged, or a champion or its rollback target is missing.
     """

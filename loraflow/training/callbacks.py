@@ -23,6 +23,7 @@ from loraflow.store.checkpoints import finalize_checkpoint, read_checkpoint_mani
 
 log = logging.getLogger(__name__)
 Logs = dict[str, float]
+VALIDATION_SECONDS = 10.0  # between two lines of progress of a validation
 
 
 class CurveWriter(TrainerCallback):
@@ -68,6 +69,7 @@ class ProgressReporter(TrainerCallback):
     def __init__(self, report: Progress, total: int, tokens_per_step: float):
         self.report, self.total, self.tokens_per_step = report, total, tokens_per_step
         self.loss: float | None = None
+        self.reported = 0.0  # when a validation was reported last
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
@@ -83,6 +85,14 @@ class ProgressReporter(TrainerCallback):
     ) -> None:
         """Remember the loss."""
         self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Report now and then that a validation goes on, for whoever watches for a worker in a loop."""
+        if time.monotonic() - self.reported > VALIDATION_SECONDS:
+            self.reported = time.monotonic()
+            self.report(validating_after_step=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report a step."""

@@ -177,6 +177,7 @@ def test_a_copy_to_a_full_disk_names_the_disk_that_is_full_and_not_the_file_that
         (errno.ENAMETOOLONG, Failure, "too long"),
         (errno.ELOOP, Failure, "symbolic links"),
         (errno.ENOTDIR, Failure, "not a folder"),
+        (errno.EISDIR, Failure, "where a file is expected"),
     ],
 )
 def test_each_error_of_the_system_is_one_sentence_with_a_next_step(tmp_path, monkeypatch, number, kind, sentence):
