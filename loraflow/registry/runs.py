@@ -23,6 +23,7 @@ from loraflow.frozen import StoredModel
 from loraflow.registry.reserve import ReserveState
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.store import Ref, Store
+from loraflow.store.artifact import FolderName
 from loraflow.store.checksum import ChangedDocument, add_checksum, check_document, checksum, first_problem
 from loraflow.store.files import json_bytes
 
@@ -40,8 +41,8 @@ class StageRun(StoredModel):
 
     stage: str  # the label: evaluate runs several times, as `evaluate base` and so on
     state: Literal["cached", "computed"]
-    fingerprint: str
-    digest: str
+    fingerprint: FolderName
+    digest: FolderName
     seconds: float = 0.0
     uri: str = ""
 
