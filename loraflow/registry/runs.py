@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import cache
 from typing import Literal
 
 from pydantic import (
@@ -254,8 +255,14 @@ def read_runs(store: Store) -> list[RunRecord]:
             try:
                 found.append(_parse(store, name, data))
             except CorruptArtifact as failure:
-                log.warning("%s", failure)
+                _warn_once(str(failure))
     return found
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """Log a warning once in a process: a run reads all records several times."""
+    log.warning("%s", text)
 
 
 def damaged_runs(store: Store) -> dict[str, CorruptArtifact]:
@@ -279,7 +286,7 @@ def find_run(store: Store, merged: Ref) -> RunRecord | None:
         try:
             record = read_run(store, run)
         except CorruptArtifact as failure:
-            log.warning("%s", failure)
+            _warn_once(str(failure))
             continue
         if record is None or record.summary is None or not has_model(record, merged):
             continue
