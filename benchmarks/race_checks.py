@@ -11,6 +11,7 @@ from race_commands import MODEL, Place
 from loraflow.cli.store import verify
 from loraflow.failures import Failure
 from loraflow.registry.looks import LookRecord
+from loraflow.store import LocalStore
 
 
 def store_is_whole(place: Place) -> Iterator[str]:
@@ -32,9 +33,10 @@ def store_is_whole(place: Place) -> Iterator[str]:
         yield f"the anchor names look {anchored['seq']} of {len(looks)}"
     if missing := {look.rows for look in looks} - set(anchored["digests"]):
         yield f"the anchor of looks does not name the rows of {len(missing)} looks"
-    drafts = [path for path in store.root.rglob(".*") if path.is_file()]
-    if drafts or any((store.root / "staging").glob("*")):
-        yield f"left: {drafts or list((store.root / 'staging').glob('*'))}"
+    if isinstance(store, LocalStore):
+        drafts = [path for path in store.root.rglob(".*") if path.is_file()]
+        if drafts or any((store.root / "staging").glob("*")):
+            yield f"left: {drafts or list((store.root / 'staging').glob('*'))}"
 
 
 def promotions_took_place(place: Place, outcomes: list[str], before: int = 2) -> Iterator[str]:

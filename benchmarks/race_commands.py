@@ -23,7 +23,7 @@ from loraflow.registry.deals import DealRecord, DealRequest
 from loraflow.registry.looks import LookRecord
 from loraflow.registry.reserve import ReserveRow
 from loraflow.registry.signature import KEY
-from loraflow.store import LocalStore
+from loraflow.store import Store, open_store
 from tests.promoted_models import add_model, commit, record_run
 from tests.promoted_models import promote as promote_model
 
@@ -35,11 +35,12 @@ class Place:
     """Where a round happens."""
 
     folder: Path
+    bucket: str = ""  # uri of the store, if it is in a bucket
 
     @property
-    def store(self) -> LocalStore:
+    def store(self) -> Store:
         """The store that the commands share."""
-        return LocalStore(self.folder / "store")
+        return open_store(self.bucket or str(self.folder / "store"))
 
     @property
     def log(self) -> PromotionLog:
@@ -98,7 +99,7 @@ def back_up(place: Place, _: random.Random) -> None:
 def lose_an_entry(place: Place) -> None:
     """Make models, and lose the last entry of their promotion log."""
     fill(place, promoted=3)
-    (place.store.root / "registry" / MODEL / "log" / "000003.json").unlink()
+    place.store.remove_document(f"registry/{MODEL}/log/000003.json")
 
 
 def accept_loss(place: Place, chance: random.Random) -> None:

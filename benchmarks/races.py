@@ -1,9 +1,12 @@
-"""Commands at the same moment, in processes of their own: `python benchmarks/races.py --rounds 200`.
+"""Commands at the same moment, in processes of their own: `python benchmarks/races.py --rounds 200 [--bucket]`.
 
 Each round makes a small store, and lets two to four processes run commands of `loraflow` in it at once, with a random delay
 before each step that changes the disk. Then the store must be what some order of the commands leaves: the promotion log and
 the record of looks are whole, their anchors name the last entry, champions and rollback targets are intact, and each
 command ended with a result or with a failure in one sentence.
+
+With --bucket, the store is in a bucket of the tests' S3 server, the delays are before each request, and each process has a
+cache of its own, as another machine has.
 """
 
 from __future__ import annotations
@@ -55,6 +58,7 @@ from race_commands import (
 )
 
 from loraflow.failures import Failure
+from tests.object_server import running
 
 STEPS = ("rename", "replace", "link", "unlink", "mkdir", "open", "scandir")
 LONGEST = 0.2  # seconds of a delay
@@ -96,10 +100,11 @@ RACES = (
     Race("sign, promote and sign", (sign, signed(promote_new(range(2)))), everything_is_signed, make_key),
     Race("upgrade, upgrade, read", (upgrade_project, upgrade_project, read_project), files_are_upgraded, make_old_project),
 )  # fmt: skip
+IN_FOLDER = ("back up", "promote and sign", "sign", "upgrade")  # starts of the names of races that need a folder
 
 
-def delay_steps(chance: random.Random, mean: float) -> None:
-    """Wait before each step that changes or lists the disk; nothing is flushed, because no power is lost."""
+def delay_steps(chance: random.Random, mean: float, *, in_bucket: bool) -> None:
+    """Wait before each request, or each step that changes or lists the disk, where nothing is flushed: no power is lost."""
 
     def delayed(call: Callable[..., object]) -> Callable[..., object]:
         def wait(*arguments: object, **options: object) -> object:
@@ -109,6 +114,11 @@ def delay_steps(chance: random.Random, mean: float) -> None:
 
         return wait
 
+    if in_bucket:
+        from botocore.client import BaseClient
+
+        BaseClient._make_api_call = delayed(BaseClient._make_api_call)
+        return
     for name in STEPS:
         setattr(os, name, delayed(getattr(os, name)))
     os.fsync = lambda _: None
@@ -138,7 +148,8 @@ def run_at_once(race: Race, place: Place, seed: str, mean: float) -> list[str]:
                 os.read(gate, 1)
                 chance = random.Random(f"{seed} {number}")
                 file = place.folder / f"outcome-{number}"
-                delay_steps(chance, mean)
+                delay_steps(chance, mean, in_bucket=bool(place.bucket))
+                os.environ["LORAFLOW_CACHE"] = str(place.folder / f"cache-{number}")
                 time.sleep(chance.expovariate(1 / (3 * mean)))
                 file.write_text(outcome(actor, place, chance))
             finally:
@@ -156,10 +167,10 @@ def run_at_once(race: Race, place: Place, seed: str, mean: float) -> list[str]:
     return [file.read_text() if file.exists() else "crashed: did not end" for file in files]
 
 
-def problems(race: Race, seed: str, mean: float = 0.002) -> tuple[list[str], list[str]]:
-    """Run a race once in a new folder. Return what is wrong afterwards, and how each command ended."""
+def problems(race: Race, seed: str, mean: float = 0.002, bucket: str = "") -> tuple[list[str], list[str]]:
+    """Run a race once in a new folder, or at a new uri of a bucket. Return what is wrong, and how each command ended."""
     with tempfile.TemporaryDirectory(prefix="race-") as folder:
-        place = Place(Path(folder))
+        place = Place(Path(folder), bucket)
         race.prepare(place)
         outcomes = run_at_once(race, place, seed, mean)
         found = [text for text in outcomes if text.startswith("crashed")]
@@ -177,15 +188,24 @@ def main() -> int:
     parser.add_argument("--race", action="append", help="only this one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--delay", type=float, default=0.002, help="mean seconds of a delay")
+    parser.add_argument("--bucket", action="store_true", help="in a bucket of the tests' S3 server (`make test-s3`)")
     options = parser.parse_args()
     os.fsync = lambda _: None
+    if not options.bucket:
+        return run_all(options, lambda: "")
+    with tempfile.TemporaryDirectory(prefix="race-server-") as folder, running(Path(folder) / "server") as server:
+        return run_all(options, server.new_store_uri)
+
+
+def run_all(options: argparse.Namespace, new_uri: Callable[[], str]) -> int:
+    """Run the races that the options name. `new_uri` returns the uri of an empty store, and nothing for a folder."""
     wrong = 0
     for race in RACES:
-        if options.race and race.name not in options.race:
+        if (options.race and race.name not in options.race) or (options.bucket and race.name.startswith(IN_FOLDER)):
             continue
         started, kinds, ends = time.monotonic(), Counter[str](), Counter[str]()
         for number in range(options.rounds):
-            found, outcomes = problems(race, f"{options.seed} {race.name} {number}", options.delay)
+            found, outcomes = problems(race, f"{options.seed} {race.name} {number}", options.delay, new_uri())
             kinds.update(found)
             ends.update(text.partition("\n")[0] for text in outcomes)
         wrong += sum(kinds.values())

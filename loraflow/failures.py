@@ -288,6 +288,8 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
     if known is None:
         return None
     cls, what, next_step = known
+    if isinstance(error.filename2, str):  # the target of a rename or link
+        place += f" → {error.filename2}"
     return cls(what, where=place, got=got, next_step=next_step)
 
 
@@ -363,6 +365,7 @@ _SENTENCES: dict[int, tuple[type[Failure], str, str]] = {
         "set runtime.store to another file system",
     ),
     errno.ENOTDIR: (Failure, "A part of the path is a file and not a folder.", "correct the path, or remove the file"),
+    errno.EISDIR: (Failure, "A folder exists where a file is expected.", "correct the path, or remove the folder"),
 }
 # Errors that say nothing about the file: it may be intact, and is not to be taken for missing or damaged.
 MACHINE_FAULTS = frozenset({

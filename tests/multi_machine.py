@@ -14,8 +14,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests import local_deployment
 from tests.local_deployment import Api, build_clones, free_port, git
@@ -100,17 +103,23 @@ class MultiMachineDeployment(Api):
 
     def kill_machine(self, name: str) -> list[str]:
         """Kill a worker and all its child processes at once, as a power cut does. Return their command lines."""
-        mark, killed = f"LORAFLOW_HOME={self.clones[name]}".encode(), []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (process / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(process.name), signal.SIGSTOP)  # so that no process sees another one end
-                    killed.append(process)
-            except OSError:  # it ended meanwhile, or is another user's
-                continue
-        lines = [(process / "cmdline").read_bytes().replace(b"\0", b" ").decode() for process in killed]
-        for process in killed:
-            os.kill(int(process.name), signal.SIGKILL)
+        home, killed = str(self.clones[name]), dict[int, psutil.Process]()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # it ended meanwhile, or is another user's
+                if process.environ().get("LORAFLOW_HOME") == home:
+                    process.suspend()  # so that no process sees another one end
+                    killed[process.pid] = process
+        for process in [*killed.values()]:  # a forked worker's environment is that of its fork server
+            with suppress(psutil.Error):
+                killed |= {child.pid: child for child in process.children(recursive=True)}
+        lines = []
+        for process in killed.values():
+            with suppress(psutil.Error):
+                process.suspend()
+                lines.append(" ".join(process.cmdline()))
+        for process in killed.values():
+            with suppress(psutil.Error):
+                process.kill()
         self.running.pop(name).wait()
         return lines
 

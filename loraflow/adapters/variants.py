@@ -115,7 +115,8 @@ def initialize(
     if how == "eva":
         from peft import initialize_lora_eva_weights
 
-        # EVA's ranks are part of the result, and computing them again differs in the last bits: a resumed run reads them.
+        # EVA's ranks are part of the result, and computing them again differs in the last bits: a run that resumes
+        # from a checkpoint reads them.
         initialize_lora_eva_weights(model, eva_state_dict=_eva_state(model, work / EVA_FILE, batches))
     elif how == "loftq":
         from peft import replace_lora_weights_loftq

@@ -8,26 +8,15 @@ import socket
 from loraflow.failures import Failure, Network, from_os_error
 
 _FILE = "A file or folder cannot be used."
-# errno → (what, next step)
+# errno → (what, next step), where a command says something else than a stage, or a stage has nothing to say
 _SENTENCES = {
     errno.EACCES: ("There is no permission for a file or folder.", "correct its permissions, or name another path"),
     errno.EPERM: ("There is no permission for a file or folder.", "correct its permissions, or name another path"),
     errno.EROFS: ("The file system is read-only.", "name a path that can be written to"),
     errno.ENOENT: ("A file or folder does not exist.", "correct the path"),
-    errno.ENOTDIR: ("A part of the path is a file and not a folder.", "correct the path"),
-    errno.EISDIR: ("A folder exists where a file is expected.", "name a file"),
     errno.EEXIST: ("The target exists already.", "name another path, or remove it"),
     errno.ENOTEMPTY: ("The target exists already.", "name another path, or remove it"),
-    errno.ELOOP: ("A path has too many symbolic links, perhaps in a circle.", "correct the links"),
-    errno.ENAMETOOLONG: ("A path is too long for the file system.", "use shorter names"),
-    errno.EFBIG: ("A file is larger than a limit of the system allows.", "raise the limit: `ulimit -f unlimited`"),
-    errno.EMFILE: ("This process has too many open files.", "raise the limit: `ulimit -n 65536`"),
-    errno.ENFILE: ("The system has too many open files.", "close other programs"),
-    errno.EIO: ("The disk reported an input/output error.", "check the disk (`dmesg`), then run the command again"),
-    errno.ESTALE: ("A network file system lost a file that is in use.", "check its server, then run the command again"),
-    errno.ENOLCK: ("The file system cannot lock files.", "use a folder on a local disk"),
     errno.ETXTBSY: ("A file is in use by a running program.", "end that program, then run the command again"),
-    errno.ENOMEM: ("There is not enough memory.", "close other programs, then run the command again"),
     errno.EAGAIN: ("The system cannot start another process or thread.", "raise the limit: `ulimit -u`"),
 }
 _NETWORK = {
@@ -48,8 +37,8 @@ def from_system(error: OSError) -> Failure | None:
         where += f" → {error.filename2}"
     if isinstance(error, socket.gaierror) or error.errno in _NETWORK:
         return Network("A remote service did not answer.", where=where, got=error.strerror, next_step="try again")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return from_os_error(error, where)
+    if error.errno not in _SENTENCES and (known := from_os_error(error, where)) is not None:
+        return known
     what, step = _SENTENCES.get(error.errno, (_FILE, ""))
     if error.errno == errno.ENOENT and not where:
         step = "enter a folder that exists, and check TMPDIR"

@@ -58,7 +58,7 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
     With --rederive, WHAT is `champion`, `champion:NAME` or a run's id. Every byte of the artifacts that it was made from is
     hashed, from the dataset's md5 on, and the merge is computed again in a temporary folder ($TMPDIR). Nothing is written.
 
-    The promotion logs and the records of looks are checked too, and that the models which they need are in the store.
+    The promotion logs and the records of looks and deals are checked too, and that the models which they need are there.
 
     Exit status 1 if an artifact or a log is damaged, or a champion or its rollback target is missing.
     """
@@ -95,7 +95,7 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
         )
     if missing:
         raise CorruptArtifact(
-            "The store lacks a champion or a rollback target, or a promotion log, record of looks or run record is damaged.",
+            "The store lacks a champion or a rollback target, or a log or record is damaged.",
             where=opened.uri,
             next_step=missing,
         )
@@ -122,6 +122,7 @@ def _check_signature(log: PromotionLog, signers: Path) -> None:
 def _missing_champions(store: Store, signers: Path | None) -> str:
     """Report damaged promotion logs and missing champions; return the next step for the first that is needed."""
     from loraflow.registry.champions import missing_models
+    from loraflow.registry.deals import DealRecord, models_with_deals
     from loraflow.registry.log import models
     from loraflow.registry.looks import LookRecord, models_with_looks
     from loraflow.registry.rebuild import how_to_rebuild
@@ -150,11 +151,13 @@ def _missing_champions(store: Store, signers: Path | None) -> str:
         except CorruptArtifact as failure:
             click.echo(f"damaged  promotion log of {model}: {failure.got or failure.what}", err=True)
             steps.append(failure.next_step)
-    for model in sorted(models_with_looks(store)):
+    looks = [("looks", name, LookRecord(store, name).check) for name in sorted(models_with_looks(store))]
+    deals = [("deals", name, DealRecord(store, name).check) for name in models_with_deals(store)]
+    for kind, model, check in looks + deals:
         try:
-            LookRecord(store, model).entries(all_runs=True)
+            check()
         except CorruptArtifact as failure:
-            click.echo(f"damaged  record of looks of {model}: {failure.got}", err=True)
+            click.echo(f"damaged  record of {kind} of {model}: {failure.got}", err=True)
             steps.append(failure.next_step)
     for name, problem in damaged_runs(store).items():
         click.echo(f"damaged  {name}: {problem.got or problem.what}", err=True)

@@ -122,6 +122,12 @@ class Runtime(FrozenModel):
         description="A heavy stage without any sign of progress for this long is ended and retried, after a warning at a "
         "third of it; null never ends it.",
     )
+    silent_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="A heavy stage that only uses the processor for this long, without progress, log, reads or writes, is "
+        "ended and retried. Choose more than one batch of generation, or a metric of your own, takes. By default it is only "
+        "warned about, after stall_minutes.",
+    )
     max_hours: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="Time that a run may take on its machine. Shortly before its end, training saves a checkpoint and the "

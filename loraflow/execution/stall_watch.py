@@ -2,8 +2,8 @@
 
 Any of these is progress: a line of progress or log, a new or ended process, processor time, reads and writes. A process
 that waits in a loop for another one takes processor time. So a worker that shows nothing but processor time is warned about,
-with its stacks, and not ended: a validation or a metric may compute for long without a line, and would be ended in each
-attempt. `runtime.deadline_minutes` ends such a worker; NCCL has a watchdog of its own.
+with its stacks, and ended only after `runtime.silent_minutes`, if the recipe sets it: a metric of a person's own may compute
+for long without a line, and would be ended in each attempt. NCCL has a watchdog of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
+import math
 import os
 import signal
 import time
@@ -67,11 +68,12 @@ class StallWatch:
         pid: the worker.
         work: its work folder, with its log and progress.
         minutes: time without progress after which it has stalled; None is never.
+        silent_minutes: time with nothing but processor time after which it is taken to be in a loop; None is never.
     """
 
-    def __init__(self, pid: int, work: Path, minutes: float | None):
+    def __init__(self, pid: int, work: Path, minutes: float | None, silent_minutes: float | None = None):
         self.pid, self.work = pid, work
-        self.limit = None if minutes is None else minutes * 60
+        self.limit, self.silent_limit = (math.inf if one is None else one * 60 for one in (minutes, silent_minutes))
         self._last: _Sample | None = None  # at the last sign of progress
         self._progress_at = self._next_check = 0.0
         self._has_warned = False
@@ -85,20 +87,18 @@ class StallWatch:
         Raises:
             Stalled: there was none for too long.
         """
-        if self.limit is None or now < self._next_check:
+        shortest = min(self.limit, self.silent_limit)
+        if shortest == math.inf or now < self._next_check:
             return
-        self._next_check = now + min(10.0, self.limit / 20)
+        self._next_check = now + min(10.0, shortest / 20)
         sample = self._sample()
         self._watch_output(sample, now)
         idle = now - self._progress_at
         if self._last is None or _is_progress(self._last, sample, idle):
             self._last, self._progress_at, self._has_warned = sample, now, False
         elif idle >= self.limit:
-            raise Stalled(
-                f"The worker made no progress for {self.limit / 60:.3g} minutes.",
-                where=str(self.work),
-                got=_describe(sample) or self._innermost_frames(),
-                next_step="it is tried again and resumes; if the stage needs longer, raise runtime.stall_minutes",
+            raise self._stalled(
+                f"The worker made no progress for {self.limit / 60:.3g} minutes.", "stall_minutes", _describe(sample)
             )
         elif idle >= self.limit / 3 and not self._has_warned:
             self._has_warned = True
@@ -111,22 +111,40 @@ class StallWatch:
             )
 
     def _watch_output(self, sample: _Sample, now: float) -> None:
-        """Warn once if there was nothing but processor time for as long as a worker may be idle."""
-        assert self.limit is not None
+        """Warn once if there was nothing but processor time for as long as a worker may be idle.
+
+        Raises:
+            Stalled: there was nothing else for `silent_minutes`.
+        """
         if self._last_output is None or _is_output(self._last_output, sample):
             self._last_output, self._output_at, self._has_warned_of_loop = sample, now, False
             return
         seconds = now - self._output_at
+        if seconds >= self.silent_limit:
+            self._dump_stacks(sample.pids)
+            raise self._stalled(
+                f"The worker has used the processor for {self.silent_limit / 60:.3g} minutes without progress, log, reads "
+                "or writes.",
+                "silent_minutes",
+            )
         is_busy = now - self._progress_at < self.limit / 3
         if seconds >= self.limit and is_busy and not self._has_warned_of_loop:
             self._has_warned_of_loop = True
             log.warning(
                 "worker %d has used the processor for %.3g minutes without progress, log, reads or writes: it computes, or "
-                "waits in a loop. It is not ended (runtime.deadline_minutes does that). %s",
+                "waits in a loop. It is not ended (runtime.silent_minutes does that). %s",
                 self.pid,
                 seconds / 60,
                 self._dump_stacks(sample.pids),
             )
+
+    def _stalled(self, what: str, key: str, got: str = "") -> Stalled:
+        return Stalled(
+            what,
+            where=str(self.work),
+            got=got or self._innermost_frames(),
+            next_step=f"it is tried again and resumes; if the stage needs longer, raise runtime.{key}",
+        )
 
     def _sample(self) -> _Sample:
         import psutil

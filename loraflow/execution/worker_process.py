@@ -93,7 +93,7 @@ def _environment(file: JobFile) -> dict[str, str]:
 def _follow(process: WorkerProcess, file: JobFile, on_progress: OnProgress | None, ends: float | None) -> int:
     """Wait for the worker to end, and pass each new line of its progress file to `on_progress`; return its exit status."""
     progress, clock, runtime = ProgressReader(file.work / "progress.jsonl"), AwakeClock(), file.job.runtime
-    stall = StallWatch(process.pid, file.work, _stall_minutes(file))
+    stall = StallWatch(process.pid, file.work, _stall_minutes(file), runtime.silent_minutes)
     display = _Display(on_progress)
     while True:
         code = process.poll()

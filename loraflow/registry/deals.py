@@ -149,6 +149,14 @@ class DealRecord:
         own = [entry for entry in entries if (entry.challenger, entry.reserve) == (challenger, reserve)]
         return dealt[own[-1].rows] if own else None
 
+    def check(self) -> None:
+        """Read all deals and their rows.
+
+        Raises:
+            DamagedLog: a deal was changed, or its rows are missing.
+        """
+        self._read()
+
     def _read(self) -> tuple[list[Deal], dict[str, frozenset[str]]]:
         """Return the deals, oldest first, and the keys of their rows by digest."""
         try:
@@ -239,3 +247,9 @@ def _sizes(entries: Sequence[Deal], rows: Sequence[ReserveRow], request: DealReq
 
 def _digest(keys: list[str]) -> str:
     return hashlib.sha256(canonical(keys)).hexdigest()
+
+
+def models_with_deals(store: Store) -> list[str]:
+    """Return the names of the models of which a deal is recorded, sorted."""
+    paths = [name.split("/") for name in store.documents("registry/")]
+    return sorted({path[1] for path in paths if path[2:3] == ["deals"]})

@@ -78,6 +78,14 @@ class LookRecord:
         self.last_seen = _head(looks)
         return looks
 
+    def check(self) -> None:
+        """Read all looks and the rows that they used, and compare them with the anchor and with all run records.
+
+        Raises:
+            DamagedLog: a look, or a set of rows, is missing or was changed.
+        """
+        self._sets(self._named(self.entries(all_runs=True)), self.scored.read(), ())
+
     def take(
         self,
         key: str,

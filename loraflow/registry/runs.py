@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Literal
 
 from pydantic import JsonValue, SerializerFunctionWrapHandler, model_serializer
@@ -21,6 +22,7 @@ from loraflow.frozen import StoredModel
 from loraflow.registry.reserve import ReserveState
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.store import Ref, Store
+from loraflow.store.artifact import FolderName
 from loraflow.store.checksum import ChangedDocument, add_checksum, check_document, checksum, first_problem
 from loraflow.store.files import json_bytes
 
@@ -38,8 +40,8 @@ class StageRun(StoredModel):
 
     stage: str  # the label: evaluate runs several times, as `evaluate base` and so on
     state: Literal["cached", "computed"]
-    fingerprint: str
-    digest: str
+    fingerprint: FolderName
+    digest: FolderName
     seconds: float = 0.0
     uri: str = ""
 
@@ -251,8 +253,14 @@ def read_runs(store: Store) -> list[RunRecord]:
             try:
                 found.append(_parse(store, name, data))
             except CorruptArtifact as failure:
-                log.warning("%s", failure)
+                _warn_once(str(failure))
     return found
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """Log a warning once in a process: a run reads all records several times."""
+    log.warning("%s", text)
 
 
 def damaged_runs(store: Store) -> dict[str, CorruptArtifact]:
@@ -276,7 +284,7 @@ def find_run(store: Store, merged: Ref) -> RunRecord | None:
         try:
             record = read_run(store, run)
         except CorruptArtifact as failure:
-            log.warning("%s", failure)
+            _warn_once(str(failure))
             continue
         if record is None or record.summary is None or not has_model(record, merged):
             continue

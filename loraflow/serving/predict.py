@@ -146,6 +146,7 @@ def predict(
         input=hash_file(source), model=model.digest(memo or HashMemo(None)), settings=options.recorded
     )
     with _unfinished(work, target):
+        _require_new(target)  # another process may have written it while this one hashed the model
         resumed = _resume(work, request)
         tools = dataset_tools(options.tools, "tools")
         questions = read_questions(source, options.format_name, options.column, options.system, tools)
@@ -188,6 +189,10 @@ def _check_paths(source: Path, target: Path) -> None:
         )
     if not target.parent.is_dir():
         raise BadConfig("There is no such folder.", where=str(target.parent), next_step="create the folder")
+    _require_new(target)
+
+
+def _require_new(target: Path) -> None:
     if target.exists():
         raise BadConfig(
             "The output file already exists.", where=str(target), next_step="remove it, or name another file"

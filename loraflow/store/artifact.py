@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, NotRequired, Self, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError
 from typing_extensions import TypedDict  # before Python 3.12, pydantic refuses that of typing
 
 from loraflow import identity
@@ -22,7 +22,7 @@ from loraflow.store.checksum import (
     check_document,
     check_inner_checksum,
 )
-from loraflow.store.files import files_below, hash_file, json_bytes
+from loraflow.store.files import files_below, hash_file, is_inside, json_bytes
 
 MANIFEST = "manifest.json"
 _FREE = "provenance"  # the object of a manifest that may have any keys, also for earlier versions: it has the checksum
@@ -36,14 +36,23 @@ QUARANTINE = "set-aside"  # the folder of quarantined artifacts; stores on disk 
 PreviousState = Literal["damaged", "removed"]
 
 
+def _one_name(value: str) -> str:
+    if not is_inside(value) or len(PurePosixPath(value).parts) > 1:
+        raise ValueError("it is not the name of a folder")
+    return value
+
+
+FolderName = Annotated[str, AfterValidator(_one_name)]  # in documents of a store, which may come from anywhere
+
+
 class Ref(BaseModel):
     """Name an artifact: the small value that stages pass to each other."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    stage: str
-    fingerprint: str
-    digest: str
+    stage: FolderName
+    fingerprint: FolderName
+    digest: FolderName
     uri: str
     # Digests of parts, so that a stage can depend on a part of the artifact: on the training rows, or on the tokenizer.
     facets: dict[str, str] = {}
@@ -59,9 +68,9 @@ class Ref(BaseModel):
 class InputRef(TypedDict):
     """Name an input in a manifest: a `Ref` without the store's uri, since stores move."""
 
-    stage: str
-    fingerprint: str
-    digest: str
+    stage: FolderName
+    fingerprint: FolderName
+    digest: FolderName
     facets: NotRequired[dict[str, str]]
 
 
@@ -107,11 +116,11 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
-    stage: str
+    stage: FolderName
     version: int
-    fingerprint: str
+    fingerprint: FolderName
     payload: dict[str, JsonValue]
-    digest: str
+    digest: FolderName
     facets: dict[str, str]
     files: dict[str, FileEntry]  # by relative posix path
     inputs: dict[str, InputRef]  # for lineage
@@ -339,8 +348,10 @@ def quarantine_record(folder: str, was: str, problems: list[str]) -> tuple[str, 
 
 
 def check_consistency(manifest: Manifest, ref: Ref) -> list[str]:
-    """Check that a manifest gives the digest and the fingerprint of its ref; return the problems, a line each."""
+    """Check that a manifest names its ref, and gives its digest and fingerprint; return the problems, a line each."""
     problems = []
+    if (manifest.stage, manifest.fingerprint, manifest.digest) != (ref.stage, ref.fingerprint, ref.digest):
+        problems.append(f"{MANIFEST}: it is the manifest of {manifest.ref('')}")
     if identity.digest(_result_hashes(manifest.files)) != ref.digest:
         problems.append(f"{MANIFEST}: digest mismatch: the hashes of its files give another digest")
     if identity.fingerprint(manifest.payload) != ref.fingerprint:

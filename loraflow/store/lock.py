@@ -20,19 +20,22 @@ class LockHeld(Exception):
 
 @contextmanager
 def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Hold a lock on a file.
+    """Hold a lock on a file. A link is not followed: who can write to the folder would choose a file that is overwritten.
 
     Raises:
+        OSError: the file is a link, or cannot be opened.
         LockHeld: with `wait=False`, if another process has it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except PermissionError:
         if not shared:
             raise
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # the file of another user can be locked for reading
+        fd = os.open(
+            path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        )  # the file of another user can be locked for reading
     try:
         try:
             _lock(fd, mode | fcntl.LOCK_NB, path)

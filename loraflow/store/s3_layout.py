@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from loraflow import identity
 from loraflow.store.artifact import MANIFEST, POINTER, RESERVED_FOLDERS, TELEMETRY, Manifest, Ref
 from loraflow.store.bucket import ObjectInfo
+from loraflow.store.files import is_inside
 
 
 def artifact_prefix(ref: Ref) -> str:
@@ -56,6 +57,6 @@ def file_sizes(ref: Ref, manifest: Manifest, listed: Iterable[ObjectInfo]) -> di
 def parse_manifest_key(key: str, uri: str) -> Ref | None:
     """Return the ref of the artifact whose manifest has this key, without its facets; None for any other key."""
     parts = key.split("/")
-    if len(parts) != 4 or parts[3] != MANIFEST or parts[0] in RESERVED_FOLDERS:
+    if len(parts) != 4 or parts[3] != MANIFEST or parts[0] in RESERVED_FOLDERS or not all(map(is_inside, parts)):
         return None
     return Ref(stage=parts[0], fingerprint=parts[1], digest=parts[2], uri=uri)

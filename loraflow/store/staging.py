@@ -49,7 +49,7 @@ def claim(folder: Path) -> None:
     """Lock a folder for this process, until it is released or the process ends. The folder need not exist."""
     path = _owner_file(folder)
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         fcntl.flock(fd, fcntl.LOCK_SH)
         if os.fstat(fd).st_nlink:
             break

@@ -23,16 +23,19 @@ from loraflow.store.checkpoints import finalize_checkpoint, read_checkpoint_mani
 
 log = logging.getLogger(__name__)
 Logs = dict[str, float]
+VALIDATION_SECONDS = 10.0  # between two lines of progress of a validation
 
 
 class CurveWriter(TrainerCallback):
     """Write every logged value with its step.
 
-    The trainer loses its own log on resume. This file continues from the copy in the checkpoint.
+    The trainer loses its own log on resume. This file continues from the copy in the checkpoint, whose hash was checked.
+    The values that count are those in memory: the file is written from them again for each checkpoint and at the end, so
+    that a file that is edited or damaged during a training changes nothing.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.lines = path, path.read_text().splitlines() if path.exists() else []
 
     def on_log(
         self,
@@ -43,8 +46,21 @@ class CurveWriter(TrainerCallback):
         **_: Any,
     ) -> None:
         """Append a line."""
+        self.lines.append(json.dumps({"step": state.global_step, **(logs or {})}))
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+            file.write(self.lines[-1] + "\n")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the file for the checkpoint, which gets a copy of it."""
+        self.write()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the file for the artifact."""
+        self.write()
+
+    def write(self) -> None:
+        """Write all lines."""
+        self.path.write_text("".join(f"{line}\n" for line in self.lines))
 
 
 class ProgressReporter(TrainerCallback):
@@ -53,6 +69,7 @@ class ProgressReporter(TrainerCallback):
     def __init__(self, report: Progress, total: int, tokens_per_step: float):
         self.report, self.total, self.tokens_per_step = report, total, tokens_per_step
         self.loss: float | None = None
+        self.reported = 0.0  # when a validation was reported last
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
@@ -68,6 +85,14 @@ class ProgressReporter(TrainerCallback):
     ) -> None:
         """Remember the loss."""
         self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Report now and then that a validation goes on, for whoever watches for a worker in a loop."""
+        if time.monotonic() - self.reported > VALIDATION_SECONDS:
+            self.reported = time.monotonic()
+            self.report(validating_after_step=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report a step."""

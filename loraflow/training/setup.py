@@ -198,11 +198,14 @@ def _figures(tokens: Path) -> dict[str, float]:
 
 
 def _resume(group: ProcessGroup, work: Path, carried: list[Path]) -> Path | None:
-    """Return the newest intact checkpoint of an earlier attempt, and copy its carried files into the work folder."""
+    """Return the newest intact checkpoint of an earlier attempt, and copy its carried files into the work folder.
+
+    Files of an earlier attempt that no checkpoint has are removed: nothing says whether they are intact.
+    """
     found = group.broadcast(prune_to_newest_intact(work / FOLDER) if group.is_main else None)
     if group.is_main:
-        curves_file(work).write_text("")
         for file in carried:
+            file.unlink(missing_ok=True)
             if found and (found / file.name).exists():
                 shutil.copyfile(found / file.name, file)
     group.barrier()

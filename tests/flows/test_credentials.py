@@ -2,9 +2,12 @@
 
 import json
 import logging
+import re
 import sqlite3
 import sys
+from typing import Any
 
+import httpx
 import pytest
 
 from loraflow import credentials
@@ -15,6 +18,7 @@ from tests.flows.conftest import states
 from tests.password_server import git_server
 
 CANARY = "c4nary-0f-16-token"
+SHOWN = {"artifacts", "events", "flow_runs", "logs", "task_runs"}  # kinds of answers that name a flow run
 URL = f"https://someone:{CANARY}@127.0.0.1:1/data.git"
 
 
@@ -39,6 +43,38 @@ def database_text() -> str:
         return "\n".join(database.iterdump())
 
 
+def api_answers(run: str) -> dict[str, bytes]:
+    """Return what Prefect's API, from which both UIs have all that they show, answers to each query about a flow run."""
+    from prefect.settings import PREFECT_API_URL
+
+    answers: dict[str, bytes] = {}
+    with httpx.Client(base_url=PREFECT_API_URL.value(), timeout=60) as client:
+        routes = client.get(PREFECT_API_URL.value().removesuffix("api") + "openapi.json").json()["paths"]
+
+        about = {
+            "flow_runs": {"id": {"any_": [run]}},
+            "logs": {"flow_run_id": {"any_": [run]}},
+            "filter": {"any_resource": {"id": [f"prefect.flow-run.{run}"]}},  # of events
+        }
+
+        def ask(method: str, path: str, **body: Any) -> None:
+            answer = client.request(method, path, **body)
+            if answer.is_success:
+                answers[path] = answer.content
+
+        for path, methods in routes.items():
+            if "get" in methods and "{" not in path:
+                ask("get", path)
+            if "post" in methods and "{" not in path and path.endswith("filter"):
+                ask("post", path, json=about)
+        for path, methods in routes.items():
+            kind, is_object = path.split("/")[1], path.count("{") == 1 and "/{id}" in path
+            if is_object and "get" in methods and kind in ("flow_runs", "task_runs", "artifacts"):
+                for found in json.loads(answers[f"/{kind}/filter"]):
+                    ask("get", path.replace("{id}", found["id"]))
+    return answers
+
+
 def test_no_byte_that_a_successful_run_from_the_form_writes_has_the_canary(
     project, tmp_path, monkeypatch, capfd, caplog, masking
 ):
@@ -58,6 +94,12 @@ def test_no_byte_that_a_successful_run_from_the_form_writes_has_the_canary(
         assert not file.is_file() or CANARY.encode() not in file.read_bytes(), file
     database = database_text()
     assert f"http://***@{address}/data.git" in database and CANARY not in database
+    [run] = re.findall("runs/flow-run/([0-9a-f-]{36})", caplog.text)
+    answers = api_answers(run)
+    assert f"http://***@{address}/data.git".encode() in answers["/flow_runs/filter"]
+    assert {path.split("/")[1] for path, text in answers.items() if run.encode() in text} >= SHOWN
+    assert len(json.loads(answers["/task_runs/filter"])) > 9 and f"/flow_runs/{run}/logs/download" in answers
+    assert [path for path, text in answers.items() if CANARY.encode() in text] == []
     assert "a retry of this run will not have them" in caplog.text
     shown = capfd.readouterr()
     assert CANARY not in shown.out + shown.err + caplog.text

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from loraflow import identity
 from loraflow.cli import cli
 from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog, Failure
 from loraflow.registry import PromotionLog
 from loraflow.registry.backup import back_up
 from loraflow.registry.cleanup import remove_unused
-from loraflow.registry.runs import LogHead, read_runs
-from loraflow.store import LocalStore, open_store
+from loraflow.registry.runs import LogHead, StageRun, read_runs
+from loraflow.store import LocalStore, Ref, Summary, open_store
+from loraflow.store.artifact import MANIFEST, POINTER, Manifest, Pointer, build_manifest
 from tests.crash import Crash, crash_at
 from tests.promoted_models import add_model, commit, promote, record_run
 
@@ -225,3 +227,41 @@ def test_a_bucket_is_copied_to_a_folder(bucket_uri, tmp_path):
     promote_next(store, 1)
     loraflow("backup", tmp_path / "copy", "--store", store.uri)
     assert check_copy(tmp_path / "copy", store).head().seq == 1
+
+
+def plant(store, stage, home):
+    """Put an artifact into a stage's folder whose manifest, with the right hashes, says that it is of another stage."""
+    payload, staged = {**identity.payload("train", 1, {}, {}), "stage": stage}, store.root.parent / "staged"
+    staged.mkdir()
+    (staged / "weights").write_text("x")
+    values = build_manifest(staged, {**payload, "stage": "train"}, {}, Summary(), {}).model_dump()
+    values |= {"stage": stage, "payload": payload, "fingerprint": identity.fingerprint(payload)}
+    manifest = Manifest.model_construct(**values)
+    (staged / MANIFEST).write_bytes(manifest.document)
+    shutil.copytree(staged, home / manifest.fingerprint / manifest.digest)
+    ref = Ref(stage=home.name, fingerprint=manifest.fingerprint, digest=manifest.digest, uri=store.uri)
+    (home / ref.fingerprint / POINTER).write_bytes(Pointer(digest=ref.digest).pointing_to(ref, manifest.document))
+    return ref
+
+
+@pytest.mark.parametrize("stage", ["{folder}/outside", "../../outside", "merge"])
+def test_an_artifact_that_says_it_is_of_another_folder_is_not_believed_and_nothing_is_written_outside(
+    store, tmp_path, stage
+):
+    """A store may come from anywhere. An absolute path, a relative one, and the name of another stage."""
+    ref = plant(store, stage.format(folder=tmp_path), store.root / "train")
+    before = set(tmp_path.iterdir())
+    assert store.find("train", ref.fingerprint) is None and len(store.verify(ref)) == 1
+    loraflow("backup", tmp_path / "copy", "--store", store.uri, fails=Failure)
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "copy"}
+    check_copy(tmp_path / "copy", store)
+
+
+@pytest.mark.parametrize("name", ["/absolute", "..", ".", "", "a/b", "../a", "a\0"])
+def test_no_document_names_an_artifact_outside_of_its_store(name):
+    good = {"stage": "train", "fingerprint": "f", "digest": "d", "uri": "/store"}
+    for part in ("stage", "fingerprint", "digest"):
+        with pytest.raises(ValueError, match="not the name of a folder"):
+            Ref.model_validate({**good, part: name})
+    with pytest.raises(ValueError, match="not the name of a folder"):
+        StageRun(stage="train", state="computed", fingerprint="f", digest=name)

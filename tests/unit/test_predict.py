@@ -130,6 +130,15 @@ def test_rows_of_two_models_or_inputs_are_never_mixed(phi3, rows, tmp_path):
     assert "changed: input" in caught.value.got
 
 
+def test_an_output_that_another_process_finished_meanwhile_is_not_replaced(phi3, rows, tmp_path, monkeypatch):
+    """It ends, with another model perhaps, while this one hashes its model."""
+    target = tmp_path / "out.jsonl"
+    monkeypatch.setattr(Model, "digest", lambda *_: target.write_text("another's") and "d")
+    with pytest.raises(BadConfig, match="already exists"):
+        run(phi3, rows, target)
+    assert target.read_text() == "another's" and not (tmp_path / "out.jsonl.partial").exists()
+
+
 def test_sampled_answers_never_come_from_the_greedy_decoding_of_evaluation(phi3):
     from loraflow.evaluation.greedy_decoding import is_supported
     from loraflow.serving.predict import _Sampler

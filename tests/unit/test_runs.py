@@ -73,7 +73,8 @@ def test_a_damaged_record_is_named_and_the_others_are_listed(store, caplog):
     store.write_document(f"runs/{SECOND}.json", b'{"run": 3')
     with caplog.at_level(logging.WARNING, logger="loraflow"):
         assert [record.run for record in read_runs(store)] == [FIRST]
-    assert f"runs/{SECOND}.json" in caplog.text
+        read_runs(store)  # a run reads all records several times
+    assert caplog.text.count(f"runs/{SECOND}.json") == 1
     with pytest.raises(CorruptArtifact, match="record cannot be read") as caught:
         read_run(store, SECOND)
     assert caught.value.where.endswith(f"runs/{SECOND}.json")

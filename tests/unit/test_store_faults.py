@@ -17,6 +17,7 @@ from loraflow.store import (
     require_intact,
 )
 from loraflow.store.checkpoints import finalize_checkpoint, prune_to_newest_intact
+from loraflow.store.lock import flock
 from tests.stored_artifacts import FP, PAYLOAD, put
 
 REPOSITORY = Path(__file__).absolute().parents[2]
@@ -177,6 +178,7 @@ def test_a_copy_to_a_full_disk_names_the_disk_that_is_full_and_not_the_file_that
         (errno.ENAMETOOLONG, Failure, "too long"),
         (errno.ELOOP, Failure, "symbolic links"),
         (errno.ENOTDIR, Failure, "not a folder"),
+        (errno.EISDIR, Failure, "where a file is expected"),
     ],
 )
 def test_each_error_of_the_system_is_one_sentence_with_a_next_step(tmp_path, monkeypatch, number, kind, sentence):
@@ -269,3 +271,13 @@ def test_a_store_below_a_file_is_refused_when_it_is_opened(tmp_path):
         with pytest.raises(Failure, match="is a file and not a folder"):
             open_store(str(tmp_path / folder))
     assert open_store(str(tmp_path / "not yet" / "store")).find("tokenize", FP) is None
+
+
+def test_a_link_in_the_place_of_a_lock_is_refused_and_its_target_is_not_overwritten(tmp_path):
+    """The folder of locks may be the system's folder for temporary files, or belong to a team."""
+    target = tmp_path / "of a person"
+    target.write_text("precious")
+    (tmp_path / "lock").symlink_to(target)
+    with pytest.raises(OSError, match="symbolic links"), flock(tmp_path / "lock"):
+        pass
+    assert target.read_text() == "precious"

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from loraflow.store.checkpoints import prune_to_newest_intact
 from loraflow.training import collation, train
 from loraflow.training.callbacks import PreemptionHandler
 from loraflow.training.schedule import count_steps, micro_batch_rows, row_order
+from loraflow.training.setup import _resume
 from loraflow.training.validation_loss import Curves
 from tests.conftest import build_phi3, chat
 from tests.job_factory import make_job
@@ -329,6 +331,33 @@ def test_a_checkpoint_contains_evas_initialization(base, straight, tmp_path):
     file.write_bytes(b"another attempt's")
     run(base, straight[0], tmp_path, **eva)
     assert file.read_bytes() == found
+
+
+def test_what_an_attempt_left_without_a_checkpoint_is_computed_again(tmp_path):
+    """Nothing says whether it is intact."""
+    left = [tmp_path / "curves.jsonl", tmp_path / "eva.safetensors"]
+    for file in left:
+        file.write_bytes(b"of another attempt")
+    alone = SimpleNamespace(is_main=True, broadcast=lambda value: value, barrier=lambda: None)
+    assert _resume(alone, tmp_path, left) is None
+    assert not any(file.exists() for file in left)
+
+
+class EditAt(Progress):
+    """Raise each loss in the training log while the training runs."""
+
+    def __call__(self, **figures):
+        if figures.get("step") in (3, 6):  # before a checkpoint, and at the end
+            file = self.work / "curves.jsonl"
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            file.write_text("".join(json.dumps({**row, "loss": 9.0, "eval_loss": 9.0}) + "\n" for row in rows))
+
+
+def test_a_training_log_that_is_edited_during_the_training_changes_nothing(base, straight, tmp_path):
+    """A sweep chooses by it."""
+    shards, _, losses = straight
+    work = tmp_path / "work"
+    assert run(base, shards, tmp_path, EditAt(work / "progress.jsonl", work))[1] == losses
 
 
 def test_a_checkpoint_with_a_damaged_best_checkpoint_is_not_used(base, straight, tmp_path):

@@ -9,9 +9,11 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
+from loraflow.cli import cli
 from loraflow.execution.repair import find_loss
-from loraflow.failures import Failure
+from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry import PromotionLog
 from loraflow.registry.champions import missing_models
 from loraflow.registry.deals import DealRecord, DealRequest
@@ -178,3 +180,25 @@ def test_an_edited_value_of_a_document_is_noticed_or_changes_nothing(original, t
     (store.root / file).write_text(text)
     assert uses(store, kind) == expected
     assert believed == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("entry", "promotion log of tickets"),
+        ("look", "record of looks of tickets"),
+        ("scored rows", "record of looks of tickets"),
+        ("deal", "record of deals of tickets"),
+        ("dealt rows", "record of deals of tickets"),
+        ("run record", f"runs/{RUN}.json"),
+    ],
+)
+def test_verify_names_a_damaged_record(original, tmp_path, kind, named):
+    store = LocalStore(shutil.copytree(original.root, tmp_path / "store"))
+    assert CliRunner().invoke(cli, ["verify", "--store", store.uri]).exit_code == 0
+    file = sorted(store.root.glob(KINDS[kind]))[0]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    done = CliRunner().invoke(cli, ["verify", "--store", store.uri])
+    assert isinstance(done.exception, CorruptArtifact) and f"damaged  {named}" in done.output

@@ -8,7 +8,7 @@ from loraflow import failures
 from loraflow.execution import launcher as launch
 from loraflow.execution import log_file
 from loraflow.execution.log_file import ProgressReader
-from loraflow.execution.stall_watch import AwakeClock, _is_progress, _Sample
+from loraflow.execution.stall_watch import AwakeClock, StallWatch, _is_progress, _Sample
 from loraflow.stages import STAGES
 from loraflow.store import LocalStore
 from tests.fake_jobs import FAKE, alive_in_group, job, work_of
@@ -49,7 +49,27 @@ def test_a_stopped_worker_is_named_as_such_and_a_retry_resumes(store, caplog):
 def test_a_worker_that_only_uses_the_processor_is_warned_about_with_its_stacks_and_not_ended(store, caplog):
     assert launch.run_job(job("spin", stall_minutes=0.03), store)
     (warning,) = (record.getMessage() for record in caplog.records if "used the processor" in record.getMessage())
-    assert "runtime.deadline_minutes" in warning and "fake_worker.py" in warning and " in run" in warning, warning
+    assert "runtime.silent_minutes" in warning and "fake_worker.py" in warning and " in run" in warning, warning
+
+
+def test_a_worker_that_only_uses_the_processor_is_ended_after_silent_minutes_if_the_recipe_sets_it(
+    tmp_path, monkeypatch
+):
+    watch, silent = StallWatch(7, tmp_path, None, silent_minutes=1.0), _Sample((), frozenset({7}), 0.0, 0, frozenset())
+    monkeypatch.setattr(watch, "_dump_stacks", lambda pids: "")
+
+    def use_the_processor(until, files):
+        for second in range(until - 58, until, 3):
+            monkeypatch.setattr(
+                watch, "_sample", lambda second=second: silent._replace(cpu_seconds=second, files=files)
+            )
+            watch.check(second)
+
+    use_the_processor(58, ())
+    use_the_processor(116, ((1, 1),))  # it reported a batch
+    with pytest.raises(failures.Stalled, match="used the processor for 1 minutes") as caught:
+        use_the_processor(140, ((1, 1),))
+    assert caught.value.retryable and "runtime.silent_minutes" in caught.value.next_step
 
 
 def test_a_suspended_machine_is_not_taken_for_a_stalled_worker(tmp_path):
