@@ -127,6 +127,8 @@ def check(source: str, form: str | None, ignore: tuple[str, ...], personal: bool
         print_findings(findings, detector.scripts)
         for name in match_nothing(Path(source)) if Path(source).is_dir() else ():
             click.echo(f"not read  {name}: not one of the supported file types", err=True)
+        for name in read.unread_files:
+            click.echo(f"not read  {name}: no pattern of the recipe names it", err=True)
         if len(counts.prompts) == 1:
             click.echo("every row has the same prompt: none can be held out (data.heldout takes a file)", err=True)
     if counts.problems or not counts.rows or any(f.is_over and f.action == "fail" for f in findings):

@@ -45,8 +45,7 @@ def print_dataset(dataset: UserDataset) -> None:
     if dataset.heldout_files:
         click.echo(f"held out, by their names: {', '.join(dataset.heldout_files)}")
     else:
-        together = "; near-duplicates of these rows are held out with them" if dataset.near_duplicates == "drop" else ""
-        click.echo(_held_out_line(chats, size.heldout_fraction) + together)
+        click.echo(_held_out_line(chats, size.heldout_fraction, has_clusters=dataset.near_duplicates == "drop"))
     if dataset.unused_files:
         click.echo(f"neither trained on nor held out: {', '.join(dataset.unused_files)}")
     if lines := size.lines(len(chats)):
@@ -61,8 +60,11 @@ def print_files(dataset: UserDataset, written: WrittenFiles, name: str, base: st
     from loraflow.tracking.dvc_pipeline import PIPELINE
 
     source, recipe, pin = dataset.source, written.recipe, written.pin
-    files = "files" if len(dataset.files) > 1 else "file"
-    click.echo(f"{written.target}/   a copy of your {files}: runs read it, so change and add rows there")
+    if len(dataset.files) > 1:
+        copy = "a copy of your files: runs read it, so change and add rows there"
+    else:
+        copy = f"a copy of your file: runs read {written.target / dataset.files[0]}, so change and add rows there"
+    click.echo(f"{written.target}/   {copy}")
     if source.resolve().is_relative_to(Path.cwd().resolve()):
         click.echo(f"{source}   runs do not read it any more; move it away before `git add -A` takes it into git")
     click.echo(f"{recipe}   the recipe; its comments explain each line")
@@ -80,11 +82,15 @@ def print_files(dataset: UserDataset, written: WrittenFiles, name: str, base: st
     click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
 
 
-def _held_out_line(chats: list[list[Message]], share: float) -> str:
-    """Return how many rows the seeded hash holds out, with data.seed 0."""
+def _held_out_line(chats: list[list[Message]], share: float, *, has_clusters: bool) -> str:
+    """Return how many rows the seeded hash holds out, with data.seed 0.
+
+    With `has_clusters`, near-duplicates are drawn together, so a run's own number differs: it is not computed here.
+    """
     keys = [prompt_key(chat) for chat in chats]
     if len(set(keys)) < 2:
         return "held out: none, because every row has the same prompt; name a file with held-out rows in data.heldout"
     count = sum(in_share(key, share, 0, "heldout") for key in keys)
     few = "" if count else ", because the seeded hash takes none of so few rows"
-    return f"held out: {count or 1} of {len(chats)} rows{few}"
+    about, together = ("about ", "; near-duplicates stay on one side") if has_clusters else ("", "")
+    return f"held out: {about}{count or 1} of {len(chats)} rows{few}{together}"

@@ -11,11 +11,7 @@ TEXT = """\
 A model that is fine-tuned with loraflow on the chats in `{data}`.
 
 ```
-loraflow plan {recipe}    what a run computes, and why
-loraflow run  {recipe}    check the data, train, score, promote the model if it is better
-loraflow chat champion    talk to the model in use
-loraflow data add {data}   after you changed the data: pin the new version
-loraflow up               a server with a form for runs, and a nightly schedule that you can switch on
+{commands}
 ```
 
 | file | content | in git |
@@ -26,6 +22,13 @@ loraflow up               a server with a form for runs, and a nightly schedule 
 | `prefect.yaml` | deployments and schedules for Prefect's UI | yes |
 | `.loraflow/` | the store: models, scores, the promotion log | no |
 """
+COMMANDS = {
+    "loraflow plan {recipe}": "what a run computes, and why",
+    "loraflow run {recipe}": "check the data, train, score, promote the model if it is better",
+    "loraflow chat champion": "talk to the model in use",
+    "loraflow data add {data}": "after you changed the data: pin the new version",
+    "loraflow up": "a server with a form for runs, and a nightly schedule that you can switch on",
+}
 
 
 def write_readme(folder: Path, recipe: Path, data: Path) -> Path | None:
@@ -33,6 +36,10 @@ def write_readme(folder: Path, recipe: Path, data: Path) -> Path | None:
     file = folder / README
     if any(path.name.lower().startswith("readme") for path in folder.iterdir()):
         return None
-    title = folder.absolute().name
-    file.write_text(TEXT.format(title=title, recipe=recipe.as_posix(), data=data.as_posix()), encoding="utf-8")
+    names = {"recipe": recipe.as_posix(), "data": data.as_posix()}
+    lines = [(command.format(**names), meaning) for command, meaning in COMMANDS.items()]
+    width = max(len(command) for command, _ in lines)
+    commands = "\n".join(f"{command:<{width}}   {meaning}" for command, meaning in lines)
+    text = TEXT.format(title=folder.absolute().name, commands=commands, **names)
+    file.write_text(text, encoding="utf-8")
     return file

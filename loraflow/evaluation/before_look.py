@@ -39,7 +39,7 @@ def why_not_promoted(
     tables |= {f"rows of {guard.name}": guard.challenger for guard in general}
     independent = {name: len(set(group_labels(rows))) for name, rows in tables.items()}
     few = [
-        f"{name}: {count} independent, and {MINIMUM_ROWS} are the least"
+        f"{name}: {count} independent, and {MINIMUM_ROWS} are needed"
         for name, count in independent.items()
         if count < MINIMUM_ROWS
     ]

@@ -259,7 +259,6 @@ def test_parameters_of_a_flow_that_takes_any_are_not_checked_by_name(specs, tmp_
     ("fields", "where"),
     [
         ({"parameters": {"recipe": "gone"}}, "retrain/mine.parameters.recipe"),
-        ({"parameters": {}}, "retrain/mine.parameters.recipe"),
         ({"schedules": [{"cron": "0 2 * * *", "parameters": {"recipe": "gone"}}]}, "schedules[0].parameters.recipe"),
     ],
 )
@@ -268,6 +267,15 @@ def test_a_recipe_that_does_not_exist_is_not_deployed(specs, fields, where):
         specs(**fields)
     assert error.value.where.endswith(where) and "tiny" in error.value.expected
     assert specs(parameters={"recipe": "configs/tiny.yaml"})
+
+
+def test_a_deployment_without_a_recipe_has_the_only_one_or_is_refused(specs, tmp_path):
+    [spec] = specs(parameters={"branch": "dev"})
+    assert spec.parameters == {"branch": "dev", "recipe": "tiny"}
+    (tmp_path / "configs" / "other.yaml").write_text("name: other\n")
+    with pytest.raises(BadConfig, match="names no recipe") as error:
+        specs(parameters={"branch": "dev"})
+    assert error.value.where.endswith("retrain/mine.parameters.recipe") and "other, tiny" in error.value.expected
 
 
 def test_a_flow_of_the_users_own_is_read_from_its_file(specs, tmp_path, monkeypatch):
