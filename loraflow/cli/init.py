@@ -38,6 +38,11 @@ from loraflow.failures import BadConfig
 )
 @click.option("--name", help="Name of the recipe. Default: the name of the file.")
 @click.option(
+    "--project",
+    metavar="NAME",
+    help="Name of the project in Prefect: of its deployments and work pool. Default: the name of the folder.",
+)
+@click.option(
     "--template",
     type=click.Choice(["local", "gpu-team"]),
     default="local",
@@ -45,10 +50,27 @@ from loraflow.failures import BadConfig
     help="gpu-team adds a work pool for a GPU machine, and a bucket as the store, commented out.",
 )
 @click.option("--dvc-pipeline", is_flag=True, help="Also write dvc.yaml, for `dvc repro` and `dvc exp run`.")
-def init(data_file: Path, base: str, columns: str | None, name: str | None, template: str, dvc_pipeline: bool) -> None:
+def init(
+    data_file: Path,
+    base: str,
+    columns: str | None,
+    name: str | None,
+    project: str | None,
+    template: str,
+    dvc_pipeline: bool,
+) -> None:
     """Write configs/NAME.yaml, a data folder with its .dvc file, and prefect.yaml, from a file or folder of chats."""
     quiet_logging()
-    options = _Options(_plain_name(name or data_file.stem), base, template, dvc_pipeline)
+    from loraflow.flows.server.new_prefect_yaml import slug
+
+    if project is not None and project != slug(project):
+        raise BadConfig(
+            "This cannot be the name of a project.",
+            where=f"--project {project}",
+            expected="a to z, digits and hyphens",
+            next_step=f"--project {slug(project)}",
+        )
+    options = _Options(_plain_name(name or data_file.stem), base, project, template, dvc_pipeline)
     _free_places(options)
     _require_base(base)
     dataset = read_dataset(data_file, columns, base)
@@ -66,6 +88,7 @@ class _Options:
 
     name: str
     base: str
+    project: str | None  # None: named after the folder
     template: str
     dvc_pipeline: bool
 
@@ -81,7 +104,7 @@ def _write_project(dataset: UserDataset, options: _Options, recipe: Path, target
     """Copy the dataset, version the copy, and write recipe, deployments and README."""
     from loraflow.cli.project_readme import write_readme
     from loraflow.data import dvc
-    from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
+    from loraflow.flows.server.new_prefect_yaml import slug, team_recipe_lines, write_prefect_yaml
     from loraflow.tracking.dvc_pipeline import write_pipeline
 
     target.mkdir(parents=True)
@@ -95,9 +118,9 @@ def _write_project(dataset: UserDataset, options: _Options, recipe: Path, target
         extend_dvcignore()
         text = recipe_text(options.name, recipe, pin.dvc_file, options.base, dataset)
         if options.template == "gpu-team":
-            text += team_recipe_lines(Path())
+            text += team_recipe_lines(options.project or slug(Path().absolute().name))
         recipe.write_text(text, encoding="utf-8")
-        deployments = write_prefect_yaml(Path(), options.name, options.template)
+        deployments = write_prefect_yaml(Path(), options.name, options.template, options.project)
         readme = write_readme(Path(), recipe, target)
         if options.dvc_pipeline:
             write_pipeline(Path(), options.name, recipe, target)
@@ -158,10 +181,12 @@ def _free_places(options: _Options) -> tuple[Path, Path]:
             )
     if options.dvc_pipeline:
         refuse_second_pipeline(Path())
-    if options.template != "local" and Path(FILE).exists():
+    given = f"--template {options.template}" if options.template != "local" else ""
+    given = given or (f"--project {options.project}" if options.project else "")
+    if given and Path(FILE).exists():
         raise BadConfig(
-            f"{FILE} exists already, so the template cannot be applied.",
-            where=f"--template {options.template}",
-            next_step=f"omit --template, or rename {FILE} and merge your changes into the new one",
+            f"{FILE} exists already, and {given.split()[0]} is for a new one.",
+            where=given,
+            next_step=f"omit {given.split()[0]}, or rename {FILE} and merge your changes into the new one",
         )
     return recipe, target

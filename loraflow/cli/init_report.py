@@ -12,6 +12,7 @@ import click
 
 from loraflow.cli.data import marked_lines
 from loraflow.cli.init_dataset import UserDataset
+from loraflow.config.project import project_name
 from loraflow.data.split import in_share, prompt_key
 
 if TYPE_CHECKING:
@@ -70,7 +71,10 @@ def print_files(dataset: UserDataset, written: WrittenFiles, name: str, base: st
     click.echo(f"{recipe}   the recipe; its comments explain each line")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     if written.deployments:
-        click.echo(f"{written.deployments}   deployments for `loraflow up` and `loraflow deploy`")
+        project = project_name(Path())
+        click.echo(
+            f"{written.deployments}   deployments of the project {project}, for `loraflow up` and `loraflow deploy`"
+        )
     elif own := deployment_to_add(Path(), name):
         click.echo(own)
     if written.readme:

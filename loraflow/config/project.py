@@ -9,6 +9,7 @@ from loraflow.config import yaml
 from loraflow.failures import BadConfig
 
 FILE = "prefect.yaml"
+PROJECT_ID = "LORAFLOW_PROJECT_ID"  # in the job variables of the project's deployments, and so in their runs
 PROJECT_VARIABLE = "LORAFLOW_PROJECT"  # names the project of a worker whose folder has no prefect.yaml, as in an image
 
 
@@ -18,10 +19,36 @@ def project_name(folder: Path) -> str | None:
     Raises:
         BadConfig: the file cannot be read.
     """
+    name = _read(folder).get("name")
+    return str(name) if name is not None else None
+
+
+def project_id(folder: Path) -> str | None:
+    """Return the id in the deployments of a project's `prefect.yaml`; None if they have none, as in older files.
+
+    Raises:
+        BadConfig: the file cannot be read.
+    """
+    entries = _read(folder).get("deployments")
+    for entry in entries if isinstance(entries, list) else []:
+        pool = entry.get("work_pool") if isinstance(entry, dict) else None
+        if isinstance(pool, dict) and (found := id_of(pool.get("job_variables"))):
+            return found
+    return None
+
+
+def id_of(job_variables: object) -> str | None:
+    """Return the project's id in the job variables of a deployment."""
+    env = job_variables.get("env") if isinstance(job_variables, dict) else None
+    return env.get(PROJECT_ID) if isinstance(env, dict) else None
+
+
+def _read(folder: Path) -> dict[str, object]:
+    """Return the content of a project's `prefect.yaml`; empty without one."""
     try:
         document = yaml.load_plain((folder / FILE).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        return None
+        return {}
     except yaml.Syntax as error:
         raise BadConfig(
             f"{FILE} is not plain YAML.",
@@ -33,8 +60,7 @@ def project_name(folder: Path) -> str | None:
         raise BadConfig(
             f"{FILE} cannot be read.", where=str(folder / FILE), got=str(error), next_step=f"correct {FILE}"
         ) from error
-    name = document.get("name") if isinstance(document, dict) else None
-    return str(name) if name is not None else None
+    return document if isinstance(document, dict) else {}
 
 
 def served_project(folder: Path) -> str | None:

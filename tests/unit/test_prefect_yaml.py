@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from loraflow.cli import cli
 from loraflow.failures import BadConfig
 from loraflow.flows.server import project
 from loraflow.flows.server.prefect_yaml import read_specs
+from tests.conftest import write_chats
 from tests.unit.test_git_branch import git
 
 ENTRY = {
@@ -347,6 +350,28 @@ def test_a_worker_refuses_the_run_of_another_project(tmp_path, monkeypatch):
     assert (error.value.expected, error.value.got.split(",")[0]) == ("the project theirs", "the project ours")
 
 
+def test_a_worker_refuses_the_run_of_another_project_of_the_same_name(tmp_path, monkeypatch):
+    """Two folders named alike: the run would be computed with the recipes and the store of the other one."""
+    from loraflow.config.project import PROJECT_ID, project_id
+    from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
+
+    for folder in ("a/tickets", "b/tickets"):
+        (tmp_path / folder / "configs").mkdir(parents=True)
+        write_prefect_yaml(tmp_path / folder, "r")
+    own, other = project_id(tmp_path / "a/tickets"), project_id(tmp_path / "b/tickets")
+    assert own and other and own != other
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path / "a/tickets"))
+    monkeypatch.setenv(PROJECT_ID, own)
+    assert project.enter(project="tickets") == {"directory": str(tmp_path / "a/tickets")}
+    monkeypatch.setenv(PROJECT_ID, other)
+    with pytest.raises(BadConfig, match="another project of the same name") as error:
+        project.enter(project="tickets")
+    assert other in error.value.expected and own in error.value.got
+    (tmp_path / "a/tickets/prefect.yaml").write_text("name: tickets\n")
+    project.enter(project="tickets")  # of an earlier version, without an id
+
+
 @pytest.mark.parametrize("text", [None, "deployments: []\n", "name:\n", ""])
 def test_a_worker_that_does_not_know_its_project_refuses_the_run_of_a_named_one(tmp_path, monkeypatch, text):
     """Its folder would be used for any project's run, with other recipes and another store."""
@@ -430,7 +455,7 @@ def test_the_gpu_team_template_is_deployable_and_its_commented_settings_are_a_va
     (project_folder / "configs").mkdir(parents=True)
     monkeypatch.chdir(project_folder)
     text = re.sub(r"^runtime:.*?(?=^\S|\Z)", "", (ROOT / "configs/quickstart.yaml").read_text(), flags=re.M | re.S)
-    lines = team_recipe_lines(Path())
+    lines = team_recipe_lines("my-team-u")
     Path("configs/chats.yaml").write_text(text + lines)
     unchanged = load_recipe(Path("configs/chats.yaml")).runtime
     assert unchanged.placement == {}, "commented out"
@@ -442,10 +467,28 @@ def test_the_gpu_team_template_is_deployable_and_its_commented_settings_are_a_va
     assert str(runtime.store).startswith("s3://") and set(runtime.placement) == {"train", "evaluate"}
     pools = {specs[f"stage/{name}"].work_pool.name for name in runtime.placement.values()}
     assert not pools & {spec.work_pool.name for spec in specs.values() if spec.flow_name != "stage"}
-    assert {spec.project for spec in specs.values()} == {"my-team"}
+    assert {spec.project for spec in specs.values()} == {"my-team-u"}
 
 
 def test_folders_without_latin_letters_are_projects_of_their_own():
     from loraflow.flows.server.new_prefect_yaml import slug
 
     assert slug("日本") != slug("中国") and slug("日本") == slug("日本")
+    assert slug("Größe é") == "grosse-e"
+
+
+def test_init_takes_a_name_of_the_project(tmp_path, monkeypatch, phi3):
+    (tmp_path / "chats").mkdir()
+    monkeypatch.chdir(tmp_path / "chats")
+    write_chats(Path("x.jsonl"), range(30))
+    arguments = ["init", "--data", "x.jsonl", "--base", str(phi3), "--template", "gpu-team", "--project"]
+    refused = CliRunner().invoke(cli, [*arguments, "Team A"], catch_exceptions=True)
+    assert isinstance(refused.exception, BadConfig) and refused.exception.next_step == "--project team-a"
+    assert not Path("prefect.yaml").exists()
+    done = CliRunner().invoke(cli, [*arguments, "team-a"], catch_exceptions=False)
+    assert "deployments of the project team-a" in done.output
+    found = read_specs(Path("prefect.yaml"))
+    assert {(spec.project, spec.work_pool.name.removesuffix("-gpu")) for spec in found} == {("team-a", "team-a")}
+    assert "placement: {train: team-a-gpu" in Path("configs/x.yaml").read_text()
+    again = CliRunner().invoke(cli, ["init", *arguments[1:5], "--name", "y", "--project", "b"])
+    assert isinstance(again.exception, BadConfig) and again.exception.where == "--project b"
