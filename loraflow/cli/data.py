@@ -212,14 +212,14 @@ def _unread_line(counts: Counter[str]) -> str:
 
 
 @data.command()
-@click.argument("old")
+@click.argument("old", default="HEAD")
 @click.argument("new", required=False)
 @click.option("--source", default="data.dvc", show_default=True, help="The dataset's .dvc file, for revisions.")
 @store_option
 def diff(old: str, new: str | None, source: str, store: str) -> None:
     """Compare the rows of OLD with those of NEW: files, folders, runs' ids, or git revisions of the dataset.
 
-    Default of NEW: the dataset in the work tree.
+    Without NEW: the dataset in the work tree, versioned or not. Without OLD: the version that git's last commit names.
     """
     from loraflow.cli.data_diff import read_versions
     from loraflow.data.compare import difference_lines

@@ -44,7 +44,8 @@ def version_of(name: str | None, source: str, store: Store | None) -> Version:
     """Read the rows of a version.
 
     Args:
-        name: a file, a folder, a run's id, or a git revision of `source`; None is the work tree.
+        name: a file, a folder, a run's id, or a git revision of `source`. None is the dataset in the work tree, as it is
+            there; the pinned version, if the work tree does not have it.
         source: the dataset's `.dvc` file.
         store: where runs are; None if the name is no run's.
 
@@ -54,8 +55,11 @@ def version_of(name: str | None, source: str, store: Store | None) -> Version:
     """
     from loraflow.config.data import Data
     from loraflow.data.compare import read_files, read_revision
+    from loraflow.data.dvc_pin import read_pin
     from loraflow.data.readers import match_files
 
+    if name is None and source.endswith(".dvc") and Path(pinned := read_pin(".", source, None).path).exists():
+        name = pinned
     if _is_path(name):
         path = Path(name)
         folder, patterns = (path, ["*"]) if path.is_dir() else (path.parent, [path.name])

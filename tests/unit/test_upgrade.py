@@ -149,7 +149,12 @@ def test_nothing_is_written_without_a_yes(project):
     done = upgrade()
     assert done.exit_code == 0, done.output
     assert contents(project) == before
-    for line in ("-    max_seq_length: 128", "+    max_length: 128", "+name: old-project-u", "loraflow upgrade --write"):
+    for line in (
+        "-    max_seq_length: 128",
+        "+    max_length: 128",
+        "+name: old-project-u",
+        "loraflow upgrade --write",
+    ):
         assert line in done.output
 
 
