@@ -13,6 +13,7 @@ import click
 from loraflow.cli.data import marked_lines
 from loraflow.cli.init_dataset import UserDataset
 from loraflow.config.project import project_name
+from loraflow.data.git import git_or_none
 from loraflow.data.split import in_share, prompt_key
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ def print_files(dataset: UserDataset, written: WrittenFiles, name: str, base: st
         copy = f"a copy of your file: runs read {written.target / dataset.files[0]}, so change and add rows there"
     click.echo(f"{written.target}/   {copy}")
     if source.resolve().is_relative_to(Path.cwd().resolve()):
-        click.echo(f"{source}   runs do not read it any more; move it away before `git add -A` takes it into git")
+        is_ignored = git_or_none(["check-ignore", "--", str(source)]) is not None
+        move = "" if is_ignored else "; move it away before `git add -A` takes it into git"
+        click.echo(f"{source}   runs do not read it any more{move}")
     click.echo(f"{recipe}   the recipe; its comments explain each line")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     if written.deployments:

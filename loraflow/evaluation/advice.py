@@ -58,7 +58,8 @@ def _step(comparison: Comparison, rows: HeldoutRows) -> str:
     if not comparison.has_known_range:
         return f"say between which numbers {comparison.metric} is: gate.ranges (the training stays cached)"
     if independent < MINIMUM_ROWS <= comparison.n:
-        return f"add held-out rows of other groups: these belong to {independent}, and {MINIMUM_ROWS} are needed"
+        groups = f"these belong to {independent}, and {MINIMUM_ROWS} are needed"
+        return f"add held-out rows of other groups (of near-duplicates, or of data.group): {groups}"
     if comparison.rows_needed is None and independent >= MINIMUM_ROWS:
         rule = "a smaller gate.min_gain" if comparison.kind == "gain" else f"a larger margin of {comparison.metric}"
         return f"more rows like these would not confirm {comparison.metric}: train a better model, or set {rule}"

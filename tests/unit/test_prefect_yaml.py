@@ -481,12 +481,15 @@ def test_init_takes_a_name_of_the_project(tmp_path, monkeypatch, phi3):
     (tmp_path / "chats").mkdir()
     monkeypatch.chdir(tmp_path / "chats")
     write_chats(Path("x.jsonl"), range(30))
+    git(Path(), "init", "-q")
+    Path(".gitignore").write_text("/x.jsonl\n")
     arguments = ["init", "--data", "x.jsonl", "--base", str(phi3), "--template", "gpu-team", "--project"]
     refused = CliRunner().invoke(cli, [*arguments, "Team A"], catch_exceptions=True)
     assert isinstance(refused.exception, BadConfig) and refused.exception.next_step == "--project team-a"
     assert not Path("prefect.yaml").exists()
     done = CliRunner().invoke(cli, [*arguments, "team-a"], catch_exceptions=False)
     assert "deployments of the project team-a" in done.output
+    assert "x.jsonl   runs do not read it any more\n" in done.output, "git ignores it, so `git add -A` is no danger"
     found = read_specs(Path("prefect.yaml"))
     assert {(spec.project, spec.work_pool.name.removesuffix("-gpu")) for spec in found} == {("team-a", "team-a")}
     assert "placement: {train: team-a-gpu" in Path("configs/x.yaml").read_text()
