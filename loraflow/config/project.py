@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from loraflow.config import yaml
 from loraflow.failures import BadConfig
 
@@ -43,7 +45,7 @@ def id_of(job_variables: object) -> str | None:
     return env.get(PROJECT_ID) if isinstance(env, dict) else None
 
 
-def _read(folder: Path) -> dict[str, object]:
+def _read(folder: Path) -> dict[str, JsonValue]:
     """Return the content of a project's `prefect.yaml`; empty without one."""
     try:
         document = yaml.load_plain((folder / FILE).read_text(encoding="utf-8-sig"))

@@ -30,8 +30,7 @@ def open_form(page, deployment, name: str = "finetune/local") -> None:
 
 def write_settings(page, text: str) -> None:
     """Write into the JSON editor of `settings`, whose schema refers to itself."""
-    [editor] = page.locator(".cm-content").all()
-    editor.fill(text)
+    page.locator(".cm-content").fill(text)
 
 
 def menu(page, deployment, run: str, item: str) -> None:
