@@ -30,7 +30,7 @@ def open_form(page, deployment, name: str = "finetune/local") -> None:
 
 def write_settings(page, text: str) -> None:
     """Write into the JSON editor of `settings`, whose schema refers to itself."""
-    page.locator(".cm-content").fill(text)
+    page.locator(".cm-content, .p-code-input__textarea").fill(text)
 
 
 def menu(page, deployment, run: str, item: str) -> None:
