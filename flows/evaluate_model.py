@@ -8,7 +8,7 @@ from pydantic import JsonValue
 
 from loraflow.execution.deal import deal_for_scores
 from loraflow.execution.runner import find_scorable_model, with_model
-from loraflow.flows.parameters import NO_SETTINGS, RecipeName, Settings
+from loraflow.flows.parameters import NO_SETTINGS, THE_ONLY_RECIPE, RecipeName, Settings
 from loraflow.tasks.report import publish_scores
 from loraflow.tasks.run import open_run
 from loraflow.tasks.stages import check_dataset, deal_rows, resolve_base, version_dataset
@@ -21,13 +21,13 @@ def _run_name() -> str:
 
 @flow(name="evaluate", flow_run_name=_run_name, validate_parameters=True)
 def evaluate(
-    model: str = "champion", recipe: RecipeName = "quickstart", settings: Settings = NO_SETTINGS
+    model: str = "champion", recipe: RecipeName = THE_ONLY_RECIPE, settings: Settings = NO_SETTINGS
 ) -> dict[str, JsonValue]:
     """Score a model on the held-out rows of a recipe, with the metrics and settings of its `evaluation` section.
 
     Args:
         model: The champion (or champion:NAME), the id of a run, or the path of a model's folder.
-        recipe: Name of a recipe in configs/, or a path.
+        recipe: Name of a recipe in configs/, or a path. Empty: the only recipe of configs/.
         settings: Any other key of the recipe, such as {"evaluation.max_rows": 50}.
     """
     with open_run(recipe, settings, [], rename=False) as run:

@@ -14,7 +14,16 @@ from pydantic import JsonValue
 
 from loraflow.execution.results import PipelineResult, Registration
 from loraflow.failures import CorruptArtifact, DamagedLog, Failure
-from loraflow.flows.parameters import NO_OVERRIDES, NO_SETTINGS, NO_STAGES, Overrides, RecipeName, Settings, StageName
+from loraflow.flows.parameters import (
+    NO_OVERRIDES,
+    NO_SETTINGS,
+    NO_STAGES,
+    THE_ONLY_RECIPE,
+    Overrides,
+    RecipeName,
+    Settings,
+    StageName,
+)
 from loraflow.flows.pipeline import pipeline
 from loraflow.registry.runs import RunSummary
 from loraflow.tasks.approval import ask_for_approval, refuse_without_deployment
@@ -32,7 +41,7 @@ MAX_REPAIRS = 5
 
 @flow(name="finetune", flow_run_name=run_name, validate_parameters=True)
 def finetune(
-    recipe: RecipeName = "quickstart",
+    recipe: RecipeName = THE_ONLY_RECIPE,
     overrides: Overrides = NO_OVERRIDES,
     force: list[StageName] = NO_STAGES,
     approval: bool = False,
@@ -41,7 +50,7 @@ def finetune(
     """Fine-tune a model by a recipe, and promote it if it is better than base and champion.
 
     Args:
-        recipe: Name of a recipe in configs/, or a path.
+        recipe: Name of a recipe in configs/, or a path. Empty: the only recipe of configs/.
         overrides: Changes to the recipe, for this run only. Empty fields keep the recipe's values.
         force: Recompute these stages even if cached.
         approval: Require manual approval before promotion.

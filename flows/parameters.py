@@ -35,7 +35,9 @@ class RecipeChoice:
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Return the schema, with the recipes that exist when the flow is deployed."""
         names = sorted(path.stem for path in Path("configs").glob("*.yaml"))
-        path = {"title": "A path", "type": "string", "minLength": 1}
+        path: JsonSchemaValue = {"title": "A path", "type": "string"}
+        if len(names) != 1:
+            path["minLength"] = 1  # an empty text is the only recipe
         return {"anyOf": [{"title": "From configs/", "type": "string", "enum": names}, path]} if names else path
 
 
@@ -130,12 +132,24 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
+def _named(value: object) -> object:
+    """Replace an empty recipe by the only one of `configs/`. It is the default of the flows, as in `finetune.serve()`."""
+    if value != THE_ONLY_RECIPE:
+        return _as_text(value)
+    names = sorted(path.stem for path in Path("configs").glob("*.yaml"))
+    if len(names) == 1:
+        return names[0]
+    have = f"configs/ has {', '.join(names)}" if names else f"there is no recipe in {Path('configs').absolute()}"
+    raise ValueError(f'name the recipe, such as parameters={{"recipe": "{names[0] if names else "NAME"}"}}: {have}')
+
+
 def _decimal_point(value: object) -> object:
     """Read a decimal comma as a point. No value of the form is above 1, so a comma never separates thousands."""
     return value.replace(",", ".") if isinstance(value, str) and value.count(",") == 1 and "." not in value else value
 
 
-RecipeName = Annotated[str, BeforeValidator(_as_text), RecipeChoice()]
+THE_ONLY_RECIPE = ""
+RecipeName = Annotated[str, BeforeValidator(_named), RecipeChoice()]
 StageName = Annotated[str, StageChoice()]
 NO_STAGES: list[StageName] = []
 JsonObject = Annotated[dict[str, Annotated[JsonValue, WithoutCredentials()]], AnyObject()]

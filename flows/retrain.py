@@ -16,7 +16,7 @@ from loraflow.config import Recipe
 from loraflow.data.drift import why_wait
 from loraflow.data.git_branch import newest_settings
 from loraflow.flows.finetune import decide_and_register, publish_and_report, repairs
-from loraflow.flows.parameters import NO_SETTINGS, RecipeName, Settings
+from loraflow.flows.parameters import NO_SETTINGS, THE_ONLY_RECIPE, RecipeName, Settings
 from loraflow.flows.pipeline import pipeline
 from loraflow.registry.runs import RunSummary
 from loraflow.tasks.approval import refuse_without_deployment
@@ -28,7 +28,7 @@ from loraflow.tasks.stages import check_dataset, version_dataset
 
 @flow(name="retrain", flow_run_name=run_name, validate_parameters=True)
 def retrain(
-    recipe: RecipeName = "quickstart",
+    recipe: RecipeName = THE_ONLY_RECIPE,
     branch: str = "main",
     approval: bool = False,
     settings: Settings = NO_SETTINGS,
@@ -38,7 +38,7 @@ def retrain(
     """Run a recipe on the newest dataset of a branch, and promote the model if it beats the champion.
 
     Args:
-        recipe: Name of a recipe in configs/, or a path.
+        recipe: Name of a recipe in configs/, or a path. Empty: the only recipe of configs/.
         branch: Git branch to read the .dvc file from. If the branch of `origin` has newer commits, they are used.
         approval: Require manual approval before promotion.
         settings: Any other key of the recipe, such as {"evaluation.max_rows": 50}.

@@ -16,7 +16,7 @@ from loraflow.config.grid import MAX_TRIALS, check_grid
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.sweep import Trial, make_trials
 from loraflow.flows.finetune import decide_and_register, publish_and_report, repairs
-from loraflow.flows.parameters import NO_SETTINGS, JsonObject, RecipeName, Settings
+from loraflow.flows.parameters import NO_SETTINGS, THE_ONLY_RECIPE, JsonObject, RecipeName, Settings
 from loraflow.flows.pipeline import pipeline
 from loraflow.registry.runs import StageRun
 from loraflow.stages import TRAIN
@@ -33,7 +33,7 @@ def _run_name() -> str:
 
 @flow(name="sweep", flow_run_name=_run_name, validate_parameters=True)
 def sweep(
-    recipe: RecipeName = "quickstart",
+    recipe: RecipeName = THE_ONLY_RECIPE,
     grid: JsonObject = NO_GRID,
     seeds: Annotated[int, Field(ge=1)] = 1,
     approval: bool = False,
@@ -43,7 +43,7 @@ def sweep(
     """Train a recipe with several settings, choose by the loss on validation rows, and promote the best if it is better.
 
     Args:
-        recipe: Name of a recipe in configs/, or a path. It needs validation rows (data.validation_fraction).
+        recipe: Name of a recipe in configs/, or a path; it needs data.validation_fraction. Empty: the only one of configs/.
         grid: Values to try, such as {"peft_config.r": [8, 16], "training_config.learning_rate": [1e-4, 2e-4]}.
         seeds: Train each combination with this many seeds, and compare the means.
         approval: Require manual approval before promotion.

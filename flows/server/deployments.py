@@ -19,6 +19,7 @@ from prefect.events.schemas.deployment_triggers import DeploymentTriggerTypes
 from prefect.exceptions import ObjectNotFound
 from pydantic import JsonValue
 
+from loraflow.config.project import PROJECT_ID, id_of
 from loraflow.failures import BadConfig
 from loraflow.flows.server.automations import Notifications, Project, wanted_automations
 from loraflow.flows.server.connection import require_server
@@ -89,6 +90,16 @@ class Deployer:
                 got=f"the project {owner}",
                 next_step="give the deployments of this project other names in prefect.yaml, such as "
                 f"{spec.project}-{spec.name}; or delete the other one: prefect deployment delete {spec.full_name}",
+            )
+        own, other = id_of(spec.work_pool.job_variables), id_of(existing.job_variables) if existing else None
+        if own is not None and other is not None and own != other:
+            raise BadConfig(
+                f"The deployment {spec.full_name} on this server belongs to another project of the same name.",
+                where=f"prefect.yaml: {PROJECT_ID}",
+                expected=own,
+                got=other,
+                next_step=f"replace the name {spec.project or spec.name} everywhere in prefect.yaml; "
+                "or, if both are the same project, write the server's id into it",
             )
 
     def _find(self, spec: DeploymentSpec) -> DeploymentResponse | None:

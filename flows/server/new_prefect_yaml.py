@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
+import unicodedata
 from pathlib import Path
 from string import Template
 
@@ -41,6 +43,7 @@ definitions:
       PREFECT_FLOWS_HEARTBEAT_FREQUENCY: "180"  # seconds; three missing heartbeats end a run; see the tag heartbeat
       PREFECT_SERVER_ANALYTICS_ENABLED: "false"
       DO_NOT_TRACK: "1"
+      LORAFLOW_PROJECT_ID: "$id"  # tells this project from others of its name, which `loraflow deploy` refuses
 
 deployments:
   - name: $project
@@ -115,16 +118,19 @@ TEAM_RECIPE = Template("""
 TEMPLATES = ("local", "gpu-team")
 
 
-def team_recipe_lines(folder: Path) -> str:
+def team_recipe_lines(project: str) -> str:
     """Return what the template gpu-team adds to a recipe: the store and placement of stages, commented out."""
-    return TEAM_RECIPE.substitute(project=slug(folder.absolute().name))
+    return TEAM_RECIPE.substitute(project=project)
 
 
-def write_prefect_yaml(folder: Path, recipe: str | None = None, template: str = "local") -> Path | None:
+def write_prefect_yaml(
+    folder: Path, recipe: str | None = None, template: str = "local", project: str | None = None
+) -> Path | None:
     """Write `prefect.yaml` into a project's folder and return its path; None if there is one already.
 
     Args:
-        folder: the project's folder. The project is named after it.
+        folder: the project's folder.
+        project: the project's name, as `slug` returns it; None names it after its folder.
         recipe: the name of the recipe that the deployments run by default; None takes the first one of `configs/`.
         template: one of TEMPLATES; gpu-team adds a work pool for stages on a GPU machine.
 
@@ -139,7 +145,8 @@ def write_prefect_yaml(folder: Path, recipe: str | None = None, template: str = 
         recipe = names[0] if names else find_recipe("NAME").stem  # refuses, and says how to make one
     branch = branch_for_retraining(folder)
     values = {
-        "project": slug(folder.absolute().name),
+        "project": project or slug(folder.absolute().name),
+        "id": secrets.token_hex(4),
         "recipe": quoted(recipe),
         "branch": "" if branch == MAIN else f", branch: {quoted(branch)}",
     }
@@ -150,7 +157,9 @@ def write_prefect_yaml(folder: Path, recipe: str | None = None, template: str = 
 
 def slug(text: str) -> str:
     """Return a text as a name of deployments and work pools that YAML reads as text: a to z, digits and hyphens."""
-    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    plain = unicodedata.normalize("NFKD", text.casefold())  # Größe → grosse
+    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    name = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
     if not name:  # no letter that a name may have: two such folders are two projects
         return f"project-{hashlib.md5(text.encode()).hexdigest()[:6]}"
     # Prefect reserves work pools whose names begin with "prefect".

@@ -156,9 +156,8 @@ def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -
             got=", ".join(sorted(missing)),
             next_step="correct --only",
         )
-    selected = [spec for name, spec in specs.items() if not only or name in only]
+    selected = [_with_recipe(spec, file) for name, spec in specs.items() if not only or name in only]
     for spec in selected:
-        _require_recipes(spec, file)
         check_settings(spec, file.parent, f"{file}: {spec.full_name}")
         warn_of_missing_branches(spec, file.parent, f"{file}: {spec.full_name}")
     return [with_recipe_values(spec, file.parent, f"{file}: {spec.full_name}") for spec in selected]
@@ -291,18 +290,20 @@ def _load_flow(entrypoint: str, where: str) -> Flow[..., Any]:
     return flow
 
 
-def _require_recipes(spec: DeploymentSpec, file: Path) -> None:
-    """Check that the recipes which a deployment of loraflow's flows names exist in the project.
+def _with_recipe(spec: DeploymentSpec, file: Path) -> DeploymentSpec:
+    """Return a deployment of loraflow's flows with its recipe: without one, the only one of the project.
 
     Raises:
-        BadConfig: one does not.
+        BadConfig: a recipe does not exist, or none is named and the project has several.
     """
     if not spec.entrypoint.startswith("loraflow.flows."):
-        return
-    recipe = inspect.signature(_load_flow(spec.entrypoint, str(file)).fn).parameters.get("recipe")
-    if recipe is None:
-        return
-    found = [("parameters", spec.parameters.get("recipe", recipe.default))]
+        return spec
+    if "recipe" not in inspect.signature(_load_flow(spec.entrypoint, str(file)).fn).parameters:
+        return spec
+    known = sorted(path.stem for path in (file.parent / "configs").glob("*.yaml"))
+    if spec.parameters.get("recipe", "") == "" and len(known) == 1:
+        spec = spec.model_copy(update={"parameters": {**spec.parameters, "recipe": known[0]}})
+    found = [("parameters", spec.parameters.get("recipe", ""))]
     for kind, items in (("schedules", spec.schedules), ("triggers", spec.triggers)):
         found += [(f"{kind}[{n}].parameters", (item.parameters or {}).get("recipe")) for n, item in enumerate(items)]
     for part, name in found:
@@ -311,14 +312,14 @@ def _require_recipes(spec: DeploymentSpec, file: Path) -> None:
         folder = file.parent
         if any((folder / path).is_file() for path in (name, f"configs/{name}.yaml", f"configs/{name}.yml")):
             continue
-        known = sorted(path.stem for path in (folder / "configs").glob("*.yaml"))
         raise BadConfig(
-            "A deployment names a recipe that does not exist.",
+            "A deployment names a recipe that does not exist." if name else "A deployment names no recipe.",
             where=f"{file}: {spec.full_name}.{part}.recipe",
             expected=f"one of configs/: {', '.join(known) or 'there is none'}",
             got=name,
             next_step=f"correct {FILE}; `loraflow init` makes a recipe",
         )
+    return spec
 
 
 def _notifications(document: dict[str, JsonValue], file: Path) -> Notifications:

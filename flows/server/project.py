@@ -14,7 +14,7 @@ from uuid import UUID
 from pydantic import JsonValue
 
 import loraflow
-from loraflow.config.project import FILE, PROJECT_VARIABLE, project_name
+from loraflow.config.project import FILE, PROJECT_ID, PROJECT_VARIABLE, project_id, project_name
 from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:
@@ -79,6 +79,15 @@ def _refuse_another_project(folder: Path, project: str) -> None:
             expected=f"the project {project}, as `name` in {FILE}",
             got=f"{FILE} without a name" if (folder / FILE).exists() else f"no {FILE}",
             next_step=f"copy the project's {FILE} into that folder; or start the worker with {PROJECT_VARIABLE}={project}",
+        )
+    wanted, own = os.environ.get(PROJECT_ID), project_id(folder)
+    if wanted and own and wanted != own:
+        raise BadConfig(
+            "The worker serves another project of the same name.",
+            where=f"worker in {folder}",
+            expected=f"{PROJECT_ID} {wanted}",
+            got=f"{own}, by its {FILE}",
+            next_step=f"replace the name {project} everywhere in one of the two {FILE}, and deploy that project again",
         )
     for found, source in ((name, FILE), (told, PROJECT_VARIABLE)):
         if found is not None and found != project:

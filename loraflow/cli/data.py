@@ -130,6 +130,8 @@ def check(source: str, form: str | None, ignore: tuple[str, ...], personal: bool
         print_findings(findings, detector.scripts)
         for name in match_nothing(Path(source)) if Path(source).is_dir() else ():
             click.echo(f"not read  {name}: not one of the supported file types", err=True)
+        for name in read.unread_files:
+            click.echo(f"not read  {name}: no pattern of the recipe names it", err=True)
         if len(counts.prompts) == 1:
             click.echo("every row has the same prompt: none can be held out (data.heldout takes a file)", err=True)
     if counts.problems or not counts.rows or any(f.is_over and f.action == "fail" for f in findings):
@@ -213,14 +215,14 @@ def _unread_line(counts: Counter[str]) -> str:
 
 
 @data.command()
-@click.argument("old")
+@click.argument("old", default="HEAD")
 @click.argument("new", required=False)
 @click.option("--source", default="data.dvc", show_default=True, help="The dataset's .dvc file, for revisions.")
 @store_option
 def diff(old: str, new: str | None, source: str, store: str) -> None:
     """Compare the rows of OLD with those of NEW: files, folders, runs' ids, or git revisions of the dataset.
 
-    Default of NEW: the dataset in the work tree.
+    Without NEW: the dataset in the work tree, versioned or not. Without OLD: the version that git's last commit names.
     """
     from loraflow.data.compare import difference_lines
 
@@ -261,7 +263,8 @@ def version_of(name: str | None, source: str, store: Store | None) -> Version:
     """Read the rows of a version.
 
     Args:
-        name: a file, a folder, a run's id, or a git revision of `source`; None is the work tree.
+        name: a file, a folder, a run's id, or a git revision of `source`. None is the dataset in the work tree, as it is
+            there; the pinned version, if the work tree does not have it.
         source: the dataset's `.dvc` file.
         store: where runs are; None if the name is no run's.
 
@@ -271,8 +274,11 @@ def version_of(name: str | None, source: str, store: Store | None) -> Version:
     """
     from loraflow.config.data import Data
     from loraflow.data.compare import read_files, read_revision
+    from loraflow.data.dvc_pin import read_pin
     from loraflow.data.readers import match_files
 
+    if name is None and source.endswith(".dvc") and Path(pinned := read_pin(".", source, None).path).exists():
+        name = pinned
     if _is_path(name):
         path = Path(name)
         folder, patterns = (path, ["*"]) if path.is_dir() else (path.parent, [path.name])

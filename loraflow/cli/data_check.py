@@ -42,6 +42,7 @@ class CheckedSource:
     convert: Callable[[Row], Row] = lambda row: row  # what the recipe makes of a row
     config: CheckDatasetConfig | None = None  # set for a recipe with data.sources, which name their own files
     heldout: frozenset[str] = frozenset()  # sets whose files are held out
+    unread_files: Collection[str] = ()  # files of chats that no pattern of the recipe names
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Yield each row with its set."""
@@ -107,7 +108,7 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
     from loraflow.config import load_recipe
     from loraflow.config.stage_configs import CheckDatasetConfig
     from loraflow.data.chat_table import TRAIN
-    from loraflow.data.check import assign_files
+    from loraflow.data.check import assign_files, unread_files
     from loraflow.data.thinking import with_thinking
     from loraflow.data.tools import dataset_tools
     from loraflow.execution.runner import intact_result
@@ -134,6 +135,7 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
         convert=partial(with_thinking, thinking=config.thinking),
         config=config if config.sources else None,
         heldout=frozenset(sets) - {TRAIN},
+        unread_files=unread_files(folder, config),
     )
 
 

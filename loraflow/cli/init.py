@@ -21,6 +21,8 @@ from loraflow.cli.data import marked_lines
 from loraflow.cli.init_dataset import UserDataset, read_dataset
 from loraflow.cli.init_recipe import recipe_text
 from loraflow.cli.undo import dvc_undone_on_failure, undone_on_failure
+from loraflow.config.project import project_name
+from loraflow.data.git import git_or_none
 from loraflow.data.split import in_share, prompt_key
 from loraflow.failures import BadConfig
 from loraflow.store.lock import LockHeld, flock
@@ -46,6 +48,11 @@ if TYPE_CHECKING:
 )
 @click.option("--name", help="Name of the recipe. Default: the name of the file.")
 @click.option(
+    "--project",
+    metavar="NAME",
+    help="Name of the project in Prefect: of its deployments and work pool. Default: the name of the folder.",
+)
+@click.option(
     "--template",
     type=click.Choice(["local", "gpu-team"]),
     default="local",
@@ -53,10 +60,27 @@ if TYPE_CHECKING:
     help="gpu-team adds a work pool for a GPU machine, and a bucket as the store, commented out.",
 )
 @click.option("--dvc-pipeline", is_flag=True, help="Also write dvc.yaml, for `dvc repro` and `dvc exp run`.")
-def init(data_file: Path, base: str, columns: str | None, name: str | None, template: str, dvc_pipeline: bool) -> None:
+def init(
+    data_file: Path,
+    base: str,
+    columns: str | None,
+    name: str | None,
+    project: str | None,
+    template: str,
+    dvc_pipeline: bool,
+) -> None:
     """Write configs/NAME.yaml, a data folder with its .dvc file, and prefect.yaml, from a file or folder of chats."""
     quiet_logging()
-    options = _Options(_plain_name(name or data_file.stem), base, template, dvc_pipeline)
+    from loraflow.flows.server.new_prefect_yaml import slug
+
+    if project is not None and project != slug(project):
+        raise BadConfig(
+            "This cannot be the name of a project.",
+            where=f"--project {project}",
+            expected="a to z, digits and hyphens",
+            next_step=f"--project {slug(project)}",
+        )
+    options = _Options(_plain_name(name or data_file.stem), base, project, template, dvc_pipeline)
     _free_places(options)
     _require_base(base)
     dataset = read_dataset(data_file, columns, base)
@@ -74,6 +98,7 @@ class _Options:
 
     name: str
     base: str
+    project: str | None  # None: named after the folder
     template: str
     dvc_pipeline: bool
 
@@ -88,7 +113,7 @@ def _plain_name(name: str) -> str:
 def _write_project(dataset: UserDataset, options: _Options, recipe: Path, target: Path) -> WrittenFiles:
     """Copy the dataset, version the copy, and write recipe, deployments and README."""
     from loraflow.data import dvc
-    from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
+    from loraflow.flows.server.new_prefect_yaml import slug, team_recipe_lines, write_prefect_yaml
     from loraflow.tracking.dvclive import write_pipeline
 
     target.mkdir(parents=True)
@@ -102,9 +127,9 @@ def _write_project(dataset: UserDataset, options: _Options, recipe: Path, target
         extend_dvcignore()
         text = recipe_text(options.name, recipe, pin.dvc_file, options.base, dataset)
         if options.template == "gpu-team":
-            text += team_recipe_lines(Path())
+            text += team_recipe_lines(options.project or slug(Path().absolute().name))
         recipe.write_text(text, encoding="utf-8")
-        deployments = write_prefect_yaml(Path(), options.name, options.template)
+        deployments = write_prefect_yaml(Path(), options.name, options.template, options.project)
         readme = write_readme(Path(), recipe, target)
         if options.dvc_pipeline:
             write_pipeline(Path(), options.name, recipe, target)
@@ -163,11 +188,13 @@ def _free_places(options: _Options) -> tuple[Path, Path]:
             )
     if options.dvc_pipeline:
         refuse_second_pipeline(Path())
-    if options.template != "local" and Path(FILE).exists():
+    given = f"--template {options.template}" if options.template != "local" else ""
+    given = given or (f"--project {options.project}" if options.project else "")
+    if given and Path(FILE).exists():
         raise BadConfig(
-            f"{FILE} exists already, so the template cannot be applied.",
-            where=f"--template {options.template}",
-            next_step=f"omit --template, or rename {FILE} and merge your changes into the new one",
+            f"{FILE} exists already, and {given.split()[0]} is for a new one.",
+            where=given,
+            next_step=f"omit {given.split()[0]}, or rename {FILE} and merge your changes into the new one",
         )
     return recipe, target
 
@@ -221,11 +248,7 @@ README_TEXT = """\
 A model that is fine-tuned with loraflow on the chats in `{data}`.
 
 ```
-loraflow plan {recipe}    what a run computes, and why
-loraflow run  {recipe}    check the data, train, score, promote the model if it is better
-loraflow chat champion    talk to the model in use
-loraflow data add {data}   after you changed the data: pin the new version
-loraflow up               a server with a form for runs, and a nightly schedule that you can switch on
+{commands}
 ```
 
 | file | content | in git |
@@ -236,6 +259,13 @@ loraflow up               a server with a form for runs, and a nightly schedule 
 | `prefect.yaml` | deployments and schedules for Prefect's UI | yes |
 | `.loraflow/` | the store: models, scores, the promotion log | no |
 """
+README_COMMANDS = {
+    "loraflow plan {recipe}": "what a run computes, and why",
+    "loraflow run {recipe}": "check the data, train, score, promote the model if it is better",
+    "loraflow chat champion": "talk to the model in use",
+    "loraflow data add {data}": "after you changed the data: pin the new version",
+    "loraflow up": "a server with a form for runs, and a nightly schedule that you can switch on",
+}
 
 
 def write_readme(folder: Path, recipe: Path, data: Path) -> Path | None:
@@ -243,8 +273,12 @@ def write_readme(folder: Path, recipe: Path, data: Path) -> Path | None:
     file = folder / README
     if any(path.name.lower().startswith("readme") for path in folder.iterdir()):
         return None
-    title = folder.absolute().name
-    file.write_text(README_TEXT.format(title=title, recipe=recipe.as_posix(), data=data.as_posix()), encoding="utf-8")
+    names = {"recipe": recipe.as_posix(), "data": data.as_posix()}
+    lines = [(command.format(**names), meaning) for command, meaning in README_COMMANDS.items()]
+    width = max(len(command) for command, _ in lines)
+    commands = "\n".join(f"{command:<{width}}   {meaning}" for command, meaning in lines)
+    text = README_TEXT.format(title=folder.absolute().name, commands=commands, **names)
+    file.write_text(text, encoding="utf-8")
     return file
 
 
@@ -289,8 +323,7 @@ def print_dataset(dataset: UserDataset) -> None:
     if dataset.heldout_files:
         click.echo(f"held out, by their names: {', '.join(dataset.heldout_files)}")
     else:
-        together = "; near-duplicates of these rows are held out with them" if dataset.near_duplicates == "drop" else ""
-        click.echo(_held_out_line(chats, size.heldout_fraction) + together)
+        click.echo(_held_out_line(chats, size.heldout_fraction, has_clusters=dataset.near_duplicates == "drop"))
     if dataset.unused_files:
         click.echo(f"neither trained on nor held out: {', '.join(dataset.unused_files)}")
     if lines := size.lines(len(chats)):
@@ -305,14 +338,22 @@ def print_files(dataset: UserDataset, written: WrittenFiles, name: str, base: st
     from loraflow.tracking.dvclive import PIPELINE
 
     source, recipe, pin = dataset.source, written.recipe, written.pin
-    files = "files" if len(dataset.files) > 1 else "file"
-    click.echo(f"{written.target}/   a copy of your {files}: runs read it, so change and add rows there")
+    if len(dataset.files) > 1:
+        copy = "a copy of your files: runs read it, so change and add rows there"
+    else:
+        copy = f"a copy of your file: runs read {written.target / dataset.files[0]}, so change and add rows there"
+    click.echo(f"{written.target}/   {copy}")
     if source.resolve().is_relative_to(Path.cwd().resolve()):
-        click.echo(f"{source}   runs do not read it any more; move it away before `git add -A` takes it into git")
+        is_ignored = git_or_none(["check-ignore", "--", str(source)]) is not None
+        move = "" if is_ignored else "; move it away before `git add -A` takes it into git"
+        click.echo(f"{source}   runs do not read it any more{move}")
     click.echo(f"{recipe}   the recipe; its comments explain each line")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     if written.deployments:
-        click.echo(f"{written.deployments}   deployments for `loraflow up` and `loraflow deploy`")
+        project = project_name(Path())
+        click.echo(
+            f"{written.deployments}   deployments of the project {project}, for `loraflow up` and `loraflow deploy`"
+        )
     elif own := deployment_to_add(Path(), name):
         click.echo(own)
     if written.readme:
@@ -324,11 +365,15 @@ def print_files(dataset: UserDataset, written: WrittenFiles, name: str, base: st
     click.echo(f"next  loraflow plan {recipe}   ·   loraflow run {recipe}")
 
 
-def _held_out_line(chats: list[list[Message]], share: float) -> str:
-    """Return how many rows the seeded hash holds out, with data.seed 0."""
+def _held_out_line(chats: list[list[Message]], share: float, *, has_clusters: bool) -> str:
+    """Return how many rows the seeded hash holds out, with data.seed 0.
+
+    With `has_clusters`, near-duplicates are drawn together, so a run's own number differs: it is not computed here.
+    """
     keys = [prompt_key(chat) for chat in chats]
     if len(set(keys)) < 2:
         return "held out: none, because every row has the same prompt; name a file with held-out rows in data.heldout"
     count = sum(in_share(key, share, 0, "heldout") for key in keys)
     few = "" if count else ", because the seeded hash takes none of so few rows"
-    return f"held out: {count or 1} of {len(chats)} rows{few}"
+    about, together = ("about ", "; near-duplicates stay on one side") if has_clusters else ("", "")
+    return f"held out: {about}{count or 1} of {len(chats)} rows{few}{together}"

@@ -315,7 +315,7 @@ def _print_report(report: PredictionReport, target: Path, seconds: float, *, as_
     if as_json:
         click.echo(json.dumps(report, ensure_ascii=False))
     else:
-        click.echo(f"{rows} rows in {seconds:.1f} s, {errors} with an error: {target}")
+        click.echo(f"{rows} row{'s'[: rows != 1]} in {seconds:.1f} s, {errors} with an error: {target}")
     if errors:
         raise Failure(
             f"{errors} of {rows} rows have no answer.",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from loraflow.config import yaml
 from loraflow.failures import BadConfig
 
 FILE = "prefect.yaml"
+PROJECT_ID = "LORAFLOW_PROJECT_ID"  # in the job variables of the project's deployments, and so in their runs
 PROJECT_VARIABLE = "LORAFLOW_PROJECT"  # names the project of a worker whose folder has no prefect.yaml, as in an image
 
 
@@ -42,14 +45,39 @@ def project_name(folder: Path) -> str | None:
     Raises:
         BadConfig: the file cannot be read.
     """
+    name = _read(folder).get("name")
+    return str(name) if name is not None else None
+
+
+def project_id(folder: Path) -> str | None:
+    """Return the id in the deployments of a project's `prefect.yaml`; None if they have none, as in older files.
+
+    Raises:
+        BadConfig: the file cannot be read.
+    """
+    entries = _read(folder).get("deployments")
+    for entry in entries if isinstance(entries, list) else []:
+        pool = entry.get("work_pool") if isinstance(entry, dict) else None
+        if isinstance(pool, dict) and (found := id_of(pool.get("job_variables"))):
+            return found
+    return None
+
+
+def id_of(job_variables: object) -> str | None:
+    """Return the project's id in the job variables of a deployment."""
+    env = job_variables.get("env") if isinstance(job_variables, dict) else None
+    return env.get(PROJECT_ID) if isinstance(env, dict) else None
+
+
+def _read(folder: Path) -> dict[str, JsonValue]:
+    """Return the content of a project's `prefect.yaml`; empty without one."""
     try:
         document = read_prefect_yaml(folder / FILE)
     except BadConfig as failure:
         if isinstance(failure.__cause__, FileNotFoundError):
-            return None
+            return {}
         raise
-    name = document.get("name") if isinstance(document, dict) else None
-    return str(name) if name is not None else None
+    return document if isinstance(document, dict) else {}
 
 
 def served_project(folder: Path) -> str | None:

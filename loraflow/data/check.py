@@ -33,7 +33,7 @@ from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, place_near
 from loraflow.data.placement import HELDOUT_SIDE, SPLITS, Split
 from loraflow.data.quarantine import Quarantine
-from loraflow.data.readers import RowSettings, match_files
+from loraflow.data.readers import RowSettings, match_files, readable_files
 from loraflow.data.row_drops import drop_duplicates, drop_leaks
 from loraflow.data.row_segment import LAST_LEARNED, PARTLY_LEARNED, PINNED_TO_TRAIN, WEIGHTED, LeftOut, RowSegment
 from loraflow.data.rows_file import RowsFile
@@ -151,6 +151,7 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
         unread=without_marks(dict(reading.unread.most_common(MAX_UNREAD)), reading.marks),
         marks=dict(reading.marks.most_common(MAX_UNREAD)),
         doubtful=doubtful(reading.told, reading.unread),
+        unread_files=unread_files(files, config)[:MAX_UNREAD],
         similar=similar,
         findings=reading.findings,
         sources=count_sources(columns, splits, config, reading.sources),
@@ -366,6 +367,12 @@ def assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str]
         patterns = everything  # a single file of any name
     names["train"] = [name for name in match_files(files, patterns) if name not in set_of]
     return names
+
+
+def unread_files(files: Path, config: CheckDatasetConfig) -> list[str]:
+    """Return the files of chats that no pattern of the recipe names: a new file of the dataset may be forgotten there."""
+    read = {file.name for file in files_of_sets(files, config, None)}
+    return [name for name in readable_files(files) if name not in read]
 
 
 def _write_clusters(out: Path, table: ChatTable, splits: Mapping[Split, Rows], clusters: Clusters) -> NearDuplicates:

@@ -209,5 +209,15 @@ def show_git(arguments: list[str], folder: str | None, where: str) -> str:
             "Git cannot show the dataset's .dvc file.",
             where=where,
             got=str(error),
-            next_step=error.next_step or "`git log --oneline --all -- data.dvc` lists the revisions that have one",
+            next_step=error.next_step or _next_step(str(error)),
         ) from error
+
+
+def _next_step(error: str) -> str:
+    """Return what to do after git did not find a revision or its file."""
+    add = "`loraflow data add FOLDER --commit` commits the .dvc file"
+    if "not a git repository" in error:
+        return f"git init; then {add}"
+    if "invalid object name 'HEAD'" in error or "exists on disk, but not in" in error:  # before the first commit
+        return add
+    return "`git log --oneline --all -- data.dvc` lists the revisions that have one"

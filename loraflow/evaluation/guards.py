@@ -167,7 +167,7 @@ def why_not_promoted(
     tables |= {f"rows of {guard.name}": guard.challenger for guard in general}
     independent = {name: len(set(group_labels(rows))) for name, rows in tables.items()}
     few = [
-        f"{name}: {count} independent, and {MINIMUM_ROWS} are the least"
+        f"{name}: {count} independent, and {MINIMUM_ROWS} are needed"
         for name, count in independent.items()
         if count < MINIMUM_ROWS
     ]
@@ -223,7 +223,8 @@ def _step(comparison: Comparison, rows: HeldoutRows) -> str:
     if not comparison.has_known_range:
         return f"say between which numbers {comparison.metric} is: gate.ranges (the training stays cached)"
     if independent < MINIMUM_ROWS <= comparison.n:
-        return f"add held-out rows of other groups: these are of {independent}, and {MINIMUM_ROWS} are the least"
+        groups = f"these belong to {independent}, and {MINIMUM_ROWS} are needed"
+        return f"add held-out rows of other groups (of near-duplicates, or of data.group): {groups}"
     if comparison.rows_needed is None and independent >= MINIMUM_ROWS:
         rule = "a smaller gate.min_gain" if comparison.kind == "gain" else f"a larger margin of {comparison.metric}"
         return f"more rows like these would not confirm {comparison.metric}: train a better model, or set {rule}"

@@ -103,7 +103,7 @@ def _launch(file: JobFile, job_path: Path) -> dict[int, int]:
 
     rendezvous = file.job.runtime.rendezvous
     try:
-        elastic_launch(_launch_config(file), sys.executable)("-m", "loraflow.execution.worker", str(job_path))
+        elastic_launch(_launch_config(file), sys.executable)("-P", "-m", "loraflow.execution.worker", str(job_path))
     except ChildFailedError as error:
         return {rank: failed.exitcode for rank, failed in error.failures.items()}
     except (RendezvousTimeoutError, RendezvousConnectionError) as error:

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         return 0
     if (torch := sys.modules.get("torch")) is not None and torch.cuda._is_in_bad_fork():
         # A library has started CUDA while it was imported, so this process cannot use it: begin as a new Python.
-        os.execv(sys.executable, [sys.executable, "-m", "loraflow.execution.worker", job_file])
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "loraflow.execution.worker", job_file])
     from loraflow.execution.worker import main as run_worker
 
     setproctitle(f"{sys.executable} -m loraflow.execution.worker {job_file}")
@@ -163,8 +163,6 @@ class Server:
         os.close(null)
         os.close(log_file)
         os.chdir(request["folder"])
-        if not sys.flags.safe_path:  # `python -m` puts the working folder there
-            sys.path[0] = request["folder"]
         os.environ.pop(NVML_CHECK, None)
         os.environ |= {**request["environment"], PIPE: str(outcome), PARENT: str(self.pid)}
 

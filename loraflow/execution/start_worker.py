@@ -30,8 +30,9 @@ from loraflow.execution.outcome import PIPE
 
 log = logging.getLogger(__name__)
 
-WORKER = [sys.executable, "-m", "loraflow.execution.worker"]
-SERVER = [sys.executable, "-m", "loraflow.execution.fork_server"]
+# -P: a file of the project, such as its evaluate.py, is not imported in place of a library
+WORKER = [sys.executable, "-P", "-m", "loraflow.execution.worker"]
+SERVER = [sys.executable, "-P", "-m", "loraflow.execution.fork_server"]
 START_SECONDS = 600.0  # time for a fork server to import the libraries, also from a slow disk
 # Environment: no library reads these variables while it is imported, so each worker gets its own values.
 _NOT_READ_AT_IMPORT = ("LORAFLOW_", "PREFECT_", "PYTEST_")

@@ -45,6 +45,8 @@ def main(argv: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"The job file {argv[0]} cannot be read: {error}", file=sys.stderr, flush=True)
         return 1
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # last: modules that metrics import from there, and no library
     pipe = take_pipe()
     _end_with_launcher(file.job.runtime.grace_seconds)
     faulthandler.enable()

@@ -217,8 +217,8 @@ def _worse(decision: Decision) -> Iterator[str]:
         if found.rows:
             yield from (f"| row | {found.against} | tuned | question | answer |", "|---|---:|---:|---|---|")
             for row in found.rows:
-                texts = f"{quote(row.question)} | {quote(row.answer)}"
-                yield f"| {quote(row.id)} | {row.other:.3f} | {row.score:.3f} | {texts} |"
+                texts = f"{_cell(row.question)} | {_cell(row.answer)}"
+                yield f"| {_cell(row.id)} | {row.other:.3f} | {row.score:.3f} | {texts} |"
             yield ""
 
 
@@ -231,7 +231,7 @@ def _behaviour(decision: Decision) -> Iterator[str]:
         if result.failed:
             yield from ("| row | question | answer |", "|---|---|---|")
             for row in result.failed:
-                yield f"| {quote(row.id)} | {quote(row.question)} | {quote(row.answer)} |"
+                yield f"| {_cell(row.id)} | {_cell(row.question)} | {_cell(row.answer)} |"
             yield ""
 
 
@@ -255,7 +255,7 @@ def _confusions(confusions: Sequence[Confusion]) -> Iterator[str]:
         return
     yield from ("### Worst labels", "", "| label | rows | wrong | most often taken for |", "|---|---:|---:|---|")
     for confusion in confusions:
-        name, other = (quote(text[:80]).replace("|", "\\|") for text in (confusion.label, confusion.as_label))
+        name, other = (_cell(text[:80]) for text in (confusion.label, confusion.as_label))
         yield f"| {name} | {confusion.rows} | {confusion.wrong} | {other} ({confusion.as_count}) |"
     yield ""
 
@@ -265,10 +265,10 @@ def _answers(samples: Sequence[Sample], base: Mapping[str, str]) -> Iterator[str
         yield from ("## Sample answers", "")
     for sample in samples:
         yield from (f"**{quote(sample.prompt)}**", "")
-        yield f"- expected: `{quote(sample.reference)}`"
+        yield f"- expected: {_shown(sample.reference)}"
         if sample.id in base:
-            yield f"- base: `{quote(base[sample.id])}`"
-        yield from (f"- tuned: `{quote(sample.answer)}`", "")
+            yield f"- base: {_shown(base[sample.id])}"
+        yield from (f"- tuned: {_shown(sample.answer)}", "")
 
 
 def _lineage(stages: Iterable[StageRow], store: str) -> list[str]:
@@ -305,7 +305,7 @@ def thin(rows: Sequence[T], most: int) -> Sequence[T]:
 
 def quote(text: str) -> str:
     """Return a text for a line of markdown in backticks: without line breaks, and cut after 300 characters."""
-    flat = " ".join(text.split()).replace("`", "'").replace("|", "\\|")
+    flat = " ".join(text.split()).replace("`", "'")
     return flat if len(flat) <= QUOTED else flat[: QUOTED - 1] + "…"
 
 
@@ -353,4 +353,10 @@ def slice_lines(slices: Sequence[Slice]) -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    """Return a text for a cell of a table, where a vertical bar would begin the next one."""
+    return quote(text).replace("|", "\\|")
+
+
+def _shown(text: str) -> str:
+    """Return a text in backticks, or what it is if nothing could be seen of it."""
+    return f"`{quote(text)}`" if text.strip() else "*only white space*" if text else "*empty*"

@@ -107,6 +107,9 @@ def _chosen(name: str, scored: int, count: int, policy: RowPolicy) -> str:
 def check_notes(check: CheckReport) -> list[str]:
     """Return the notes of a check_dataset report, apart from its counts."""
     notes = source_lines(check)
+    if files := check.unread_files:
+        more = f" and {len(files) - MAX_KEYS} more files" if len(files) > MAX_KEYS else ""
+        notes.append(f"files that no pattern of the recipe names are not read: {', '.join(files[:MAX_KEYS])}{more}")
     if check.unread:
         keys = [f"{key} ({count} rows)" for key, count in check.unread.items()]
         more = f" and {len(keys) - MAX_KEYS} more keys" if len(keys) > MAX_KEYS else ""

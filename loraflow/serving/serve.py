@@ -81,7 +81,7 @@ def plan_server(
         command = ["vllm.entrypoints.openai.api_server", "--model", weights, "--served-model-name", name, *address]
     else:
         command = ["transformers.cli.transformers", "serve", name, *address, *_concurrency(model.folder)]
-    command = [sys.executable, "-m", *command]
+    command = [sys.executable, "-P", "-m", *command]
     if dtype:
         command += ["--dtype", dtype]
     greeting = _greeting(engine, model, name, host, port)

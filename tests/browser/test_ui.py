@@ -28,6 +28,11 @@ def open_form(page, deployment, name: str = "finetune/local") -> None:
     page.get_by_text("Changes to the recipe, for this run only.").wait_for()
 
 
+def write_settings(page, text: str) -> None:
+    """Write into the JSON editor of `settings`, whose schema refers to itself."""
+    page.locator(".cm-content, .p-code-input__textarea").fill(text)
+
+
 def menu(page, deployment, run: str, item: str) -> None:
     page.goto(f"{deployment.url}/v2/runs/flow-run/{run}")
     page.locator("button:has(svg.lucide-ellipsis-vertical)").first.click()
@@ -59,6 +64,7 @@ def test_a_run_is_started_from_the_form_and_its_report_opens(page, deployment):
     page.get_by_label("LoRA rank").fill("2")
     page.get_by_label("LoRA alpha").fill("4")
     page.get_by_label("Learning rate").fill("2e-2")
+    write_settings(page, '{"evaluation.max_rows": 3}')
     picture(page, "form")
     page.get_by_role("button", name="Submit").click()
     for _ in range(100):
@@ -68,6 +74,7 @@ def test_a_run_is_started_from_the_form_and_its_report_opens(page, deployment):
     (run,) = [one["id"] for one in runs]
     found = deployment.wait(run, "RUNNING")
     assert found["parameters"]["overrides"] == {"rank": 2, "alpha": 4, "learning_rate": "2e-2"}
+    assert found["parameters"]["settings"] == {"evaluation.max_rows": 3}
     page.goto(f"{deployment.url}/v2/runs/flow-run/{run}")
     page.get_by_text("Running", exact=True).first.wait_for()
     deployment.wait(run, "COMPLETED")
@@ -89,6 +96,20 @@ def test_a_run_is_started_from_the_form_and_its_report_opens(page, deployment):
         curve.wait_for()
         assert curve.evaluate("image => image.naturalWidth") == 640
         picture(page, f"report{ui.replace('/', '-')}", full_page=True)
+
+
+@pytest.mark.parametrize("ui", ["/v2", ""])
+def test_settings_with_credentials_are_refused_in_the_form(page, deployment, ui):
+    number = len(deployment.runs())
+    page.goto(f"{deployment.url}{ui}/deployments/deployment/{deployment.read_deployment('finetune/local')['id']}/run")
+    page.get_by_text("Changes to the recipe, for this run only.").wait_for()
+    write_settings(page, '{"data.repo": "https://me:s3cret-passw0rd@host/x.git"}')
+    with page.expect_response(lambda answer: answer.request.url.endswith("/create_flow_run")) as answer:
+        page.get_by_role("button", name="Submit").click()
+    assert answer.value.status == 409 and "s3cret" not in answer.value.text()
+    page.get_by_text("without a password or token").first.wait_for()
+    picture(page, f"refused{ui.replace('/', '-')}")
+    assert len(deployment.runs()) == number
 
 
 def test_a_run_with_nothing_new_is_up_to_date_and_stages_are_cached(page, deployment):

@@ -104,7 +104,7 @@ def test_init_run_up_deploy_and_retrain_work_in_a_new_folder(installed, phi3):
             key: {"[token_loss]": ["token_loss"], "{}": {}, "false": False}.get(value, value) for key, value in pairs
         }
         values = {key: int(value) if str(value).isdigit() else value for key, value in values.items()}
-        for name in ("finetune/my-project", "retrain/my-project-nightly"):
+        for name in ("finetune/my-project-u", "retrain/my-project-u-nightly"):
             run = installed.start(name, settings=values)
             found = installed.wait(run, seconds=240)
             assert found["state"]["type"] == "COMPLETED", (name, found["state"], log.read_text())

@@ -16,6 +16,7 @@ from prefect.client.schemas.actions import (
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL
 
+from loraflow.config.project import PROJECT_ID
 from loraflow.failures import BadConfig, Network
 
 ONLY = ["finetune/local", "finetune/gpu", "retrain/nightly", "retrain/on-dataset-update", "evaluate/local"]
@@ -97,6 +98,21 @@ def test_the_deployment_of_another_project_is_not_overwritten(put, client):
         put({"finetune/local": {"pull_steps": theirs, "parameters": {"recipe": "phi3-mini"}}})
     assert (error.value.expected, error.value.got) == ("the project theirs", "the project loraflow")
     assert put() == []
+
+
+def test_the_deployment_of_another_project_of_the_same_name_is_not_overwritten(put, client):
+    from loraflow.flows.server.deployment_spec import WorkPool
+
+    def pool(key: str) -> dict:
+        return {"finetune/local": {"work_pool": WorkPool(name="local", job_variables={"env": {PROJECT_ID: key}})}}
+
+    put()
+    assert put(pool("0a")) == ["deployment finetune/local updated: job_variables"], "of an older file, without an id"
+    with pytest.raises(BadConfig, match="another project of the same name") as error:
+        put({**pool("0b"), "evaluate/local": {"parameters": {"recipe": "phi3-mini"}}})
+    assert (error.value.expected, error.value.got) == ("0b", "0a")
+    assert put(pool("0a")) == [], "nothing was changed"
+    put()
 
 
 def test_a_changed_queue_or_limit_is_updated(put, client):

@@ -69,7 +69,9 @@ def test_a_guard_that_rows_would_confirm_asks_for_rows_although_no_error_is_left
 
 def test_rows_of_few_groups_ask_for_other_groups():
     (step,) = said(decided(table(90, 100, group=10), table(50, 100, group=10)))
-    assert step == "add held-out rows of other groups: these are of 10, and 20 are the least"
+    assert step == (
+        "add held-out rows of other groups (of near-duplicates, or of data.group): these belong to 10, and 20 are needed"
+    )
 
 
 def test_general_rows_are_asked_for_in_their_own_file():

@@ -42,11 +42,11 @@ def test_a_part_of_which_no_row_was_scored_leaves_it_undecided_without_a_look(re
 @pytest.mark.parametrize(
     ("columns", "settings", "said"),
     [
-        ({"group": ["a", "b"] * 40}, {}, "held-out rows: 2 independent, and 20 are the least"),
+        ({"group": ["a", "b"] * 40}, {}, "held-out rows: 2 independent, and 20 are needed"),
         (
             {"prompt": [asked(f"was ist {i}") for i in range(75)] + [asked("\u4ec0\u4e48")] * 5},
             {"gate.slices": {"script": {"token_loss": 3}}},
-            "rows of script CJK: 1 independent, and 20 are the least",
+            "rows of script CJK: 1 independent, and 20 are needed",
         ),
     ],
 )

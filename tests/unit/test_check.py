@@ -13,6 +13,7 @@ from loraflow.data import check, dvc, row_limits
 from loraflow.data.check_report import CheckReport
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
+from loraflow.reporting.rows import check_notes
 from tests.conftest import write_chats
 
 
@@ -69,6 +70,21 @@ def test_duplicates_and_leaks_are_dropped_and_reported(tmp_path):
     assert report["counts"]["duplicate"] == 2 and report["counts"]["leak"] == 1
     reasons = (tmp_path / "out" / "quarantine.jsonl").read_text()
     assert "its prompt is held out (heldout.jsonl:1)" in reasons and "same as train.jsonl:2" in reasons
+
+
+def test_a_file_that_no_pattern_names_is_reported(tmp_path):
+    for number, name in enumerate(["train.jsonl", "more.jsonl", "sub/train.csv", "hand.jsonl"]):
+        write_chats(tmp_path / "data" / name, range(number * 9, number * 9 + 9))
+    (tmp_path / "data" / "notes.txt").write_text("not chats")
+    settings = {"train": ["train.jsonl"], "extra_heldout": {"hand": "hand.jsonl"}}
+    report = run_check(tmp_path / "data", tmp_path / "out", **settings)
+    assert report["unread_files"] == ["more.jsonl", "sub/train.csv"] and report["counts"]["read"] == 18
+    [note] = [note for note in check_notes(CheckReport.model_validate(report)) if "more.jsonl" in note]
+    assert note == "files that no pattern of the recipe names are not read: more.jsonl, sub/train.csv"
+    (tmp_path / "data" / "sub" / "train.csv").unlink()
+    shutil.rmtree(tmp_path / "artifact")
+    both = run_check(tmp_path / "data", tmp_path / "both", **{**settings, "train": ["train.jsonl", "more.jsonl"]})
+    assert "unread_files" not in both, "a report without such files is the same as of earlier versions"
 
 
 def test_chats_without_a_system_message_get_the_recipes_message(tmp_path):

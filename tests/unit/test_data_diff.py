@@ -1,6 +1,7 @@
 """`data diff` of files, folders and runs: rows added, removed and edited, and what changed in lengths and fields."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,10 @@ from click.testing import CliRunner
 
 from loraflow.cli import cli
 from loraflow.cli.data import version_of
+from loraflow.data import dvc
 from loraflow.data.compare import changes, difference_lines
 from loraflow.failures import BadConfig, BadData
+from tests.unit.test_git_branch import git
 
 OLD = [{"question": f"q{n}", "answer": "a" * (n + 1)} for n in range(10)]
 NEW = [*OLD[2:9], {"question": "q9", "answer": "other"}, {"question": "new", "answer": "b", "note": "n"}]
@@ -47,6 +50,20 @@ def test_rows_that_move_between_files_of_a_folder_are_the_same_in_all(tmp_path, 
         "two.jsonl: 6 → 4 rows, 0 added, 2 removed, 0 edited",
         "all files: 10 → 10 rows, 0 added, 0 removed, 0 edited",
     ]
+
+
+def test_without_arguments_the_work_tree_is_compared_with_the_last_commit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git(tmp_path, "init", "-q")
+    write(tmp_path / "data" / "x.jsonl", OLD)
+    dvc.add("data")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "one")
+    (tmp_path / "data" / "x.jsonl").unlink()  # a link to DVC's cache, perhaps
+    write(tmp_path / "data" / "x.jsonl", NEW)
+    assert diff()[0] == "x.jsonl: 10 → 9 rows, 1 added, 2 removed, 1 edited", "before `data add`"
+    shutil.rmtree(tmp_path / "data")
+    assert diff() == ["x.jsonl: 10 → 10 rows, 0 added, 0 removed, 0 edited"], "the pinned version, from DVC's cache"
 
 
 def test_rows_count_as_often_as_they_are_there():

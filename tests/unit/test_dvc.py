@@ -151,6 +151,21 @@ def test_dvc_files_without_a_usable_pin_are_refused(tmp_path, text, message):
         dvc.read_pin(str(tmp_path), "data.dvc", None)
 
 
+def test_a_pin_that_is_not_committed_yet_is_told_to_be(tmp_path):
+    def next_step() -> str:
+        with pytest.raises(BadData, match="Git cannot show") as error:
+            dvc.read_pin(str(tmp_path), "data.dvc", "HEAD")
+        return error.value.next_step
+
+    (tmp_path / "data.dvc").write_text("outs: []\n")
+    assert next_step().startswith("git init; then `loraflow data add")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    assert next_step().startswith("`loraflow data add"), "before the first commit"
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
+    assert next_step().startswith("`loraflow data add"), "the commit does not have it"
+
+
 def test_a_revision_that_does_not_exist_is_a_failure(repository):
     with pytest.raises(BadData, match="Git cannot"):
         dvc.read_pin(str(repository), "data.dvc", "no-such-branch")

@@ -93,6 +93,10 @@ def test_artifacts_of_forked_workers_equal_those_of_new_processes(parts, tmp_pat
     package = tmp_path / "packages" / "bitsandbytes" / "__init__.py"
     package.parent.mkdir(parents=True)
     package.write_text(f"open({str(imported)!r}, 'w').close()\n")  # the real one starts CUDA
+    (tmp_path / "project").mkdir()
+    for name in ("datasets", "evaluate", "peft", "random"):  # files of the user, in the project's folder
+        (tmp_path / "project" / f"{name}.py").write_text("raise RuntimeError('imported in place of a library')\n")
+    monkeypatch.chdir(tmp_path / "project")
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent.parent), os.environ.get("PYTHONPATH", "")]))
         forked = walk(workspace(parts, tmp_path / "forked"))

@@ -1,6 +1,7 @@
 """The settings that `loraflow init` chooses by the size of a dataset, and the files that it keeps out of git."""
 
 import json
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -75,11 +76,15 @@ def chat(prompt: str) -> list:
 
 
 def test_init_says_how_many_rows_are_held_out():
-    assert _held_out_line([chat(f"q{n}") for n in range(300)], 0.1).startswith("held out: ")
+    rows = [chat(f"q{n}") for n in range(300)]
+    line = _held_out_line(rows, 0.1, has_clusters=False)
+    assert re.fullmatch(r"held out: \d\d of 300 rows", line)
+    about = line.replace("held out: ", "held out: about ")
+    assert _held_out_line(rows, 0.1, has_clusters=True) == f"{about}; near-duplicates stay on one side"
     assert "held out: 1 of 8 rows, because the seeded hash takes none" in _held_out_line(
-        [chat(f"q{n}") for n in range(8)], 0.001
+        rows[:8], 0.001, has_clusters=False
     )
-    assert "every row has the same prompt" in _held_out_line([chat("q")] * 8, 0.2)
+    assert "every row has the same prompt" in _held_out_line([chat("q")] * 8, 0.2, has_clusters=True)
 
 
 @pytest.mark.parametrize("git_first", [True, False])
@@ -142,7 +147,9 @@ def test_a_project_gets_a_short_readme_once(tmp_path):
     folder.mkdir()
     written = write_readme(folder, Path("configs/chats.yaml"), Path("data"))
     assert written is not None and written.read_text(encoding="utf-8").startswith("# Mein Projekt ü\n")
-    assert "loraflow run  configs/chats.yaml" in written.read_text(encoding="utf-8")
+    commands = [line for line in written.read_text(encoding="utf-8").splitlines() if line.startswith("loraflow ")]
+    assert commands[1].startswith("loraflow run configs/chats.yaml ")
+    assert len({re.search(r"   (?=\S)", line).end() for line in commands}) == 1, "aligned"
     assert write_readme(folder, Path("configs/b.yaml"), Path("data")) is None
     written.rename(folder / "readme.rst")
     assert write_readme(folder, Path("configs/b.yaml"), Path("data")) is None

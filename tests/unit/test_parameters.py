@@ -1,5 +1,6 @@
 """The run form: its schema as both UIs get it, and the recipe keys that its fields change."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -44,6 +45,24 @@ def test_recipes_are_a_choice_or_a_path_and_only_a_path_without_recipes(two_reci
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     assert schema()["properties"]["recipe"]["type"] == "string"
+
+
+def test_a_flow_without_parameters_takes_the_only_recipe_or_says_which_there_are(two_recipes, tmp_path):
+    """As `finetune.serve()` calls it: Prefect binds the default, then validates it."""
+    from prefect.exceptions import ParameterTypeError
+
+    from loraflow.flows.evaluate_model import evaluate
+    from loraflow.flows.finetune import finetune
+    from loraflow.flows.retrain import retrain
+    from loraflow.flows.sweep import sweep
+
+    for flow in (evaluate, finetune, retrain, sweep):
+        with pytest.raises(ParameterTypeError, match="name the recipe.*configs/ has one, two"):
+            flow.validate_parameters({"recipe": inspect.signature(flow.fn).parameters["recipe"].default})
+    (tmp_path / "configs" / "one.yaml").unlink()
+    for flow in (evaluate, finetune, retrain, sweep):
+        default = inspect.signature(flow.fn).parameters["recipe"].default
+        assert flow.validate_parameters({"recipe": default})["recipe"] == "two"
 
 
 SECRET = "c4nary-0f-16-token"

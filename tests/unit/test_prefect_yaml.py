@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from loraflow.cli import cli
 from loraflow.failures import BadConfig
 from loraflow.flows.server import project
 from loraflow.flows.server.prefect_yaml import read_all
+from tests.conftest import write_chats
 from tests.unit.test_git_branch import git
 
 ENTRY = {
@@ -259,7 +262,6 @@ def test_parameters_of_a_flow_that_takes_any_are_not_checked_by_name(specs, tmp_
     ("fields", "where"),
     [
         ({"parameters": {"recipe": "gone"}}, "retrain/mine.parameters.recipe"),
-        ({"parameters": {}}, "retrain/mine.parameters.recipe"),
         ({"schedules": [{"cron": "0 2 * * *", "parameters": {"recipe": "gone"}}]}, "schedules[0].parameters.recipe"),
     ],
 )
@@ -268,6 +270,15 @@ def test_a_recipe_that_does_not_exist_is_not_deployed(specs, fields, where):
         specs(**fields)
     assert error.value.where.endswith(where) and "tiny" in error.value.expected
     assert specs(parameters={"recipe": "configs/tiny.yaml"})
+
+
+def test_a_deployment_without_a_recipe_has_the_only_one_or_is_refused(specs, tmp_path):
+    [spec] = specs(parameters={"branch": "dev"})
+    assert spec.parameters == {"branch": "dev", "recipe": "tiny"}
+    (tmp_path / "configs" / "other.yaml").write_text("name: other\n")
+    with pytest.raises(BadConfig, match="names no recipe") as error:
+        specs(parameters={"branch": "dev"})
+    assert error.value.where.endswith("retrain/mine.parameters.recipe") and "other, tiny" in error.value.expected
 
 
 def test_a_flow_of_the_users_own_is_read_from_its_file(specs, tmp_path, monkeypatch):
@@ -337,6 +348,28 @@ def test_a_worker_refuses_the_run_of_another_project(tmp_path, monkeypatch):
     with pytest.raises(BadConfig, match="serves another project") as error:
         project.enter(project="theirs")
     assert (error.value.expected, error.value.got.split(",")[0]) == ("the project theirs", "the project ours")
+
+
+def test_a_worker_refuses_the_run_of_another_project_of_the_same_name(tmp_path, monkeypatch):
+    """Two folders named alike: the run would be computed with the recipes and the store of the other one."""
+    from loraflow.config.project import PROJECT_ID, project_id
+    from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
+
+    for folder in ("a/tickets", "b/tickets"):
+        (tmp_path / folder / "configs").mkdir(parents=True)
+        write_prefect_yaml(tmp_path / folder, "r")
+    own, other = project_id(tmp_path / "a/tickets"), project_id(tmp_path / "b/tickets")
+    assert own and other and own != other
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path / "a/tickets"))
+    monkeypatch.setenv(PROJECT_ID, own)
+    assert project.enter(project="tickets") == {"directory": str(tmp_path / "a/tickets")}
+    monkeypatch.setenv(PROJECT_ID, other)
+    with pytest.raises(BadConfig, match="another project of the same name") as error:
+        project.enter(project="tickets")
+    assert other in error.value.expected and own in error.value.got
+    (tmp_path / "a/tickets/prefect.yaml").write_text("name: tickets\n")
+    project.enter(project="tickets")  # of an earlier version, without an id
 
 
 @pytest.mark.parametrize("text", [None, "deployments: []\n", "name:\n", ""])
@@ -422,7 +455,7 @@ def test_the_gpu_team_template_is_deployable_and_its_commented_settings_are_a_va
     (project_folder / "configs").mkdir(parents=True)
     monkeypatch.chdir(project_folder)
     text = re.sub(r"^runtime:.*?(?=^\S|\Z)", "", (ROOT / "configs/quickstart.yaml").read_text(), flags=re.M | re.S)
-    lines = team_recipe_lines(Path())
+    lines = team_recipe_lines("my-team-u")
     Path("configs/chats.yaml").write_text(text + lines)
     unchanged = load_recipe(Path("configs/chats.yaml")).runtime
     assert unchanged.placement == {}, "commented out"
@@ -434,10 +467,31 @@ def test_the_gpu_team_template_is_deployable_and_its_commented_settings_are_a_va
     assert str(runtime.store).startswith("s3://") and set(runtime.placement) == {"train", "evaluate"}
     pools = {specs[f"stage/{name}"].work_pool.name for name in runtime.placement.values()}
     assert not pools & {spec.work_pool.name for spec in specs.values() if spec.flow_name != "stage"}
-    assert {spec.project for spec in specs.values()} == {"my-team"}
+    assert {spec.project for spec in specs.values()} == {"my-team-u"}
 
 
 def test_folders_without_latin_letters_are_projects_of_their_own():
     from loraflow.flows.server.new_prefect_yaml import slug
 
     assert slug("日本") != slug("中国") and slug("日本") == slug("日本")
+    assert slug("Größe é") == "grosse-e"
+
+
+def test_init_takes_a_name_of_the_project(tmp_path, monkeypatch, phi3):
+    (tmp_path / "chats").mkdir()
+    monkeypatch.chdir(tmp_path / "chats")
+    write_chats(Path("x.jsonl"), range(30))
+    git(Path(), "init", "-q")
+    Path(".gitignore").write_text("/x.jsonl\n")
+    arguments = ["init", "--data", "x.jsonl", "--base", str(phi3), "--template", "gpu-team", "--project"]
+    refused = CliRunner().invoke(cli, [*arguments, "Team A"], catch_exceptions=True)
+    assert isinstance(refused.exception, BadConfig) and refused.exception.next_step == "--project team-a"
+    assert not Path("prefect.yaml").exists()
+    done = CliRunner().invoke(cli, [*arguments, "team-a"], catch_exceptions=False)
+    assert "deployments of the project team-a" in done.output
+    assert "x.jsonl   runs do not read it any more\n" in done.output, "git ignores it, so `git add -A` is no danger"
+    found = read_all(Path("prefect.yaml"))[0]
+    assert {(spec.project, spec.work_pool.name.removesuffix("-gpu")) for spec in found} == {("team-a", "team-a")}
+    assert "placement: {train: team-a-gpu" in Path("configs/x.yaml").read_text()
+    again = CliRunner().invoke(cli, ["init", *arguments[1:5], "--name", "y", "--project", "b"])
+    assert isinstance(again.exception, BadConfig) and again.exception.where == "--project b"

@@ -138,7 +138,7 @@ In brackets: 95% confidence intervals.
 **what is 'this'?**
 
 - expected: `{"a": 1}`
-- tuned: `no \\| idea`
+- tuned: `no | idea`
 
 ## Lineage
 
@@ -266,9 +266,22 @@ def test_each_verdict_is_explained(verdict):
 
 
 def test_a_quoted_text_cannot_leave_its_line_or_its_backticks():
-    assert markdown.quote("a\n\tb `c` | d") == "a b 'c' \\| d"
+    assert markdown.quote("a\n\tb `c` | d") == "a b 'c' | d"
     assert markdown.quote("x" * 300) == "x" * 300
     assert markdown.quote("x" * 301) == "x" * 299 + "…"
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [("no | idea", "<code>no | idea</code>"), ("", "<em>empty</em>"), (" \n ", "<em>only white space</em>")],
+)
+def test_a_sample_answer_is_shown_as_it_is_by_a_reader_of_markdown(answer, shown):
+    from markdown_it import MarkdownIt
+
+    page = MarkdownIt("gfm-like", {"linkify": False}).render(
+        markdown.run_report(report(samples=[SAMPLE.model_copy(update={"answer": answer})]))
+    )
+    assert f"<li>tuned: {shown}</li>" in page
 
 
 COMPARISON = {

@@ -118,7 +118,11 @@ def test_the_served_model_has_its_name_and_every_stop_id(tmp_path, cache):
     settings = json.loads((view / "generation_config.json").read_text())
     assert settings == {"eos_token_id": [502, 505], "temperature": 0.5}, "other settings are unchanged"
     assert (view / "model.safetensors").resolve() == folder / "model.safetensors"
-    assert server.command[3:5] == ["serve", "tickets"] and server.command[-3:] == ["--dtype", "bfloat16", "--compile"]
+    assert (
+        server.command[1] == "-P"
+        and server.command[4:6] == ["serve", "tickets"]
+        and server.command[-3:] == ["--dtype", "bfloat16", "--compile"]
+    )
     assert "caution" in server.greeting and "http://127.0.0.1:" in server.greeting
     again = plan_server(Model("tickets", folder), "transformers", "127.0.0.1", free_port(), None, None)
     assert again.cache == server.cache and "caution" not in again.greeting
@@ -138,7 +142,7 @@ def test_requests_are_answered_together_where_the_architecture_is_tested_for_tha
 def test_the_model_name_is_valid_in_the_api(tmp_path, cache):
     folder = build_phi3(tmp_path / "my model @ home.")
     plain = plan_server(Model(folder.name, folder), "transformers", "127.0.0.1", free_port(), None, None)
-    assert plain.command[4] == "my-model-home"
+    assert plain.command[5] == "my-model-home"
     with pytest.raises(BadConfig, match="name"):
         plan_server(Model("x", folder), "transformers", "127.0.0.1", free_port(), "a/b@c", None)
 

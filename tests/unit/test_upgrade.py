@@ -98,8 +98,8 @@ def test_prefect_yaml_gets_import_names_and_its_project(tmp_path):
     folder = tmp_path / "Old Project ü"
     new, notes = upgrade_prefect_yaml(PREFECT, folder)
     before, after = yaml.safe_load(PREFECT), yaml.safe_load(new)
-    assert after.pop("name") == "old-project"
-    assert after["pull"] == [{"loraflow.flows.server.project.enter": {"project": "old-project"}}]
+    assert after.pop("name") == "old-project-u"
+    assert after["pull"] == [{"loraflow.flows.server.project.enter": {"project": "old-project-u"}}]
     entrypoints = [deployment.pop("entrypoint") for deployment in after["deployments"]]
     assert entrypoints == ["loraflow.flows.finetune.finetune", "loraflow.flows.retrain.retrain", "flows/mine.py:train"]
     for document in (before, after):
@@ -149,7 +149,12 @@ def test_nothing_is_written_without_a_yes(project):
     done = upgrade()
     assert done.exit_code == 0, done.output
     assert contents(project) == before
-    for line in ("-    max_seq_length: 128", "+    max_length: 128", "+name: old-project", "loraflow upgrade --write"):
+    for line in (
+        "-    max_seq_length: 128",
+        "+    max_length: 128",
+        "+name: old-project-u",
+        "loraflow upgrade --write",
+    ):
         assert line in done.output
 
 
