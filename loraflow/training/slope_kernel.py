@@ -27,6 +27,8 @@ def tokens_of_a_program(dy: Tensor, rank: int) -> int:
     tokens, columns = dy.shape
     if dy.dtype not in (torch.bfloat16, torch.float16) or columns < LEAST_COLUMNS or rank > LARGEST_RANK:
         return 0
+    if triton.cdiv(columns, COLUMNS) * tokens * rank >= 2**31:
+        return 0  # the kernel counts in 32 bits
     for each in (1024, 512, 256):
         if triton.cdiv(columns, COLUMNS) * triton.cdiv(tokens, each) >= LEAST_PROGRAMS:
             return each
