@@ -37,6 +37,8 @@ from loraflow.stages import Stage
 from loraflow.store import Summary, staging
 from loraflow.store.lock import flock
 
+C = TypeVar("C", bound=StageConfig)
+
 
 def main(argv: list[str]) -> int:
     """Run the job of a file, write `outcome.json`, and return the exit status: 0 if the job succeeded, 1 if it failed."""
@@ -132,14 +134,11 @@ def _end_with_launcher(grace: float) -> None:
         sys.exit(1)
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
-
-
-C = TypeVar("C", bound=StageConfig)
-
-
 def stage_function(stage: Stage) -> Callable[[Job[C], Inputs, Path, Progress], Summary]:
     """Return `run` of a stage's module: it reads the inputs' folders and writes the artifact's files into a folder."""
     function: Callable[[Job[C], Inputs, Path, Progress], Summary] = import_module(stage.module).run
     return function
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

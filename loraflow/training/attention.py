@@ -37,8 +37,7 @@ def choose(runtime: Runtime, device: Device, dtype: str, config: PreTrainedConfi
         MissingExtra: see `choose_for_training`.
         BadConfig: see `choose_for_training`.
     """
-    heads = HeadShape.of(config)
-    attention, kernel = choose_for_training(runtime, device, dtype, config, lambda name: load_kernel(name, heads))
+    attention, kernel = choose_for_training(runtime, device, dtype, config, lambda name: load_kernel(name, config))
     if kernel is not None:
         register(kernel)
     return attention
@@ -69,19 +68,22 @@ class HeadShape:
         kv_heads = max(1, min(heads, 32) // ratio)
         width = getattr(text, "head_dim", None) or text.hidden_size // heads
         windows: tuple[tuple[int, int], ...] = ((-1, 0),)
-        if getattr(text, "sliding_window", None):
+        types = getattr(text, "layer_types", None) or ["sliding_attention"]
+        has_windows = getattr(text, "use_sliding_window", True) and "sliding_attention" in types
+        if has_windows and getattr(text, "sliding_window", None):
             windows += ((min(text.sliding_window, TRIAL_TOKENS // 4) - 1, 0),)
         return cls(kv_heads * ratio, kv_heads, width, windows)
 
 
-def load_kernel(name: DocumentKernelName, heads: HeadShape) -> Kernel:
-    """Return a kernel, after a check that its output and gradients are those of torch's own kernel for such heads.
+def load_kernel(name: DocumentKernelName, config: PreTrainedConfig) -> Kernel:
+    """Return a kernel, after a check that its output and gradients are those of torch's own kernel for the model's heads.
 
     Raises:
         ValueError: its results differ from those of torch's own kernel.
     """
     if name == "varlen":
         return varlen
+    heads = HeadShape.of(config)
     expected = _try_out(varlen, heads)
     if name == "fa3":
         from torch.nn.attention import activate_flash_attention_impl

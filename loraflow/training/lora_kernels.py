@@ -11,9 +11,11 @@ devices changes them. Only peft's plain LoRA is replaced. The modules keep their
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,8 @@ from torch.autograd.function import FunctionCtx
 
 from loraflow.training import frozen_linear
 from loraflow.training.frozen_linear import FrozenWeight
+
+log = logging.getLogger(__name__)
 
 # The mixin stands before one of peft's LoRA layers, whose attributes it uses.
 if TYPE_CHECKING:
@@ -119,10 +123,29 @@ class LoraProduct(torch.autograd.Function):
 @torch.library.custom_op("loraflow::slope_products", mutates_args=())
 def slope_products(dy: Tensor, up: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """Return dy @ up [tokens, r] and dyᵀ @ h [out, r] of a gradient on a GPU, which is read once where that is faster."""
-    from loraflow.training import slope_kernel
+    kernel = slope_kernel_or_none()
+    block_tokens = kernel.tokens_of_a_program(dy, up.shape[1]) if kernel is not None else 0
+    return kernel.products(dy, up, h, block_tokens) if kernel is not None and block_tokens else (dy @ up, dy.t() @ h)
 
-    block_tokens = slope_kernel.tokens_of_a_program(dy, up.shape[1])
-    return slope_kernel.products(dy, up, h, block_tokens) if block_tokens else (dy @ up, dy.t() @ h)
+
+@cache
+def slope_kernel_or_none() -> ModuleType | None:
+    """Return the module of the Triton kernel for `slope_products`; None where it does not run.
+
+    It was measured on Hopper, and needs more shared memory than older GPUs have. Triton needs a C compiler.
+    """
+    if torch.cuda.get_device_capability() != (9, 0):
+        return None
+    try:
+        from loraflow.training import slope_kernel
+
+        ones = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
+        slope_kernel.products(ones, ones[:, :16].contiguous(), ones[:, :16].contiguous(), 64)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        log.warning("the adapter's gradients are computed without their Triton kernel, which takes longer: %s", reason)
+        return None
+    return slope_kernel
 
 
 @slope_products.register_fake

@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank", [4, 8, 16])
+@pytest.mark.parametrize("rank", [1, 8, 16])
 @pytest.mark.parametrize("tokens, out", [(16384, 9216), (16384, 4096), (5000, 16384), (4096, 8200)])
 def test_both_products_are_those_of_torch(dtype, rank, tokens, out):
     from loraflow.training.slope_kernel import tokens_of_a_program
@@ -26,6 +26,46 @@ def test_both_products_are_those_of_torch(dtype, rank, tokens, out):
         assert found.dtype == dtype
         error = float((found.double() - exact).norm() / exact.norm())
         assert error < (3e-3 if dtype == torch.bfloat16 else 4e-4), error
+
+
+@pytest.mark.parametrize("layout", ["transposed", "part of a wider tensor", "expanded"])
+def test_a_gradient_may_have_any_layout(layout):
+    torch.manual_seed(0)
+    tokens, out = 8192, 8192
+    wide = torch.randn(tokens, 2 * out, device="cuda", dtype=torch.bfloat16)
+    dy = {
+        "transposed": wide[:, :out].contiguous().t(),
+        "part of a wider tensor": wide[:, 100 : 100 + out],
+        "expanded": wide[:1, :out].expand(tokens, out),
+    }[layout]
+    up, h = (torch.randn(out, 16, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    dh, d_up = slope_products(dy, up, h)
+    for found, exact in ((dh, dy.double() @ up.double()), (d_up, dy.double().t() @ h.double())):
+        assert float((found.double() - exact).norm() / exact.norm()) < 3e-3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_has_the_gradients_of_torchs_products(compiled, monkeypatch):
+    from loraflow.training import lora_kernels
+
+    torch.manual_seed(0)
+    weight = torch.randn(8192, 256, device="cuda", dtype=torch.bfloat16) / 16
+    x = torch.randn(8192, 256, device="cuda", dtype=torch.bfloat16)
+    tensors = [x, torch.randn(16, 256, device="cuda").bfloat16() / 16, torch.randn(8192, 16, device="cuda").bfloat16()]
+
+    def gradients():
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+
+        def layer(*leaves):
+            return lora_kernels.LoraProduct.apply(*leaves, None, None, 0, "dense", weight)
+
+        (torch.compile(layer, fullgraph=True) if compiled else layer)(*leaves).square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    found = gradients()
+    monkeypatch.setattr(lora_kernels, "slope_kernel_or_none", lambda: None)
+    for one, other in zip(found, gradients(), strict=True):
+        assert float((one.float() - other.float()).norm() / other.float().norm()) < 1e-2
 
 
 @pytest.mark.parametrize("tokens, out, rank", [(100, 9216, 16), (16384, 1024, 16), (16384, 9216, 64)])

@@ -150,3 +150,27 @@ def test_dropout_does_not_depend_on_the_micro_batch(base, straight, tmp_path):  
     ]
     assert same(results[0][0], results[1][0], 5e-5)
     assert not same(results[0][0], straight[1], 1e-3), "it does drop"
+
+
+def test_the_kernel_of_the_backward_products_is_used_on_hopper_only_and_where_it_runs(monkeypatch, caplog):
+    from loraflow.training import lora_kernels
+
+    kernel = lora_kernels.slope_kernel_or_none
+    for capability, warned in (((7, 5), False), ((9, 0), True)):  # here, a Hopper GPU's first product fails
+        kernel.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert kernel() is None
+        assert ("without their Triton kernel" in caplog.text) is warned
+    kernel.cache_clear()
+
+
+def test_attention_is_chosen_on_a_cpu_for_every_type_of_model():
+    """Heads are looked at for the kernels of a GPU only: some types have no such attributes."""
+    from transformers import CONFIG_MAPPING
+
+    from loraflow.config import Runtime
+    from loraflow.training.attention import choose
+
+    for name in ("mamba", "mamba2", "rwkv", "gemma4_text", "llama", "gemma3_text"):
+        config = CONFIG_MAPPING[name]()
+        assert choose(Runtime(attn_implementation="sdpa"), "cpu", "float32", config).implementation == "sdpa"

@@ -49,13 +49,13 @@ def recipe(**overrides):
     return parse_recipe("name: t\nbase: {model: x}\n", overrides=settings)
 
 
-def tokenize(base: Path, folder: Path, chats: int = 30, system: str = "", chat_of=chat, **overrides) -> Path:
+def tokenize(base: Path, folder: Path, chats: int = 30, system: str = "", chat_of=None, **overrides) -> Path:
     rows, out = folder / "rows", folder / "tokens"
     rows.mkdir(parents=True)
     out.mkdir()
     first = [{"role": "system", "content": system}] if system else []
     rows_of = (
-        {"id": str(i), "set": "train", "place": f"x:{i}", "messages": first + chat_of(i)["messages"]}
+        {"id": str(i), "set": "train", "place": f"x:{i}", "messages": first + (chat_of or chat)(i)["messages"]}
         for i in range(chats)
     )
     lines = [json.dumps(row) + "\n" for row in rows_of]
