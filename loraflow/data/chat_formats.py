@@ -33,8 +33,7 @@ from loraflow.data.published_formats import (
     template_arguments,
 )
 from loraflow.data.question_parts import refuse_answers_by_letter, refuse_lost_parts
-from loraflow.data.roles import ASSISTANT
-from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects, without_answer
+from loraflow.data.row_fields import ASSISTANT, RawRow, RowFields, Turn, has_value, objects, without_answer
 from loraflow.data.tools import read_tools
 from loraflow.data.transcripts import is_glaive, is_transcript, prompt_turns, read_glaive, read_transcript
 

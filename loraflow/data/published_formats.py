@@ -9,10 +9,9 @@ from pydantic import JsonValue
 
 from loraflow.data.cell_values import parsed_list
 from loraflow.data.chats import BadRow
-from loraflow.data.json_text import strict_json
+from loraflow.data.container_text import strict_json
 from loraflow.data.marks import MarkedFalse, excludes
-from loraflow.data.roles import ASSISTANT, normal_role
-from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects
+from loraflow.data.row_fields import ASSISTANT, RawRow, RowFields, Turn, has_value, normal_role, objects
 from loraflow.data.tools import read_calls
 
 _MESSAGE = ("role",), ("content",)
