@@ -8,10 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from loraflow.base.model_files import copy_model
-from loraflow.base.stored_weights import INDEX
+from loraflow.base.stored_weights import INDEX, PICKLES, refuse_pickles
 from loraflow.base.template_check import check_template, conversations
 from loraflow.base.weight_checks import check_fits_config, check_weights, refuse_non_finite_weights
-from loraflow.base.weight_files import PICKLES, refuse_pickles
 from loraflow.data.loss_mask import ChatTemplate, eos_ids, vocabulary_of
 from loraflow.data.served_template import write_served_template
 from loraflow.data.tokenizer_config import FILE

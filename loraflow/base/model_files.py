@@ -9,8 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraflow.base.stored_weights import loaded_files
-from loraflow.base.weight_files import refuse_pickles
+from loraflow.base.stored_weights import loaded_files, refuse_pickles
 from loraflow.data.tokenizer_config import further_templates
 from loraflow.failures import BadModel
 

@@ -22,14 +22,13 @@ import numpy as np
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chat_table import TRAIN, ChatTable, Columns, Rows, profile
 from loraflow.data.chats import GATE_SET, Tool
-from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, SplitCounts
+from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, Quarantine, SplitCounts
 from loraflow.data.findings import leave_out_findings
 from loraflow.data.heldout_fields import write_field_values
 from loraflow.data.mark_names import without_marks
 from loraflow.data.near import Compared
 from loraflow.data.near_split import Clusters, place_near
 from loraflow.data.placement import HELDOUT_SIDE, SPLITS, Split
-from loraflow.data.quarantine import Quarantine
 from loraflow.data.readers import RowSettings, match_files, readable_files
 from loraflow.data.row_drops import drop_duplicates, drop_group_leaks, drop_leaks, heldout_groups
 from loraflow.data.row_segment import LAST_LEARNED, PARTLY_LEARNED, PINNED_TO_TRAIN, WEIGHTED, LeftOut, RowSegment

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraflow.data.chat_table import ChatTable, Columns, Rows
-from loraflow.data.equal_keys import is_repeated
+from loraflow.data.near import is_repeated
 from loraflow.data.placement import Split
 
 Drop = Callable[[int, str, str, str], None]  # a row, its set, the reason, and a sentence

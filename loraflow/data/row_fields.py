@@ -8,11 +8,10 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from loraflow.data.cell_values import media_key
-from loraflow.data.chats import BadRow, ToolCall
+from loraflow.data.chats import REASONING_KEYS, BadRow, ToolCall
 from loraflow.data.content_parts import as_json, is_parts, read_parts
 from loraflow.data.labels import ANSWERS, Labels, answers_of
 from loraflow.data.marks import Weight, answer_weight, excludes, is_mark
-from loraflow.data.reasoning import KEYS
 from loraflow.data.tools import read_calls
 from loraflow.data.unread_values import without_ignored
 
@@ -306,7 +305,7 @@ def _reasoning(message: RowFields) -> str:
         BadRow: two keys have different values.
     """
     row = message.row
-    names = [name for name in KEYS if isinstance(row.get(name), str) or is_parts(row.get(name))]
+    names = [name for name in REASONING_KEYS if isinstance(row.get(name), str) or is_parts(row.get(name))]
     found = message.optional(*names)
     if isinstance(found, list):
         found = "".join(read_parts(found, "reasoning").texts)

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chats import BadRow
+from loraflow.data.chats import REASONING_KEYS, BadRow, without_reasoning
 from loraflow.data.json_reader import RawValue, json_line, read_lines
 from loraflow.data.labels import Labels
 from loraflow.data.readers import Row, RowSettings, checked_suffix, labels_of, read_row, read_values
-from loraflow.data.reasoning import KEYS, without_reasoning
 from loraflow.data.row_segment import RowSegment, SegmentBuilder
 from loraflow.data.segments import segments
 
@@ -154,4 +153,4 @@ def with_thinking(row: Row, thinking: Literal["strip"] | None) -> Row:
 
 def reasoning_key(unused_keys: Sequence[str]) -> str | None:
     """Return the key of messages whose reasoning is not read, because it is no text of an answer; None if there is none."""
-    return next((key for key in unused_keys if "." in key and key.rpartition(".")[2] in KEYS), None)
+    return next((key for key in unused_keys if "." in key and key.rpartition(".")[2] in REASONING_KEYS), None)

@@ -9,10 +9,8 @@ import numpy as np
 
 from loraflow.data.chat_table import ChatTable, Columns, Rows
 from loraflow.data.check_report import Similar
-from loraflow.data.equal_keys import first_equal, is_repeated
-from loraflow.data.near import Compared, Comparison
+from loraflow.data.near import Compared, Comparison, comparable_text, first_equal, is_repeated
 from loraflow.data.row_segment import LAST_LEARNED
-from loraflow.data.shingles import comparable_text
 
 
 def find_similar(table: ChatTable, columns: Columns, train: Rows, heldout: Rows) -> Similar:

@@ -205,8 +205,7 @@ def _expect_memory(
     job: Job[EvaluateConfig], folder: Path, prompts: Sequence[list[int]], shared: int, progress: Progress
 ) -> None:
     """Estimate this process's memory, for the manifest. The first `shared` tokens of all prompts are computed once."""
-    from loraflow.training.memory import shape_of
-    from loraflow.training.memory_parts import generation_parts
+    from loraflow.training.memory import generation_parts, shape_of
 
     shape = shape_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     if shape is not None:

@@ -15,9 +15,7 @@ from loraflow.store.artifact import MANIFEST, HasHash, Manifest, Ref, check_cons
 from loraflow.store.bucket import CONCURRENCY, retry_network
 from loraflow.store.files import fsync_tree, is_inside, raise_machine_fault, translate_os_errors, write_atomic
 from loraflow.store.lock import flock
-from loraflow.store.object_memo import ObjectMemo
-from loraflow.store.s3_artifacts import S3Artifacts
-from loraflow.store.s3_layout import file_key
+from loraflow.store.s3_artifacts import ObjectMemo, S3Artifacts, file_key
 
 
 def cache_folder(uri: str) -> Path:

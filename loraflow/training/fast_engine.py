@@ -12,14 +12,20 @@ import torch
 
 from loraflow.data.token_rows import TokenRows
 from loraflow.hardware.attention import Attention
-from loraflow.training import prefix_sharing, sharding
+from loraflow.training import prefix_sharing
 from loraflow.training.arguments import BatchSettings
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
 from loraflow.training.choices import EngineChoices
-from loraflow.training.compile_gain import COMPILE_SECONDS, LENGTH_SECONDS, seconds_saved
 from loraflow.training.cuda_graphs import GraphedPass
-from loraflow.training.graph_choice import FLOPS, RECORDING_PASSES, choose_graphs
+from loraflow.training.graph_choice import (
+    COMPILE_SECONDS,
+    FLOPS,
+    LENGTH_SECONDS,
+    RECORDING_PASSES,
+    choose_graphs,
+    seconds_saved,
+)
 from loraflow.training.layers import prepare_layers
 from loraflow.training.lora_kernels import accelerate_loras, to_fp8
 from loraflow.training.memory import ENOUGH_TOKENS, MemoryFit, Recompute, fit_memory
@@ -89,7 +95,7 @@ def build_fast_trainer(
     initial = initialise_adapter(setup, trainer)
     _prepare_adapter(setup, trainer, base_dtype, compute_dtype)
     acceleration = _accelerate(setup, attention, passes, trainer, sharded=sharded)
-    frozen_bytes, replicated_bytes = sharding.frozen_bytes(trainer.model)
+    frozen_bytes, replicated_bytes = choices.frozen_bytes(trainer.model)
     choices = replace(
         choices,
         micro_batch_rows=micro_batch_rows,

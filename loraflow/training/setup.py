@@ -27,9 +27,15 @@ from loraflow.job import Inputs, Job, Progress
 from loraflow.store.checkpoints import FOLDER, prune_to_newest_intact, step_of
 from loraflow.training import callbacks
 from loraflow.training.adapter_rank import adapter_rank
-from loraflow.training.arguments import BatchSettings, check_trackers, trainer_arguments
+from loraflow.training.arguments import (
+    BatchSettings,
+    StepCount,
+    check_trackers,
+    count_steps,
+    row_order,
+    trainer_arguments,
+)
 from loraflow.training.memory import ModelShape, shape_of
-from loraflow.training.schedule import StepCount, count_steps, row_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
