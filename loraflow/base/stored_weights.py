@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from loraflow.base.model_config import config_errors, read_config, reason_of
+from loraflow.base.architecture import config_errors, read_config, reason_of
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:

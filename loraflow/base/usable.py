@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from loraflow.base.model_config import code_references, read_config
+from loraflow.base.architecture import code_references, read_config
 from loraflow.base.stored_weights import PICKLES
 from loraflow.failures import BadModel
 

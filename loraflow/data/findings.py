@@ -18,8 +18,7 @@ from loraflow.data.chat_table import ChatTable
 from loraflow.data.chats import Chat
 from loraflow.data.check_report import CheckReport, Finding
 from loraflow.data.row_segment import LAST_LEARNED
-from loraflow.data.sampling import MAX_LABEL_CHARACTERS, label_values
-from loraflow.data.split import normalize, normalized_key
+from loraflow.data.split import MAX_LABEL_CHARACTERS, label_values, normalize, normalized_key
 from loraflow.failures import LimitExceeded
 
 OPENING_WORDS = 5  # of an answer that has at least twice as many words

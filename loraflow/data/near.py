@@ -1,4 +1,4 @@
-"""Find rows with equal keys and near-duplicates: propose pairs, and confirm them by the exact Jaccard index of their 5-grams.
+"""Find rows with equal keys and near-duplicates: propose pairs, and confirm them by the exact Jaccard index of 5-grams.
 
 Two rows are proposed if a band of their MinHash sketches is equal. With 16 bands of 5 values, a pair with an index of 0.8
 is proposed with a probability of 0.998, and one of 0.9 practically always.

@@ -14,11 +14,10 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from loraflow.data.beside import is_object_text
 from loraflow.data.container_text import Unreadable, parsed_text
 from loraflow.data.judgements import is_bad_word
 from loraflow.data.labels import FALSE, TRUE, is_absent, plain
-from loraflow.data.mark_names import CONTAINERS, normal_name
+from loraflow.data.mark_names import CONTAINERS, is_object_text, normal_name
 
 MAX_QUESTIONS = 5
 _MAX_WORD = 30  # characters of a value that is a word

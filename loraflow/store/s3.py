@@ -31,7 +31,7 @@ from loraflow.store.artifact import (
     damaged_artifact,
     has_hash,
 )
-from loraflow.store.bucket import Bucket, ObjectInfo
+from loraflow.store.bucket import Bucket, ObjectInfo, abort_upload, unfinished_uploads
 from loraflow.store.checkpoint_mirror import CheckpointMirror
 from loraflow.store.chunk_cache import stale_entries
 from loraflow.store.files import (
@@ -45,10 +45,8 @@ from loraflow.store.files import (
     write_atomic,
 )
 from loraflow.store.lock import flock
-from loraflow.store.s3_artifacts import S3Artifacts, file_key, manifest_key
-from loraflow.store.s3_cache import ArtifactCache, cache_folder
+from loraflow.store.s3_artifacts import ArtifactCache, S3Artifacts, cache_folder, file_key, manifest_key
 from loraflow.store.s3_commit import commit_artifact, move_to_quarantine, remove_artifact
-from loraflow.store.uploads import abort_upload, unfinished_uploads
 
 log = logging.getLogger(__name__)
 

@@ -23,10 +23,16 @@ from loraflow.store.artifact import (
     parse_pointer,
     quarantine_record,
 )
-from loraflow.store.bucket import CONCURRENCY, StoredObject
-from loraflow.store.s3_artifacts import S3Artifacts, artifact_prefix, file_key, is_telemetry, manifest_key, pointer_key
-from loraflow.store.s3_cache import ArtifactCache
-from loraflow.store.uploads import upload_file
+from loraflow.store.bucket import CONCURRENCY, StoredObject, upload_file
+from loraflow.store.s3_artifacts import (
+    ArtifactCache,
+    S3Artifacts,
+    artifact_prefix,
+    file_key,
+    is_telemetry,
+    manifest_key,
+    pointer_key,
+)
 
 ATTEMPTS = 8  # at replacing the pointer while other machines commit
 

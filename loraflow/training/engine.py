@@ -6,9 +6,8 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loraflow.base.architecture import is_tested
+from loraflow.base.architecture import is_tested, read_config
 from loraflow.base.longrope import compute_angles_per_document
-from loraflow.base.model_config import read_config
 from loraflow.failures import BadModel
 from loraflow.hardware.device import device_name
 from loraflow.training.base_model import load_base

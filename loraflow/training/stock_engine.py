@@ -54,7 +54,7 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
     )
     arguments = setup.trainer_arguments(batch_settings, setup.runtime.engine)
     noise_alpha = setup.settings.neftune_noise_alpha
-    arguments.neftune_noise_alpha = None  # not transformers' noise, which depends on the batch, but that of `neftune`
+    arguments.neftune_noise_alpha = None  # not transformers' noise, which depends on the batch, but `add_noise`
     if not getattr(model.config.get_text_config(), "num_experts", 0) or not has_routers(model):
         # trl adds a loss of the router wherever a config has a coefficient for it: Granite 4's and Doge's have, also
         # without experts.

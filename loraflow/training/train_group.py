@@ -30,9 +30,8 @@ from loraflow.training.base_model import check_adapter, load_base
 from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
 from loraflow.training.callbacks import log_untrained
 from loraflow.training.choices import choose_attention
-from loraflow.training.cuda_graphs import GraphedPass
+from loraflow.training.cuda_graphs import GraphedPass, choose_graphs
 from loraflow.training.fast_engine import choose_compile, choose_memory_fit, cost_of_length, passes_of
-from loraflow.training.graph_choice import choose_graphs
 from loraflow.training.group_batches import GroupSteps
 from loraflow.training.group_lora import GroupLora, stack_adapters
 from loraflow.training.group_trainer import GroupModel, GroupTrainer, base_of, build_member
