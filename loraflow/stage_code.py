@@ -33,7 +33,6 @@ VERSION_DATASET = (
     "loraflow.data.dvc_storage",
     "loraflow.data.dataset_files",
     "loraflow.data.dvc_pin",
-    "loraflow.data.listing",
     "loraflow.data.git",
 )
 
@@ -123,7 +122,6 @@ TRAIN = (
     "loraflow.training.stock_engine",
     "loraflow.training.fast_engine",
     "loraflow.training.out_of_memory",
-    "loraflow.training.arguments",
     "loraflow.training.trainer",
     "loraflow.training.batches",
     "loraflow.training.collation",

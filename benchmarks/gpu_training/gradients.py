@@ -38,8 +38,8 @@ def check_gradients(work: Path, names: list[str]) -> None:
 def first_step(work: Path) -> StepItem:
     """Return a step of two rows, as one micro-batch."""
     from loraflow.data.token_rows import TokenRows
-    from loraflow.training.arguments import row_order
     from loraflow.training.batches import StepDataset, concatenated_layout
+    from loraflow.training.setup import row_order
 
     rows = TokenRows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
     steps = row_order(len(rows), 2, 0).reshape(1, 2)

@@ -15,9 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from loraflow.credentials import reveal
-from loraflow.data.dvc_pin import Pin
+from loraflow.data.dvc_pin import MAX_LIST_BYTES, ListedFile, Pin, check_names, parse_listing
 from loraflow.data.git import folder_in_repository, is_url
-from loraflow.data.listing import MAX_BYTES, ListedFile, check_names, parse_listing
 from loraflow.failures import BadConfig, BadData, Failure, MissingData, Network
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ def _find_listing(repo: Repo, pin: Pin, remote: str | None) -> tuple[list[Listed
 def _read_object(odb: HashFileDB, oid: str) -> bytes | None:
     try:
         with odb.fs.open(odb.oid_to_path(oid), "rb") as file:
-            raw: bytes = file.read(MAX_BYTES + 1)
+            raw: bytes = file.read(MAX_LIST_BYTES + 1)
             return raw
     except FileNotFoundError:
         return None

@@ -1,6 +1,6 @@
 """The train stage: train an adapter with trl's SFTTrainer. `train.run` is the entry point.
 
-- What to train: `setup` (all inputs of a training), `arguments` (steps and order of rows, trl's SFTConfig).
+- What to train: `setup` (all inputs of a training: steps and order of rows, trl's SFTConfig).
 - How to train on this machine: `engine` builds the trainer with `choices` (attention, sharding, engine), `memory` (size of
   micro-batches, recomputation), `base_model` (load the base, initialise the adapter), `fast_engine` or `stock_engine`.
 - The loop: transformers' own. It calls `trainer.FastTrainer.training_step`, which reads `batches.StepDataset` (rows to

@@ -12,7 +12,6 @@ import torch
 
 from loraflow.data.token_rows import TokenRows
 from loraflow.hardware.attention import Attention
-from loraflow.training.arguments import BatchSettings
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.batches import (
     GridRows,
@@ -37,7 +36,7 @@ from loraflow.training.layers import prepare_layers
 from loraflow.training.lora_kernels import accelerate_loras, to_fp8
 from loraflow.training.memory import ENOUGH_TOKENS, MemoryFit, Recompute, fit_memory
 from loraflow.training.out_of_memory import MicroBatchSize
-from loraflow.training.setup import TrainingSetup
+from loraflow.training.setup import BatchSettings, TrainingSetup
 from loraflow.training.trainer import BuiltTrainer, FastTrainer
 
 if TYPE_CHECKING:

@@ -17,12 +17,11 @@ from loraflow.adapters.targets import has_routers
 from loraflow.base.architecture import is_tested, scales_logits_unknown_to_trl
 from loraflow.data.token_labels import IGNORED
 from loraflow.failures import BadConfig
-from loraflow.training.arguments import BatchSettings, micro_batch_rows
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.choices import EngineChoices
 from loraflow.training.collation import NoiseKeys, RowCollator
 from loraflow.training.out_of_memory import MicroBatchSize
-from loraflow.training.setup import TrainingSetup
+from loraflow.training.setup import BatchSettings, TrainingSetup, micro_batch_rows
 from loraflow.training.trainer import BuiltTrainer, StockTrainer
 
 if TYPE_CHECKING:

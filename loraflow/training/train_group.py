@@ -25,7 +25,6 @@ from loraflow.hardware.device import peak_gpu_gib
 from loraflow.job import Inputs, Job, Progress
 from loraflow.stages import TRAIN
 from loraflow.store import Summary
-from loraflow.training.arguments import BatchSettings, row_order
 from loraflow.training.base_model import check_adapter, load_base
 from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
 from loraflow.training.callbacks import log_untrained
@@ -38,7 +37,7 @@ from loraflow.training.group_trainer import GroupModel, GroupTrainer, base_of, b
 from loraflow.training.layers import draws_in_passes, prepare_layers
 from loraflow.training.loss_head import is_frozen_linear
 from loraflow.training.out_of_memory import explain_out_of_memory
-from loraflow.training.setup import TrainingSetup, prepare_training
+from loraflow.training.setup import BatchSettings, TrainingSetup, prepare_training, row_order
 from loraflow.training.validation_loss import GROUP_PROBLEMS
 
 if TYPE_CHECKING:

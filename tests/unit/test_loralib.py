@@ -16,8 +16,8 @@ from loraflow.adapters.loralib.swap import Settings
 from loraflow.data.token_rows import TokenRows
 from loraflow.failures import Preempted
 from loraflow.job import Inputs, Progress
-from loraflow.training.arguments import row_order
 from loraflow.training.collation import padded
+from loraflow.training.setup import row_order
 from tests.conftest import build_phi3
 from tests.job_factory import from_gguf, make_job
 from tests.unit.test_training import StopAt, recipe, run, same, tokenize

@@ -12,8 +12,8 @@ from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_rows import TokenRows
 from loraflow.job import Inputs, Progress
 from loraflow.training import batches, collation
-from loraflow.training.arguments import row_order
 from loraflow.training.loss_head import CHUNK, head_loss
+from loraflow.training.setup import row_order
 from tests.conftest import chat
 from tests.job_factory import make_job
 from tests.unit.test_batches import force_end_to_end
