@@ -2,7 +2,7 @@
 
     python benchmarks/compile_gain.py
 
-The table is the source of `loraflow/training/compile_gain.py`. Each line trains random weights twice with loraflow's train
+The table is the source of `loraflow/training/cuda_graphs.py`. Each line trains random weights twice with loraflow's train
 stage, in one process: uncompiled, then compiled with the compiler's caches off. `compile s` is how much longer the first
 step takes. `break-even` is the number of steps after which the compiled training is ahead.
 """

@@ -20,7 +20,7 @@ from loraflow.execution.plan import STEPS
 from loraflow.execution.plan_notes import planned_memory
 from loraflow.execution.workspace import Workspace
 from loraflow.store import Ref
-from loraflow.training.memory_parts import describe
+from loraflow.training.memory import describe
 
 BEFORE = ("version_dataset", "check_dataset", "resolve_base", "tokenize")
 MEASURED = ("train", "evaluate base")

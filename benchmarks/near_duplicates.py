@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
-from loraflow.data.near import THRESHOLD, Comparison, Sketches
-from loraflow.data.shingles import comparable_text, grams, jaccard
+from loraflow.data.near import THRESHOLD, Comparison, Sketches, comparable_text, grams, jaccard
 from loraflow.data.split import normalize
 
 Chat = list[dict[str, str]]

@@ -112,7 +112,7 @@ def run_trl(folder: Path, precision: str, steps: int, barrier: StepBarrier) -> l
     )
     from trl import SFTConfig, SFTTrainer
 
-    from loraflow.training.schedule import row_order
+    from loraflow.training.setup import row_order
 
     recipe = recipe_of(precision, "trl", steps)
     training, adapter = recipe.training_config, recipe.peft_config

@@ -39,7 +39,7 @@ def first_step(work: Path) -> StepItem:
     """Return a step of two rows, as one micro-batch."""
     from loraflow.data.token_rows import TokenRows
     from loraflow.training.batches import StepDataset, concatenated_layout
-    from loraflow.training.schedule import row_order
+    from loraflow.training.setup import row_order
 
     rows = TokenRows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
     steps = row_order(len(rows), 2, 0).reshape(1, 2)

@@ -165,7 +165,7 @@ def flops_per_token(shape: Shape, lengths: np.ndarray, target_share: float) -> f
 def step_tokens(work: Path, case: Case) -> np.ndarray:
     """Return the number of tokens in each step of a case."""
     from loraflow.data.token_rows import TokenRows
-    from loraflow.training.schedule import row_order
+    from loraflow.training.setup import row_order
 
     rows = TokenRows(work / "tokens" / "train", work / "tokens" / "packing.parquet")
     order = row_order(len(rows), (WARM_UP + case.timed) * case.rows, 0)

@@ -13,9 +13,7 @@ from loraflow.adapters.origin import check_origin
 from loraflow.adapters.tokenizer_files import check_tokenizer_files, refuse_other_ids
 from loraflow.adapters.validation import check_initialisation, check_tensors, check_vocabulary
 from loraflow.adapters.vocabulary import embedding_names, fit_vocabulary
-from loraflow.base.meta import model_without_weights
-from loraflow.base.stored_weights import TensorEntry, read_entries
-from loraflow.base.weight_files import refuse_pickles
+from loraflow.base.stored_weights import TensorEntry, model_without_weights, read_entries, refuse_pickles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraflow.adapters.lora_updates import SPLIT, Adapter, AttentionHeads, LoraUpdate, block_sizes
-from loraflow.base.meta import model_without_weights
+from loraflow.base.stored_weights import model_without_weights
 from loraflow.failures import BadModel
 
 

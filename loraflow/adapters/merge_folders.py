@@ -26,10 +26,8 @@ from loraflow.adapters.origin import ORIGIN, check_origin, template_hash, write_
 from loraflow.adapters.streaming_merge import merge_streaming
 from loraflow.adapters.tokenizer_files import copy_tokenizer_files, has_own, tokenizer_files, write_tokenizer
 from loraflow.adapters.vocabulary import embedding_names, is_tied
-from loraflow.base.meta import model_without_weights
-from loraflow.base.stored_weights import TensorEntry, model_entries
+from loraflow.base.stored_weights import TensorEntry, model_entries, model_without_weights, refuse_pickles
 from loraflow.base.weight_checks import check_fits_config
-from loraflow.base.weight_files import refuse_pickles
 from loraflow.failures import BadModel
 from loraflow.job import Progress
 

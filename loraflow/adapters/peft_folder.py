@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from loraflow.adapters.adapter_config import FILE, AdapterConfig
 from loraflow.adapters.lora_updates import PREFIX, Adapter, Kind, LoraUpdate
 from loraflow.adapters.validation import check_config, check_tensors
-from loraflow.base.weight_files import refuse_pickles
+from loraflow.base.stored_weights import refuse_pickles
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from pathlib import Path
 from loraflow.adapters.logits import MAX_TOKENS, compare_logits, model_logits, trained_logits
 from loraflow.config.stage_configs import VerifyConfig
 from loraflow.data.chats import ChatRecord
-from loraflow.data.sampling import label_values, spread_sample
-from loraflow.data.split import prompt_key
+from loraflow.data.split import label_values, prompt_key, spread_sample
 from loraflow.failures import LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
-from loraflow.base.architecture import is_tested, scales_logits, stateful_layers
-from loraflow.base.model_config import code_references, read_config
+from loraflow.base.architecture import code_references, is_tested, read_config, scales_logits, stateful_layers
 from loraflow.config import Runtime
 from loraflow.failures import BadConfig, BadModel, MissingExtra
 from loraflow.hardware.attention import attention_with_mask, choose_for_loading

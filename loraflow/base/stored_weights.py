@@ -1,4 +1,5 @@
-"""The tensors of safetensors files by their headers, and which files hold a model's weights; the contents stay on the disk.
+"""The tensors of safetensors files by their headers, which files hold a model's weights, and the model without its weights;
+the contents stay on the disk. Weights in a pickle are refused unopened: it can run code when it is opened.
 
 Format: 8 bytes little-endian length of the header, the header (JSON), the tensors' bytes one after another.
 https://github.com/huggingface/safetensors#format
@@ -14,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from loraflow.base.architecture import config_errors, read_config, reason_of
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +146,6 @@ def _not_loaded(folder: Path, names: list[str]) -> set[str]:
     Weights of a model that only code of its own can open count as loaded, and so do names that nothing is known of:
     transformers may convert them.
     """
-    from loraflow.base.meta import model_without_weights
 
     try:
         model = model_without_weights(folder)
@@ -195,3 +197,69 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not (index.parent / file).exists():
             raise BadModel("A file of weights is missing.", where=str(index), expected=file, next_step="fetch it again")
     return weight_map
+
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Refuse the folder of a model or an adapter that holds no safetensors.
+
+    Raises:
+        BadModel: the weights are missing, or they are a pickle; nothing was opened.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    raise BadModel(
+        "The folder has no safetensors."
+        + (" A pickle can run code when it is opened, so it is refused." if pickles else ""),
+        where=str(folder),
+        expected="*.safetensors",
+        got=", ".join(pickles or names[:5]) or "nothing",
+        next_step=_next_step(folder, names, pickles),
+    )
+
+
+def _next_step(folder: Path, names: list[str], pickles: list[str]) -> str:
+    adapters = [name for name in names if (folder / name / "adapter_config.json").exists()]
+    if adapters:  # PEFT saves every adapter that is not called "default" in a folder of its own name
+        return f"name one adapter: {', '.join(str(folder / name) for name in adapters[:4])}"
+    if "adapter_model.bin" in pickles:
+        return "load it with peft where you trust it, and save_pretrained() it again: that writes safetensors"
+    if pickles:
+        return "convert it where you trust it: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+    return "name the folder that holds the weights"
+
+
+def model_without_weights(base: Path, *, trust: bool = False) -> PreTrainedModel:
+    """Build a base's model from its config.json. This takes well under a second and no memory for weights.
+
+    Args:
+        base: the model's folder; only its configuration is read.
+        trust: run Python code that comes with the model.
+
+    Raises:
+        BadModel: the folder has no config of a causal model that transformers knows.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(base, trust=trust)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config,
+                trust_remote_code=trust,
+                attn_implementation="eager",  # the config's kernel may not be installed
+            )
+    except config_errors() as error:
+        raise BadModel(
+            "The base's model cannot be built from its configuration.",
+            where=str(base),
+            expected="config.json of a causal model",
+            got=reason_of(error),
+            next_step="fetch config.json again, or choose another base",
+        ) from error
+    return model

@@ -1,4 +1,4 @@
-"""Compare the rendering and tokenization of training with transformers' own, which serves the model.
+"""Compare rendering, tokenization and mask of training with transformers' own, which serves the model.
 
 Training reads a tokenizer's files without transformers. Here both are run on the same conversations, once for each base.
 """
@@ -8,22 +8,26 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
+from jinja2.exceptions import TemplateError
+
 from loraflow.base.load import choose_pad_token
-from loraflow.base.mask_check import check_mask
 from loraflow.base.model_files import open_tokenizer, save_tokenizer
 from loraflow.data.chats import Chat, Message
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.rendered_calls import without_tools
-from loraflow.data.template import TODAY
-from loraflow.data.tokenizer_config import RECORD, special_tokens
+from loraflow.data.template import MARKERS, TODAY
+from loraflow.data.token_labels import IGNORED
+from loraflow.data.tokenizer_config import RECORD, TRAINING_TEMPLATE, special_tokens
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 log = logging.getLogger(__name__)
 _ANSWERS = ("A color.", "It is 42: naïve, 你好 😀", '{"a": [1, 2]}', "def f(x):\n\treturn x  # two", "No")
@@ -206,3 +210,71 @@ def _difference(does: str, ours: str | list[int], theirs: str | list[int]) -> Ba
         got=f"{ours[first : at + 40]!r}",
         next_step="open the base with transformers, save it (save_pretrained), and train on the saved folder",
     )
+
+
+def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> None:
+    """Check that each learned answer ends with the last token that transformers marks.
+
+    The start may differ: what the template leaves unmarked behind the prompt is learned, and a marked prompt is not.
+
+    Args:
+        folder: the base's tokenizer.
+        template: the same, as training reads it.
+        tokenizer: the same, as transformers reads it.
+        chats: chats of text that both render alike.
+
+    Raises:
+        BadModel: an answer ends elsewhere.
+    """
+    training = folder / TRAINING_TEMPLATE
+    marking = training.read_text(encoding="utf-8") if training.exists() else template.template
+    if not MARKERS.search(marking):
+        return
+    for chat in chats:
+        try:
+            (encoded,) = template.encode([chat], "assistant")
+        except BadModel:
+            continue  # rows of this kind are refused with a reason of their own
+        theirs = _marked(tokenizer, marking, chat, encoded.ids)
+        for last in _ends(encoded.labels):
+            if last < len(theirs) and (not theirs[last] or any(theirs[last + 1 : last + 2])):
+                raise BadModel(
+                    "A learned answer ends at another token than the answer that transformers marks.",
+                    where="chat_template",
+                    expected=f"the last marked token at {_last(theirs, last)}",
+                    got=f"at {last}: {template.tokenizer.decode(encoded.ids[: last + 1].tolist(), False)[-60:]!r}",
+                    next_step="put {% generation %} … {% endgeneration %} around every answer and the token that ends it",
+                )
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: np.ndarray) -> list[bool]:
+    """Return which tokens of a chat transformers marks; none if it renders the chat neither with texts nor with parts."""
+    in_parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
+    for messages in (list(chat), in_parts):
+        try:
+            found = tokenizer.apply_chat_template(
+                cast("list[dict[str, str]]", messages),
+                chat_template=marking,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+        except (TemplateError, TypeError, ValueError):
+            continue
+        if not isinstance(found, Mapping):  # a text, if nothing is tokenized
+            continue
+        theirs = list(found["input_ids"])
+        if theirs == ids[: len(theirs)].tolist():
+            return [bool(marked) for marked in found["assistant_masks"]]
+    return []
+
+
+def _ends(labels: np.ndarray) -> list[int]:
+    """Return the positions of the last token of each learned span."""
+    learned = np.append(labels != IGNORED, False)
+    return [int(at) for at in np.flatnonzero(learned[:-1] & ~learned[1:])]
+
+
+def _last(marked: Sequence[bool], near: int) -> int:
+    """Return the position of the last token of the marked span that is nearest."""
+    ends = [at for at, one in enumerate(marked) if one and not any(marked[at + 1 : at + 2])]
+    return min(ends, key=lambda at: abs(at - near), default=-1)

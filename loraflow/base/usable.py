@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from loraflow.base.model_config import code_references, read_config
-from loraflow.base.weight_files import PICKLES
+from loraflow.base.architecture import code_references, read_config
+from loraflow.base.stored_weights import PICKLES
 from loraflow.failures import BadModel
 
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
+from loraflow.base.architecture import config_errors, reason_of
 from loraflow.base.load import refuse_missing_weights
-from loraflow.base.model_config import config_errors, reason_of
 from loraflow.base.stored_weights import TensorEntry, computed_buffers, loaded_files, model_entries
 from loraflow.failures import BadModel
 

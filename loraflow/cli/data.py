@@ -100,7 +100,7 @@ def check(source: str, form: str | None, ignore: tuple[str, ...], personal: bool
     """
     from loraflow.cli.data_check import RowCounts, checked_source, print_findings
     from loraflow.data.findings import Detector
-    from loraflow.data.marked_rows import without_marks
+    from loraflow.data.mark_names import without_marks
     from loraflow.data.readers import match_nothing
     from loraflow.data.unread_values import doubtful, questions
 
@@ -175,7 +175,7 @@ def _masked_part(text: str, weight: float) -> str:
 
 def marked_lines(marks: Counter[str], partly: int, weighted: int = 0) -> list[str]:
     """Say how many rows are left out, and by which marks, or learned in part or with weights, because of their marks."""
-    from loraflow.data.marked_rows import named_marks, split_hint
+    from loraflow.data.mark_names import named_marks, split_hint
 
     marked = marks.total()
     why = f"their answers are marked as not to be learned ({named_marks(marks)})"
@@ -198,7 +198,7 @@ def _print_check(rows: int, problems: list[dict[str, str]], columns: dict[str, s
 
 def unread_keys(rows: Iterable[Row]) -> str:
     """Return a line that names the keys of the rows that are not read although they have values; empty if there are none."""
-    from loraflow.data.marked_rows import without_marks
+    from loraflow.data.mark_names import without_marks
     from loraflow.data.unread_values import counted, doubtful, questions
 
     read = list(rows)

@@ -109,7 +109,7 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
     from loraflow.config.stage_configs import CheckDatasetConfig
     from loraflow.data.chat_table import TRAIN
     from loraflow.data.check import assign_files, unread_files
-    from loraflow.data.thinking import with_thinking
+    from loraflow.data.rows_file import with_thinking
     from loraflow.data.tools import dataset_tools
     from loraflow.execution.runner import intact_result
     from loraflow.execution.workspace import Workspace

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loraflow.cli.init_dataset import SizeSettings, UserDataset, estimated_tokens, tokens_of
 from loraflow.data.rendered_calls import call_text
-from loraflow.data.sampling import label_values
+from loraflow.data.split import label_values
 
 if TYPE_CHECKING:
     from loraflow.data.chats import Message

@@ -164,7 +164,7 @@ def _show(steps: list[PlannedStep], memory: PlannedMemory | None, base: list[str
 
 
 def _show_memory(memory: PlannedMemory) -> None:
-    from loraflow.training.memory_parts import describe
+    from loraflow.training.memory import describe
 
     kind = "GPU memory" if memory.device == "cuda" else "memory"
     click.echo(f"\n{kind} in GiB, estimated:")

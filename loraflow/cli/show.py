@@ -267,7 +267,7 @@ def _file_parts(files: Files) -> list[str]:
 
 def memory_of(manifest: Manifest) -> str | None:
     """Return a line about the memory of the stage that made an artifact; None if it was not measured."""
-    from loraflow.training.memory_parts import describe
+    from loraflow.training.memory import describe
 
     recorded = manifest.provenance.get("memory")
     if not isinstance(recorded, dict):

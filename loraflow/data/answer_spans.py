@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loraflow.data.alignment import Span
-from loraflow.data.answer_refusals import (
+from loraflow.data.chats import Chat, Message
+from loraflow.data.rendered_calls import (
+    CALL_ENDS,
     AnswerTurn,
     CutAnswer,
+    call_end,
     refuse_cut,
     refuse_ignored_prompt,
     refuse_missing_call,
@@ -25,8 +28,6 @@ from loraflow.data.answer_refusals import (
     refuse_prompt,
     refuse_unmarked,
 )
-from loraflow.data.chats import Chat, Message
-from loraflow.data.rendered_calls import CALL_ENDS, call_end
 from loraflow.data.template import MARKERS
 from loraflow.data.template_process import TemplateProcess
 from loraflow.failures import BadModel

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow
-from loraflow.data.json_text import strict_json
+from loraflow.data.container_text import strict_json
 
 # What pandas, databases and Alpaca's authors write for "nothing", in lower case.
 _MISSING = frozenset({

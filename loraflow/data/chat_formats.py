@@ -17,12 +17,13 @@ from pydantic import JsonValue
 
 from loraflow.data.cell_values import is_chat_as_text, is_missing, media_key, parsed_list, refuse_media
 from loraflow.data.chats import BadRow, Message, Tool
-from loraflow.data.conversion_hints import conversion_hint, hint_to_choose
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
 from loraflow.data.message_checks import checked_messages, plain_messages
 from loraflow.data.preference_pairs import refuse_corrected, refuse_rejected
 from loraflow.data.published_formats import (
+    conversion_hint,
+    hint_to_choose,
     is_tree,
     is_xlam,
     pairs_with_answer,
@@ -33,8 +34,7 @@ from loraflow.data.published_formats import (
     template_arguments,
 )
 from loraflow.data.question_parts import refuse_answers_by_letter, refuse_lost_parts
-from loraflow.data.roles import ASSISTANT
-from loraflow.data.row_fields import RawRow, RowFields, Turn, has_value, objects, without_answer
+from loraflow.data.row_fields import ASSISTANT, RawRow, RowFields, Turn, has_value, objects, without_answer
 from loraflow.data.tools import read_tools
 from loraflow.data.transcripts import is_glaive, is_transcript, prompt_turns, read_glaive, read_transcript
 

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chats import GATE_SET, Message, without_system
+from loraflow.data.check_report import Profile, Spread
 from loraflow.data.near import Sketches
 from loraflow.data.placement import Split
-from loraflow.data.row_segment import ADDED_SYSTEM, Keys, RowSegment
+from loraflow.data.row_segment import ADDED_SYSTEM, HAS_SYSTEM, Keys, RowSegment
 from loraflow.data.split import group_key, to_json
 
 # Rows that are written together, and bytes of their texts
@@ -300,3 +301,21 @@ def _number(name: str, numbers: dict[str, int], names: list[str]) -> int:
         number = numbers[name] = len(names)
         names.append(name)
     return number
+
+
+def profile(columns: Columns, rows: Rows) -> Profile | None:
+    """Return the profile of training rows; None if there are none."""
+    if len(rows) == 0:
+        return None
+    turns, chats = np.unique(columns.turns[rows], return_counts=True)
+    return Profile(
+        turns=dict(sorted(zip(map(str, turns.tolist()), chats.tolist(), strict=True))),
+        with_system=int(columns.has(HAS_SYSTEM)[rows].sum()) / len(rows),
+        prompt_characters=_spread(columns.prompt_characters[rows]),
+        answer_characters=_spread(columns.answer_characters[rows]),
+    )
+
+
+def _spread(lengths: NDArray[np.int32]) -> Spread:
+    ordered = np.sort(lengths)
+    return Spread(median=int(ordered[len(ordered) // 2]), max=int(ordered[-1]))

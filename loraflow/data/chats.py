@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
@@ -86,3 +87,22 @@ class ChatRecord(TypedDict):
     learned: NotRequired[list[int]]  # numbers of the answers that are learned, from 0; absent: all of them
     weights: NotRequired[list[float]]  # of each of `learned` in the loss; absent: 1 for all
     group: NotRequired[str]  # the value of data.group
+
+
+# The opening tag may be missing: some prompts end with it. Templates that cut reasoning look for the last closing tag too.
+_REASONING = re.compile(r".*(?:</think>|\[/THINK\])\s*", re.DOTALL)
+# Of a message, beside its content. A text is rendered; templates read it as reasoning_content or as thinking.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
+def without_reasoning(chat: Sequence[Message]) -> list[Message]:
+    """Return a chat whose answers have no reasoning: neither `<think> … </think>` or `[THINK] … [/THINK]` before the
+    answer, nor a text beside it.
+    """
+    return [_without(message) if message["role"] == "assistant" else message for message in chat]
+
+
+def _without(message: Message) -> Message:
+    stripped: Message = {**message, "content": _REASONING.sub("", message["content"], count=1)}
+    stripped.pop("reasoning_content", None)
+    return stripped

@@ -20,28 +20,23 @@ from pathlib import Path
 import numpy as np
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chat_profile import profile
-from loraflow.data.chat_table import TRAIN, ChatTable, Columns, Rows
+from loraflow.data.chat_table import TRAIN, ChatTable, Columns, Rows, profile
 from loraflow.data.chats import GATE_SET, Tool
-from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, SplitCounts
+from loraflow.data.check_report import CheckReport, Finding, NearDuplicates, Quarantine, SplitCounts
 from loraflow.data.findings import leave_out_findings
-from loraflow.data.group_leaks import drop_group_leaks, heldout_groups
 from loraflow.data.heldout_fields import write_field_values
-from loraflow.data.marked_rows import without_marks
+from loraflow.data.mark_names import without_marks
 from loraflow.data.near import Compared
-from loraflow.data.near_prompts import with_near_prompts
 from loraflow.data.near_split import Clusters, place_near
 from loraflow.data.placement import HELDOUT_SIDE, SPLITS, Split
-from loraflow.data.quarantine import Quarantine
 from loraflow.data.readers import RowSettings, match_files, readable_files
-from loraflow.data.row_drops import drop_duplicates, drop_leaks
+from loraflow.data.row_drops import drop_duplicates, drop_group_leaks, drop_leaks, heldout_groups
 from loraflow.data.row_segment import LAST_LEARNED, PARTLY_LEARNED, PINNED_TO_TRAIN, WEIGHTED, LeftOut, RowSegment
 from loraflow.data.rows_file import RowsFile
-from loraflow.data.sampling import spread_sample, spread_values
 from loraflow.data.segment_reader import SegmentReader, key_of_job
-from loraflow.data.similar import find_similar
+from loraflow.data.similar import find_similar, with_near_prompts
 from loraflow.data.sources import SourceCounts, count_read, count_sources, drawn_rows, files_of_sources, repeated
-from loraflow.data.split import CLUSTER, draw, to_json
+from loraflow.data.split import CLUSTER, draw, spread_sample, spread_values, to_json
 from loraflow.data.tools import dataset_tools
 from loraflow.data.unread_values import doubtful
 from loraflow.failures import BadData

@@ -1,4 +1,4 @@
-"""How training rows changed since the champion, and whether a retraining waits for more. `compare_rows.py` measures it."""
+"""How training rows changed since the champion, and whether a retraining waits for more. `compare.py` measures it."""
 
 from __future__ import annotations
 

@@ -13,13 +13,10 @@ import shutil
 from pathlib import Path, PurePosixPath
 from shlex import quote
 
-from loraflow.data.dataset_files import cache_folder, dataset_file, dataset_files
-from loraflow.data.dvc_command import check_remote, remotes, run_dvc
-from loraflow.data.dvc_ignore import IgnoreRules
-from loraflow.data.dvc_pin import Pin, read_pin, show_git
-from loraflow.data.dvc_storage import copy_from_storage, prepare_pull
+from loraflow.data.dataset_files import IgnoreRules, cache_folder, dataset_file, dataset_files
+from loraflow.data.dvc_pin import Pin, check_names, read_pin, show_git
+from loraflow.data.dvc_storage import check_remote, copy_from_storage, prepare_pull, remotes, run_dvc
 from loraflow.data.git import is_url
-from loraflow.data.listing import check_names
 from loraflow.failures import BadData, DirtyData
 from loraflow.store.files import HashMemo
 from loraflow.store.lock import flock

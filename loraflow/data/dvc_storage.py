@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import posixpath
+import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,16 +15,15 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from loraflow.credentials import reveal
-from loraflow.data.dvc_command import check_remote, run_dvc
-from loraflow.data.dvc_pin import Pin
+from loraflow.data.dvc_pin import MAX_LIST_BYTES, ListedFile, Pin, check_names, parse_listing
 from loraflow.data.git import folder_in_repository, is_url
-from loraflow.data.listing import MAX_BYTES, ListedFile, check_names, parse_listing
-from loraflow.failures import BadData, Failure, MissingData, Network
+from loraflow.failures import BadConfig, BadData, Failure, MissingData, Network
 
 if TYPE_CHECKING:
     from dvc.output import Output
     from dvc.repo import Repo
     from dvc_data.hashfile.db import HashFileDB
+
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +144,7 @@ def _find_listing(repo: Repo, pin: Pin, remote: str | None) -> tuple[list[Listed
 def _read_object(odb: HashFileDB, oid: str) -> bytes | None:
     try:
         with odb.fs.open(odb.oid_to_path(oid), "rb") as file:
-            raw: bytes = file.read(MAX_BYTES + 1)
+            raw: bytes = file.read(MAX_LIST_BYTES + 1)
             return raw
     except FileNotFoundError:
         return None
@@ -182,3 +184,64 @@ def _translate_errors(repo: str, pin: Pin, rev: str | None, remote: str | None) 
             got=f"{type(error).__name__}: {error}".splitlines()[0][:300],
             next_step="`dvc remote list` shows the remotes; `dvc push` where the data was added; then run again",
         ) from error
+
+
+_LOCKED = "nable to acquire lock"
+
+
+def run_dvc(arguments: list[str], repo: str = ".") -> str:
+    """Run a DVC command and return its standard output. Wait for another DVC process that uses the repository.
+
+    Raises:
+        BadData: DVC failed.
+    """
+    done = _call(arguments, repo)
+    if done.returncode and _LOCKED in done.stderr:
+        log.warning("waiting for another DVC process in %s", Path(repo).absolute())
+        done = _call(["--wait-for-lock", *arguments], repo)
+    if done.returncode:
+        is_locked = _LOCKED in done.stderr
+        raise BadData(
+            f"dvc {' '.join(arguments)} failed.",
+            where=str(Path(repo).absolute()),
+            got=done.stderr.strip()[-800:],
+            next_step="wait until the other DVC process has ended, then repeat the command" if is_locked else "",
+        )
+    return done.stdout
+
+
+def _call(arguments: list[str], repo: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        # -P: a module of the repository, such as token.py, must not replace one of Python
+        [sys.executable, "-P", "-m", "dvc", *arguments],
+        cwd=repo,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "DVC_NO_ANALYTICS": "1"},
+    )
+
+
+def remotes(repo: str) -> list[str]:
+    """Return the names of a repository's DVC remotes, including those of the user's and the system's configuration."""
+    if not Path(repo, ".dvc").exists():
+        return []
+    settings = run_dvc(["config", "--list"], repo)  # `dvc remote list` wraps its lines to fit the terminal
+    return [match[1] for match in re.finditer(r"^remote\.(.+?)\.url=", settings, re.MULTILINE)]
+
+
+def check_remote(remote: str, repo: str) -> None:
+    """Refuse a DVC remote that is not configured.
+
+    Raises:
+        BadConfig: there is no such remote.
+    """
+    have = remotes(repo)
+    if remote not in have:
+        raise BadConfig(
+            "There is no such DVC remote.",
+            where=str(Path(repo).absolute()),
+            expected=f"one of {', '.join(have)}" if have else "a remote; this repository has none",
+            got=remote,
+            next_step=f"`dvc remote add {remote} URL` creates it",
+        )

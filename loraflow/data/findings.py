@@ -1,7 +1,11 @@
-"""Look for what often makes a fine-tune bad: refusals, repeated openings, disputed questions, damaged text."""
+"""Look for what often makes a fine-tune bad: refusals, placeholders, personal data, repeated openings, disputed questions,
+damaged text.
+"""
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,11 +17,8 @@ from loraflow.data.broken_text import broken_text, control_token, script
 from loraflow.data.chat_table import ChatTable
 from loraflow.data.chats import Chat
 from loraflow.data.check_report import CheckReport, Finding
-from loraflow.data.personal_data import personal_data
-from loraflow.data.placeholders import Placeholders
-from loraflow.data.refusals import refuses
 from loraflow.data.row_segment import LAST_LEARNED
-from loraflow.data.split import normalize, normalized_key
+from loraflow.data.split import MAX_LABEL_CHARACTERS, label_values, normalize, normalized_key
 from loraflow.failures import LimitExceeded
 
 OPENING_WORDS = 5  # of an answer that has at least twice as many words
@@ -209,3 +210,131 @@ def _first(detect: Callable[[str], str | None], chat: Chat) -> str | None:
             if (found := detect(text)) is not None:
                 return f"message {number}: {found}"
     return None
+
+
+# For other languages, `matches` of gate.behaviour takes an expression of your own.
+_CANNOT = r"can(?:not|['’]t| not)|could not|couldn['’]t|won['’]t|will not|must decline|have to decline"
+_UNABLE = r"unable|not able|not allowed|not permitted|not going to"
+# "I am sorry" alone is an apology: "I am sorry that your parcel is late."
+REFUSALS = re.compile(
+    rf"\bi (?:{_CANNOT})\b|\bi(?:['’]m| am) (?:{_UNABLE})\b"
+    rf"|\b(?:sorry|apologi[sz]e|apologies|afraid)\b[^.!?\n]{{0,80}}?\b(?:{_CANNOT}|{_UNABLE})\b"
+    r"|\b(?:sorry|apologies),? but\b|\bas an ai\b|\b(?:we|this assistant) can(?:not|['’]t)\b",
+    re.IGNORECASE,
+)
+BEGINNING = 200  # characters in which a refusal begins
+
+
+def refuses(answer: str) -> bool:
+    """Tell whether an answer refuses."""
+    return REFUSALS.search(answer[:BEGINNING]) is not None
+
+
+# Find personal data in a text by its form: email addresses, phone numbers, IBANs, card numbers, public IP addresses.
+#
+# IBANs and card numbers count only with their check digits, IP addresses only if they are public ones.
+
+_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])")
+_IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
+_CARD = re.compile(r"(?<![\w.+-])[2-6]\d{3}(?:[ -]?\d){9,15}(?![\w-])")
+_PHONE = re.compile(
+    r"(?<![\w.+])(?:(?:\+|00)[1-9]\d{0,2}[ ./-]?(?:\(0?\d{0,4}\))?(?:[ ./-]?\d){6,12}"  # international
+    r"|\(?[2-9]\d{2}\)?[ .-]\d{3}[.-]\d{4}"  # North America
+    r"|0\d{2,4}[ /-]\d{3,}(?:[ -]?\d){1,6})(?![\w.]?\d)"  # with a prefix, as in much of Europe
+)
+_ADDRESS = re.compile(
+    r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7})(?![\w:]|\.\d)"
+)
+
+
+def personal_data(text: str) -> str | None:
+    """Return what personal data a text has, without the data; None if none is found."""
+    if _EMAIL.search(text):
+        return "an email address"
+    if not any(character.isdigit() for character in text):
+        return None
+    if any(_is_iban(found[0]) for found in _IBAN.finditer(text)):
+        return "an IBAN"
+    if any(_is_card(found[0]) for found in _CARD.finditer(text)):
+        return "a card number"
+    if any(_is_public(found[0]) for found in _ADDRESS.finditer(text)):
+        return "an IP address"
+    return "a phone number" if _PHONE.search(text) else None
+
+
+def _is_iban(text: str) -> bool:
+    """Tell whether the check digits are right (ISO 7064, mod 97)."""
+    plain = text.replace(" ", "")
+    digits = "".join(str(int(character, 36)) for character in plain[4:] + plain[:4])
+    return 15 <= len(plain) <= 34 and int(digits) % 97 == 1
+
+
+def _is_card(text: str) -> bool:
+    """Tell whether the check digit is right (Luhn's algorithm)."""
+    digits = [int(character) for character in reversed(text) if character.isdigit()]
+    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[1::2]]
+    return len(set(digits)) > 1 and (sum(digits[::2]) + sum(doubled)) % 10 == 0
+
+
+def _is_public(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).is_global
+    except ValueError:
+        return False
+
+
+# Find answers without content, such as N/A. The same words may be real answers, such as the class `none`.
+
+MIN_USUAL, USUAL_SHARE = 5, 0.01  # rows, and their share of a set, from which a word is an answer of this set
+# These may be real answers: names of classes, or that a text does not say what was asked.
+_WORDS = frozenset({"n/a", "na", "none", "null", "undefined"})
+# These are what programs and people leave in place of an answer.
+_STUBS = frozenset({"nan", "todo", "tbd", "[deleted]", "[removed]", "…"})
+_MARKS = frozenset(".-–—…_?* ")
+
+
+class Placeholders:
+    """Look at answers one after another. Whether a word is a real answer shows only after all of them."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[str, str]] = {}  # row → set, answer
+        self._labels: dict[str, list[str] | None] = {}  # set → short answers; None if an answer is too long for a class
+        self._words: dict[str, Counter[str]] = defaultdict(Counter)  # set → word that may be an answer → rows
+        self._rows: Counter[str] = Counter()  # set → rows
+
+    def add(self, row: int, set_name: str, answer: str) -> None:
+        """Look at the answer of a row.
+
+        Args:
+            row: number of the row.
+            set_name: the row's set. Each set is judged by its own answers, and by the classes of the others.
+            answer: its text.
+        """
+        text = answer.strip()
+        self._rows[set_name] += 1
+        labels = self._labels.setdefault(set_name, [])
+        if labels is not None:
+            if len(text) > MAX_LABEL_CHARACTERS or "\n" in text:
+                self._labels[set_name] = None
+            else:
+                labels.append(text)
+        word = _word(text)
+        if word in _WORDS or word in _STUBS or text == "…" or (len(text) > 1 and set(text) <= _MARKS):
+            self._found[row] = (set_name, text)
+            if word in _WORDS:
+                self._words[set_name][word] += 1
+
+    def rows(self) -> dict[int, str]:
+        """Return {row: what was found} without the answers that are classes or usual in their set."""
+        classes = {_word(label) for labels in self._labels.values() for label in label_values(labels or []) or []}
+        found = {}
+        for row, (name, text) in self._found.items():
+            count = self._words[name][_word(text)]
+            is_usual = count >= MIN_USUAL and count >= USUAL_SHARE * self._rows[name]
+            if _word(text) not in classes and not is_usual:
+                found[row] = f"no answer: {text[:_QUOTED]!r}"
+        return found
+
+
+def _word(text: str) -> str:
+    return text.casefold().strip(".")

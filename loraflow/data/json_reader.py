@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from loraflow.data.chat_formats import BARE_CHAT, has_known_keys, is_bare_chat
 from loraflow.data.chats import BadRow
-from loraflow.data.json_text import strict_json
+from loraflow.data.container_text import strict_json
 from loraflow.failures import BadData
 
 MAX_ROW_BYTES = 50_000_000

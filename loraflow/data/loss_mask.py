@@ -22,15 +22,15 @@ import numpy as np
 
 from loraflow.data.alignment import ByteAlignment, Span
 from loraflow.data.answer_spans import Answer, AnswerFinder, IfCut, LossOn
-from loraflow.data.chats import Chat
-from loraflow.data.reasoning import without_reasoning
-from loraflow.data.render_checks import (
+from loraflow.data.chats import Chat, without_reasoning
+from loraflow.data.rendered_calls import (
+    CALL_ENDS,
+    call_text,
     refuse_cut_questions,
     refuse_ignored_tools,
     refuse_left_out,
     refuse_other_text,
 )
-from loraflow.data.rendered_calls import CALL_ENDS, call_text
 from loraflow.data.template_process import TemplateProcess, template_process
 from loraflow.data.token_labels import (
     IGNORED,

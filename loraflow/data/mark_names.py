@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from pydantic import JsonValue
+
+from loraflow.data.container_text import Unreadable, parsed_text
+from loraflow.data.labels import Labels, plain
 
 # Keys in lower case with underscores. Of these, 0 and false exclude an answer; other numbers multiply its loss.
 WEIGHTS = frozenset({
@@ -169,3 +177,102 @@ def normal_name(key: str) -> str:
         inner = found[1] or found[2] or found[3]
         return inner if inner in JUDGEMENTS else name
     return name
+
+
+MAX_SHOWN = 5
+
+
+def named_marks(marks: Mapping[str, int]) -> str:
+    """Return how many rows each mark left out, the most frequent first; empty without marks.
+
+    Args:
+        marks: key and value of a mark, such as `is_correct: False` → rows.
+    """
+    most = sorted(marks.items(), key=lambda item: -item[1])
+    names = [f"{count} by {mark}" for mark, count in most[:MAX_SHOWN]]
+    return ", ".join(names) + (f" and {len(most) - MAX_SHOWN} more marks" if len(most) > MAX_SHOWN else "")
+
+
+def split_hint(marks: Mapping[str, int]) -> str:
+    """Return how rows are scored that a column such as `split` keeps for tests; empty if marks name none.
+
+    Args:
+        marks: as in named_marks.
+    """
+    keys = {normal_name(mark.partition(": ")[0].rpartition(".")[2]) for mark in marks}
+    if not keys & (SPLITS | HELD_OUT_FLAGS):
+        return ""
+    return "; to score the rows that a split keeps for tests, put them into a file of data.heldout"
+
+
+def without_marks(unread: Mapping[str, int], marks: Mapping[str, int]) -> dict[str, int]:
+    """Return the keys that were not read, without those that left rows out: they were read as marks."""
+    keys = {mark.partition(": ")[0] for mark in marks}
+    columns = keys | {key.partition(".")[0] for key in keys}
+    return {key: count for key, count in unread.items() if key not in columns}
+
+
+# What stands beside an answer: the values of a key, which may be in objects and lists, and what a key says.
+
+
+class Said(NamedTuple):
+    """What a key says about an answer."""
+
+    is_learned: bool | None  # None: it may say that it is wrong
+    text: str  # the key and its value; what is unclear
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a key stands beside."""
+
+    answers: tuple[str, ...] = ()  # of the row, or the message
+    labels: Labels | None = None  # knows the other rows of the file; None for a message
+    row: Mapping[str, JsonValue] | None = None  # the row; None for a message
+
+    @cached_property
+    def said(self) -> tuple[str, ...]:
+        """The answers as `plain` returns them. Few keys need them, and long texts take time."""
+        return tuple(map(plain, self.answers))
+
+
+def shown(here: tuple[str, ...], value: JsonValue) -> str:
+    """Return a key and its value for people."""
+    text = value if isinstance(value, str) else "" if isinstance(value, dict | list) else repr(value)
+    return f"{'.'.join(here)}: {' '.join(text.split())[:40]}"
+
+
+def objects_of(value: JsonValue) -> list[Mapping[str, JsonValue]]:
+    """Return the objects of a value: itself, or those of a list; also if it is their text."""
+    if isinstance(value, str) and is_object_text(value):
+        try:
+            value = parsed_text(value)
+        except Unreadable:
+            return []
+    if isinstance(value, dict):
+        return [value]
+    if not isinstance(value, list):
+        return []
+    items: list[object] = list(value)
+    pairs = {item[0]: item[1] for item in items if isinstance(item, tuple) and len(item) == 2}  # a map of Parquet
+    return [pairs] if pairs else [item for item in value if isinstance(item, dict)]
+
+
+def is_object_text(value: JsonValue) -> bool:
+    """Tell whether a value is a text that begins as an object or a list."""
+    return isinstance(value, str) and value.lstrip().startswith(("{", "["))
+
+
+def values_at(row: Mapping[str, JsonValue], here: tuple[str, ...]) -> list[JsonValue]:
+    """Return the values of a key in a row, which may be in objects and lists."""
+    found = [row.get(here[0])]
+    for key in here[1:]:
+        found = [members[key] for value in found for members in objects_of(value) if key in members]
+    flat = [item for value in found for item in (value if isinstance(value, list) else [value])]
+    return [item.get("value") if isinstance(item, dict) else item for item in flat]
+
+
+def is_answer(value: str, said: tuple[str, ...]) -> bool:
+    """Tell whether a text is one of the answers, which are as `plain` returns them."""
+    text = plain(value).rstrip(".!")
+    return any(text == answer.rstrip(".!") for answer in said)

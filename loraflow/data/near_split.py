@@ -14,7 +14,7 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chat_table import ChatTable, Columns, Rows
 from loraflow.data.chats import Chat
 from loraflow.data.check_report import NearDuplicates
-from loraflow.data.near import Compared, Comparison, Sketches
+from loraflow.data.near import Compared, Comparison, Sketches, comparable_text
 from loraflow.data.placement import (
     HELDOUT_FILE,
     HELDOUT_SIDE,
@@ -26,7 +26,6 @@ from loraflow.data.placement import (
     Unplaced,
 )
 from loraflow.data.row_segment import LAST_LEARNED, PINNED_TO_TRAIN, Keys
-from loraflow.data.shingles import comparable_text
 from loraflow.data.split import draw, normalized_key
 
 MAX_CLUSTER = 0.05  # share of rows that may go to one side together in a new recipe

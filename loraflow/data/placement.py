@@ -14,8 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from loraflow.data.equal_keys import is_repeated
-from loraflow.data.near import Candidates, Comparison
+from loraflow.data.near import Candidates, Comparison, is_repeated
 
 Split = Literal["train", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")

@@ -19,12 +19,11 @@ from loraflow.data.chat_formats import RawRow, read_chat
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.csv_reader import read_table
 from loraflow.data.hidden_files import is_hidden
-from loraflow.data.ignored_keys import without_ignored
 from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.sqlite_reader import SUFFIXES, read_sqlite
-from loraflow.data.unread_values import Told, told_by
+from loraflow.data.unread_values import Told, told_by, without_ignored
 from loraflow.failures import BadData
 
 if TYPE_CHECKING:

@@ -1,14 +1,20 @@
-"""Tools and tool calls in a rendered chat: what a template renders of them, and what it leaves out."""
+"""Tools and tool calls in a rendered chat: what a template renders of them. Refuse chats of which it
+leaves out or changes a part.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
 
 from pydantic import JsonValue
 
 from loraflow.data.chats import Chat, Message, ToolCall
+from loraflow.failures import BadModel
 
 # Tokens that close an answer with a call in templates that close other answers differently: Llama's, gpt-oss's, GLM's,
 # Gemma 4's, Apertus'.
@@ -92,3 +98,216 @@ def call_text(message: Message) -> str:
 def tools_text(message: Message) -> str:
     """Return the tools of a chat as JSON text, which its first message has."""
     return json.dumps(message["tools"], ensure_ascii=False) if "tools" in message else ""
+
+
+def refuse_left_out(chats: Sequence[Chat], texts: Sequence[str]) -> None:
+    """Refuse messages that the template does not render. Questions and answers have checks of their own.
+
+    Raises:
+        BadModel: there is one. The failure's details have the number of the chat.
+    """
+    for number, (chat, text) in enumerate(zip(chats, texts, strict=True)):
+        for message in chat:
+            if message["role"] in ("system", "tool") and not has_text(text, message["content"]):
+                raise BadModel(
+                    f"The chat template leaves out or changes a part of {message['role']} messages.",
+                    where="chat_template",
+                    got=message["content"][:80],
+                    next_step=f"remove {message['role']} messages from the dataset, or correct the template",
+                    chat=number,
+                )
+            if "tool_calls" in message and (missing := missing_part(text, message)) is not None:
+                raise BadModel(
+                    "The chat template leaves out a tool call, or a part of it.",
+                    where="chat_template",
+                    got=missing[:80],
+                    next_step="choose a base whose chat template knows tools, name another template (base.chat_template), "
+                    "or remove these rows",
+                    chat=number,
+                )
+
+
+def refuse_cut_questions(chats: Sequence[Chat], texts: Sequence[str]) -> None:
+    """Refuse questions that the template does not render completely.
+
+    Raises:
+        BadModel: there is one. The failure's details have the number of the chat.
+    """
+    for number, (chat, text) in enumerate(zip(chats, texts, strict=True)):
+        for message in chat:
+            if message["role"] == "user" and not has_text(text, message["content"]):
+                raise BadModel(
+                    "The chat template leaves out or changes a part of a question, so the model would not see it.",
+                    where="chat_template",
+                    got=message["content"][:80],
+                    next_step="correct the template, name another one (base.chat_template), or remove these rows",
+                    chat=number,
+                )
+
+
+def refuse_other_text(texts: Sequence[str], marked: Sequence[str]) -> None:
+    """Refuse a training template that renders another text than the template that a server uses.
+
+    Raises:
+        BadModel: a text differs. The failure's details have the number of the chat.
+    """
+    for number, (served, trained) in enumerate(zip(texts, marked, strict=True)):
+        if served != trained:
+            at = len(os.path.commonprefix([served, trained]))  # noqa: RUF071 (letters, not folders)
+            raise BadModel(
+                "The training template renders another text than the model's own template, which serves it.",
+                where="base.chat_template",
+                expected=f"{served[max(0, at - 30) : at + 40]!r}, the first difference at character {at}",
+                got=repr(trained[max(0, at - 30) : at + 40]),
+                next_step="remove base.chat_template; or write the template without {% generation %} blocks, to serve it",
+                chat=number,
+            )
+
+
+def refuse_ignored_tools(
+    chats: Sequence[Chat], texts: Sequence[str], render: Callable[[Sequence[Chat]], Sequence[str]]
+) -> None:
+    """Refuse tools that the template does not render. `render` is the function that rendered `texts`.
+
+    Raises:
+        BadModel: a chat is rendered as without its tools. The failure's details have the number of the chat.
+    """
+    numbers = [number for number, chat in enumerate(chats) if "tools" in chat[0]]
+    if not numbers:
+        return
+    without = render([without_tools(chats[number]) for number in numbers])
+    for number, plain in zip(numbers, without, strict=True):
+        names = [tool["function"]["name"] for tool in chats[number][0]["tools"]]
+        lost = next((name for name in names if name not in texts[number]), None)
+        if plain == texts[number] or lost is not None:
+            raise BadModel(
+                "The chat template leaves out the tools of a chat, so the model would not know what it can call.",
+                where="chat_template",
+                got=f"the tools {', '.join(names[:8])}",
+                next_step="choose a base whose chat template knows tools, name another template (base.chat_template), "
+                "or remove the tools",
+                chat=number,
+            )
+
+
+# Refuse chats whose answers cannot be learned as a chat template renders them.
+
+_SHOWN = 80  # characters of a text in a message
+
+
+@dataclass(frozen=True)
+class AnswerTurn:
+    """Which answer of which chat."""
+
+    chat: int
+    message: int
+    number: int  # of the answer, from 1
+    of: int  # answers in the chat
+    is_last: bool
+
+    def __str__(self) -> str:
+        return f"answer {self.number} of {self.of}" if self.of > 1 else "the answer"
+
+
+class CutAnswer(Exception):
+    """The template does not render an answer completely."""
+
+    def __init__(self, content: str, rendered: str, *, is_reasoning: bool = False):
+        super().__init__("the answer is not rendered completely")
+        self.content, self.rendered = content, rendered
+        self.is_reasoning = is_reasoning or "</think>" in content or "[/THINK]" in content
+
+
+def refuse_cut(cut: CutAnswer, turn: AnswerTurn) -> NoReturn:
+    """Refuse an answer that the template does not render completely."""
+    ways = []
+    if not turn.is_last:
+        ways.append("data.loss_on: last_assistant learns the last answer only")
+    if cut.is_reasoning:
+        if not turn.is_last:
+            ways.append("data.thinking: keep learns only the answers that are rendered completely")
+        ways.append("data.thinking: strip removes the reasoning from all answers")
+    ways.append("base.chat_template names another template")
+    raise BadModel(
+        "The chat template leaves out or changes a part of an answer, so the model would learn another answer.",
+        where="chat_template",
+        expected=repr(cut.content[:_SHOWN]),
+        got=f"{turn}: {cut.rendered[:_SHOWN]!r}",
+        next_step="; ".join(ways),
+        chat=turn.chat,
+    ) from cut
+
+
+def refuse_missing_call(rendered: str, message: Message, turn: AnswerTurn) -> None:
+    """Refuse an answer whose calls the template does not render completely.
+
+    Raises:
+        BadModel: a part is missing.
+    """
+    missing = missing_part(rendered, message)
+    if missing is not None:
+        raise BadModel(
+            "The chat template leaves out a tool call, or a part of it.",
+            where="chat_template",
+            expected=missing[:_SHOWN],
+            got=f"{turn}: {rendered[:_SHOWN]!r}",
+            next_step="choose a base whose chat template knows tools, name another template (base.chat_template), or remove "
+            "these rows",
+            chat=turn.chat,
+        )
+
+
+def refuse_prompt(text: str, head: str, turn: AnswerTurn) -> NoReturn:
+    """Refuse an answer that does not follow the prompt that a server sends."""
+    at = next((i for i, (a, b) in enumerate(zip(text, head, strict=False)) if a != b), min(len(text), len(head)))
+    ways = [] if turn.is_last else ["data.loss_on: last_assistant learns the last answer only"]
+    if re.search("think|thought", head[max(0, at - 10) :].lower()):
+        ways.append("data.thinking: empty serves a prompt without reasoning")
+        ways.append("base.chat_template names another template")
+    else:
+        ways.append(
+            "make add_generation_prompt add exactly the text before an answer, and put {% generation %} after it"
+        )
+    raise BadModel(
+        "The chat template renders prompts differently in training and in generation, so the model would see prompts that "
+        "it was not trained on.",
+        where="chat_template",
+        expected=f"{turn} after the prompt that a server sends, which ends with {head[max(0, at - 20) :][:_SHOWN]!r}",
+        got=repr(text[max(0, at - 20) : at + 60]),
+        next_step="; ".join(ways),
+        chat=turn.chat,
+    )
+
+
+def refuse_open(following: str, turn: AnswerTurn) -> NoReturn:
+    """Refuse an answer that no control token ends."""
+    raise BadModel(
+        "The chat template does not end an answer with a control token, so the model would not learn to stop.",
+        where="chat_template",
+        got=repr(following),
+        next_step="choose an instruct model, or add the stop token to its chat template",
+        chat=turn.chat,
+    )
+
+
+def refuse_ignored_prompt(inserted: str, turn: AnswerTurn) -> NoReturn:
+    """Refuse a template that ignores add_generation_prompt, and writes a text before an answer."""
+    raise BadModel(
+        "The chat template does not render an answer right after the rendered prompt, because it ignores "
+        "add_generation_prompt: a server would not ask for an answer.",
+        where="chat_template",
+        got=repr(inserted[:_SHOWN]),
+        next_step="add the start of an answer to the template, for add_generation_prompt",
+        chat=turn.chat,
+    )
+
+
+def refuse_unmarked(turn: AnswerTurn) -> NoReturn:
+    """Refuse a template with {% generation %} blocks that has none around an answer."""
+    raise BadModel(
+        "The chat template does not mark the answer of a chat.",
+        where="chat_template",
+        got=str(turn),
+        next_step="put {% generation %} … {% endgeneration %} around every answer in chat_template.jinja",
+        chat=turn.chat,
+    )

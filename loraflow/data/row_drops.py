@@ -1,4 +1,4 @@
-"""Drop duplicated rows, and training rows whose prompt is held out."""
+"""Drop duplicated rows, and training rows whose prompt or group is held out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraflow.data.chat_table import ChatTable, Columns, Rows
-from loraflow.data.equal_keys import is_repeated
+from loraflow.data.near import is_repeated
 from loraflow.data.placement import Split
 
 Drop = Callable[[int, str, str, str], None]  # a row, its set, the reason, and a sentence
@@ -61,3 +61,35 @@ def drop_leaks(table: ChatTable, columns: Columns, splits: dict[Split, Rows], dr
         for number, other in zip(rows[leaks].tolist(), heldout[order[last]].tolist(), strict=True):
             drop(number, split, "leak", f"its prompt is held out ({table.place(other)})")
         splits[split] = rows[~leaks]
+
+
+def heldout_groups(columns: Columns, rows: Rows) -> dict[int, int]:
+    """Return {number of a group: its first row} of held-out rows."""
+    groups = columns.groups[rows]
+    numbers, first = np.unique(groups, return_index=True)
+    return {group: int(rows[n]) for group, n in zip(numbers.tolist(), first.tolist(), strict=True) if group >= 0}
+
+
+def drop_group_leaks(
+    table: ChatTable,
+    columns: Columns,
+    splits: dict[Split, Rows],
+    heldout: dict[int, int],
+    drop: Callable[[int, str, str, str], None],
+) -> None:
+    """Drop training and validation rows of a group that is held out. A seeded split has kept groups together already.
+
+    Args:
+        table: all rows.
+        columns: what is known of them.
+        splits: the rows of each split; changed in place.
+        heldout: {group: row}, also of held-out rows that were dropped as duplicates: their content is held out.
+        drop: is called with each dropped row, its split, the reason, and a sentence.
+    """
+    names: tuple[Split, ...] = ("train", "validation") if heldout else ()
+    for name in names:
+        leaks = np.isin(columns.groups[splits[name]], list(heldout))
+        for number in splits[name][leaks].tolist():
+            place = table.place(heldout[int(columns.groups[number])])
+            drop(number, name, "group_leak", f"a row of its group is held out ({place})")
+        splits[name] = splits[name][~leaks]

@@ -8,14 +8,12 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from loraflow.data.cell_values import media_key
-from loraflow.data.chats import BadRow, ToolCall
+from loraflow.data.chats import REASONING_KEYS, BadRow, ToolCall
 from loraflow.data.content_parts import as_json, is_parts, read_parts
-from loraflow.data.ignored_keys import without_ignored
 from loraflow.data.labels import ANSWERS, Labels, answers_of
 from loraflow.data.marks import Weight, answer_weight, excludes, is_mark
-from loraflow.data.reasoning import KEYS
-from loraflow.data.roles import ASSISTANT, FUNCTION_CALL, TOOL, normal_role
 from loraflow.data.tools import read_calls
+from loraflow.data.unread_values import without_ignored
 
 RawRow = dict[str, JsonValue]  # a row as its file has it
 MARKS = ("train", "exclude")  # of data.columns: the column says which rows are learned; not every row must have it
@@ -307,7 +305,7 @@ def _reasoning(message: RowFields) -> str:
         BadRow: two keys have different values.
     """
     row = message.row
-    names = [name for name in KEYS if isinstance(row.get(name), str) or is_parts(row.get(name))]
+    names = [name for name in REASONING_KEYS if isinstance(row.get(name), str) or is_parts(row.get(name))]
     found = message.optional(*names)
     if isinstance(found, list):
         found = "".join(read_parts(found, "reasoning").texts)
@@ -339,3 +337,23 @@ def objects(value: JsonValue) -> list[RawRow] | None:
         return None
     found = [item for item in value if isinstance(item, dict)]
     return found if len(found) == len(value) else None
+
+
+FUNCTION_CALL = "function_call"  # ShareGPT's role of an answer that is a call; ms-swift's tool_call
+ASSISTANT, TOOL = "assistant", "tool"
+ROLES = {
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "model", "bing", "bot", "chatbot", "ai"), ASSISTANT),
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("system", "developer"), "system"),  # developer: OpenAI's newer name
+    **dict.fromkeys(
+        ("tool", "observation", "function", "ipython", "tool_response", "tool_result", "function_response"), TOOL
+    ),
+    **dict.fromkeys((FUNCTION_CALL, "tool_call"), FUNCTION_CALL),
+}
+
+
+def normal_role(value: JsonValue) -> JsonValue:
+    """Return a role as user, assistant, system or tool, for `Human`, `gpt` and the like; an unknown role unchanged."""
+    if not isinstance(value, str):
+        return value
+    return ROLES.get(value) or ROLES.get(value.strip().lower(), value)

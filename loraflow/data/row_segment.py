@@ -22,9 +22,9 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.broken_text import has_carriage_return
 from loraflow.data.chats import Chat, Message, with_system
 from loraflow.data.labels import Answer, Question
+from loraflow.data.near import HASHES, comparable_text, sketch
 from loraflow.data.placement import SPLITS, Split
 from loraflow.data.readers import Row, is_answer_learned, is_partly_learned
-from loraflow.data.shingles import HASHES, comparable_text, sketch
 from loraflow.data.split import group_key, in_share, normalize, normalized_key, text_key, to_json, without_call_ids
 
 # Bits of `flags`

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.chats import BadRow
+from loraflow.data.chats import REASONING_KEYS, BadRow, without_reasoning
 from loraflow.data.json_reader import RawValue, json_line, read_lines
 from loraflow.data.labels import Labels
 from loraflow.data.readers import Row, RowSettings, checked_suffix, labels_of, read_row, read_values
 from loraflow.data.row_segment import RowSegment, SegmentBuilder
 from loraflow.data.segments import segments
-from loraflow.data.thinking import with_thinking
 
 MAX_BYTES = 500_000  # of a segment, but for its last row
 _LINES = (".jsonl", ".ndjson")
@@ -128,3 +127,30 @@ def read_segment(segment: FileRows, file: RowsFile, config: CheckDatasetConfig, 
             number, value = item.number - segment.first, item.value
         builder.add(number, with_thinking(read_row(value, file.settings, labels), config.thinking))
     return builder.segment(labels.asked)
+
+
+NOT_RENDERED = "would not be learned: put it into content, as <think> … </think>, or leave it out: data.thinking: strip"
+
+
+def with_thinking(row: Row, thinking: Literal["strip"] | None) -> Row:
+    """Return a row as data.thinking wants it: without its reasoning, or malformed if its reasoning would not be learned.
+
+    Args:
+        row: as read.
+        thinking: whether reasoning is removed.
+    """
+    if row.messages is None:
+        return row
+    if thinking == "strip":
+        messages = without_reasoning(row.messages)
+        if any(not m["content"].strip() for m in messages if m["role"] == "assistant" and "tool_calls" not in m):
+            return replace(row, messages=None, problem="an answer is empty without its reasoning (data.thinking)")
+        return replace(row, messages=messages)
+    if reasoning := reasoning_key(row.unused_keys):
+        return replace(row, messages=None, problem=f"{reasoning} {NOT_RENDERED}")
+    return row
+
+
+def reasoning_key(unused_keys: Sequence[str]) -> str | None:
+    """Return the key of messages whose reasoning is not read, because it is no text of an answer; None if there is none."""
+    return next((key for key in unused_keys if "." in key and key.rpartition(".")[2] in REASONING_KEYS), None)

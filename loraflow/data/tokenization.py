@@ -17,13 +17,11 @@ import numpy as np
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import TokenizeConfig
-from loraflow.data.chunk_encoder import Chunk, Problem, Problems, encoded_chunks, has_weights
+from loraflow.data.chunk_encoder import Chunk, Problem, Problems, encoded_chunks, has_weights, key_of_job
 from loraflow.data.loss_mask import ChatTemplate, vocabulary_of
-from loraflow.data.mask_view import sample_rows
+from loraflow.data.mask_view import audit, check_prompts, sample_rows
 from loraflow.data.packing import best_fit_decreasing
 from loraflow.data.positions import Positions
-from loraflow.data.prompt_audit import audit, check_prompts
-from loraflow.data.token_cache import key_of_job
 from loraflow.data.token_files import TokenBatch, batches_of, open_shard, write_packing
 from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_report import Lengths, LongRow, TokenReport, longest_of

@@ -13,9 +13,8 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow
-from loraflow.data.json_text import strict_json
-from loraflow.data.roles import ASSISTANT, TOOL, normal_role
-from loraflow.data.row_fields import RowFields, Turn
+from loraflow.data.container_text import strict_json
+from loraflow.data.row_fields import ASSISTANT, TOOL, RowFields, Turn, normal_role
 from loraflow.data.tools import read_calls
 
 

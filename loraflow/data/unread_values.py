@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Literal
 
 from pydantic import JsonValue
 
+from loraflow.data.container_text import Unreadable, parsed_text
 from loraflow.data.judgements import is_bad_word
 from loraflow.data.labels import FALSE, TRUE, is_absent, plain
-from loraflow.data.mark_names import CONTAINERS, normal_name
+from loraflow.data.mark_names import CONTAINERS, is_object_text, normal_name
 
 MAX_QUESTIONS = 5
 _MAX_WORD = 30  # characters of a value that is a word
@@ -147,3 +148,35 @@ def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
 def counted(told: Sequence[Told]) -> Counter[tuple[str, str]]:
     """Return how often keys said something in several rows."""
     return Counter(item for row in told for item in row)
+
+
+def without_ignored(row: Mapping[str, JsonValue], ignore: Collection[str]) -> dict[str, JsonValue]:
+    """Return a row or message without the keys of `data.ignore`.
+
+    Args:
+        row: the row or message.
+        ignore: the keys. `metadata.quality` is the key `quality` of the object, list of objects or JSON text `metadata`,
+            unless a key has this whole name.
+    """
+    kept = {key: value for key, value in row.items() if key not in ignore}
+    for name in ignore:
+        outer, dot, inner = name.partition(".")
+        if dot and name not in row and outer in kept:
+            kept[outer] = _without_member(kept[outer], inner)
+    return kept
+
+
+def _without_member(value: JsonValue, name: str) -> JsonValue:
+    if isinstance(value, str) and is_object_text(value):
+        try:
+            value = parsed_text(value)
+        except Unreadable:
+            return value
+    if isinstance(value, dict):
+        return without_ignored(value, (name,))
+    if not isinstance(value, list):
+        return value
+    items: list[object] = list(value)
+    if any(isinstance(item, tuple) for item in items):  # a map of Parquet
+        return [item for item in value if not (isinstance(item, tuple) and item[:1] == (name,))]
+    return [_without_member(item, name) for item in value]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
-from loraflow.data.refusals import refuses
+from loraflow.data.findings import refuses
 from loraflow.data.split import CLUSTER
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.pairing import refusal, require_same_tokens, scores

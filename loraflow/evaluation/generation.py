@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.base.architecture import is_tested
-from loraflow.base.forced_logits import forced_logits
-from loraflow.base.generation_settings import ONE_ANSWER, forget_earlier_prompts
+from loraflow.base.generation_settings import ONE_ANSWER, forced_logits, forget_earlier_prompts
 from loraflow.base.longrope import Side, fixed_angles
 from loraflow.evaluation.answers_file import GeneratedAnswer as GeneratedAnswer
 from loraflow.evaluation.answers_file import append_answers, read_answers

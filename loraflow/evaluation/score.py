@@ -15,8 +15,7 @@ import numpy as np
 
 from loraflow.config.stage_configs import EvaluateConfig
 from loraflow.data.chats import GATE_SET, Message
-from loraflow.data.sampling import spread_sample, spread_values
-from loraflow.data.split import prompt_key
+from loraflow.data.split import prompt_key, spread_sample, spread_values
 from loraflow.evaluation.intervals import Interval, group_labels, mean_interval
 from loraflow.evaluation.label_scores import confusions, macro_f1
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
@@ -205,8 +204,7 @@ def _expect_memory(
     job: Job[EvaluateConfig], folder: Path, prompts: Sequence[list[int]], shared: int, progress: Progress
 ) -> None:
     """Estimate this process's memory, for the manifest. The first `shared` tokens of all prompts are computed once."""
-    from loraflow.training.memory import shape_of
-    from loraflow.training.memory_parts import generation_parts
+    from loraflow.training.memory import generation_parts, shape_of
 
     shape = shape_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     if shape is not None:

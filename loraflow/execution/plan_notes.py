@@ -14,7 +14,7 @@ from loraflow.config.data_sources import DataSource
 from loraflow.data.check_report import CheckReport
 from loraflow.data.general import KINDS
 from loraflow.data.heldout_fields import FILE, parse_field_values
-from loraflow.data.source_limits import source_lines
+from loraflow.data.row_limits import source_lines
 from loraflow.evaluation.power import rows_for_margin, rows_that_rule_out
 from loraflow.execution.cache import look_up
 from loraflow.execution.deal import checked_rows, compared_rows, rows_of_a_look
@@ -25,8 +25,7 @@ from loraflow.stages import CHECK_GENERAL, EVALUATE, RESOLVE_BASE, TOKENIZE
 from loraflow.store import Ref, read_intact
 from loraflow.training import memory
 from loraflow.training.adapter_rank import adapter_rank
-from loraflow.training.memory import Recompute
-from loraflow.training.memory_parts import MemoryParts, MicroBatch, generation_parts, training_parts
+from loraflow.training.memory import MemoryParts, MicroBatch, Recompute, generation_parts, training_parts
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,7 +19,7 @@ from loraflow.config.load import parse_recipe
 from loraflow.config.locations import DvcOrigin
 from loraflow.config.stage_configs import StageConfig, VersionDatasetConfig
 from loraflow.data import dvc
-from loraflow.data.source_files import wrong_sources
+from loraflow.data.version import wrong_sources
 from loraflow.execution.deal import use_dealt_rows
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.plan import CHAMPION, inputs_of, steps_of

@@ -11,8 +11,8 @@ from pydantic import JsonValue
 from loraflow.data.chats import GATE_SET
 from loraflow.data.check_report import CheckReport, NearDuplicates
 from loraflow.data.findings import WHAT, finding_lines
-from loraflow.data.marked_rows import named_marks, split_hint
-from loraflow.data.source_limits import source_lines
+from loraflow.data.mark_names import named_marks, split_hint
+from loraflow.data.row_limits import source_lines
 from loraflow.data.unread_values import questions
 from loraflow.evaluation.values import EvaluationReport
 from loraflow.registry.runs import RowCount, RowsSummary

@@ -189,7 +189,7 @@ def champion_entry(store: Store, name: str) -> Entry:
 
 
 def _of_folder(store: Store, folder: Path, given: Path | None, memo: HashMemo) -> Model:
-    from loraflow.base.weight_files import refuse_pickles
+    from loraflow.base.stored_weights import refuse_pickles
 
     found = artifact_at(folder)
     if found is None:
@@ -219,7 +219,7 @@ def _ref_at(folder: Path | None) -> Ref | None:
 
 
 def _of_adapter(adapter: Path, named_folder: Path, given: Path | None, memo: HashMemo) -> Model:
-    from loraflow.base.weight_files import refuse_pickles
+    from loraflow.base.stored_weights import refuse_pickles
 
     refuse_pickles(adapter)
     base, adapter_ref = given, None

@@ -18,12 +18,11 @@ Modules, from the bottom up:
 - values and files: `artifact` (ref, summary, manifest), `files` (hashes, atomic writes), `lock` (flock on one host)
 - checkpoints in a work folder: `checkpoints`
 - the interface and the local store: `base`, `local`
-- requests to a bucket: `s3_client` (client, types, errors), `bucket` (objects), `uploads` (files), `lease` (locks between
-  machines)
-- artifacts in a bucket: `s3_layout` (keys), `object_memo` (known hashes), `s3_artifacts` (read and check), `s3_cache`
-  (copies on this machine), `s3_commit` (write), `checkpoint_mirror` (the newest checkpoint), `bucket_cleanup` (what
-  interrupted work left)
-- `s3` combines them into `S3Store`
+- requests to a bucket: `s3_client` (client, types, errors), `bucket` (objects, uploads of files), `lease` (locks
+  between machines)
+- artifacts in a bucket: `s3_artifacts` (keys, known hashes, read and check, copies on this machine),
+  `s3_commit` (write, quarantine), `checkpoint_mirror` (the newest checkpoint)
+- `s3` combines them into `S3Store`, and removes what interrupted work left
 """
 
 import errno

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loraflow.failures import Failure, Network
-from loraflow.store.bucket import CONCURRENCY, Bucket, retry_network
+from loraflow.store.bucket import CONCURRENCY, Bucket, retry_network, upload_file
 from loraflow.store.checkpoints import (
     COMPLETE,
     FOLDER,
@@ -34,7 +34,6 @@ from loraflow.store.checkpoints import (
     step_of,
 )
 from loraflow.store.files import write_atomic
-from loraflow.store.uploads import upload_file
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 2.0  # between two looks for a new checkpoint

@@ -44,6 +44,7 @@ from loraflow.store.checkpoints import recompute_digest, reset_work_folder
 from loraflow.store.chunk_cache import stale_entries
 from loraflow.store.files import (
     HashMemo,
+    LocalDocuments,
     folder_size,
     folders_in,
     fsync_path,
@@ -55,7 +56,6 @@ from loraflow.store.files import (
     translate_os_errors,
     write_atomic,
 )
-from loraflow.store.local_documents import LocalDocuments
 from loraflow.store.lock import flock
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,8 @@ from loraflow.store import lease as leases
 from loraflow.store import staging
 from loraflow.store.artifact import (
     MANIFEST,
+    QUARANTINE,
+    RESERVED_FOLDERS,
     Manifest,
     PreviousState,
     Ref,
@@ -28,23 +31,22 @@ from loraflow.store.artifact import (
     damaged_artifact,
     has_hash,
 )
-from loraflow.store.bucket import Bucket
-from loraflow.store.bucket_cleanup import stale_items
+from loraflow.store.bucket import Bucket, ObjectInfo, abort_upload, unfinished_uploads
 from loraflow.store.checkpoint_mirror import CheckpointMirror
+from loraflow.store.chunk_cache import stale_entries
 from loraflow.store.files import (
     HashMemo,
+    folder_size,
     fsync_tree,
     raise_machine_fault,
     set_default_modes,
+    stale_folders,
     translate_os_errors,
     write_atomic,
 )
 from loraflow.store.lock import flock
-from loraflow.store.s3_artifacts import S3Artifacts
-from loraflow.store.s3_cache import ArtifactCache, cache_folder
-from loraflow.store.s3_commit import commit_artifact
-from loraflow.store.s3_layout import file_key, manifest_key
-from loraflow.store.s3_quarantine import move_to_quarantine, remove_artifact
+from loraflow.store.s3_artifacts import ArtifactCache, S3Artifacts, cache_folder, file_key, manifest_key
+from loraflow.store.s3_commit import commit_artifact, move_to_quarantine, remove_artifact
 
 log = logging.getLogger(__name__)
 
@@ -322,3 +324,44 @@ class S3Store:
     def stale_items(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
         """Yield (name, bytes) of unfinished work, quarantined artifacts and unused copies from before a time."""
         return stale_items(self.bucket, self.scratch, before, remove=remove)
+
+
+_LOCAL_PATTERNS = ("work/*/*", "pending/*/*", "staging/*", "artifacts/*/*/*")
+
+
+def stale_items(bucket: Bucket, scratch: Path, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
+    """Yield, and remove if asked, (name, bytes) of what was last changed before a time in seconds since 1970."""
+    for upload in unfinished_uploads(bucket):
+        if upload["Initiated"].timestamp() < before:
+            if remove:
+                abort_upload(bucket, upload)
+            yield PurePosixPath("uploads", upload["Key"].removeprefix(bucket.prefix)), 0
+    for name, objects in _incomplete(bucket):
+        if max(item.modified for item in objects) < before:
+            if remove:
+                bucket.delete([item.key for item in objects])
+            yield PurePosixPath(name), sum(item.size for item in objects)
+    for unused in staging.abandoned(scratch / "staging"):
+        if unused.exists():
+            yield PurePosixPath("cache", "staging", unused.name), folder_size(unused)
+        if remove:
+            staging.discard(unused)
+    yield from stale_entries(scratch, before, remove=remove)
+    for folder, size in stale_folders(scratch, _LOCAL_PATTERNS, before):
+        if remove:
+            shutil.rmtree(scratch / folder)
+        yield PurePosixPath("cache", folder), size
+
+
+def _incomplete(bucket: Bucket) -> Iterator[tuple[str, list[ObjectInfo]]]:
+    """Yield (name, objects) of quarantined artifacts, leases, unfinished work, and files without a manifest."""
+    groups: dict[str, list[ObjectInfo]] = defaultdict(list)
+    for item in bucket.listing():
+        parts = item.key.split("/")
+        if parts[0] in (QUARANTINE, "locks"):
+            groups["/".join(parts[:2]).removesuffix(".json")].append(item)
+        elif parts[0] == "work" or (parts[0] not in RESERVED_FOLDERS and len(parts) > 3):
+            groups["/".join(parts[:3])].append(item)
+    for name, objects in groups.items():
+        if name.split("/")[0] in RESERVED_FOLDERS or f"{name}/{MANIFEST}" not in {item.key for item in objects}:
+            yield name, objects

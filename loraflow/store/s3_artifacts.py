@@ -1,38 +1,89 @@
-"""Read and check the artifacts of a bucket."""
+"""Read and check the artifacts of a bucket: the keys of their objects, and the hashes that this machine read."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
+from typing import TypeAlias
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 
 from loraflow import identity
+from loraflow.store import staging
 from loraflow.store.artifact import (
     MANIFEST,
+    POINTER,
+    RESERVED_FOLDERS,
+    TELEMETRY,
+    HasHash,
     Manifest,
     Pointer,
     PreviousState,
     Ref,
+    check_consistency,
+    check_folder,
     compare_sizes,
     content_problem,
+    has_hash,
     manifest_problem,
     parse_manifest,
     parse_pointer,
     unreadable_manifest,
 )
 from loraflow.store.bucket import CONCURRENCY, Bucket, ObjectInfo, retry_network
-from loraflow.store.object_memo import ObjectMemo
-from loraflow.store.s3_layout import (
-    artifact_prefix,
-    file_key,
-    file_sizes,
-    manifest_key,
-    parse_manifest_key,
-    pointer_key,
-)
+from loraflow.store.files import fsync_tree, is_inside, raise_machine_fault, translate_os_errors, write_atomic
+from loraflow.store.lock import flock
+
+log = logging.getLogger(__name__)
+_Stamp: TypeAlias = tuple[str, int, float]  # ETag, size in bytes, time of the last write in seconds since 1970
+_MEMO = TypeAdapter(dict[str, tuple[str, int, float, str]])  # by key: the stamp and the hash
+
+
+class ObjectMemo:
+    """Hashes of objects that this machine read, by key, ETag, size and time of the last write.
+
+    Each write gives an object another ETag, or at least another time. The memo is a file of this machine: another machine
+    reads the objects once more.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.changed = False
+        try:
+            self.known = _MEMO.validate_json(path.read_bytes())
+        except (OSError, ValueError):
+            self.known = {}
+
+    def remembers(self, item: ObjectInfo, sha256: str) -> bool:
+        """Tell whether an object had a hash when it was read, and has not changed since."""
+        return self.known.get(item.key) == (*_stamp(item), sha256)
+
+    def add(self, item: ObjectInfo, sha256: str) -> None:
+        """Remember the hash of an object that was read after it was listed."""
+        self.known[item.key] = (*_stamp(item), sha256)
+        self.changed = True
+
+    def save(self) -> None:
+        """Write the memo to its file. A memo that cannot be written costs time only, so the error is only logged."""
+        if self.changed:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(self.path, json.dumps(self.known).encode())
+                self.changed = False
+            except OSError as error:
+                log.debug("hashes of objects are not remembered: %s", error)
+
+
+def _stamp(item: ObjectInfo) -> _Stamp:
+    return item.etag, item.size, item.modified
 
 
 class S3Artifacts:
@@ -196,3 +247,164 @@ class S3Artifacts:
             raise FileNotFoundError(f"{self.location(ref)}/{MANIFEST}")
         manifest = self._manifests[artifact_prefix(ref)] = parse_manifest(content[key], ref, pointer)
         return manifest
+
+
+# Keys of an artifact's objects in a bucket.
+#
+# Telemetry differs between two computations with equal results, which have the same digest and so the same prefix.
+# It is therefore stored below `telemetry-<its own digest>/`: no writer overwrites what another writer's manifest describes.
+
+
+def artifact_prefix(ref: Ref) -> str:
+    """Return the prefix of an artifact's keys, without the final slash."""
+    return f"{ref.stage}/{ref.fingerprint}/{ref.digest}"
+
+
+def manifest_key(ref: Ref) -> str:
+    """Return the key of an artifact's manifest."""
+    return f"{artifact_prefix(ref)}/{MANIFEST}"
+
+
+def pointer_key(stage: str, fingerprint: str) -> str:
+    """Return the key of the pointer to the current digest."""
+    return f"{stage}/{fingerprint}/{POINTER}"
+
+
+def file_key(ref: Ref, manifest: Manifest, name: str) -> str:
+    """Return the key of one file of an artifact."""
+    if not name.startswith(TELEMETRY):
+        return f"{artifact_prefix(ref)}/{name}"
+    hashes = {file: entry.sha256 for file, entry in manifest.files.items() if file.startswith(TELEMETRY)}
+    digest = identity.short(identity.digest(hashes))
+    return f"{artifact_prefix(ref)}/telemetry-{digest}/{name.removeprefix(TELEMETRY)}"
+
+
+def is_telemetry(ref: Ref, key: str) -> bool:
+    """Tell whether a key belongs to the telemetry of any computation of this artifact."""
+    return key.startswith(f"{artifact_prefix(ref)}/telemetry-")
+
+
+def file_sizes(ref: Ref, manifest: Manifest, listed: Iterable[ObjectInfo]) -> dict[str, int]:
+    """Return {file name: bytes} of an artifact's objects, without telemetry that other manifests describe."""
+    names = {file_key(ref, manifest, name): name for name in manifest.files}
+    prefix = f"{artifact_prefix(ref)}/"
+    return {
+        names.get(item.key, item.key.removeprefix(prefix)): item.size
+        for item in listed
+        if item.key in names or not (item.key == manifest_key(ref) or is_telemetry(ref, item.key))
+    }
+
+
+def parse_manifest_key(key: str, uri: str) -> Ref | None:
+    """Return the ref of the artifact whose manifest has this key, without its facets; None for any other key."""
+    parts = key.split("/")
+    if len(parts) != 4 or parts[3] != MANIFEST or parts[0] in RESERVED_FOLDERS or not all(map(is_inside, parts)):
+        return None
+    return Ref(stage=parts[0], fingerprint=parts[1], digest=parts[2], uri=uri)
+
+
+def cache_folder(uri: str) -> Path:
+    """Return this machine's folder for a store: below LORAFLOW_CACHE, by default ~/.cache/loraflow."""
+    base = os.environ.get("LORAFLOW_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "loraflow")
+    readable = uri.removeprefix("s3://").replace("/", "-")[:40]
+    return Path(base).expanduser().absolute() / f"{readable}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
+
+
+class ArtifactCache:
+    """Copies of artifacts in this machine's folder of the store. A copy with a manifest is complete."""
+
+    def __init__(self, root: Path, artifacts: S3Artifacts):
+        self.root = root
+        self.artifacts = artifacts
+
+    def folder(self, ref: Ref) -> Path:
+        """Return the folder of an artifact's copy, whether it exists or not."""
+        return self.root / "artifacts" / ref.stage / ref.fingerprint / ref.digest
+
+    def object_memo(self) -> ObjectMemo:
+        """Return the hashes that this machine remembers of the bucket's objects."""
+        return ObjectMemo(self.root / "objects.json")
+
+    def local_folder(self, *parts: str) -> Path:
+        """Return a folder of this machine, made if need be."""
+        with translate_os_errors(str(self.root)):
+            folder = self.root.joinpath(*parts)
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+
+    def has(self, ref: Ref) -> bool:
+        """Tell whether there is a complete copy. Its contents are not hashed."""
+        return (self.folder(ref) / MANIFEST).exists()
+
+    def is_intact(self, ref: Ref, has_hash: HasHash = has_hash) -> bool:
+        """Hash a copy; tell whether it matches its manifest."""
+        folder = self.folder(ref)
+        try:
+            manifest = Manifest.parse((folder / MANIFEST).read_bytes())
+            problems = check_folder(folder, manifest, contents=True, has_hash=has_hash)
+            return not problems and not check_consistency(manifest, ref)
+        except (OSError, ValueError) as error:
+            raise_machine_fault(error)
+            return False
+
+    def add(self, folder: Path, ref: Ref) -> None:
+        """Move a complete artifact, with its manifest, into the cache."""
+        target = self.folder(ref)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.drop(ref)
+        folder.rename(target)
+
+    def drop(self, ref: Ref) -> None:
+        """Remove the copy of an artifact, and forget its manifest."""
+        self.artifacts.forget(ref)
+        folder = self.folder(ref)
+        if folder.exists():
+            removed = self.local_folder("staging") / f"gone-{uuid.uuid4().hex[:12]}"
+            staging.claim(removed)
+            try:
+                folder.rename(removed)
+                shutil.rmtree(removed)
+            finally:
+                staging.release(removed)
+
+    def staging(self, stage: str, fingerprint: str) -> Path:
+        """Return a new empty folder on the disk of the cache."""
+        with translate_os_errors(str(self.root)):
+            return staging.create(self.root / "staging", f"{stage}-{identity.short(fingerprint)}")
+
+    def download(self, ref: Ref) -> list[str]:
+        """Copy an artifact to the cache if it is intact; return the problems, a line each."""
+        lock = self.local_folder("locks") / f"fetch-{identity.short(ref.digest)}.lock"
+        with flock(lock), translate_os_errors(str(self.root)):
+            if self.has(ref):
+                return []  # another process was faster
+            problems = self.artifacts.check(ref)
+            if problems:
+                return problems
+            manifest = self.artifacts.read_manifest(ref)
+            problems = check_consistency(manifest, ref) + [
+                f"{name}: not a valid file name" for name in manifest.files if not is_inside(name)
+            ]
+            return problems or self._download_files(ref, manifest)
+
+    def _download_files(self, ref: Ref, manifest: Manifest) -> list[str]:
+        folder = self.staging(f"fetch-{ref.stage}", ref.fingerprint)
+
+        def download(name: str) -> None:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as file:
+                for block in self.artifacts.bucket.blocks(file_key(ref, manifest, name)):
+                    file.write(block)
+
+        try:
+            with ThreadPoolExecutor(CONCURRENCY) as pool:
+                list(pool.map(lambda name: retry_network(lambda: download(name)), manifest.files))
+            problems = check_folder(folder, manifest, contents=True)
+            if not problems:
+                write_atomic(folder / MANIFEST, manifest.document)
+                fsync_tree(folder)
+                self.add(folder, ref)
+            return problems
+        finally:
+            staging.discard(folder)

@@ -7,17 +7,32 @@ either completely or not at all, so a crash at any moment leaves the old state o
 from __future__ import annotations
 
 import shutil
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from loraflow import identity
 from loraflow.failures import Network
-from loraflow.store.artifact import REPLACED, DamagedPointer, Manifest, Pointer, Ref, parse_pointer
-from loraflow.store.bucket import CONCURRENCY, StoredObject
-from loraflow.store.s3_artifacts import S3Artifacts
-from loraflow.store.s3_cache import ArtifactCache
-from loraflow.store.s3_layout import file_key, is_telemetry, manifest_key, pointer_key
-from loraflow.store.s3_quarantine import move_to_quarantine
-from loraflow.store.uploads import upload_file
+from loraflow.store.artifact import (
+    QUARANTINE,
+    REPLACED,
+    DamagedPointer,
+    Manifest,
+    Pointer,
+    Ref,
+    parse_pointer,
+    quarantine_record,
+)
+from loraflow.store.bucket import CONCURRENCY, StoredObject, upload_file
+from loraflow.store.s3_artifacts import (
+    ArtifactCache,
+    S3Artifacts,
+    artifact_prefix,
+    file_key,
+    is_telemetry,
+    manifest_key,
+    pointer_key,
+)
 
 ATTEMPTS = 8  # at replacing the pointer while other machines commit
 
@@ -97,3 +112,24 @@ def _pointer(seen: StoredObject | None, ref: Ref) -> Pointer:
         return parse_pointer(seen.data, ref.stage, ref.fingerprint) if seen else Pointer(digest=ref.digest)
     except DamagedPointer:
         return Pointer(digest=ref.digest)
+
+
+def move_to_quarantine(artifacts: S3Artifacts, cache: ArtifactCache, ref: Ref, problems: list[str]) -> str:
+    """Copy an artifact's objects below `set-aside/`, with its problems, then remove it; return its new uri.
+
+    The caller holds the lock of its job.
+    """
+    bucket = artifacts.bucket
+    target = f"{QUARANTINE}/{ref.stage}-{identity.short(ref.digest)}-{uuid.uuid4().hex[:6]}"
+    for key in artifacts.keys(ref):
+        bucket.copy(key, target + key.removeprefix(artifact_prefix(ref)))
+    bucket.put(*quarantine_record(target.removeprefix(f"{QUARANTINE}/"), artifacts.location(ref), problems))
+    remove_artifact(artifacts, cache, ref)
+    return f"{artifacts.uri}/{target}"
+
+
+def remove_artifact(artifacts: S3Artifacts, cache: ArtifactCache, ref: Ref) -> None:
+    """Delete an artifact, its manifest first: without it the other files are not an artifact."""
+    artifacts.bucket.delete([manifest_key(ref)])
+    artifacts.bucket.delete(artifacts.keys(ref))
+    cache.drop(ref)

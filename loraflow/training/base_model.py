@@ -10,8 +10,7 @@ from loraflow.adapters.lora_config import check_targets, check_trainable, lora_c
 from loraflow.adapters.targets import find_targets
 from loraflow.base.load import load_model
 from loraflow.hardware.attention import Attention
-from loraflow.training import sharding
-from loraflow.training.choices import refuse_fp8
+from loraflow.training.choices import refuse_fp8, shard
 from loraflow.training.collation import padded_documents
 from loraflow.training.setup import TrainingSetup
 
@@ -55,7 +54,7 @@ def load_base(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> P
 
         settings = Settings.of(peft_config, setup.config.loralib_config)
         model = prepare(model, settings, setup.settings.seed, checkpointing=setup.uses_gradient_checkpointing)
-    return sharding.shard(model, setup.device, setup.group.size) if sharded else model
+    return shard(model, setup.device, setup.group.size) if sharded else model
 
 
 def check_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> None:

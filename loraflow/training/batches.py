@@ -6,21 +6,22 @@ A row is one document; a packed row has several. A micro-batch has one of two la
   each document begins. There are only a few row lengths, so that compiled code is not compiled again for new shapes. A
   micro-batch takes as many rows as fit into the token budget.
 - grid: one row of tokens for each row, padded to the longest, for attention that needs a mask. If all rows begin with the
-  same ids and it saves arithmetic, these ids are computed only once (`prefix_sharing`).
+  same ids and it saves arithmetic, these ids are computed only once (`PrefixSharing`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from loraflow.data.common_prefix import common_prefix_length
 from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_rows import Document, TokenRows
 from loraflow.hardware.process_group import ProcessGroup
@@ -30,13 +31,106 @@ from loraflow.training.collation import (
     concatenated,
     has_weights,
     learned_weights,
+    lengths_of_documents,
     packed,
     padded,
+    spread,
+    token_keys,
     with_targets,
 )
-from loraflow.training.prefix_sharing import PrefixSharing, share_prefix
-from loraflow.training.row_lengths import choose_lengths
-from loraflow.training.token_keys import lengths_of_documents, spread, token_keys
+from loraflow.training.memory import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# Compute the common prefix of a micro-batch's documents only once. Most often it is a system prompt.
+#
+# The prefix and the rest of each document are concatenated in one row. A token of a rest attends to the prefix and to the
+# earlier tokens of its own rest. Without dropout, the prefix has the same activations in every document, so loss and
+# gradients are the same as without sharing, and there is no padding. The mask is dense, so sharing is used only if it saves
+# arithmetic.
+
+MAX_COST = 0.95  # as a share of the arithmetic of padded rows
+
+
+@dataclass(frozen=True)
+class PrefixSharing:
+    """The cost of one layer of a model, to decide between sharing and padding."""
+
+    per_token: int  # weights of the layer's projections
+    per_pair: int  # for a token that attends to a token: sizes of the queries and of the values
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> PrefixSharing:
+        """Return the costs of a model."""
+        return cls(shape.linear_weights // shape.layers, 2 * shape.heads * shape.head_dim)
+
+    def shared_length(self, documents: Sequence[NDArray[np.integer]]) -> int:
+        """Return the length of the prefix to share; 0 if padded rows cost about the same."""
+        lengths = [len(ids) for ids in documents]
+        prefix = common_prefix_length(documents)
+        line = prefix + sum(lengths) - prefix * len(lengths)
+        grid = len(lengths) * max(lengths)
+        is_cheaper = self._cost(line, line * line) < MAX_COST * self._cost(grid, grid * max(lengths))
+        return prefix if prefix and is_cheaper else 0
+
+    def _cost(self, tokens: int, pairs: int) -> int:
+        return tokens * self.per_token + pairs * self.per_pair
+
+
+def obstacle_to_sharing(model: PreTrainedModel, longest: int) -> str:
+    """Return why a model cannot share the prefix of its documents; empty if it can.
+
+    Args:
+        model: with its adapter.
+        longest: tokens of the longest document.
+    """
+    from loraflow.base.load import sees_all_before
+
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
+        return "dropout differs from row to row"
+    if getattr(model.config, "rope_parameters", None) is None or getattr(model.config, "alibi", False):
+        return "positions are not given by rotary embeddings"
+    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+        return "the attention kernel takes no custom mask"
+    return "" if sees_all_before(model, longest) else "a token does not see exactly the tokens before it"
+
+
+def share_prefix(documents: Sequence[Document], prefix: int, weights: Weights | None = None) -> MicroBatch:
+    """Return the common prefix of documents, and the rest of each, in one row.
+
+    The attention mask is bool [1, 1, tokens, tokens]: which tokens each token attends to. A position that predicts a
+    supervised token in several documents is in `loss_index` once for each of them.
+
+    Args:
+        documents: ids and labels of each; all begin with the same ids.
+        prefix: the number of common ids.
+        weights: the weights of the documents' tokens, one row for each document.
+    """
+    rests = [len(ids) - prefix for ids, _ in documents]
+    begins = prefix + np.cumsum([0, *rests])[:-1]
+    ids = np.concatenate([documents[0][0][:prefix], *(ids[prefix:] for ids, _ in documents)]).astype(np.int64)
+    positions = np.concatenate([np.arange(prefix), *(np.arange(prefix, prefix + rest) for rest in rests)])
+    owner = torch.from_numpy(np.repeat(np.arange(len(documents) + 1), [prefix, *rests]))
+    index, targets = [], []
+    for begin, (_, labels) in zip(begins, documents, strict=True):
+        learned = np.flatnonzero(labels[1:] != IGNORED)
+        index.append(np.where(learned < prefix, learned, learned - prefix + begin))
+        targets.append(labels[1:][learned].astype(np.int64))
+    position = torch.arange(len(ids))
+    visible = (position[:, None] >= position) & ((owner[:, None] == owner) | (owner == 0))
+    batch: MicroBatch = {
+        "input_ids": torch.from_numpy(ids)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "attention_mask": visible[None, None],
+        "loss_index": torch.from_numpy(np.concatenate(index)),
+        "targets": torch.from_numpy(np.concatenate(targets)),
+    }
+    if has_weights(weights):
+        batch["loss_weights"] = learned_weights([[document] for document in documents], weights)
+    return batch
+
 
 ROUND = 64  # tokens; lengths of concatenated micro-batches are multiples of it
 MEASURED_STEPS = 2000  # optimizer steps by which the lengths of micro-batches are chosen
@@ -273,3 +367,40 @@ class StepDataset(Dataset[StepItem]):
     def token_keys(self, step: int, index: int, tokens: int) -> NDArray[np.int32]:
         """Return the keys of a row's tokens; see `token_keys`. `index` is the row's index in the step."""
         return token_keys(self.seed, step, index, tokens)
+
+
+MAX_LENGTHS = 16
+
+
+def choose_lengths(used: NDArray[np.integer], cost: float) -> tuple[int, ...]:
+    """Return the lengths for which padding and the cost of the lengths are least, together.
+
+    Args:
+        used: tokens of each micro-batch; the largest number is always one of the lengths.
+        cost: the cost of one more length, in tokens of padding. Compiling or recording for a length takes as long.
+
+    Returns:
+        at most `MAX_LENGTHS` of the values of `used`, ascending.
+    """
+    values, counts = np.unique(used, return_counts=True)
+    number, total = np.cumsum(counts), np.cumsum(counts * values)
+    # padding[i, j]: of the values from i to j, if all of them get the length of value j
+    before, tokens_before = np.concatenate([[0], number[:-1]]), np.concatenate([[0], total[:-1]])
+    padding = values[None, :] * (number[None, :] - before[:, None]) - (total[None, :] - tokens_before[:, None])
+    padding = np.where(
+        np.arange(len(values))[:, None] <= np.arange(len(values))[None, :], padding.astype(float), np.inf
+    )
+    best = padding[0]  # least padding of the values up to j with one length
+    first_of_last: list[NDArray[np.int64]] = [np.zeros(len(values), np.int64)]
+    totals = [best[-1] + cost]
+    for lengths in range(2, min(MAX_LENGTHS, len(values)) + 1):
+        ways = np.concatenate([[np.inf], best[:-1]])[:, None] + padding  # the last length covers the values from i to j
+        first_of_last.append(ways.argmin(0))
+        best = ways.min(0)
+        totals.append(best[-1] + cost * lengths)
+    chosen: list[int] = []
+    last = len(values) - 1
+    for firsts in reversed(first_of_last[: int(np.argmin(totals)) + 1]):
+        chosen.append(int(values[last]))
+        last = int(firsts[last]) - 1
+    return tuple(reversed(chosen))

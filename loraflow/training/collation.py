@@ -2,6 +2,9 @@
 
 - concatenated: one row of tokens with all documents, and where each begins.
 - grid: one row of tokens for each row of the dataset, padded to the longest.
+
+A token's key is a hash of (seed, step, row, token), from which the masks of dropout and NEFTune's noise are computed. So
+these do not depend on the micro-batch, the device or the engine.
 """
 
 from __future__ import annotations
@@ -17,7 +20,43 @@ from torch import Tensor
 
 from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_rows import Document, TokenRows
-from loraflow.training.token_keys import lengths_of_documents, spread, token_keys
+
+
+def token_keys(seed: int, step: int, index: int, tokens: int) -> NDArray[np.int32]:
+    """Return the key of each token of a row.
+
+    Args:
+        seed: the training's seed.
+        step: the optimizer step, from 0.
+        index: the row's index in the step.
+        tokens: number of tokens of the row.
+    """
+    token = np.arange(tokens, dtype=np.uint64) + np.uint64(index << 32)
+    return (mix(token ^ mix(np.array([(seed << 32) ^ step], np.uint64))) >> np.uint64(32)).astype(np.int32)
+
+
+def lengths_of_documents(rows: Sequence[list[Document]]) -> list[NDArray[np.int32]]:
+    """Return, for each token of each row, the number of tokens of its document."""
+    lengths = [[len(ids) for ids, _ in row] for row in rows]
+    return [np.repeat(of_row, of_row).astype(np.int32) for of_row in lengths]
+
+
+def spread(rows: Sequence[NDArray[np.int32]], row_width: int, size: int) -> torch.Tensor:
+    """Return the values of all rows in a flat array in which row i begins at i * row_width; zero elsewhere."""
+    flat = np.zeros(size, np.int32)
+    for i, values in enumerate(rows):
+        flat[i * row_width : i * row_width + len(values)] = values
+    return torch.from_numpy(flat)
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Hash 64-bit numbers (the finalizer of splitmix64, Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed: NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+        return mixed
 
 
 class Grid(TypedDict):

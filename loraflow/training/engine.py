@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loraflow.base.architecture import is_tested
-from loraflow.base.model_config import read_config
+from loraflow.base.architecture import is_tested, read_config
+from loraflow.base.longrope import compute_angles_per_document
+from loraflow.failures import BadModel
 from loraflow.hardware.device import device_name
 from loraflow.training.base_model import load_base
 from loraflow.training.choices import (
@@ -21,11 +23,10 @@ from loraflow.training.choices import (
 )
 from loraflow.training.document_check import (
     refuse_leaking_documents,
+    refuse_other_generation,
     refuse_padding_that_is_seen,
     refuse_seeing_later_tokens,
 )
-from loraflow.training.generation_check import refuse_other_generation
-from loraflow.training.longrope_angles import separate_angles
 from loraflow.training.setup import TrainingSetup
 from loraflow.training.trainer import BuiltTrainer
 
@@ -88,3 +89,30 @@ def _check_model(setup: TrainingSetup, model: PreTrainedModel, *, is_concatenate
         refuse_leaking_documents(model, pad_id, is_concatenated=is_concatenated, compute_dtype=dtype)
     elif not is_tested(model.config):
         refuse_padding_that_is_seen(model, pad_id, compute_dtype=dtype)
+
+
+log = logging.getLogger(__name__)
+
+
+def separate_angles(model: PreTrainedModel, setup: TrainingSetup) -> None:
+    """Compute a model's angles for each document, because a call has positions on both sides of the switch.
+
+    Args:
+        model: the base, changed in place.
+        setup: the training.
+
+    Raises:
+        BadModel: the angles are computed by code that comes with the model.
+    """
+    switch = setup.longrope_switch
+    assert switch is not None
+    if not compute_angles_per_document(model, switch):
+        raise BadModel(
+            "Rows on both sides of the model's longrope switch cannot be computed together: the longest row of a batch "
+            "would change the angles of the others.",
+            where="base.model",
+            expected="rotary embeddings of transformers",
+            got=f"architecture {model.config.model_type}, with code of its own",
+            next_step=f"set training_config.max_length to {switch}, and data.too_long to drop or truncate",
+        )
+    log.info("documents of more than %d tokens have the long factors of longrope, the others the short ones", switch)

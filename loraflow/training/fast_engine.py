@@ -12,20 +12,31 @@ import torch
 
 from loraflow.data.token_rows import TokenRows
 from loraflow.hardware.attention import Attention
-from loraflow.training import prefix_sharing, sharding
-from loraflow.training.arguments import BatchSettings
 from loraflow.training.base_model import adapter_config, initialise_adapter
-from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
+from loraflow.training.batches import (
+    GridRows,
+    Layout,
+    PrefixSharing,
+    StepDataset,
+    concatenated_layout,
+    obstacle_to_sharing,
+)
 from loraflow.training.choices import EngineChoices
-from loraflow.training.compile_gain import COMPILE_SECONDS, LENGTH_SECONDS, seconds_saved
-from loraflow.training.cuda_graphs import GraphedPass
-from loraflow.training.graph_choice import FLOPS, RECORDING_PASSES, choose_graphs
+from loraflow.training.choices import frozen_bytes as count_frozen_bytes
+from loraflow.training.cuda_graphs import (
+    COMPILE_SECONDS,
+    FLOPS,
+    LENGTH_SECONDS,
+    RECORDING_PASSES,
+    GraphedPass,
+    choose_graphs,
+    seconds_saved,
+)
 from loraflow.training.layers import prepare_layers
 from loraflow.training.lora_kernels import accelerate_loras, to_fp8
 from loraflow.training.memory import ENOUGH_TOKENS, MemoryFit, Recompute, fit_memory
 from loraflow.training.out_of_memory import MicroBatchSize
-from loraflow.training.prefix_sharing import PrefixSharing
-from loraflow.training.setup import TrainingSetup
+from loraflow.training.setup import BatchSettings, TrainingSetup
 from loraflow.training.trainer import BuiltTrainer, FastTrainer
 
 if TYPE_CHECKING:
@@ -89,7 +100,7 @@ def build_fast_trainer(
     initial = initialise_adapter(setup, trainer)
     _prepare_adapter(setup, trainer, base_dtype, compute_dtype)
     acceleration = _accelerate(setup, attention, passes, trainer, sharded=sharded)
-    frozen_bytes, replicated_bytes = sharding.frozen_bytes(trainer.model)
+    frozen_bytes, replicated_bytes = count_frozen_bytes(trainer.model)
     choices = replace(
         choices,
         micro_batch_rows=micro_batch_rows,
@@ -129,7 +140,7 @@ def _arguments(setup: TrainingSetup, fit: MemoryFit) -> SFTConfig:
         rows=1, accumulation=1, gradient_checkpointing=False, activation_offloading=fit.recompute == "offload"
     )
     arguments = setup.trainer_arguments(batch_settings, setup.runtime.engine)
-    arguments.neftune_noise_alpha = None  # not transformers' noise, but that of `neftune`
+    arguments.neftune_noise_alpha = None  # not transformers' noise, but `add_noise`
     return arguments
 
 
@@ -221,7 +232,7 @@ def choose_prefix_sharing(
     if setup.longrope_switch is not None:
         return None, "long documents have other rotary angles"
     sets = [rows for rows in (setup.rows, setup.validation) if rows is not None]
-    obstacle = prefix_sharing.obstacle(model, max(int(rows.lengths.max(initial=0)) for rows in sets))
+    obstacle = obstacle_to_sharing(model, max(int(rows.lengths.max(initial=0)) for rows in sets))
     if obstacle:
         return None, obstacle
     return PrefixSharing.of(setup.shape), "computed once if the rows of a micro-batch have a common prefix"

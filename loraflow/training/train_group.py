@@ -25,22 +25,19 @@ from loraflow.hardware.device import peak_gpu_gib
 from loraflow.job import Inputs, Job, Progress
 from loraflow.stages import TRAIN
 from loraflow.store import Summary
-from loraflow.training.arguments import BatchSettings
 from loraflow.training.base_model import check_adapter, load_base
 from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
 from loraflow.training.callbacks import log_untrained
 from loraflow.training.choices import choose_attention
-from loraflow.training.cuda_graphs import GraphedPass
+from loraflow.training.cuda_graphs import GraphedPass, choose_graphs
 from loraflow.training.fast_engine import choose_compile, choose_memory_fit, cost_of_length, passes_of
-from loraflow.training.graph_choice import choose_graphs
 from loraflow.training.group_batches import GroupSteps
 from loraflow.training.group_lora import GroupLora, stack_adapters
 from loraflow.training.group_trainer import GroupModel, GroupTrainer, base_of, build_member
 from loraflow.training.layers import draws_in_passes, prepare_layers
 from loraflow.training.loss_head import is_frozen_linear
 from loraflow.training.out_of_memory import explain_out_of_memory
-from loraflow.training.schedule import row_order
-from loraflow.training.setup import TrainingSetup, prepare_training
+from loraflow.training.setup import BatchSettings, TrainingSetup, prepare_training, row_order
 from loraflow.training.validation_loss import GROUP_PROBLEMS
 
 if TYPE_CHECKING:

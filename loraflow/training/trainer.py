@@ -29,9 +29,8 @@ from loraflow.training.callbacks import PreemptionHandler
 from loraflow.training.collation import Grid, MicroBatch, RowCollator, label_weights
 from loraflow.training.cuda_graphs import GraphedPass
 from loraflow.training.layers import CompiledLayer
-from loraflow.training.lora_kernels import FastLora, set_token_keys
+from loraflow.training.lora_kernels import FastLora, add_noise, set_token_keys
 from loraflow.training.loss_head import head_loss
-from loraflow.training.neftune import add_noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Write the table of docs/models.md from the families and the rules of `loraflow.base.support`.
+"""Write the table of docs/models.md from the families and the rules of `loraflow.training.preview`.
 
 PYTHONPATH=. python -m tests.families.page
 """
@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loraflow.adapters.targets import find_targets
-from loraflow.base.support import Support
 from loraflow.config.lora import PeftConfig
+from loraflow.training.preview import Support
 from tests.families.tiny import FAMILIES, family_config
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "models.md"

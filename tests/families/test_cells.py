@@ -13,13 +13,13 @@ from loraflow.adapters.lora_config import lora_config
 from loraflow.adapters.merge_folders import merge
 from loraflow.base.architecture import logit_factor
 from loraflow.base.load import load_model, load_tokenizer, stop_ids
-from loraflow.base.support import Support
 from loraflow.config.lora import PeftConfig
 from loraflow.evaluation.generation import generate_answers
 from loraflow.hardware.attention import DOCUMENTS, attention_with_mask
 from loraflow.training import attention
 from loraflow.training.collation import concatenated, packed, padded
 from loraflow.training.loss_head import head_loss
+from loraflow.training.preview import Support
 from tests.families.test_matrix import EXPERTS, SETTINGS, build
 from tests.families.tiny import FAMILIES, family_config
 from tests.unit.test_training import build_phi3, recipe, run, tokenize

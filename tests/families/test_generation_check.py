@@ -9,9 +9,13 @@ from loraflow.base.generation_settings import ONE_ANSWER
 from loraflow.base.load import has_linear_head
 from loraflow.failures import BadModel
 from loraflow.hardware.attention import attention_with_mask
-from loraflow.training.document_check import refuse_seeing_later_tokens
-from loraflow.training.generation_check import NO_ROW, errors_as_refusal, refuse_other_generation
-from loraflow.training.stock_head import use_own_logits_where_trl_is_wrong
+from loraflow.training.document_check import (
+    NO_ROW,
+    errors_as_refusal,
+    refuse_other_generation,
+    refuse_seeing_later_tokens,
+)
+from loraflow.training.stock_engine import use_own_logits_where_trl_is_wrong
 from tests.families.test_cells import spread
 from tests.families.test_untested_architectures import known, model_of
 

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.lora_config import lora_config
 from loraflow.adapters.merge_folders import merge
-from loraflow.base.meta import model_without_weights
+from loraflow.base.stored_weights import model_without_weights
 from loraflow.config.lora import PeftConfig
 from tests.conftest import build_tokenizer
 from tests.families.test_matrix import EXPERTS

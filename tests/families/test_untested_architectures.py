@@ -17,7 +17,7 @@ from loraflow.failures import BadConfig, BadModel
 from loraflow.hardware.attention import DOCUMENTS, attention_with_mask
 from loraflow.training import attention
 from loraflow.training.document_check import refuse_padding_that_is_seen, refuse_seeing_later_tokens
-from loraflow.training.stock_head import use_own_logits_where_trl_is_wrong
+from loraflow.training.stock_engine import use_own_logits_where_trl_is_wrong
 from tests.families.test_cells import spread
 from tests.families.test_targets import adapted, on_meta
 from tests.families.tiny import COMMON, OPTIONS, tiny_config, tiny_model

@@ -15,7 +15,7 @@ from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.base.stored_weights import read_entries
 from loraflow.config import load_recipe
 from loraflow.data import dvc
-from loraflow.data.listing import parse_listing
+from loraflow.data.dvc_pin import parse_listing
 from loraflow.data.readers import read_rows
 from loraflow.data.tokenizer_config import read_template, special_tokens
 from loraflow.registry import PromotionLog

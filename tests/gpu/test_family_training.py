@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
 
-from loraflow.base.support import Support  # noqa: E402
 from loraflow.failures import BadConfig  # noqa: E402
+from loraflow.training.preview import Support  # noqa: E402
 from tests.families.test_matrix import EXPERTS, SETTINGS, STEPS, build  # noqa: E402
 from tests.families.tiny import FAMILIES, family_config  # noqa: E402
 from tests.unit.test_training import build_phi3, run, tokenize  # noqa: E402

@@ -14,7 +14,7 @@ from loraflow.failures import BadModel  # noqa: E402
 from loraflow.hardware.attention import DOCUMENTS  # noqa: E402
 from loraflow.training import attention  # noqa: E402
 from loraflow.training.document_check import refuse_seeing_later_tokens  # noqa: E402
-from loraflow.training.stock_head import use_own_logits_where_trl_is_wrong  # noqa: E402
+from loraflow.training.stock_engine import use_own_logits_where_trl_is_wrong  # noqa: E402
 from tests.families.test_documents import families  # noqa: E402
 from tests.families.test_untested_architectures import model_of  # noqa: E402
 from tests.families.tiny import FAMILIES, family_config, tiny_model  # noqa: E402

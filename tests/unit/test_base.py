@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 
 from loraflow.base import hub, resolve
-from loraflow.base.base_checks import describe_files
 from loraflow.base.load import load_tokenizer, stop_ids
+from loraflow.base.resolve import describe_files
 from loraflow.cli import cli
 from loraflow.config.recipe import Base
 from loraflow.data.loss_mask import ChatTemplate

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraflow.adapters.merge_folders import merge
 from loraflow.base import hub
-from loraflow.base.base_checks import describe_files
 from loraflow.base.load import load_model, load_tokenizer, stop_ids
+from loraflow.base.resolve import describe_files
 from loraflow.base.usable import refuse_unusable_folder
 from loraflow.cli import cli
 from loraflow.evaluation.generation import generate_answers

@@ -17,7 +17,7 @@ from loraflow.registry.runs import StageRun
 from loraflow.store import LocalStore, hash_memo, open_store
 from loraflow.store.bucket import Bucket
 from loraflow.store.files import hash_file
-from loraflow.store.s3_layout import artifact_prefix
+from loraflow.store.s3_artifacts import artifact_prefix
 from loraflow.tasks.gate import gate
 from tests.promoted_models import add_model, commit, promote, record_run
 

@@ -14,7 +14,7 @@ import pytest
 
 from loraflow.execution import launcher as launch
 from loraflow.registry.cleanup import remove_unused
-from loraflow.store import Ref, uploads
+from loraflow.store import Ref
 from loraflow.store import bucket as buckets
 from loraflow.store import checkpoint_mirror as mirror
 from loraflow.store.checkpoints import FOLDER, finalize_checkpoint
@@ -273,10 +273,10 @@ def test_a_checkpoint_is_uploaded_once_the_bucket_is_back(machine, proxy, monkey
 
 def test_an_interrupted_upload_is_not_resumed_with_other_content(machine, proxy, monkeypatch, caplog):
     """The upload carries the hash of the dead machine's file, and other bits of the same step would never arrive."""
-    monkeypatch.setattr(uploads, "PART_SIZE", 5 * 2**20)
+    monkeypatch.setattr(buckets, "PART_SIZE", 5 * 2**20)
     proxy.fault = lambda request: Answer(400, "InvalidRequest") if request.part == 2 else None
     attempt(machine("one"), 2, content="a" * (6 * 2**20))
-    assert len(uploads.unfinished_uploads(machine("one").bucket, f"{PREFIX}/")) == 1
+    assert len(buckets.unfinished_uploads(machine("one").bucket, f"{PREFIX}/")) == 1
     proxy.fault = lambda request: None
     caplog.clear()
     attempt(machine("two"), 2, content="b" * (6 * 2**20))

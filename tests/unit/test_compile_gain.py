@@ -8,9 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraflow.training.compile_gain import COMPILE_SECONDS, TABLE, seconds_saved
+from loraflow.training.cuda_graphs import COMPILE_SECONDS, TABLE, choose_graphs, seconds_saved
 from loraflow.training.fast_engine import choose_compile, passes_of
-from loraflow.training.graph_choice import choose_graphs
 from loraflow.training.layers import draws_in_passes
 from loraflow.training.lora_kernels import accelerate_loras
 from loraflow.training.memory import MemoryFit, ModelShape

@@ -21,7 +21,7 @@ from loraflow.execution.job_file import JobFile
 from loraflow.failures import BadConfig, Crashed, Failure, Killed, Network, OutOfMemory, Preempted
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.store import LocalStore, Ref
-from loraflow.training import choices, sharding
+from loraflow.training import choices
 from tests.conftest import chat
 from tests.job_factory import make_job
 from tests.unit.test_training import base, recipe, same, tokenize  # noqa: F401
@@ -176,7 +176,7 @@ def test_two_processes_with_a_sharded_base_match_one(base, shards, alone, tmp_pa
 def test_settings_incompatible_with_a_sharded_base_are_refused(change):
     job = job_of(**change)
     with pytest.raises(BadConfig) as caught:
-        sharding.refuse_unshardable(job.config, job.runtime.engine)
+        choices.refuse_unshardable(job.config, job.runtime.engine)
     assert caught.value.where == "runtime.shard_base" and "runtime.shard_base to off" in caught.value.next_step
 
 

@@ -11,7 +11,7 @@ from scipy.stats import ks_2samp
 
 from loraflow.config import load_recipe
 from loraflow.data.check_report import CheckReport, NearDuplicates, SplitCounts
-from loraflow.data.compare_rows import CheckedRows, measure_drift
+from loraflow.data.compare import CheckedRows, measure_drift
 from loraflow.data.drift import DataDrift, why_wait
 from loraflow.data.split import row_id
 from loraflow.execution.launcher import run_job

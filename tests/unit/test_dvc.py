@@ -225,7 +225,7 @@ def test_files_that_dvcignore_names_are_no_part_of_the_dataset(clone, tmp_path, 
 
 
 def test_a_module_of_the_repository_replaces_none_of_python_in_dvc(tmp_path):
-    from loraflow.data.dvc_command import run_dvc
+    from loraflow.data.dvc_storage import run_dvc
 
     (tmp_path / "token.py").write_text("raise SystemExit('the module of the user')")
     assert run_dvc(["--version"], str(tmp_path))[0].isdigit()

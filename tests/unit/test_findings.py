@@ -11,8 +11,7 @@ from loraflow.config.data_profile import ProfileRule, default_rules
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.broken_text import broken_text, control_token, script
-from loraflow.data.findings import Detector, refuse_findings
-from loraflow.data.personal_data import personal_data
+from loraflow.data.findings import Detector, personal_data, refuse_findings
 from loraflow.evaluation import slices
 from loraflow.failures import LimitExceeded
 from loraflow.reporting.rows import check_notes

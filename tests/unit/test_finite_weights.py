@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from loraflow.adapters.merge_folders import merge
 from loraflow.base import weight_checks
-from loraflow.base.base_checks import describe_files
+from loraflow.base.resolve import describe_files
 from loraflow.failures import BadModel
 from tests.conftest import build_tokenizer
 from tests.tiny_adapters import make_adapter

@@ -10,9 +10,8 @@ import pytest
 from loraflow.config.data import Data
 from loraflow.data import dvc
 from loraflow.data.compare import read_revision
-from loraflow.data.dvc_pin import parse_pin
+from loraflow.data.dvc_pin import MAX_FOLDERS, parse_listing, parse_pin
 from loraflow.data.dvc_storage import prepare_pull
-from loraflow.data.listing import MAX_DEPTH, parse_listing
 from loraflow.failures import BadData, MissingData
 from loraflow.store.files import HashMemo
 
@@ -36,7 +35,7 @@ UNSAFE = {
     "ignored files": ["sub/.dvcignore"],
     "duplicate": ["a", "a"],
     "file and folder": ["a/b/c", "a"],
-    "deep": ["/".join("d" * (MAX_DEPTH + 1))],
+    "deep": ["/".join("d" * (MAX_FOLDERS + 1))],
     "long": ["x" * 256],
     "very long": ["/".join(["y" * 200] * 6)],
     "surrogate": ["\ud800"],

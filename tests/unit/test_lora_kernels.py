@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import linear
 
-from loraflow.training import token_keys
+from loraflow.training import collation
 from loraflow.training.frozen_linear import fp8, rowwise
 from loraflow.training.lora_kernels import LoraProduct, accelerate_loras, keep_mask, set_token_keys, to_fp8
 from tests.unit.test_training import base, run, same, straight  # noqa: F401
@@ -99,7 +99,7 @@ def test_dropout_equals_the_mask_in_forward_and_backward():
 
 
 def test_dropout_masks_are_unbiased_and_independent():
-    keys = torch.from_numpy(token_keys.mix(np.arange(4000, dtype=np.uint64)).astype(np.int32))
+    keys = torch.from_numpy(collation.mix(np.arange(4000, dtype=np.uint64)).astype(np.int32))
     one = keep_mask(keys, torch.tensor(1, dtype=torch.int32), 256, round(0.05 * 65536)).float()
     two = keep_mask(keys, torch.tensor(2, dtype=torch.int32), 256, round(0.05 * 65536)).float()
     deviation = math.sqrt(0.05 * 0.95 / one.numel())

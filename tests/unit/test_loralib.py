@@ -17,7 +17,7 @@ from loraflow.data.token_rows import TokenRows
 from loraflow.failures import Preempted
 from loraflow.job import Inputs, Progress
 from loraflow.training.collation import padded
-from loraflow.training.schedule import row_order
+from loraflow.training.setup import row_order
 from tests.conftest import build_phi3
 from tests.job_factory import from_gguf, make_job
 from tests.unit.test_training import StopAt, recipe, run, same, tokenize

@@ -11,9 +11,9 @@ from loraflow.data import tokenization as tokens
 from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_rows import TokenRows
 from loraflow.job import Inputs, Progress
-from loraflow.training import collation, prefix_sharing
+from loraflow.training import batches, collation
 from loraflow.training.loss_head import CHUNK, head_loss
-from loraflow.training.schedule import row_order
+from loraflow.training.setup import row_order
 from tests.conftest import chat
 from tests.job_factory import make_job
 from tests.unit.test_batches import force_end_to_end
@@ -160,7 +160,7 @@ def test_a_shared_prefix_keeps_the_weight_of_each_documents_tokens():
     rng = np.random.default_rng(0)
     documents = [(np.array([1, 2, 3, n, n]), np.array([IGNORED, 2, IGNORED, n, n])) for n in (4, 5)]
     weights = [[rng.random(5).astype(np.float32)] for _ in documents]
-    shared = prefix_sharing.share_prefix(documents, 3, weights)
+    shared = batches.share_prefix(documents, 3, weights)
     grid = collation.with_targets(collation.padded([[d] for d in documents], 0, weights))
     assert shared["targets"].tolist() == grid["targets"].tolist()
     assert torch.equal(shared["loss_weights"], grid["loss_weights"])

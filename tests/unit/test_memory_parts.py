@@ -13,7 +13,7 @@ from loraflow.execution.memory_record import clear_memory, read_memory, record_p
 from loraflow.job import Progress
 from loraflow.registry.runs import StageRun
 from loraflow.training import memory
-from loraflow.training.memory_parts import MicroBatch, generation_parts, training_parts
+from loraflow.training.memory import MicroBatch, generation_parts, training_parts
 
 MIB = 2**20
 SMOLLM2 = memory.ModelShape(576, 1536, 30, 9, 3, 64, 49152, True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from loraflow.base.model_config import read_config
+from loraflow.base.architecture import read_config
 from loraflow.base.usable import refuse_unusable_folder
 from loraflow.failures import BadModel
 

@@ -13,9 +13,8 @@ from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data import check, row_limits
 from loraflow.data.check_report import CheckReport
-from loraflow.data.near import Comparison, Sketches
+from loraflow.data.near import Comparison, Sketches, comparable_text, grams, jaccard
 from loraflow.data.near_split import near_policy
-from loraflow.data.shingles import comparable_text, grams, jaccard
 from loraflow.failures import LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.reporting.rows import check_notes

@@ -9,7 +9,7 @@ from scipy import stats
 
 from loraflow.data.token_rows import TokenRows
 from loraflow.training.batches import GridRows, StepDataset, concatenated_layout
-from loraflow.training.neftune import add_noise
+from loraflow.training.lora_kernels import add_noise
 from tests.unit.test_training import base, run, same, straight, tokenize  # noqa: F401
 
 ALPHA, WIDTH = 5.0, 512

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from loraflow.data.common_prefix import common_prefix_length
-from loraflow.training import prefix_sharing
+from loraflow.training import batches
 from loraflow.training.collation import padded
 from loraflow.training.memory import shape_of
 from tests.conftest import build_phi3
@@ -49,7 +49,7 @@ def test_loss_and_gradients_equal_those_of_complete_documents(model, data):
     logits = model(**grid).logits
     rows = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
     wanted = gradients(rows + 0 * logits.sum())
-    line = prefix_sharing.share_prefix(documents, prefix)
+    line = batches.share_prefix(documents, prefix)
     assert line["input_ids"].shape[1] == prefix + sum(len(ids) - prefix for ids, _ in documents)
     index, targets = line.pop("loss_index"), line.pop("targets")
     logits = model(**line).logits
@@ -70,7 +70,7 @@ def test_the_common_prefix_is_the_longest_prefix_of_all_rows(rows, longest):
 
 
 def test_a_prefix_is_shared_only_if_it_saves_arithmetic():
-    costs = prefix_sharing.PrefixSharing(per_token=12 * 64**2, per_pair=128)
+    costs = batches.PrefixSharing(per_token=12 * 64**2, per_pair=128)
     same_head = [np.arange(50), np.concatenate([np.arange(40), np.arange(9)])]
     assert costs.shared_length(same_head) == 40
     assert costs.shared_length([np.arange(50), np.arange(50) + 1]) == 0, "nothing in common"
@@ -85,7 +85,7 @@ def test_a_prefix_is_shared_only_if_it_saves_arithmetic():
 def test_a_run_with_a_system_prompt_equals_the_stock_engine_with_fewer_tokens(base, tmp_path, monkeypatch):  # noqa: F811
     shards = tokenize(base, tmp_path, system=SYSTEM)
     seen = []
-    real = prefix_sharing.share_prefix
+    real = batches.share_prefix
     monkeypatch.setattr("loraflow.training.batches.share_prefix", lambda *a: seen.append(a[1]) or real(*a))
     adapter, losses = run(base, shards, tmp_path / "fast")
     assert len(seen) >= 6 and min(seen) > 20
@@ -119,6 +119,4 @@ def test_inexact_sharing_is_disabled_and_the_telemetry_gives_the_reason(tmp_path
 
 def test_the_costs_come_from_the_models_configuration(base):  # noqa: F811
     shape = shape_of(json.loads((base / "config.json").read_text()))
-    assert prefix_sharing.PrefixSharing.of(shape) == prefix_sharing.PrefixSharing(
-        64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96, 128
-    )
+    assert batches.PrefixSharing.of(shape) == batches.PrefixSharing(64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96, 128)

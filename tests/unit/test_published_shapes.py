@@ -12,7 +12,7 @@ import pytest
 from loraflow.data.chat_formats import to_prompt
 from loraflow.data.compare import read_files
 from loraflow.data.guess_columns import columns_of
-from loraflow.data.marked_rows import split_hint
+from loraflow.data.mark_names import split_hint
 from loraflow.data.readers import read_rows
 
 OUT, REFUSED = "left out", "refused"

@@ -3,9 +3,8 @@
 import pytest
 
 from loraflow.data.chat_formats import read_chat
-from loraflow.data.chats import BadRow
+from loraflow.data.chats import BadRow, without_reasoning
 from loraflow.data.findings import _first
-from loraflow.data.reasoning import without_reasoning
 from loraflow.data.token_labels import IGNORED
 from loraflow.failures import BadModel
 from tests.unit.test_tools import TOOLS, call

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraflow.data.token_rows import TokenRows
-from loraflow.training.batches import StepDataset, concatenated_layout
-from loraflow.training.row_lengths import MAX_LENGTHS, choose_lengths
+from loraflow.training.batches import MAX_LENGTHS, StepDataset, choose_lengths, concatenated_layout
 
 
 def padding(used, lengths):

@@ -15,7 +15,7 @@ from loraflow import identity
 from loraflow.failures import BadConfig, CorruptArtifact, Failure, MissingExtra, Network, ReadOnlyStore
 from loraflow.registry import PromotionLog
 from loraflow.registry.cleanup import remove_unused
-from loraflow.store import LocalStore, Summary, bucket, open_store, uploads
+from loraflow.store import LocalStore, Summary, bucket, open_store
 from loraflow.store.lease import lease
 from loraflow.store.lock import LockHeld
 from loraflow.store.s3 import S3Store
@@ -185,9 +185,9 @@ def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(tmp_path, bu
 
 
 UPLOADER = """
-from loraflow.store import Summary, uploads
+from loraflow.store import Summary, bucket
 from tests.stored_artifacts import PAYLOAD
-uploads.PART_SIZE = 5 * 2**20
+bucket.PART_SIZE = 5 * 2**20
 store = S3Store(sys.argv[1])
 if sys.argv[2] == "first":
     staged = store.staging("tokenize", FP)
@@ -233,7 +233,7 @@ def test_a_killed_upload_resumes_at_the_part_where_it_stopped(tmp_path, s3_serve
 
 
 def test_an_upload_waits_for_a_store_that_is_unavailable_for_a_moment(s3_server, bucket_uri, proxy, monkeypatch):
-    monkeypatch.setattr(uploads, "PART_SIZE", 5 * MIB)
+    monkeypatch.setattr(bucket, "PART_SIZE", 5 * MIB)
     stopped: list[threading.Thread] = []
 
     def stop_at_the_second_part(request: Request) -> None:

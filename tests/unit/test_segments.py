@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loraflow.data import json_reader, segments
 from loraflow.data.chats import BadRow
-from loraflow.data.equal_keys import first_equal, is_repeated, may_be_equal
+from loraflow.data.near import first_equal, is_repeated, may_be_equal
 
 
 def cut_row_by_row(rows: list[bytes], max_bytes: int) -> list[list[bytes]]:

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from loraflow.data import loss_mask
+from loraflow.data.chats import without_reasoning
 from loraflow.data.loss_mask import ChatTemplate
-from loraflow.data.reasoning import without_reasoning
 from loraflow.data.served_template import pinned, pinned_date, read_named_template, write_served_template
 from loraflow.data.template import CompiledTemplate
 from loraflow.data.token_labels import IGNORED

@@ -16,7 +16,7 @@ from loraflow.data import check, row_limits, version
 from loraflow.data.check_report import CheckReport
 from loraflow.data.dvc import dvc_md5
 from loraflow.data.readers import read_rows
-from loraflow.data.source_limits import source_lines
+from loraflow.data.row_limits import source_lines
 from loraflow.data.version import locate
 from loraflow.evaluation.values import EvaluationReport
 from loraflow.failures import BadConfig, BadData, DirtyData, LimitExceeded

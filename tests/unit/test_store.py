@@ -22,7 +22,7 @@ from loraflow.store import (
     require_unchanged,
 )
 from loraflow.store.files import HashMemo, hash_file, json_bytes
-from loraflow.store.s3_layout import file_key
+from loraflow.store.s3_artifacts import file_key
 from tests.stored_artifacts import FP, PAYLOAD, put, remember, rewrite
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from loraflow.base import mask_check
+from loraflow.base import template_check
 from loraflow.base.template_check import check_template
 from loraflow.data import loss_mask
 from loraflow.data.loss_mask import ChatTemplate
@@ -96,7 +96,9 @@ def test_the_end_of_answers_is_compared_with_transformers_own_mask(tmp_path, mon
     marked = "{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}{{ '<|user|>' }}"
     build_tokenizer(tmp_path, turns(marked))
     check_template(tmp_path)
-    monkeypatch.setattr(mask_check, "_ends", lambda labels: [at + 1 for at in np.flatnonzero(labels != IGNORED)[-1:]])
+    monkeypatch.setattr(
+        template_check, "_ends", lambda labels: [at + 1 for at in np.flatnonzero(labels != IGNORED)[-1:]]
+    )
     with pytest.raises(BadModel, match="ends at another token"):
         check_template(tmp_path)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from loraflow.config import Recipe
-from loraflow.data import chunk_encoder, token_cache
+from loraflow.data import chunk_encoder
+from loraflow.data.chunk_encoder import EncodedRows, key_of_rows, segments
 from loraflow.data.loss_mask import Encoded
 from loraflow.data.segments import MAX_ROWS, MEAN_ROWS
-from loraflow.data.token_cache import EncodedRows, key_of_rows, segments
 from loraflow.data.token_files import BATCH_ROWS, TokenBatch, batches_of
 from loraflow.data.token_labels import IGNORED
 from loraflow.store import Ref
@@ -47,9 +47,9 @@ def test_rows_that_are_added_anywhere_change_few_segments(tmp_path):
 
 
 def test_segments_of_long_rows_are_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "MAX_BYTES", 1000)
+    monkeypatch.setattr(chunk_encoder, "MAX_BYTES", 1000)
     rows = lines(range(500))
-    sizes = [sum(len(token_cache._content(line)) for line in segment[:-1]) for segment in cut(tmp_path, rows)]
+    sizes = [sum(len(chunk_encoder._content(line)) for line in segment[:-1]) for segment in cut(tmp_path, rows)]
     assert len(sizes) > 10 and max(sizes) < 1000
 
 
@@ -197,7 +197,9 @@ def test_the_key_of_a_job_is_all_that_the_tokens_of_a_row_depend_on():
         recipe = {"name": "r", "base": {"model": "m"}, "data": {"source": "d.dvc"}, **settings}
         base = Ref(stage="resolve_base", fingerprint="f", digest="d", uri="", facets={"tokenizer": tokenizer})
         rows = Ref(stage="check_dataset", fingerprint="f", digest="d", uri="", facets={"train": "x"})
-        return token_cache.key_of_job(make_job("tokenize", Recipe.model_validate(recipe), {"rows": rows, "base": base}))
+        return chunk_encoder.key_of_job(
+            make_job("tokenize", Recipe.model_validate(recipe), {"rows": rows, "base": base})
+        )
 
     data = {"source": "d.dvc"}
     changed = [key("t2"), key(data={**data, "loss_on": "all"}), key(data={**data, "thinking": "keep"})]

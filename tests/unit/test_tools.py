@@ -14,8 +14,8 @@ from loraflow.data.call_parser import parse_calls
 from loraflow.data.chat_formats import read_chat, to_prompt
 from loraflow.data.chats import BadRow
 from loraflow.data.loss_mask import ChatTemplate, name_row
+from loraflow.data.near import comparable_text, grams, jaccard
 from loraflow.data.readers import read_rows
-from loraflow.data.shingles import comparable_text, grams, jaccard
 from loraflow.data.split import normalized_key, row_id
 from loraflow.data.token_labels import IGNORED
 from loraflow.data.tools import dataset_tools

@@ -23,8 +23,7 @@ from loraflow.store import Ref
 from loraflow.store.checkpoints import prune_to_newest_intact
 from loraflow.training import collation, train
 from loraflow.training.callbacks import PreemptionHandler
-from loraflow.training.schedule import count_steps, micro_batch_rows, row_order
-from loraflow.training.setup import _resume
+from loraflow.training.setup import _resume, count_steps, micro_batch_rows, row_order
 from loraflow.training.validation_loss import Curves
 from tests.conftest import build_phi3, chat
 from tests.job_factory import make_job

@@ -11,9 +11,9 @@ import pytest
 
 from loraflow.data.chat_formats import read_chat, to_prompt
 from loraflow.data.chats import BadRow
-from loraflow.data.conversion_hints import _TREES
 from loraflow.data.guess_columns import guess_columns
 from loraflow.data.marks import MarkedFalse
+from loraflow.data.published_formats import _TREES
 from loraflow.data.tools import read_tools
 
 
