@@ -126,7 +126,7 @@ def unclear_verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: 
 
 
 def _is_count(here: tuple[str, ...], value: JsonValue, beside: Beside, least: int) -> bool:
-    """Tell whether a number may be that of the right choice, or a count: its column has so many different numbers above 1."""
+    """Tell whether a number may be a count, or that of a choice: its column has so many different numbers above 1."""
     is_number = str(value).strip().isdigit() or (isinstance(value, float) and value.is_integer())
     if not is_number or here[-1].lower() not in _COUNTS or beside.labels is None:
         return False
