@@ -209,9 +209,12 @@ def test_a_row_is_read_as_its_file_means_it(shape):
 @pytest.mark.parametrize(
     ("role", "content"), [("role", "content"), ("role", "value"), ("from", "value"), ("from", "content")]
 )
-def test_a_prompt_has_no_answer_however_its_role_is_written(role, content):
-    row = {"conversations": [{role: "user", content: "q"}, {role: "assistant", content: "a"}]}
-    assert to_prompt(row) == [user("q")]
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_prompt_has_no_answer_however_its_role_is_written(column, role, content):
+    nulls = dict.fromkeys(("role", "from", "content", "value"))  # of Parquet
+    for others in ({}, nulls):
+        turns = [{**others, role: "user", content: "q"}, {**others, role: "assistant", content: "a"}]
+        assert to_prompt({column: turns}) == to_prompt({column: turns[:1]}) == [user("q")]
 
 
 REFUSED = {
