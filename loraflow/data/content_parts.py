@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow, ToolCall
-from loraflow.data.tools import CALL_KEYS, is_deep, read_calls
+from loraflow.data.tools import CALL_KEYS, MAX_DEPTH, is_deep, read_calls
 
 _TEXTS = frozenset({"text", "input_text", "output_text"})
 _REASONING = frozenset({"thinking", "reasoning"})
@@ -64,6 +64,8 @@ def read_parts(content: list[JsonValue], where: str) -> Parts:
         BadRow: a part is of another type, or the parts are not in the order of templates: reasoning, text, calls; or
             results, text.
     """
+    if is_deep(content):
+        raise BadRow(f"{where}: parts are nested too deeply; at most {MAX_DEPTH} levels")
     parts, order, last = Parts(), 0, ""
     for part in content:
         if not isinstance(part, dict):
@@ -128,7 +130,7 @@ def reasoning_text(value: JsonValue, where: str) -> str:
         value = value.get("text")
     if is_texts(value):
         return "".join(map(str, value)) if isinstance(value, list) else str(value)
-    if isinstance(value, list) and not is_deep(value):
+    if isinstance(value, list):
         parts = read_parts(value, where)
         if not parts.calls and not parts.results:
             return "".join((*parts.reasoning, *parts.texts))

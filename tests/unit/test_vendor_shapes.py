@@ -308,6 +308,15 @@ def test_a_part_of_the_answer_is_not_guessed(row):
     assert guess_columns(row) == {}
 
 
+@pytest.mark.parametrize(("kind", "key"), [("tool_result", "content"), ("thinking", "thinking")])
+def test_deeply_nested_parts_are_refused(kind, key):
+    parts = "x"
+    for _ in range(400):
+        parts = [{"type": kind, key: parts}]
+    with pytest.raises(BadRow, match="nested too deeply"):
+        read_chat({"messages": [user("q"), answer(parts)]})
+
+
 @pytest.mark.parametrize("question", ["System: ", "SYSTEM: "])
 def test_a_long_text_without_a_chat_takes_no_memory_for_each_character(question):
     text = question + "word\n" * 400_000
