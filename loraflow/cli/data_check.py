@@ -42,7 +42,7 @@ class CheckedSource:
     convert: Callable[[Row], Row] = lambda row: row  # what the recipe makes of a row
     config: CheckDatasetConfig | None = None  # set for a recipe with data.sources, which name their own files
     heldout: frozenset[str] = frozenset()  # sets whose files are held out
-    unread_files: Collection[str] = ()  # files of chats that no pattern of the recipe names
+    unread_files: Collection[str] = ()  # files that no pattern of the recipe names
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Yield each row with its set."""

@@ -239,16 +239,14 @@ def _with_system(fields: RowFields, chat: list[Turn]) -> list[Turn]:
 def _with_dummy_answer(row: RawRow) -> RawRow:
     """Put a dummy answer where the answer belongs, so that a prompt passes the checks of a whole chat."""
     out = dict(row)
-    for key, role, content in (
-        ("messages", "role", "content"),
-        ("conversations", "from", "value"),
-        ("contents", "role", "parts"),
-    ):
+    for key in ("messages", "conversations", "contents"):
         value = parsed_list(out.get(key), key)
         turns = objects(value)
         if (pairs := pairs_with_answer(value)) is not None:
             out[key] = pairs
         elif turns:
+            role = "role" if _has(turns, "role") else "from"
+            content = next((name for name in ("content", "value", "parts") if _has(turns, name)), "content")
             out[key] = [*without_answer(turns), {role: ASSISTANT, content: "."}]
     for question, answer in (("instruction", "output"), ("prompt", "completion")):
         if question in out and not isinstance(out[question], dict):  # a tree has its own answers
@@ -257,6 +255,11 @@ def _with_dummy_answer(row: RawRow) -> RawRow:
             out.pop("response", None)
             out[answer] = [{"role": "assistant", "content": "."}] if isinstance(out[question], list) else "."
     return out
+
+
+def _has(messages: list[RawRow], key: str) -> bool:
+    """Tell whether a message has a value of a key. Parquet gives each of them the keys of all."""
+    return any(message.get(key) is not None for message in messages)
 
 
 def detect_format(row: RawRow) -> str:
@@ -296,9 +299,7 @@ def _chat(column: str, roles: tuple[str, ...], contents: tuple[str, ...], fields
     if messages is None:
         raise BadRow(f"{column}: expected a list of {{{roles[0]}, {contents[0]}}}")
     if column == "messages":  # where a message has a role, `from` may be its author
-        roles, contents = (
-            names[:1] if any(names[0] in message for message in messages) else names for names in (roles, contents)
-        )
+        roles, contents = (names[:1] if _has(messages, names[0]) else names for names in (roles, contents))
     return fields.turns(column, messages, roles, contents)
 
 
@@ -313,9 +314,22 @@ def _alpaca(fields: RowFields) -> list[Turn]:
     if context is not None and context.strip() and not is_missing(context):
         user = f"{instruction}\n\n{context}" if instruction.strip() else context
     answer = fields.value("output", "response")
-    if user == instruction and (turns := prompt_turns(instruction, answer)) is not None:
-        return [*_history(fields), *turns]
+    if user == instruction:
+        return _prompt_and_answer(fields, instruction, answer)
     return [*_history(fields), Turn("user", user), Turn("assistant", answer)]
+
+
+def _prompt_and_answer(fields: RowFields, prompt: JsonValue, answer: JsonValue) -> list[Turn]:
+    """Return the messages of a prompt and its answer, with earlier ones. Beside a system column, `System:` is text."""
+    turns = prompt_turns(prompt, answer) if isinstance(prompt, str) else None
+    has_system = any(
+        isinstance(text := fields.row.get(key), str | list) and has_value(text) and not is_missing(text)
+        for key in (*_SYSTEM_KEYS, *_SYSTEM_TEXTS)
+    )
+    if turns is None or (has_system and turns[0].role == "system"):
+        turns = [Turn("user", prompt), Turn("assistant", answer)]
+    first = turns[0].role == "system"
+    return [*turns[:first], *_history(fields), *turns[first:]]
 
 
 def _history(fields: RowFields) -> list[Turn]:
@@ -347,9 +361,7 @@ def _prompt_completion(fields: RowFields) -> list[Turn]:
             *fields.turns("prompt", asked, *keys),
             *fields.turns("completion", answered, *keys, first=len(asked) + 1),
         ]
-    if isinstance(prompt, str) and (turns := prompt_turns(prompt, completion)) is not None:
-        return [*_history(fields), *turns]
-    return [*_history(fields), Turn("user", prompt), Turn("assistant", completion)]
+    return _prompt_and_answer(fields, prompt, completion)
 
 
 def _refuse_chat_as_text(key: str, value: JsonValue) -> None:
@@ -410,7 +422,10 @@ def _tools(
         tools = read_tools(fields.tools, "system")
         return tools, tools
     for key in ("tools", "functions", "available_tools", "toolConfig"):
-        if has_value(fields.row.get(key)) and (found := read_tools(fields.row[key], key)) is not None:
+        value = fields.row.get(key)
+        if key == "toolConfig":  # Bedrock's; Gemini's has no tools
+            value = value.get("tools") if isinstance(value, dict) else None
+        if has_value(value) and (found := read_tools(value, key)) is not None:
             tools, key_of_tools = found, key
             break
     if tools is not None and _has_tools(turns, tools):

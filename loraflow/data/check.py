@@ -183,7 +183,7 @@ def _read(
     splits: dict[Split, Rows] = {split: placed[sides == side] for side, split in enumerate(SPLITS)}
     splits["heldout"] = np.frombuffer(found, np.int64)
     for name, flag in (("weighted", WEIGHTED), ("partly_marked", PARTLY_LEARNED)):
-        if count := int(columns.has(flag)[placed[sides < HELDOUT_SIDE]].sum()):
+        if count := int(columns.has(flag)[placed[(sides >= 0) & (sides < HELDOUT_SIDE)]].sum()):
             reading.counts[name] += count
     if (
         config.heldout_fraction
@@ -365,7 +365,7 @@ def assign_files(files: Path, config: CheckDatasetConfig) -> dict[str, list[str]
 
 
 def unread_files(files: Path, config: CheckDatasetConfig) -> list[str]:
-    """Return the files of chats that no pattern of the recipe names: a new file of the dataset may be forgotten there."""
+    """Return the readable files that no pattern of the recipe names: a new file of the dataset may be forgotten there."""
     read = {file.name for file in files_of_sets(files, config, None)}
     return [name for name in readable_files(files) if name not in read]
 

@@ -96,7 +96,7 @@ class CheckReport(StoredModel):
     doubtful: dict[
         str, dict[str, int]
     ] = {}  # columns that may mark answers: {column: {value: rows}}; left out without any
-    unread_files: list[str] = []  # files of chats that no pattern names; left out without any
+    unread_files: list[str] = []  # files that no pattern names; left out without any
     similar: Similar = Similar()
     findings: list[Finding] = []  # left out of the JSON without data.profile
     # of each of data.sources, its rows: read, malformed, over_limit, not_drawn (by its weight), train, validation, heldout,

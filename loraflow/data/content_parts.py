@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue
 
 from loraflow.data.chats import BadRow, ToolCall
-from loraflow.data.tools import read_calls
+from loraflow.data.tools import CALL_KEYS, MAX_DEPTH, is_deep, read_calls
 
 _TEXTS = frozenset({"text", "input_text", "output_text"})
 _REASONING = frozenset({"thinking", "reasoning"})
@@ -21,13 +21,16 @@ _CALLS = frozenset({"tool_use", "tool_call", "function_call"})
 _KEYS = {
     "reasoningContent": "reasoning",
     "toolUse": "tool_use",
-    "functionCall": "tool_use",
     "toolResult": "tool_result",
-    "functionResponse": "tool_result",
+    **dict.fromkeys(("functionCall", "function_call"), "tool_use"),
+    **dict.fromkeys(("functionResponse", "function_response"), "tool_result"),
+    **{key: key for key in ("image", "audio", "video", "document")},
+    **dict.fromkeys(("inlineData", "inline_data", "fileData", "file_data"), "file"),
 }
 _KINDS = _TEXTS | _REASONING | _CALLS | {"tool_result"}
-_MEDIA = re.compile(r"(?:input_)?(?:image|audio|video|document|file)")
+_MEDIA = re.compile(r"(?:input_)?(?:image|audio|video|document|file)(?:_url)?")
 _IDS = ("tool_use_id", "toolUseId", "call_id", "id")
+_SIGNS = frozenset({"type", "thought", "signature", "thoughtSignature", "thought_signature"})  # that are no text
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,90 +64,101 @@ def read_parts(content: list[JsonValue], where: str) -> Parts:
         BadRow: a part is of another type, or the parts are not in the order of templates: reasoning, text, calls; or
             results, text.
     """
+    if is_deep(content):
+        raise BadRow(f"{where}: parts are nested too deeply; at most {MAX_DEPTH} levels")
     parts, order, last = Parts(), 0, ""
     for part in content:
         if not isinstance(part, dict):
             raise BadRow(f"{where}: content is a list; expected text, or parts of type text")
         kind, body = _kind(part)
         if kind in _TEXTS:
-            rank, text = 2, _first(body, "text", "content", "value")
-            if not isinstance(text, str):
+            rank, read = 2, [_key(body, "text", "content", "value")]
+            if not isinstance(text := body.get(read[0]), str):
                 raise BadRow(f"{where}: a part of type {kind} without text")
             parts.texts.append(text)
         elif kind in _REASONING:
-            rank = 1
-            parts.reasoning.append(_reasoning(body, where))
+            rank, read = 1, [_key(body, "thinking", "reasoning", "text", "reasoningText", "content")]
+            parts.reasoning.append(reasoning_text(body.get(read[0]), f"{where}: a part of type {kind}"))
         elif kind in _CALLS:
-            rank = 3
-            parts.calls += read_calls([_as_call(body)], f"{where}: {kind}")
+            rank, read = 3, [*CALL_KEYS, *_IDS]
+            call = {**body, "id": body.get(_key(body, "id", "toolUseId", "call_id"))}
+            parts.calls += read_calls([call], f"{where}: {kind}")
         elif kind == "tool_result":
-            rank = 1
-            name, identifier = body.get("name"), _first(body, *_IDS)
-            parts.results.append(
-                Result(_result(_first(body, "content", "response", "output"), where), identifier, name)
-            )
+            rank, read = 1, ["name", _key(body, *_IDS), _key(body, "content", "response", "output")]
+            name, identifier, result = (body.get(key) for key in read)
+            parts.results.append(Result(_result(result, f"{where}: {kind}"), identifier, name))
         else:
-            raise BadRow(f"{where}: a part of type {kind}; only text is supported")
+            of_kind = f"of type {kind}" if kind else f"with the keys {', '.join(body) or '(none)'}"
+            raise BadRow(f"{where}: a part {of_kind}; only text is supported")
         if rank < order:
             raise BadRow(
                 f"{where}: a part of type {kind} after one of {last}; expected reasoning, text, calls in this order"
             )
         order, last = rank, kind
-        parts.unread.append(_unread(part, kind))
+        parts.unread.append({key: value for key, value in body.items() if key not in read and key not in _SIGNS})
     return parts
 
 
 def _kind(part: dict[str, JsonValue]) -> tuple[str, dict[str, JsonValue]]:
-    """Return the type of a part, and the object that has its members."""
-    kind = part.get("type")
-    if isinstance(kind, str):
-        return kind, part
-    if isinstance(part.get("text"), str):  # Bedrock's and Gemini's
-        return "text", part
-    keys = [key for key, value in part.items() if value is not None]
-    found = _KEYS.get(keys[0]) if len(keys) == 1 else None
-    if found is None:
+    """Return the type of a part, and the object that has its members; without a type, all its keys must be known."""
+    if part.get("thought") is True:  # Gemini's
+        return "reasoning", part
+    if (kind := part.get("type")) is not None:
         return str(kind), part
-    body = part[keys[0]]
-    return found, body if isinstance(body, dict) else part
+    keys = (
+        {key for key, value in part.items() if key == "text" or value not in (None, "", [], {})}
+        - _SIGNS
+        - {"cachePoint"}
+    )
+    if keys == {"text"}:
+        return "text", part
+    kind, body = next(((_KEYS.get(key, ""), part[key]) for key in keys if len(keys) == 1), ("", None))
+    return (kind, body) if kind and isinstance(body, dict) else ("", part)
 
 
-def _first(body: dict[str, JsonValue], *names: str) -> JsonValue:
-    return next((body[name] for name in names if body.get(name) is not None), None)
+def _key(body: dict[str, JsonValue], *names: str) -> str:
+    return next((name for name in names if body.get(name) is not None), "")
 
 
-def _reasoning(body: dict[str, JsonValue], where: str) -> str:
-    """Return a reasoning's text: Anthropic's, Mistral's list of texts, or Bedrock's reasoningText."""
-    value = _first(body, "thinking", "reasoning", "text", "reasoningText")
+def reasoning_text(value: JsonValue, where: str) -> str:
+    """Return a reasoning's text: a text, a list of texts, parts with texts or reasoning, or Bedrock's reasoningText.
+
+    Raises:
+        BadRow: it is something else.
+    """
+    if isinstance(value, dict):
+        value = value.get("text")
+    if is_texts(value):
+        return "".join(map(str, value)) if isinstance(value, list) else str(value)
     if isinstance(value, list):
-        return "".join(read_parts(value, where).texts)
-    text = value.get("text") if isinstance(value, dict) else value
-    if not isinstance(text, str):
-        raise BadRow(f"{where}: a part with reasoning that is no text")
-    return text
+        parts = read_parts(value, where)
+        if not parts.calls and not parts.results:
+            return "".join((*parts.reasoning, *parts.texts))
+    raise BadRow(f"{where}: reasoning that is no text")
 
 
-def _as_call(body: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    return {**body, "id": _first(body, "id", "toolUseId", "call_id")}
+def is_texts(value: JsonValue) -> bool:
+    """Tell whether a value is a text or a list of texts."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def is_parts(content: JsonValue) -> bool:
     """Tell whether a value is a list of parts, and not a tool's result that is a list."""
-    return isinstance(content, list) and any(
-        isinstance(part, dict) and (_kind(part)[0] in _KINDS or _has_media(part)) for part in content
-    )
-
-
-def _has_media(part: dict[str, JsonValue]) -> bool:
-    return _MEDIA.match(str(part.get("type", next(iter(part), "")))) is not None
+    kinds = [_kind(part)[0] for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    return any(kind in _KINDS or _MEDIA.fullmatch(kind) for kind in kinds)
 
 
 def _result(value: JsonValue, where: str) -> str:
     """Return a result as text: parts of text are joined, anything else is written as JSON."""
-    if isinstance(value, str) or value is None:
-        return value or ""
+    if isinstance(value, str):
+        return value
+    if value is None or value == []:
+        return ""
     if isinstance(value, list) and is_parts(value):
-        return "".join(read_parts(value, f"{where}: tool_result").texts)
+        parts = read_parts(value, where)
+        if parts.calls or parts.reasoning or parts.results:
+            raise BadRow(f"{where}: expected parts of type text")
+        return "".join(parts.texts)
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].keys() == {"json"}:
         value = value[0]["json"]  # Bedrock's
     return as_json(value)
@@ -153,11 +167,3 @@ def _result(value: JsonValue, where: str) -> str:
 def as_json(value: JsonValue) -> str:
     """Return a value as the text of a tool's result."""
     return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _unread(part: dict[str, JsonValue], kind: str) -> dict[str, JsonValue]:
-    """Return the keys of a part that say something else, such as cache_control, is_error and marks."""
-    if kind not in _TEXTS | _REASONING:
-        return {key: value for key, value in part.items() if key in ("is_error", "status", "cache_control")}
-    read = {"type", *_TEXTS, *_REASONING, "content", "value", "reasoningContent", "signature"}
-    return {key: value for key, value in part.items() if key not in read}

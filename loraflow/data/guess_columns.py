@@ -47,6 +47,9 @@ _PAIRS = (
     ("article", "highlights"),
     ("dialogue", "summary"),
     ("text", "summary"),
+)
+# Of rows without a column of turns, which these may only describe
+_OTHER_PAIRS = (
     ("input", "expected_output"),
     ("input", "ideal"),  # OpenAI's evals
     ("question", "solution"),
@@ -85,6 +88,9 @@ _CLASSES = ("category", "label", "class", "intent", "topic", "sentiment", "label
 _CHAT_NAMES = re.compile(r"conversation|dialog|chat|messages|turns", re.IGNORECASE)
 # Names of one of several chats about the same prompt: the better, the worse, those of two models
 _COMPARED = re.compile(r"chosen|reject|prefer|winn|loser|\b(good|bad|positive|negative)\b|[-_. ](a|b|w|l|[1-9])$")
+# Names of an answer's derivation, whose result is the `answer`
+_DERIVATIONS = re.compile(r"solution|generation|explanation|rationale|reasoning|thought|response")
+_LONG = 3  # words of a text that is no name or category
 MAX_CLASS = 60  # characters of the name of a class
 
 
@@ -169,15 +175,43 @@ def _columns_of(row: dict[str, JsonValue], rows: Sequence[dict[str, JsonValue]])
     names = {name.lower(): name for name in row}
     if question_parts(row):  # an answer without them cannot be learned; a chat has them in its messages
         return _column_of_turns(row)
-    for question, answer in _PAIRS:
+    found = _columns_of_pair(_PAIRS, row, names, rows)
+    if found is None:
+        found = _column_of_turns(row) or _columns_of_pair(_OTHER_PAIRS, row, names, rows)
+    return _columns_of_classes(row, names) if found is None else found
+
+
+def _columns_of_pair(
+    pairs: Sequence[tuple[str, str]],
+    row: dict[str, JsonValue],
+    names: dict[str, str],
+    rows: Sequence[dict[str, JsonValue]],
+) -> dict[str, str] | None:
+    """Return the columns of the first pair that a row has; empty if its answer is unclear, None without a pair."""
+    for question, answer in pairs:
         asked, answered = names.get(question), names.get(answer)
         is_question = asked is not None and (isinstance(row[asked], str) or is_bare_chat(row[asked]))
         if asked and answered and is_question and isinstance(row[answered], str):
+            if pairs is _OTHER_PAIRS and _is_a_part(names, asked, answered, rows):
+                continue
             answered = _worked_answer(row, names, answered)
             if answered is None:
                 return {}
             return {**_question_and_answer(names, asked, answered, rows), **_system(row, names)}
-    return _column_of_turns(row) or _columns_of_classes(row, names)
+    return None
+
+
+def _is_a_part(names: dict[str, str], asked: str, answered: str, rows: Sequence[dict[str, JsonValue]]) -> bool:
+    """Tell whether a column is only a part of the answer: the choice `a` of a quiz, or a result beside its derivation."""
+    if answered.lower() != "answer":
+        return answered.lower() == "a" and "b" in names
+    return any(
+        len(text) > len(str(row.get(answered))) and (len(text.split()) > _LONG or _DERIVATIONS.search(key.lower()))
+        for row in rows
+        for key, value in row.items()
+        if key not in (asked, answered)
+        for text in map(str, value if isinstance(value, list) else [value])
+    )
 
 
 def _worked_answer(row: dict[str, JsonValue], names: dict[str, str], answered: str) -> str | None:

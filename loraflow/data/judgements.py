@@ -72,6 +72,7 @@ _BETWEEN = frozenset({
 _LOW = frozenset(
     {"low", "very low", "very bad", "very poor", "terrible", "unsatisfactory"}
 )  # wrong in a column of grades
+_COUNTS = frozenset({"correct", "accepted"})  # verdicts that may also be the number of the right choice, or a count
 # What a column of verdicts says of an answer that is not finished.
 _NOT_DONE = frozenset({
     "incomplete", "not complete", "unfinished", "not finished", "not solved", "problem not solved", "unsolved", "truncated",
@@ -98,9 +99,7 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     is_word = isinstance(value, bool) or (isinstance(value, str) and not value.strip().isdigit())
     if side is None or side == "other" or (name in WORD_VERDICTS | WORD_BAD_VERDICTS and not is_word):
         return None
-    if (
-        not is_word and isinstance(value, str | int | float) and _has_above_1(here, beside)
-    ):  # the number of a choice, or a count
+    if _is_count(here, value, beside, least=2):
         return None
     # `correct: no` beside the answer no is a mark, unless the column has the answer in every row
     labels = beside.labels if isinstance(value, str | bool) and is_answer(str(value), beside.said) else None
@@ -118,14 +117,31 @@ def is_bad_word(text: str) -> bool:
 def unclear_verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> str | None:
     """Return the problem of a judgement with a third value, such as `is_correct: falsch` or `solution_is_valid: Incomplete`.
 
-    None if there is none. The column must have true or false in another row: otherwise it may hold texts.
+    None if there is none. The column must have true or false in another row: otherwise it may hold texts. Of `correct: 0`,
+    a single number above 1 in the column leaves open whether it is a judgement.
     """
+    if as_number(value) == 0 and _is_count(here, value, beside, least=1):
+        return None if _is_count(here, value, beside, least=2) else _unclear(here, value)
     if not isinstance(value, str) or not (judges_badly(value) or plain(value) in _NOT_DONE):
         return None
     if name not in GOOD or is_answer(value, beside.said) or beside.labels is None:
         return None
     has_sides = beside.labels.some_row(("sides", *here), lambda row: isinstance(label_side(row.get(here[0])), bool))
     return _unclear(here, value) if has_sides else None
+
+
+def _is_count(here: tuple[str, ...], value: JsonValue, beside: Beside, least: int) -> bool:
+    """Tell whether a number may be a count, or that of a choice: its column has so many different numbers above 1."""
+    is_number = str(value).strip().isdigit() or (isinstance(value, float) and value.is_integer())
+    if not is_number or here[-1].lower() not in _COUNTS or beside.labels is None:
+        return False
+    above = set[float]()
+
+    def holds(row: dict[str, JsonValue]) -> bool:
+        above.update(number for number in _numbers_at(row, here) if number > 1)
+        return len(above) >= least
+
+    return beside.labels.some_row((f"{least} above 1", *here), holds)
 
 
 def _unclear(here: tuple[str, ...], value: JsonValue) -> str:
@@ -226,15 +242,7 @@ def _is_flag(number: float, here: tuple[str, ...], value: JsonValue, beside: Bes
     labels, other = beside.labels, 1.0 - number
     if labels is None or not labels.some_row((f"is {other}", *here), lambda row: other in _numbers_at(row, here)):
         return False
-    return not _has_above_1(here, beside)
-
-
-def _has_above_1(here: tuple[str, ...], beside: Beside) -> bool:
-    """Tell whether a column has a number that is neither 0 nor 1."""
-    labels = beside.labels
-    return labels is not None and labels.some_row(
-        ("above 1", *here), lambda row: bool(_numbers_at(row, here) - {0.0, 1.0})
-    )
+    return not labels.some_row(("above 1", *here), lambda row: bool(_numbers_at(row, here) - {0.0, 1.0}))
 
 
 def part_of_dataset(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from pydantic import JsonValue
 
 from loraflow.data.cell_values import media_key
 from loraflow.data.chats import REASONING_KEYS, BadRow, ToolCall
-from loraflow.data.content_parts import as_json, is_parts, read_parts
+from loraflow.data.content_parts import as_json, is_parts, is_texts, read_parts, reasoning_text
 from loraflow.data.labels import ANSWERS, Labels, answers_of
 from loraflow.data.marks import Weight, answer_weight, excludes, is_mark
 from loraflow.data.tools import read_calls
@@ -109,7 +109,8 @@ class RowFields:
         text = self.value("reasoning")
         if not has_value(text):
             return turns
-        if not isinstance(text, str) or turns[-1].reasoning not in ("", text):
+        has_own = "</think>" in str(turns[-1].content) or "[/THINK]" in str(turns[-1].content)
+        if not isinstance(text, str) or has_own or turns[-1].reasoning not in ("", text):
             raise BadRow(
                 f"the column {self._columns['reasoning']}: expected text, and no other reasoning of the answer"
             )
@@ -166,7 +167,7 @@ class RowFields:
                     text = observation if isinstance(observation, str) else as_json(observation)
                     out.append(Turn(TOOL, text, name=turn.name))
             elif isinstance(turn.content, list):
-                out += self._of_parts(turn, number, column)
+                out += self._of_parts(turn, f"message {number}", column)
             else:
                 out.append(turn)
         return out
@@ -182,18 +183,18 @@ class RowFields:
         fields = RowFields(item, {}, self.labels)
         role, content = normal_role(fields.optional(*roles)), fields.optional(*contents)
         is_answer = role in (ASSISTANT, FUNCTION_CALL)
-        reasoning = _reasoning(fields) if is_answer else ""
+        reasoning = _reasoning(fields, f"message {number}") if is_answer else ""
         weight, used = Weight(1.0), fields._used | {*roles, *contents, "tool_calls", "function_call"}
         if calls and not is_answer:
             raise BadRow(f"message {number}: a tool call in a {role} message; only an assistant calls tools")
         if role == TOOL:
             used |= {"tool_call_id", "name"}
-            if content is None and item.keys() & {"parameters", "observation"}:
-                calls = read_calls(
-                    {"name": item.get("name"), "parameters": item.get("parameters")}, f"message {number}"
-                )
-                used |= {"parameters", "observation"}
-                is_answer = True
+            parameters, observation = item.get("parameters"), item.get("observation")
+            if content is None and parameters is None and observation is not None:
+                content, used = observation, used | {"observation"}
+            elif content is None and parameters is not None:  # ChatGLM3's: a call
+                calls = read_calls({"name": item.get("name"), "parameters": parameters}, f"message {number}")
+                is_answer, used = True, used | {"parameters", "observation"}
         if is_answer and self.labels is not None:
             said = [content] if isinstance(content, str) else []
             weight = answer_weight(item, f"message {number}: ", used, self.labels, said=said)
@@ -205,15 +206,15 @@ class RowFields:
         ids = item.get("tool_call_id"), item.get("name")
         return Turn(role, content, weight.value, tuple(calls), *ids, reasoning, weight.excluded_by)
 
-    def _of_parts(self, turn: Turn, number: int, column: str) -> list[Turn]:
+    def _of_parts(self, turn: Turn, where: str, column: str) -> list[Turn]:
         """Return the turns of a message whose content is a list of parts: results of tools are messages of their own.
 
         Raises:
             BadRow: a part is malformed, or is not one of a message with this role.
         """
-        where, content = f"message {number}", turn.content
+        content = turn.content
         assert isinstance(content, list)
-        if turn.role == TOOL and not is_parts(content):
+        if turn.role == TOOL and content and not is_parts(content):
             return [turn._replace(content=as_json(content))]  # a result that is a list
         parts = read_parts(content, where)
         for part in parts.unread:
@@ -224,10 +225,20 @@ class RowFields:
             raise BadRow(f"{where}: a tool's result in a {turn.role} message; expected it in a user's")
         if parts.reasoning and turn.reasoning:
             raise BadRow(f"{where}: reasoning in the content and beside it; expected it once")
-        out = [Turn(TOOL, result.text, call_id=result.call_id, name=result.name) for result in parts.results]
+        if parts.calls and turn.calls and not _are_equal(parts.calls, turn.calls):
+            raise BadRow(f"{where}: different calls in the content and in tool_calls; expected each call once")
+        beside = turn if turn.role == TOOL else Turn(TOOL, None)
+        out = [
+            Turn(TOOL, result.text, call_id=result.call_id or beside.call_id, name=result.name or beside.name)
+            for result in parts.results
+        ]
+        if beside.call_id and any(result.call_id != beside.call_id for result in out):
+            raise BadRow(
+                f"{where}: the result is one of {out[0].call_id!r} in the content, and of {beside.call_id!r} beside it"
+            )
         if parts.texts or not out:
             reasoning = turn.reasoning or "".join(parts.reasoning)
-            calls = (*turn.calls, *parts.calls)
+            calls = turn.calls or tuple(parts.calls)
             out.append(turn._replace(content="".join(parts.texts), calls=calls, reasoning=reasoning))
         return out
 
@@ -237,9 +248,9 @@ class RowFields:
         Raises:
             BadRow: one marks a part of an answer as not to be learned. Masks are those of whole answers.
         """
-        used = {key for key, value in part.items() if is_mark(key) and excludes(key, value)}
         if turn.role != ASSISTANT or self.labels is None:
-            return used
+            return {key for key, value in part.items() if is_mark(key) and excludes(key, value)}
+        used: set[str] = set()
         weight = answer_weight(part, f"{where}: ", used, self.labels)
         if weight.value != 1:
             by = weight.excluded_by or f"weight: {weight.value:g}"
@@ -252,7 +263,7 @@ class RowFields:
         Raises:
             BadRow: a part is not text.
         """
-        (turn,) = self._of_parts(Turn("system", content), 0, column)
+        (turn,) = self._of_parts(Turn("system", content), column, column)
         return str(turn.content)
 
     def note_unread(self, column: str, item: RawRow, used: set[str]) -> None:
@@ -284,9 +295,17 @@ def _add_calls(turns: list[Turn], answer: Turn) -> None:
         turns.append(answer)
 
 
+def _are_equal(calls: Sequence[ToolCall], others: Sequence[ToolCall]) -> bool:
+    """Tell whether calls are the same. Their ids count where both have one."""
+    return [call["function"] for call in calls] == [call["function"] for call in others] and all(
+        call.get("id", other.get("id")) == other.get("id", call.get("id"))
+        for call, other in zip(calls, others, strict=True)
+    )
+
+
 def without_answer(items: list[RawRow]) -> list[RawRow]:
     """Return messages of a row without the last answer, if they end with one: a text, calls, or both."""
-    roles = [normal_role(item["role"] if "role" in item else item.get("from")) for item in items]
+    roles = [normal_role(item.get("role") or item.get("from")) for item in items]
     end = len(items)
     while end and (roles[end - 1] == FUNCTION_CALL or (roles[end - 1] == TOOL and _is_open_call(items[end - 1]))):
         end -= 1
@@ -295,21 +314,25 @@ def without_answer(items: list[RawRow]) -> list[RawRow]:
 
 def _is_open_call(item: RawRow) -> bool:
     """Tell whether a message of ChatGLM3 is a call without its result."""
-    return "parameters" in item and not item.keys() & {"content", "observation"}
+    return item.get("parameters") is not None and item.get("content") is None and item.get("observation") is None
 
 
-def _reasoning(message: RowFields) -> str:
-    """Return the reasoning beside an answer's content, a text or a list of texts; other values stay unread.
+def _reasoning(message: RowFields, where: str) -> str:
+    """Return the reasoning beside an answer's content: texts, or lists of texts or parts; other values stay unread.
 
     Raises:
         BadRow: two keys have different values.
     """
-    row = message.row
-    names = [name for name in REASONING_KEYS if isinstance(row.get(name), str) or is_parts(row.get(name))]
-    found = message.optional(*names)
-    if isinstance(found, list):
-        found = "".join(read_parts(found, "reasoning").texts)
-    return found if isinstance(found, str) and has_value(found) else ""
+    found: dict[str, str] = {}  # text → its key
+    for key in REASONING_KEYS:
+        value = message.row.get(key)
+        if has_value(value) and (is_texts(value) or is_parts(value)):
+            message._used.add(key)
+            found.setdefault(reasoning_text(value, f"{where}: {key}"), key)
+    found = {text: key for text, key in found.items() if has_value(text)}
+    if len(found) > 1:
+        raise BadRow(f"{where}: {' and '.join(found.values())} have different values: remove one")
+    return next(iter(found), "")
 
 
 def _renamed(row: RawRow, columns: Mapping[str, str]) -> RawRow:

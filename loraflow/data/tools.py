@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 
 MAX_DEPTH = 64
+_OBJECTS = re.compile(r"\s*(?:\[\s*)?\{")  # the JSON text of an object, or of a list of them
 # OpenAI's; InternLM's, Llama's and ChatGLM's; Anthropic's and Bedrock's; Gemini's and LangChain's
 _ARGUMENTS = ("arguments", "parameters", "input", "args", "kwargs")
-_CALL_KEYS = frozenset({*_ARGUMENTS, "name", "id", "type", "function", "index"})
+CALL_KEYS = frozenset({*_ARGUMENTS, "name", "id", "type", "function", "index"})
 _MAX_SHOWN = 120  # characters of a schema's complaint
 
 
@@ -41,22 +42,20 @@ def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
         if not value.strip():
             return None
         value = _parsed(value, where)
-    if isinstance(value, dict):
-        value = (
-            [value] if "name" in value else value.get("tools", value)
-        )  # one function, not in a list; Bedrock's toolConfig
+    if isinstance(value, dict) and "name" in value:  # one function, not in a list
+        value = [value]
     if value is None or value == [] or value == {}:
         return None
     if not isinstance(value, list):
         raise BadRow(f"{where} is {type(value).__name__}; expected a list of functions with name and parameters")
-    if _is_deep(value):
+    if is_deep(value):
         raise BadRow(f"{where} are nested too deeply; at most {MAX_DEPTH} levels")
     if all(isinstance(item, str) for item in value):
-        if not all(isinstance(item, str) and item.lstrip().startswith(("{", "[")) for item in value):
+        if not all(isinstance(item, str) and _OBJECTS.match(item) for item in value):
             return None
         parsed = [_parsed(str(item), f"{where}[{number}]") for number, item in enumerate(value)]
         value = [tool for item in parsed for tool in (item if isinstance(item, list) else [item])]
-    return _checked_tools(json.dumps(value, ensure_ascii=False, default=str), where)
+    return _checked_tools(json.dumps(value, ensure_ascii=False, default=str), where) or None
 
 
 @lru_cache(256)
@@ -84,7 +83,7 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
         parameters = function.get("parameters", {})
         if isinstance(parameters, str):
             parameters = _parsed(parameters, f"{field}.function.parameters")
-            if _is_deep(parameters):
+            if is_deep(parameters):
                 raise BadRow(f"{field}.function.parameters are nested too deeply; at most {MAX_DEPTH} levels")
             function["parameters"] = parameters
         if is_bare_parameters(parameters):
@@ -123,7 +122,7 @@ def dataset_tools(value: list[JsonValue] | None, where: str) -> list[Tool] | Non
         ) from problem
 
 
-def _is_deep(value: JsonValue) -> bool:
+def is_deep(value: JsonValue) -> bool:
     """Tell whether a value is nested more deeply than templates and schemas can be applied to it."""
     level: list[JsonValue] = [value]
     for _ in range(MAX_DEPTH):
@@ -206,7 +205,7 @@ def _call(item: JsonValue, where: str) -> ToolCall:
         arguments = _parsed(arguments, f"{where}.function.arguments") if arguments.strip() else {}
     if arguments is None:
         arguments = {}
-    if _is_deep(arguments):
+    if is_deep(arguments):
         raise BadRow(f"{where}.function.arguments are nested too deeply; at most {MAX_DEPTH} levels")
     if not isinstance(arguments, dict):
         raise BadRow(f"{where}.function.arguments is {type(arguments).__name__}; expected an object, or its JSON text")
@@ -224,18 +223,21 @@ def _arguments(function: dict[str, JsonValue], where: str) -> JsonValue:
     """Return the arguments of a call, under the names that vendors give them; None if there are none.
 
     Raises:
-        BadRow: two names have different values, or none is there and another key may hold them.
+        BadRow: two other names than `arguments` have different values, or none is there and another key may hold them.
     """
-    found = {key: value for key in _ARGUMENTS if (value := function.get(key)) is not None and value != ""}
-    first, *others = found.items() or [("", None)]
-    if any(value != first[1] for _, value in others):
+    named = {key: value for key in _ARGUMENTS if (value := function.get(key)) is not None}
+    found = {key: value for key, value in named.items() if not isinstance(value, str) or value.strip()}
+    if "arguments" in found:  # beside it, `parameters` may be the function's schema
+        return found["arguments"]
+    values = [_parsed(value, f"{where}: {key}") if isinstance(value, str) else value for key, value in found.items()]
+    if any(value != values[0] for value in values):
         raise BadRow(f"{where}: {' and '.join(found)} have different values; expected the arguments once")
-    unknown = [
-        key for key, value in function.items() if key not in _CALL_KEYS and isinstance(value, dict | list) and value
+    others = [
+        key for key, value in function.items() if key not in CALL_KEYS and isinstance(value, dict | list) and value
     ]
-    if not found and unknown:
-        raise BadRow(f"{where}: {unknown[0]} is not read; expected an object with name and arguments")
-    return first[1]
+    if others and not function.keys() & set(_ARGUMENTS):
+        raise BadRow(f"{where}: {others[0]} is not read; expected an object with name and arguments")
+    return values[0] if values else None
 
 
 def fitting_calls(calls: list[ToolCall], tools: list[Tool] | None, where: str) -> list[ToolCall]:

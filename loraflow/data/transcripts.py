@@ -29,7 +29,7 @@ class _Dialect(NamedTuple):
 def _labelled(question: str) -> _Dialect:
     """Return the dialect of lines that begin with `Human:` or `User:`, and `Assistant:`; the first may be `System:`."""
     return _Dialect(
-        re.compile(rf"\s*(?:System:(?:(?!\n(?:Human|User):)[\s\S])*\n)?{question}:"),
+        re.compile(rf"\s*{question}:"),
         re.compile(rf"^({question}|Assistant):[ \t]?|\A(System):[ \t]?", re.MULTILINE),
         re.compile(r"\nAssistant:"),
     )
@@ -52,11 +52,13 @@ _DIALECTS = (
         "<|im_end|>",
     ),
 )
+_SYSTEM = re.compile(r"\s*System:")  # before the first question, whose label begins a line
+_QUESTION = re.compile(r"^(?:Human|User):", re.MULTILINE)
 _NEMO = re.compile(r"\n<extra_id_1>(User|Assistant)(?:\n|\Z)")  # HelpSteer's, after the first question
 _GLAIVE = re.compile(r"(?:\A|(?<=\n\n\n))[ \t]{0,4}(USER|ASSISTANT|FUNCTION RESPONSE):")
 _GLAIVE_LINE = re.compile(r"^[ \t]{0,4}(USER|ASSISTANT|FUNCTION RESPONSE):", re.MULTILINE)
-_GLAIVE_TEXT = re.compile(r"\s*SYSTEM:((?:(?!\n[ \t]{0,4}USER:)[\s\S])*)\n[ \t]{0,4}(?=USER:)")  # both in one text
-_GLAIVE_KEYS = ("text", "sample")
+_GLAIVE_SYSTEM = re.compile(r"\s*SYSTEM:")
+_GLAIVE_QUESTION = re.compile(r"^[ \t]{0,4}USER:", re.MULTILINE)
 _GLAIVE_ROLES = {"USER": "user", "ASSISTANT": ASSISTANT, "FUNCTION RESPONSE": TOOL}
 _GLAIVE_END = "<|endoftext|>"
 # Glaive's call whose arguments are in single quotes
@@ -125,7 +127,9 @@ def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
 def _dialect(text: JsonValue) -> _Dialect | None:
     if not isinstance(text, str):
         return None
-    return next((dialect for dialect in _DIALECTS if dialect.begin.match(text)), None)
+    question = _QUESTION.search(text) if _SYSTEM.match(text) else None
+    at = 0 if question is None else question.start()
+    return next((dialect for dialect in _DIALECTS if dialect.begin.match(text, at)), None)
 
 
 def _turns(text: str, dialect: _Dialect) -> list[Turn]:
@@ -166,10 +170,19 @@ def alternating(turns: list[Turn]) -> list[Turn]:
 
 def is_glaive(row: dict[str, JsonValue]) -> bool:
     """Tell whether a row has the texts `system` and `chat` of Glaive's function calls, or both in one text."""
-    chat = row.get("chat")
-    if isinstance(row.get("system"), str) and isinstance(chat, str):
-        return _GLAIVE.match(chat.lstrip()) is not None
-    return any(isinstance(row.get(key), str) and _GLAIVE_TEXT.match(str(row[key])) is not None for key in _GLAIVE_KEYS)
+    return bool(_glaive_texts(row)[0])
+
+
+def _glaive_texts(row: dict[str, JsonValue]) -> tuple[list[str], str, str]:
+    """Return the keys of Glaive's texts, the system text and the chat. There are no keys if the row has none."""
+    system, chat = row.get("system"), row.get("chat")
+    if isinstance(system, str) and isinstance(chat, str):
+        return (["system", "chat"] if _GLAIVE.match(chat.lstrip()) else []), system, chat.lstrip()
+    for key in ("text", "sample"):
+        text = row.get(key)
+        if isinstance(text, str) and _GLAIVE_SYSTEM.match(text) and (found := _GLAIVE_QUESTION.search(text)):
+            return [key], text[: found.start()], text[found.start() :]
+    return [], "", ""
 
 
 def read_glaive(fields: RowFields) -> list[Turn]:
@@ -178,15 +191,11 @@ def read_glaive(fields: RowFields) -> list[Turn]:
     Raises:
         BadRow: a tool or a call is no JSON.
     """
-    if not is_glaive(fields.row):
+    keys, system, chat = _glaive_texts(fields.row)
+    if not keys:
         raise BadRow("expected the texts system and chat, with the labels USER: and ASSISTANT:")
-    if "chat" in fields.row:
-        system, chat = str(fields.value("system")), str(fields.value("chat")).lstrip()
-    else:
-        text = str(fields.value(next(key for key in _GLAIVE_KEYS if key in fields.row)))
-        found = _GLAIVE_TEXT.match(text)
-        assert found is not None
-        system, chat = found[1], text[found.end() :]
+    for key in keys:
+        fields.value(key)
     text, fields.tools = _functions(system.strip().removeprefix("SYSTEM:").strip())
     labels = list(_GLAIVE.finditer(chat))
     if not any(label[1] == "ASSISTANT" for label in labels):  # version 1 has no blank lines before its labels
@@ -205,7 +214,7 @@ def read_glaive(fields: RowFields) -> list[Turn]:
 
 def _functions(system: str) -> tuple[str, JsonValue]:
     """Return a system text without its functions, and the functions."""
-    begin = re.search(r"^[\[{]", system, re.MULTILINE)
+    begin = re.search(r"^(?:\[\s*)?\{", system, re.MULTILINE)
     if begin is None:
         return system, None
     text, at = system[: begin.start()].strip(), begin.start()

@@ -107,7 +107,7 @@ def test_reasoning_is_kept_removed_or_named(tmp_path, thinking):
         BESIDE,
         EMPTY,
         {**BESIDE, "reasoning_content": None},
-        {"role": "assistant", "content": "two", "thinking": ["because"]},
+        {"role": "assistant", "content": "two", "thinking": {"is": "because"}},
     )
     rows = [{"messages": [{"role": "user", "content": f"q{n}"}, answer]} for n, answer in enumerate(answers)]
     (tmp_path / "data" / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -34,9 +34,9 @@ def near(original: str, change: int = 0) -> str:
     return " ".join(words)
 
 
-def write(file: Path, rows: list[tuple[str, str]]) -> None:
+def write(file: Path, rows: list[tuple[str, str]], weight: float | None = None) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in rows))
+    file.write_text("".join(json.dumps({"prompt": q, "completion": a, "weight": weight}) + "\n" for q, a in rows))
 
 
 def run_check(folder: Path, out: Path, policy: str = "drop", **settings) -> CheckReport:
@@ -150,11 +150,12 @@ def test_added_rows_move_none_and_a_row_near_both_sides_is_dropped(tmp_path):
     held = next(q for q, s in before.items() if s == "heldout")
     steps = [" ".join(held.split()[:n] + train.split()[n:]) for n in range(1, 20)]
     new = [(near(q, 3), "x") for q, _ in old[::7]] + [(q, "x") for q in steps]
-    write(tmp_path / "b/files/all.jsonl", old + new)
+    write(tmp_path / "b/files/all.jsonl", old + new, weight=0.5)
     report = run_check(tmp_path / "b", tmp_path / "out_b", heldout_fraction=0.3)
     after = sides(tmp_path / "out_b")
     assert all(after[q] == s for q, s in before.items())
     assert report.counts["near_both"] >= 1
+    assert report.counts["weighted"] == report.rows.train + report.rows.validation
     texts = list(after)
     pairs = all_pairs([f"{q.casefold()} x" for q in texts])
     assert len(pairs) > 40 and all(after[texts[a]] == after[texts[b]] for a, b in pairs)

@@ -82,7 +82,12 @@ SHAPES = {
     "OpenAI preferences": ([{"input": {"messages": [user("q")]}, "preferred_output": [answer("a")], "non_preferred_output": [answer("b")]}],
                            [REFUSED]),
     "HelpSteer": ([{"prompt": "q", "response": "a", "helpfulness": 0, "correctness": n} for n in (0, 1, 4)], [QA, QA, QA]),
-    "the number of the right choice": ([{"prompt": "q", "completion": "a", "correct": n} for n in (0, 1, 3)], [QA, QA, QA]),
+    "the number of the right choice": ([{"prompt": "q", "completion": "a", "correct": n} for n in (0, 1, 2, 3)], [QA] * 4),
+    "one number above 1 in a column of verdicts": ([{"prompt": "q", "completion": "a", "correct": n} for n in ("0", "1", "99")], [REFUSED, QA, QA]),
+    "numbers below 1 in a column of verdicts": ([{"prompt": "q", "completion": "a", "accepted": n} for n in (0, 0.5, -1, 1)], [OUT, QA, QA, QA]),
+    "verdicts with is_": (
+        [{"prompt": "q", "completion": "a", key: n} for key in ("is_correct", "approved", "keep") for n in (0, 1, 2, -1, 0.5, 99)], [OUT, *[QA] * 5] * 3),
+    "verdicts in metadata": ([{"prompt": "q", "completion": "a", "metadata": {"is_correct": n}} for n in (0, 0.5, 1, 2, 3)], [OUT, *[QA] * 4]),
     "graded 0 and 1": ([{"prompt": "q", "response": "a", "correctness": n} for n in (0, 1)], [OUT, QA]),
     "BeaverTails": ([{"prompt": "q", "response": "a", "is_safe": safe} for safe in (False, True)], [REFUSED, QA]),
     "WildChat": ([{"conversation": [user("q"), answer("a")], "toxic": False, "redacted": False, "language": "English"}], [QA]),

@@ -61,7 +61,7 @@ def test_two_keys_for_one_thing_with_different_texts_are_refused(row, keys):
         ({"instruction": "q", "prompt": "OTHER", "output": "a"}, ("prompt",)),
         ({"messages": [QUESTION, ANSWER], "instruction": "OTHER", "output": "OTHER"}, ("instruction", "output")),
         ({"messages": [{**QUESTION, "value": "OTHER"}, ANSWER]}, ("messages.value",)),
-        ({"prompt": [QUESTION], "completion": [{**ANSWER, "thinking": ["T"]}]}, ("completion.thinking",)),
+        ({"prompt": [QUESTION], "completion": [{**ANSWER, "thinking": {"is": "T"}}]}, ("completion.thinking",)),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "citation": "C"}]}, ANSWER]},
          ("messages.content.citation",)),
         ({"prompt": "q", "completion": "a", "input": " ", "history": [], "context": "a"}, ("context",)),
