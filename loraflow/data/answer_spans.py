@@ -267,7 +267,11 @@ class AnswerFinder:
         """
         if self._tail is None:
             chat: Chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
-            text, head, longer = self._rendered(chat), self._rendered(chat[:1], prompt=True), self._rendered([*chat, *chat])
+            text, head, longer = (
+                self._rendered(chat),
+                self._rendered(chat[:1], prompt=True),
+                self._rendered([*chat, *chat]),
+            )
             tail = text.partition(_PROBE)[2] if head else ""
             tokens = (
                 list(self._control.finditer(tail)) if self._control and self._stop and self._stop.match(tail) else []

@@ -242,7 +242,7 @@ class ChatTemplate:
                 where="chat_template",
                 expected="another token, or one that add_generation_prompt writes too",
                 got=repr(f"{answer.inserted}…{answer.closing}"),
-                next_step=f"write the first {control[0]} for add_generation_prompt too, or set base.chat_template to another one",
+                next_step=f"write the first {control[0]} for add_generation_prompt too, or name another base.chat_template",
             )
         if not found:
             raise BadModel(

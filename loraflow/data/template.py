@@ -31,7 +31,7 @@ TODAY = time.gmtime(1_721_952_000)  # a constant date, because some templates wr
 
 
 def variables_of(source: str) -> set[str]:
-    """Return the names that a template reads and does not define. Jinja computes its constants, which may need much memory."""
+    """Return the names that a template reads and does not define. Jinja computes constants, which may need much memory."""
     environment = _environment()
     return meta.find_undeclared_variables(environment.parse(source))
 
