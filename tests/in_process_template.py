@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jinja2.exceptions import TemplateError
 
-from loraflow.data.template import CompiledTemplate
+from loraflow.data.template import CompiledTemplate, variables_of
 from loraflow.failures import BadModel
 
 
@@ -12,10 +12,14 @@ class InProcessTemplate:
     """The interface of `TemplateProcess`."""
 
     def __init__(self, source, variables):
+        self._source = source
         self._compiled = CompiledTemplate(source, variables)
 
     def compile(self):
         pass
+
+    def variables(self):
+        return variables_of(self._source)
 
     def render(self, chats, *, prompt):
         return [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -153,7 +153,9 @@ class AnswerFinder:
 
     def _unmarked(self, chat: Chat, text: str, head: str, turn: AnswerTurn) -> Answer:
         start, content = len(head), chat[turn.message]["content"]
-        if text.startswith(head):
+        if (
+            text.startswith(head) and content.strip()
+        ):  # the end of an empty answer may also be what is inserted before it
             for inserted in self._insertions:
                 if _thinks_twice(inserted, content):
                     continue
@@ -250,7 +252,9 @@ class AnswerFinder:
         if stop is None:
             refuse_open(text[end : end + 40], turn)
         closed = stop.end()
-        if turn.is_last:  # Phi-3's template ends a whole chat with a second stop token, which is learned too
+        if (
+            turn.is_last
+        ):  # the template refused the chat of `_tail_of_chats`: all tokens behind a whole chat are learned
             while self._stop and (more := self._stop.match(text, closed)):
                 closed = more.end()
         return Answer(((start, closed),), inserted, text[end:closed])
@@ -259,25 +263,32 @@ class AnswerFinder:
         """Return what the template writes behind the last answer of a chat: a control token, or a text between two of them.
 
         It is empty if no control token follows. The start of a further answer, which some templates write whatever
-        add_generation_prompt says, is not a part of it.
+        add_generation_prompt says, is not a part of it. Phi-3's <|endoftext|> behind <|end|> is, unless only <|end|> is one
+        of the model's own stop tokens.
         """
         if self._tail is None:
             chat: Chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
-            try:
-                (text,) = self._renderer.render([chat], prompt=False)
-                (head,) = self._renderer.render([chat[:1]], prompt=True)
-            except BadModel:  # a template that refuses this chat
-                text = head = ""
-            tail = text.partition(_PROBE)[2]
+            text, head, longer = (
+                self._rendered(chat),
+                self._rendered(chat[:1], prompt=True),
+                self._rendered([*chat, *chat]),
+            )
+            tail = text.partition(_PROBE)[2] if head else ""
             tokens = (
                 list(self._control.finditer(tail)) if self._control and self._stop and self._stop.match(tail) else []
             )
             opening = next((token.start() for token in tokens[1:] if head.endswith(tail[token.start() :])), len(tail))
-            closing = [token for token in tokens if token.start() < opening]
-            known = [token for token in closing if token.group() in self._ends]
-            self._tail = tail[: (known or closing)[-1].end()] if closing else ""
+            shared = len(os.path.commonprefix([tail, longer.partition(_PROBE)[2]]))  # noqa: RUF071 (letters, not folders)
+            self._tail = tail[: _end_of_closing(tail[:opening], tokens, shared, self._ends)]
             self._opens_answers = head.endswith(tail[len(self._tail) :]) and self._tail != tail.rstrip()
         return self._tail
+
+    def _rendered(self, chat: Chat, *, prompt: bool = False) -> str:
+        """Return a chat's text; an empty one if the template refuses it."""
+        try:
+            return self._renderer.render([chat], prompt=prompt)[0]
+        except BadModel:
+            return ""
 
     def stop_tokens(self, answer: Answer) -> list[str]:
         """Return the control tokens that close an answer and are not a part of it: generation stops at the first one."""
@@ -382,6 +393,29 @@ class AnswerFinder:
             if not body.endswith(self._special):
                 return at
             at = len(body) - len(next(token for token in self._special if body.endswith(token)))
+
+
+def _end_of_closing(tail: str, tokens: Iterable[re.Match[str]], shared: int, ends: Collection[str]) -> int:
+    """Return where the end of an answer ends in what the template writes behind the last answer of a chat.
+
+    It is the model's own first stop token with those directly behind it; without one, all control tokens. A text, such as
+    the footer of a chat, is a part of it only between tokens that are none of the model's, if earlier answers have it too.
+
+    Args:
+        tail: what the template writes.
+        tokens: its control tokens, and perhaps some behind it.
+        shared: characters of it that an earlier answer has too.
+        ends: the model's own stop tokens.
+    """
+    end, is_known = 0, False
+    for token in tokens:
+        has_text = bool(tail[end : token.start()].strip())
+        if token.end() > len(tail) or (has_text and token.end() > shared):
+            break
+        if is_known and (has_text or token.group() not in ends):
+            break
+        end, is_known = token.end(), is_known or token.group() in ends
+    return end
 
 
 def _is_whole(rendered: str, content: str, head: str, inserted: str = "") -> bool:

@@ -117,7 +117,7 @@ class ChatTemplate:
         self._answers = AnswerFinder(self._renderer, self.template, self.special, self._marking, ends)
         self._ends: set[str] | None = None  # tokens at which generation stops
         self._probed: Answer | None = None  # how an answer is rendered
-        self._opening: str | None = None  # of a user's message: the token that ends the answer before it
+        self._openings: dict[str, str] = {}  # by the role of a message: the token that ends the answer before it
 
     def render(self, chats: Sequence[Chat], *, prompt: bool = False) -> list[str]:
         """Render chats as the model reads them. `prompt` adds the start of an answer (add_generation_prompt).
@@ -233,8 +233,17 @@ class ChatTemplate:
         Raises:
             BadModel: there is no such token.
         """
-        tokens = self._answers.stop_tokens(self._probe())
+        answer = self._probe()
+        tokens = self._answers.stop_tokens(answer)
         found = {i for token in tokens if (i := self.tokenizer.token_to_id(token)) is not None}
+        if not found and (control := self._control(answer.closing)):
+            raise BadModel(
+                "The token that ends an answer also begins it: a server would stop before the answer.",
+                where="chat_template",
+                expected="another token, or one that add_generation_prompt writes too",
+                got=repr(f"{answer.inserted}…{answer.closing}"),
+                next_step=f"write the first {control[0]} for add_generation_prompt too, or name another base.chat_template",
+            )
         if not found:
             raise BadModel(
                 "The chat template's {% generation %} block contains no stop token: the model would not learn to stop.",
@@ -265,9 +274,8 @@ class ChatTemplate:
         It is the control token that opens the next message, of a user or with a call's result, and one of the model's own
         stop tokens.
         """
-        if self._opening is None:
-            self._opening = self._answers.appended = self._end_before("user") or ""
-        if not self._opening:
+        self._answers.appended = self._end_before("user")
+        if not self._answers.appended:
             return texts
         return [text + self._end_of(chat, text) for chat, text in zip(chats, texts, strict=True)]
 
@@ -276,23 +284,28 @@ class ChatTemplate:
         if chat[-1]["role"] != "assistant":
             return ""
         if "tool_calls" in chat[-1] and not text.endswith(CALL_ENDS):
-            return self._end_before("tool") or self._opening or ""
+            return self._end_before("tool") or self._end_before("user")
         (answer,) = without_reasoning(chat[-1:])
         is_open = text.endswith(answer["content"].strip()) and not text.endswith(CALL_ENDS)
-        return (self._opening or "") if is_open else ""
+        return self._end_before("user") if is_open else ""
 
-    def _end_before(self, role: str) -> str | None:
-        """Return the control token with which a message ends the answer before it; None if answers end themselves."""
+    def _end_before(self, role: str) -> str:
+        """Return the control token with which a message ends the answer before it; "" if answers end themselves."""
+        if role not in self._openings:
+            self._openings[role] = self._rendered_end_before(role)
+        return self._openings[role]
+
+    def _rendered_end_before(self, role: str) -> str:
         chat = _PROBES[0] if role == "user" else _CALL
         try:
             ended, continued = self.render([chat, [*chat, {"role": role, "content": "a"}]])
         except BadModel:  # the template refuses these probes; the rows decide
-            return None
+            return ""
         if not ended.endswith(chat[-1]["content"]) or not continued.startswith(ended) or self._any_special is None:
-            return None
+            return ""
         token = self._any_special.match(continued, len(ended))
         known = token is not None and self.tokenizer.token_to_id(token.group()) in self._eos
-        return token.group() if token is not None and known else None
+        return token.group() if token is not None and known else ""
 
     def _control(self, text: str) -> list[str]:
         return self._any_special.findall(text) if self._any_special else []

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from loraflow.data.template import MARKERS, TODAY
+from loraflow.data.template_process import template_process
 from loraflow.data.tokenizer_config import (
     FILE,
     MAX_BYTES,
@@ -126,16 +127,19 @@ def pinned(source: str, *, no_thinking: bool = False) -> str:
     """Return a template in which the date, and thinking if the recipe says so, is fixed.
 
     Raises:
-        BadModel: the template cannot be served without thinking, or prints a date in a way that cannot be fixed.
+        BadModel: the template is not valid, cannot be served without thinking, or prints a date in a way that cannot be
+            fixed.
     """
     if no_thinking:
-        code = _COMMENT.sub("", source)
-        prompts = code.rpartition("add_generation_prompt")[2].replace(r"\n", "\n")
+        prompts = _COMMENT.sub("", source).rpartition("add_generation_prompt")[2].replace(r"\n", "\n")
         block = next((block for block in _EMPTY if block in prompts), None)
-        switch = next((s for s in _SWITCHES if re.search(rf"(?<![\w.'\"]){s}\b", code)), None)
+        read = template_process(source, {}).variables()
+        switch = next((switch for switch in _SWITCHES if switch in read), None)
+        if switch is not None:
+            off = f"{{%- if {switch} is not defined %}}{{%- set {switch} = false %}}{{%- endif -%}}\n"
+            source = source if off in source else off + source  # a merged model can be a base
         if switch is None or block is not None:
             return pinned(_without_block(source, block))
-        source = f"{{%- if {switch} is not defined %}}{{%- set {switch} = false %}}{{%- endif -%}}\n" + source
     if _DATE_CALL.search(source) and not _NOTE.match(source):
         source = _DATE_CALL.sub(lambda call: json.dumps(time.strftime(call[2], TODAY)), source)
         source = f"{{#- The date is fixed to {time.strftime('%Y-%m-%d', TODAY)}, as in training. -#}}\n" + source

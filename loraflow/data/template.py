@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, nodes
+from jinja2 import Environment, meta, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -28,6 +28,12 @@ if TYPE_CHECKING:  # each process that renders imports this module, so it has to
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "\ue0a1question\ue0a1"  # no chat contains these characters
 TODAY = time.gmtime(1_721_952_000)  # a constant date, because some templates write today's
+
+
+def variables_of(source: str) -> set[str]:
+    """Return the names that a template reads and does not define. Jinja computes constants, which may need much memory."""
+    environment = _environment()
+    return meta.find_undeclared_variables(environment.parse(source))
 
 
 class CompiledTemplate:

@@ -22,7 +22,7 @@ from typing import IO, TypedDict
 from jinja2.exceptions import TemplateError
 
 from loraflow.data.chats import Message
-from loraflow.data.template import CompiledTemplate
+from loraflow.data.template import CompiledTemplate, variables_of
 
 SECONDS = 10  # of processor time for one chat; ordinary templates need less than a millisecond
 SECONDS_PER_MB = 1  # of the request, in addition
@@ -49,8 +49,12 @@ class Request(TypedDict):
 
 
 class Reply(TypedDict, total=False):
-    """The rendered chats or their spans; or `error` and what it is: template, memory, recursion or output."""
+    """The names that a template reads; the rendered chats or their spans; or `error` and its kind.
 
+    Kinds are template, memory, recursion, output and other.
+    """
+
+    reads: list[str]
     texts: list[str]
     spans: list[list[tuple[int, int]]]
     kind: str
@@ -97,7 +101,7 @@ def main(argv: list[str]) -> int:
             if compiled is None:
                 source: Source = json.loads(content)
                 compiled = CompiledTemplate(source["template"], source["variables"])
-                reply = {}
+                reply = {"reads": sorted(variables_of(source["template"]))}
             else:
                 reply = _render(compiled, json.loads(content), limit)
             encoded = json.dumps(reply).encode()

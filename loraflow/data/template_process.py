@@ -41,6 +41,7 @@ class TemplateProcess:
         self.source: Source = {"template": source, "variables": dict(variables)}
         self.seconds = seconds
         self._process: _Process | None = None
+        self._reads: list[str] = []
         self._owner = 0  # process id: a forked process needs a child of its own
         self._lock = threading.Lock()
 
@@ -52,6 +53,15 @@ class TemplateProcess:
         """
         with self._lock:
             self._start()
+
+    def variables(self) -> list[str]:
+        """Return the names that the template reads and does not define.
+
+        Raises:
+            BadModel: it is not valid, or exceeds a limit.
+        """
+        self.compile()
+        return self._reads
 
     def render(self, chats: Sequence[Chat], *, prompt: bool) -> list[str]:
         """Return the chats as the model reads them. `prompt` adds the start of an answer (add_generation_prompt).
@@ -99,7 +109,7 @@ class TemplateProcess:
         assert child.stdin is not None and child.stdout is not None
         process = _Process(child, child.stdin, child.stdout, current)
         weakref.finalize(self, _close, process, os.getpid())
-        self._exchange(process, json.dumps(self.source).encode(), [], 0)
+        self._reads = self._exchange(process, json.dumps(self.source).encode(), [], 0)["reads"]
         self._process, self._owner = process, os.getpid()
         return process
 

@@ -237,7 +237,8 @@ def explain_disk_full(
             )
     if newest is not None:
         failure.next_step += f": training resumes from {newest.name}"
-    with contextlib.suppress(LockHeld), flock(work / "worker.lock", wait=False):
+    # Without the lock, nothing is removed: the full disk is what is reported.
+    with contextlib.suppress(LockHeld, OSError, failures.Failure), flock(work / "worker.lock", wait=False):
         remove_incomplete(checkpoints)
 
 

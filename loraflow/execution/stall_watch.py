@@ -77,7 +77,7 @@ class StallWatch:
         self._last: _Sample | None = None  # at the last sign of progress
         self._progress_at = self._next_check = 0.0
         self._has_warned = False
-        self._last_output: _Sample | None = None  # at the last sign other than processor time
+        self._last_output: _Sample | None = None  # at the last sign other than processor time, or when it was idle
         self._output_at = 0.0
         self._has_warned_of_loop = False
 
@@ -116,7 +116,9 @@ class StallWatch:
         Raises:
             Stalled: there was nothing else for `silent_minutes`.
         """
-        if self._last_output is None or _is_output(self._last_output, sample):
+        # What waits is left to `stall_minutes`; its minutes are not minutes of a loop.
+        is_idle = now - self._progress_at >= min(self.limit, self.silent_limit) / 3
+        if self._last_output is None or is_idle or _is_output(self._last_output, sample):
             self._last_output, self._output_at, self._has_warned_of_loop = sample, now, False
             return
         seconds = now - self._output_at
@@ -126,9 +128,9 @@ class StallWatch:
                 f"The worker has used the processor for {self.silent_limit / 60:.3g} minutes without progress, log, reads "
                 "or writes.",
                 "silent_minutes",
+                _describe(sample),
             )
-        is_busy = now - self._progress_at < self.limit / 3
-        if seconds >= self.limit and is_busy and not self._has_warned_of_loop:
+        if seconds >= self.limit and not self._has_warned_of_loop:
             self._has_warned_of_loop = True
             log.warning(
                 "worker %d has used the processor for %.3g minutes without progress, log, reads or writes: it computes, or "

@@ -93,7 +93,7 @@ def _environment(file: JobFile) -> dict[str, str]:
 def _follow(process: WorkerProcess, file: JobFile, on_progress: OnProgress | None, ends: float | None) -> int:
     """Wait for the worker to end, and pass each new line of its progress file to `on_progress`; return its exit status."""
     progress, clock, runtime = ProgressReader(file.work / "progress.jsonl"), AwakeClock(), file.job.runtime
-    stall = StallWatch(process.pid, file.work, _stall_minutes(file), runtime.silent_minutes)
+    stall = StallWatch(process.pid, file.work, *_stall_minutes(file))
     display = _Display(on_progress)
     while True:
         code = process.poll()
@@ -117,10 +117,11 @@ def _follow(process: WorkerProcess, file: JobFile, on_progress: OnProgress | Non
             process.wait(timeout=0.2)
 
 
-def _stall_minutes(file: JobFile) -> float | None:
-    """Return the time without progress after which the worker has stalled: nodes may wait for each other before it."""
-    minutes = file.job.runtime.stall_minutes
-    return minutes if minutes is None or file.nodes == 1 else minutes + file.job.runtime.rendezvous.wait_minutes
+def _stall_minutes(file: JobFile) -> list[float | None]:
+    """Return the limits of `StallWatch`: nodes may wait for each other before them."""
+    runtime = file.job.runtime
+    wait = 0 if file.nodes == 1 else runtime.rendezvous.wait_minutes
+    return [None if minutes is None else minutes + wait for minutes in (runtime.stall_minutes, runtime.silent_minutes)]
 
 
 def check_budget(job: Job[StageConfig], ends: float | None) -> None:

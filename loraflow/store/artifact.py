@@ -37,7 +37,8 @@ PreviousState = Literal["damaged", "removed"]
 
 
 def _one_name(value: str) -> str:
-    if not is_inside(value) or len(PurePosixPath(value).parts) > 1:
+    is_one = PurePosixPath(value).parts == (value,) and is_inside(value)
+    if not is_one or value != value.strip() or not value.isprintable():
         raise ValueError("it is not the name of a folder")
     return value
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from loraflow.failures import Failure
+
 log = logging.getLogger(__name__)
 
 
@@ -20,22 +22,21 @@ class LockHeld(Exception):
 
 @contextmanager
 def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Hold a lock on a file. A link is not followed: who can write to the folder would choose a file that is overwritten.
+    """Hold a lock on a file.
 
     Raises:
-        OSError: the file is a link, or cannot be opened.
+        Failure: the file is a link.
+        OSError: it cannot be opened.
         LockHeld: with `wait=False`, if another process has it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        fd = open_lock(path, os.O_RDWR | os.O_CREAT)
     except PermissionError:
         if not shared:
             raise
-        fd = os.open(
-            path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-        )  # the file of another user can be locked for reading
+        fd = open_lock(path, os.O_RDONLY)  # the file of another user can be locked for reading
     try:
         try:
             _lock(fd, mode | fcntl.LOCK_NB, path)
@@ -51,6 +52,22 @@ def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[No
         yield
     finally:
         os.close(fd)
+
+
+def open_lock(path: Path, flags: int) -> int:
+    """Open a lock's file. A link is not followed: who can write to the folder would choose a file that is overwritten.
+
+    Raises:
+        Failure: the file is a link.
+    """
+    try:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not path.is_symlink():
+            raise
+        raise Failure(
+            "The lock file is a link.", where=str(path), expected="a file", next_step="remove it; it is made again"
+        ) from error
 
 
 def _lock(fd: int, mode: int, path: Path) -> None:

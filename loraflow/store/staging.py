@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
+from loraflow.store.lock import open_lock
+
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".owner"
@@ -46,10 +48,14 @@ def create(root: Path, name: str) -> Path:
 
 
 def claim(folder: Path) -> None:
-    """Lock a folder for this process, until it is released or the process ends. The folder need not exist."""
+    """Lock a folder for this process, until it is released or the process ends. The folder need not exist.
+
+    Raises:
+        Failure: the file of the lock is a link.
+    """
     path = _owner_file(folder)
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        fd = open_lock(path, os.O_RDWR | os.O_CREAT)
         fcntl.flock(fd, fcntl.LOCK_SH)
         if os.fstat(fd).st_nlink:
             break

@@ -257,7 +257,9 @@ def test_an_artifact_that_says_it_is_of_another_folder_is_not_believed_and_nothi
     check_copy(tmp_path / "copy", store)
 
 
-@pytest.mark.parametrize("name", ["/absolute", "..", ".", "", "a/b", "../a", "a\0"])
+@pytest.mark.parametrize(
+    "name", ["/absolute", "..", ".", "", "a/b", "../a", "a\0", "a/", "./a", "a\n", " ", " a", "\x1ba"]
+)
 def test_no_document_names_an_artifact_outside_of_its_store(name):
     good = {"stage": "train", "fingerprint": "f", "digest": "d", "uri": "/store"}
     for part in ("stage", "fingerprint", "digest"):

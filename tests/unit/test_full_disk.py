@@ -53,6 +53,14 @@ def test_a_full_disk_in_a_checkpoint_names_its_size_and_training_resumes_from_th
     assert launch.run_job(submitted, store)
 
 
+@pytest.mark.parametrize("damage", ["mkdir", "symlink_to"])
+def test_a_lock_that_cannot_be_taken_does_not_replace_the_full_disk_that_is_explained(store, tmp_path, damage):
+    getattr(tmp_path / "worker.lock", damage)(*["/nowhere"] * (damage == "symlink_to"))
+    full = failures.DiskFull("The disk is full.", where=str(tmp_path))
+    launch.explain_disk_full(full, job("ok"), store, tmp_path / "staged", tmp_path)
+    assert "that the job had written" in full.expected
+
+
 def test_a_real_full_disk_is_named_by_the_stage_that_fills_it(tmp_path):
     """On a file system of 2 MiB: the worker can write neither its outcome nor its log."""
     disk = tmp_path / "disk"

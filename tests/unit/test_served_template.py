@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 from transformers import AutoTokenizer
 
-from loraflow.data import loss_mask
+from loraflow.data import loss_mask, served_template
 from loraflow.data.chats import without_reasoning
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.served_template import pinned, pinned_date, read_named_template, write_served_template
@@ -30,7 +30,8 @@ VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
 
 @pytest.fixture(autouse=True)
 def _in_process(monkeypatch):
-    monkeypatch.setattr(loss_mask, "template_process", InProcessTemplate)
+    for module in (loss_mask, served_template):
+        monkeypatch.setattr(module, "template_process", InProcessTemplate)
 
 
 def text_of(encoded, template) -> str:
@@ -120,10 +121,40 @@ def test_an_empty_block_that_is_in_prompts_only_is_removed(tmp_path, block):
     assert encoded.labels[-1] == encoded.ids[-1]
 
 
-@pytest.mark.parametrize("text", ["{# enable_thinking #}", "{{ m.thinking }}", "{{ m['thinking'] }}"])
+@pytest.mark.parametrize("defined", ["", "{% set enable_thinking = enable_thinking | default(true) %}"])
+def test_a_template_that_thinks_unless_it_is_told_not_to_is_told_so_before_its_empty_block_is_removed(defined):
+    start, block = "{{ '<|assistant|>\n' }}", "<|START_THINKING|><|END_THINKING|>"
+    thinks = f"{{% if enable_thinking is not defined or enable_thinking %}}<|think|>{{% else %}}{block}{{% endif %}}"
+    source = defined + PHI3_TEMPLATE.replace(start, start + thinks)
+    own, once = CompiledTemplate(source, VARIABLES), pinned(source, no_thinking=True)
+    assert own.render(ONE[:1], prompt=True).endswith("<|think|>")
+    fixed, plain = CompiledTemplate(once, VARIABLES), CompiledTemplate(PHI3_TEMPLATE, VARIABLES)
+    for chat, prompt in ((ONE, False), (ONE[:1], True), (TWO, False), (TWO[:3], True)):
+        assert fixed.render(chat, prompt=prompt) == plain.render(chat, prompt=prompt)
+    fixed._variables["enable_thinking"] = True
+    assert fixed.render(ONE[:1], prompt=True).endswith("<|think|>"), "a server can still ask for it"
+    assert pinned(once, no_thinking=True) == once, "a merged model can be a base"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{# enable_thinking #}", "{{ m.thinking }}", "{{ m['thinking'] }}", "thinking", "{% set n = namespace(thinking=true) %}",
+     "{% set thinking = 1 %}{{ thinking }}"],
+)  # fmt: skip
 def test_a_template_without_the_switch_cannot_be_fixed(text):
     with pytest.raises(BadModel, match="cannot put an empty think block"):
         pinned(text + PHI3_TEMPLATE, no_thinking=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [("{% if x %}" * 2000 + "{% endif %}" * 2000, "recursion limit"), ("{{ (", "not valid"),
+     ("{{ 'a' * 10**11 }}", "cannot put an empty think block")],
+)  # fmt: skip
+def test_a_templates_switch_is_looked_for_with_limits_of_time_and_memory(monkeypatch, source, match):
+    monkeypatch.undo()
+    with pytest.raises(BadModel, match=match):
+        pinned(source, no_thinking=True)
 
 
 def test_a_template_without_a_date_stays_as_it_is(tmp_path):

@@ -15,6 +15,7 @@ from loraflow.store import (
     Summary,
     open_store,
     require_intact,
+    staging,
 )
 from loraflow.store.checkpoints import finalize_checkpoint, prune_to_newest_intact
 from loraflow.store.lock import flock
@@ -278,6 +279,10 @@ def test_a_link_in_the_place_of_a_lock_is_refused_and_its_target_is_not_overwrit
     target = tmp_path / "of a person"
     target.write_text("precious")
     (tmp_path / "lock").symlink_to(target)
-    with pytest.raises(OSError, match="symbolic links"), flock(tmp_path / "lock"):
+    (tmp_path / "folder.owner").symlink_to(target)
+    with pytest.raises(Failure, match="lock file is a link") as caught, flock(tmp_path / "lock"):
         pass
+    assert caught.value.where == str(tmp_path / "lock") and "remove it" in caught.value.next_step
+    with pytest.raises(Failure, match="lock file is a link"):
+        staging.claim(tmp_path / "folder")
     assert target.read_text() == "precious"

@@ -65,6 +65,7 @@ def test_what_a_template_leaves_unmarked_in_an_answer_is_learned_because_no_serv
 
 
 OPEN = "{{ '<|assistant|>' }}"
+FOOTER = "{% if messages[-1]['role'] == 'assistant' %}{{ 'The end.<|endoftext|>' }}{% endif %}" + START
 
 
 @pytest.mark.parametrize(
@@ -75,9 +76,12 @@ OPEN = "{{ '<|assistant|>' }}"
         ("{{ '<|user|>' + m['content'] + '<|system|><|end|>' }}", OPEN + START.replace("assistant", "user"), "<|end|>", "{}<|system|><|end|>", ["<|system|>", "<|end|>"]),
         ("{{ m['content'] + '<|end|>' }}", OPEN, "<|endoftext|>", "{}<|end|>", ["<|end|>"]),
         ("{{ '<|system|>' + m['content'] + '<|end|>' }}", OPEN, "<|endoftext|>", "<|system|>{}<|end|>", ["<|end|>"]),
+        ("{{ m['content'] + '<|end|>' }}", FOOTER, ["<|end|>", "<|endoftext|>"], "{}<|end|>", ["<|end|>"]),
+        ("{{ m['content'] + '<|end|>' }}", FOOTER, "<|endoftext|>", "{}<|end|>", ["<|end|>"]),
+        ("{{ m['content'] + '<|end|>' }}", FOOTER, "<s>", "{}<|end|>", ["<|end|>"]),
     ],
     ids=["a text between tokens", "a token before the answer too", "prompts with more than the start that is always written",
-         "the start is always written", "and not all of it"],
+         "the start is always written", "and not all of it", "a footer of the chat", "whose token is known", "with neither known"],
 )  # fmt: skip
 def test_only_what_ends_an_answer_is_learned_behind_it(tmp_path, answer, end, eos, learned_as, stops):
     """As Kimi K3, Command A and Command R write their templates."""
@@ -86,10 +90,48 @@ def test_only_what_ends_an_answer_is_learned_behind_it(tmp_path, answer, end, eo
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": served.convert_tokens_to_ids(eos)}))
     template = ChatTemplate(tmp_path)
     assert {served.convert_ids_to_tokens(i) for i in template.stop_ids()} == set(stops)
-    assert learned(template, TWO) == [learned_as.format("a color"), learned_as.format("the house")]
+    for first in ("a color", ""):
+        chat = [ONE[0], {**ONE[1], "content": first}, *TWO[2:]]
+        assert learned(template, chat) == [learned_as.format(first), learned_as.format("the house")]
     (encoded,) = template.encode([TWO], "assistant")
     assert encoded.ids.tolist() == served.apply_chat_template(TWO, return_dict=True)["input_ids"]
     check_template(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["<|end|>", "<|end|><|endoftext|>"])
+def test_phi3s_second_token_is_learned_unless_only_its_first_one_is_known_to_stop(tmp_path, end):
+    build_tokenizer(tmp_path)
+    ids = AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(["<|end|>", "<|endoftext|>"][: end.count("|>")])
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    assert learned(ChatTemplate(tmp_path), TWO) == ["a color<|end|>", f"the house{end}"]
+
+
+def test_a_token_that_ends_an_answer_and_begins_it_is_refused(tmp_path):
+    build_tokenizer(tmp_path, turns("{{ '<|system|>' + m['content'] + '<|system|>' }}"))
+    template = ChatTemplate(tmp_path)
+    empty = [ONE[0], {**ONE[1], "content": ""}, *TWO[2:]]
+    assert learned(template, empty) == ["<|system|><|system|>", "<|system|>the house<|system|>"]
+    with pytest.raises(BadModel, match="also begins it") as caught:
+        template.stop_ids()
+    assert "<|system|>" in caught.value.got and "generation %" not in str(caught.value)
+    build_tokenizer(tmp_path, turns("{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|end|>' }}"))
+    with pytest.raises(BadModel, match="block contains no stop token"):
+        ChatTemplate(tmp_path).stop_ids()
+
+
+def test_whether_the_next_message_ends_an_answer_is_asked_once_and_not_for_each_row(tmp_path, monkeypatch):
+    """As a GLM, whose rows that end with a call are ended by the token of the call's result."""
+    source = turns("{{ m['content'] ~ (m['tool_calls'] | tojson if m['tool_calls'] else '') }}").replace("<|end|>", "")
+    build_tokenizer(tmp_path, source.replace("'<|user|>'", "('<|system|>' if m['role'] == 'tool' else '<|user|>')"))
+    ids = AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(["<|user|>", "<|system|>"])
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    template, rendered = ChatTemplate(tmp_path), []
+    real = template.render
+    monkeypatch.setattr(template, "render", lambda chats: rendered.append(chats) or real(chats))
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {}}}]
+    row = [ONE[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+    assert [text[-10:] for text in template._closed([row] * 3, real([row] * 3))] == ["<|system|>"] * 3
+    assert len(rendered) == 2
 
 
 def test_the_end_of_answers_is_compared_with_transformers_own_mask(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """How the launcher watches a worker: stalls, its log, its progress file."""
 
 import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from loraflow.execution import launcher as launch
 from loraflow.execution import log_file
 from loraflow.execution.log_file import ProgressReader
 from loraflow.execution.stall_watch import AwakeClock, StallWatch, _is_progress, _Sample
+from loraflow.execution.worker_process import _stall_minutes
 from loraflow.stages import STAGES
 from loraflow.store import LocalStore
 from tests.fake_jobs import FAKE, alive_in_group, job, work_of
@@ -70,6 +72,32 @@ def test_a_worker_that_only_uses_the_processor_is_ended_after_silent_minutes_if_
     with pytest.raises(failures.Stalled, match="used the processor for 1 minutes") as caught:
         use_the_processor(140, ((1, 1),))
     assert caught.value.retryable and "runtime.silent_minutes" in caught.value.next_step
+
+
+def test_minutes_in_which_a_worker_waits_are_none_of_silent_minutes(tmp_path, monkeypatch):
+    """A worker that waits is left to stall_minutes, and one that computes after it has waited has its whole time."""
+    watch, silent = StallWatch(7, tmp_path, 30, silent_minutes=0.05), _Sample((), frozenset({7}), 0, 0, frozenset())
+    monkeypatch.setattr(watch, "_dump_stacks", lambda pids: "")
+
+    def check(now, **sample):
+        monkeypatch.setattr(watch, "_sample", lambda: silent._replace(**sample))
+        watch.check(now)
+
+    for second in range(60):
+        check(second)
+    for tenth in range(600, 628, 2):
+        check(tenth / 10, cpu_seconds=tenth)
+    check(62.9, cpu_seconds=700, stopped=frozenset({8}))
+    with pytest.raises(failures.Stalled, match="used the processor") as caught:
+        check(63.2, cpu_seconds=800, stopped=frozenset({8}))
+    assert "process 8 is stopped" in caught.value.got
+
+
+def test_the_wait_for_other_nodes_is_added_to_both_limits():
+    values = {"stall_minutes": 30, "silent_minutes": 20, "rendezvous": {"wait_minutes": 15}}
+    one, two = (SimpleNamespace(job=job("ok", **values), nodes=nodes) for nodes in (1, 2))
+    assert (_stall_minutes(one), _stall_minutes(two)) == ([30, 20], [45, 35])
+    assert _stall_minutes(SimpleNamespace(job=job("ok", **values | {"silent_minutes": None}), nodes=2)) == [45, None]
 
 
 def test_a_suspended_machine_is_not_taken_for_a_stalled_worker(tmp_path):
