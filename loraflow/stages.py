@@ -101,7 +101,8 @@ RESOLVE_BASE = Stage(
     name="resolve_base",
     # 2: a date is fixed in the template; special tokens as transformers reads them
     # 3: the template in additional_chat_templates/default.jinja; old Llama tokenizers in sentencepiece's form only
-    version=3,
+    # 4: the switch for thinking is a variable that the template reads, and is set beside an empty block too
+    version=4,
     module="loraflow.base.resolve",
     config=configs.ResolveBaseConfig,
     runtime=JobRuntime.of_base,
