@@ -556,6 +556,8 @@ def test_init_takes_a_name_of_the_project(tmp_path, monkeypatch, phi3):
     arguments = ["init", "--data", "x.jsonl", "--base", str(phi3), "--template", "gpu-team", "--project"]
     refused = CliRunner().invoke(cli, [*arguments, "Team A"], catch_exceptions=True)
     assert isinstance(refused.exception, BadConfig) and refused.exception.next_step == "--project team-a"
+    empty = CliRunner().invoke(cli, [*arguments, ""]).exception
+    assert isinstance(empty, BadConfig) and empty.next_step == "write a name after --project, or omit it"
     assert not Path("prefect.yaml").exists()
     done = CliRunner().invoke(cli, [*arguments, "team-a"], catch_exceptions=False)
     assert "deployments of the project team-a" in done.output
@@ -565,3 +567,7 @@ def test_init_takes_a_name_of_the_project(tmp_path, monkeypatch, phi3):
     assert "placement: {train: team-a-gpu" in Path("configs/x.yaml").read_text()
     again = CliRunner().invoke(cli, ["init", *arguments[1:5], "--name", "y", "--project", "b"])
     assert isinstance(again.exception, BadConfig) and again.exception.where == "--project b"
+    both = CliRunner().invoke(cli, [*arguments, "b", "--name", "y"]).exception
+    assert isinstance(both, BadConfig) and both.where == "--template gpu-team --project b"
+    assert both.next_step.startswith("omit --template and --project, or")
+    assert Path("README.md").read_text().startswith("# team-a\n")
