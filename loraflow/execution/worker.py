@@ -132,10 +132,6 @@ def _end_with_launcher(grace: float) -> None:
         sys.exit(1)
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
-
-
 C = TypeVar("C", bound=StageConfig)
 
 
@@ -143,3 +139,7 @@ def stage_function(stage: Stage) -> Callable[[Job[C], Inputs, Path, Progress], S
     """Return `run` of a stage's module: it reads the inputs' folders and writes the artifact's files into a folder."""
     function: Callable[[Job[C], Inputs, Path, Progress], Summary] = import_module(stage.module).run
     return function
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
