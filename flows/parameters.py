@@ -25,6 +25,7 @@ from pydantic.config import JsonDict
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
+from loraflow.config.recipe_text import recipe_names
 from loraflow.credentials import HAS_CREDENTIALS
 from loraflow.stages import STAGES
 
@@ -34,7 +35,7 @@ class RecipeChoice:
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Return the schema, with the recipes that exist when the flow is deployed."""
-        names = sorted(path.stem for path in Path("configs").glob("*.yaml"))
+        names = recipe_names()
         path: JsonSchemaValue = {"title": "A path", "type": "string"}
         if len(names) != 1:
             path["minLength"] = 1  # an empty text is the only recipe
@@ -136,7 +137,7 @@ def _named(value: object) -> object:
     """Replace an empty recipe by the only one of `configs/`. It is the default of the flows, as in `finetune.serve()`."""
     if value != THE_ONLY_RECIPE:
         return _as_text(value)
-    names = sorted(path.stem for path in Path("configs").glob("*.yaml"))
+    names = recipe_names()
     if len(names) == 1:
         return names[0]
     have = f"configs/ has {', '.join(names)}" if names else f"there is no recipe in {Path('configs').absolute()}"

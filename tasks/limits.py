@@ -8,7 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from loraflow.execution.workspace import Workspace
-from loraflow.reporting.rows import check_notes
+from loraflow.reporting.rows import check_notes, used_elsewhere
 from loraflow.store import Ref
 
 log = logging.getLogger("loraflow")
@@ -23,7 +23,7 @@ def check_rows(workspace: Workspace, rows: Ref) -> None:
 
     report = workspace.store.manifest(rows).report
     where = f"{workspace.store.location(rows)}/report.json"
-    for note in check_notes(CheckReport.model_validate(report)):
+    for note in check_notes(CheckReport.model_validate(report), used_elsewhere(workspace.recipe)):
         log.warning("%s", note)
     refuse_findings(report, where)
     data = workspace.recipe.data

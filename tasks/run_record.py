@@ -22,7 +22,7 @@ from loraflow.execution.results import PipelineResult, Registration
 from loraflow.failures import Failure
 from loraflow.registry.log import actor
 from loraflow.registry.runs import Publication, RecordedDecision, RowsSummary, RunRecord, RunState, RunSummary, find_run
-from loraflow.reporting.rows import RowPolicy, summarise_rows
+from loraflow.reporting.rows import RowPolicy, summarise_rows, used_elsewhere
 from loraflow.store import Ref
 from loraflow.tasks.guards import heldout_slices
 
@@ -58,7 +58,7 @@ def rows_summary(run: Run, result: PipelineResult) -> RowsSummary:
         CheckReport.model_validate(store.manifest(result.rows).report),
         store.manifest(result.tokens).figures,
         evaluation_report(run, result.tuned_scores),
-        RowPolicy(recipe.training_config.max_length, recipe.data.too_long, recipe.deals_rows),
+        RowPolicy(recipe.training_config.max_length, recipe.data.too_long, recipe.deals_rows, used_elsewhere(recipe)),
     )
 
 

@@ -99,7 +99,7 @@ class Deployer:
                 expected=own,
                 got=other,
                 next_step=f"replace the name {spec.project or spec.name} everywhere in prefect.yaml; "
-                "or, if both are the same project, write the server's id into it",
+                f"or, if both are the same project, write the server's id ({other}) into it",
             )
 
     def _find(self, spec: DeploymentSpec) -> DeploymentResponse | None:

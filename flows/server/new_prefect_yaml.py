@@ -8,19 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import secrets
+import socket
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 from string import Template
 
 import yaml
 from pydantic import JsonValue
 
-from loraflow.config.project import FILE
-from loraflow.config.recipe_text import find_recipe
+from loraflow.config.project import FILE, id_in
+from loraflow.config.recipe_text import find_recipe, recipe_names
 from loraflow.config.upgrade_recipe import Upgraded
 from loraflow.config.yaml import Edit, Scalar, Syntax, apply, load_plain, scalars
+from loraflow.data.git import folder_in_repository, git_or_none
 from loraflow.data.git_branch import MAIN, branch_for_retraining
+from loraflow.failures import BadConfig
 
 TEXT = Template("""\
 # The deployments of this project: what people start from Prefect's UI, and what runs on a schedule.
@@ -141,18 +144,36 @@ def write_prefect_yaml(
     if file.exists():
         return None
     if recipe is None:
-        names = sorted(path.stem for path in (folder / "configs").glob("*.yaml"))
+        names = recipe_names(folder)
         recipe = names[0] if names else find_recipe("NAME").stem  # refuses, and says how to make one
     branch = branch_for_retraining(folder)
     values = {
         "project": project or slug(folder.absolute().name),
-        "id": secrets.token_hex(4),
+        "id": _new_id(folder),
         "recipe": quoted(recipe),
         "branch": "" if branch == MAIN else f", branch: {quoted(branch)}",
     }
     text = TEXT.substitute(values) + (TEAM.substitute(values) if template == "gpu-team" else "")
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def _new_id(folder: Path) -> str:
+    """Return the id of the project in a folder: a `prefect.yaml` that is written again has the one before.
+
+    That is the id of the committed file, or else a hash of git's first commit and the folder's path in the repository, as
+    in every clone. Without commits it is a hash of this host and the folder's path.
+    """
+    if committed := git_or_none(["show", f"HEAD:./{FILE}"], folder):
+        with suppress(Syntax, BadConfig):
+            document = load_plain(committed)
+            if isinstance(document, dict) and (known := id_in(document)):
+                return known
+    first = None
+    if git_or_none(["rev-parse", "--is-shallow-repository"], folder) == "false":
+        first = git_or_none(["rev-list", "--max-parents=0", "--first-parent", "HEAD"], folder)
+    place = [first, folder_in_repository(folder)] if first else [socket.gethostname(), str(folder.absolute())]
+    return hashlib.sha256(json.dumps(place).encode()).hexdigest()[:8]
 
 
 def slug(text: str) -> str:
@@ -238,11 +259,13 @@ def _indent(text: str) -> int | None:
 ENTER = "loraflow.flows.server.project.enter"
 OLD_ENTER = "flows.project.enter"  # while loraflow's flows were a top-level package
 # loraflow's own flows, under the names that they had then: as a module, or as a file of a clone
+TAKES_RECIPE = re.compile(r"loraflow\.flows\.(finetune|retrain|evaluate_model|sweep)\.\w+")
 OLD_FLOW = re.compile(r"(?:loraflow/)?flows[./](finetune|retrain|evaluate_model|predict|stage)(?:\.|\.py:)(\w+)")
 
 
 def upgrade_prefect_yaml(text: str, folder: Path) -> Upgraded:
-    """Write current import names, the project's name, and the project into loraflow's pull step.
+    """Write current import names, the project's name, and the project into loraflow's pull step, and the recipe
+    that deployments without one ran.
 
     Deployments, schedules and everything else stay as they are. A flow of the project's own, in its folder
     `flows`, keeps its entrypoint.
@@ -262,15 +285,84 @@ def upgrade_prefect_yaml(text: str, folder: Path) -> Upgraded:
     for step in steps:
         if any(scalar.path == (*step.path, "project") for scalar in found):
             continue
-        if (edit := _project(text, step, name)) is None:
+        if (edit := _fill(text, step, f"{{project: {quoted(name)}}}")) is None:
             line = text.count("\n", 0, step.start) + 1
             notes.append(f"line {line}: add the project to this step: {ENTER}: {{project: {name}}}")
         else:
             edits.append(edit)
-    new = apply(text, edits)
+    new = _with_recipes(apply(text, edits), folder, notes)
     if new != text and not _has_name(new, name):
         return Upgraded(text, [*notes, "left unchanged: the file does not have one key per line"])
     return Upgraded(new, notes)
+
+
+EARLIER_RECIPE = "quickstart"  # the one that earlier versions ran if a deployment named none
+
+
+def _with_recipes(text: str, folder: Path, notes: list[str]) -> str:
+    """Write the earlier default into deployments that name no recipe, if the project has that recipe."""
+    if EARLIER_RECIPE not in recipe_names(folder):
+        return text
+    edits = []
+    for number in _without_recipe(text):
+        edit = _recipe(text, ("deployments", number))
+        if edit is not None and number not in _without_recipe(apply(text, [edit])):
+            edits.append(edit)
+        else:
+            notes.append(f"deployments[{number}]: add parameters: {{recipe: {EARLIER_RECIPE}}}, which it ran before")
+    return apply(text, edits)
+
+
+def _without_recipe(text: str) -> list[int]:
+    """Return the numbers of deployments of loraflow's flows for which neither they nor each of their runs name a recipe."""
+    try:
+        document = load_plain(text)
+    except Syntax:
+        return []
+    entries = document.get("deployments") if isinstance(document, dict) else None
+    found = []
+    for number, entry in enumerate(entries if isinstance(entries, list) else []):
+        if isinstance(entry, dict) and TAKES_RECIPE.fullmatch(str(entry.get("entrypoint"))) and not _recipe_of(entry):
+            runs = [run for kind in ("schedules", "triggers") for run in _items(entry.get(kind))]
+            if not runs or not all(map(_recipe_of, runs)):
+                found.append(number)
+    return found
+
+
+def _items(value: JsonValue) -> list[JsonValue]:
+    return value if isinstance(value, list) else []
+
+
+def _recipe_of(entry: JsonValue) -> JsonValue:
+    parameters = entry.get("parameters") if isinstance(entry, dict) else None
+    return parameters.get("recipe") if isinstance(parameters, dict) else None
+
+
+def _recipe(text: str, place: tuple[str | int, ...]) -> Edit | None:
+    """Return the edit that writes the recipe into a deployment; None if its parameters are an alias, or in an odd form."""
+    found = list(scalars(text))
+    keys = {scalar.path: scalar for scalar in found if scalar.is_key}
+    recipe = f"recipe: {EARLIER_RECIPE}"
+    parameters = (*place, "parameters")
+    first = next((scalar for path, scalar in keys.items() if path[:-1] == parameters), None)
+    if first is not None:
+        indent = _before(text, first)
+        return Edit(first.start, first.start, f"{recipe}, " if indent.strip() else f"{recipe}\n{indent}")
+    if parameters in keys:
+        return _fill(text, keys[parameters], f"{{{recipe}}}")
+    key = keys[(*place, "entrypoint")]
+    value = next(scalar for scalar in found if scalar.path == key.path and not scalar.is_key)
+    indent = _before(text, key)
+    if indent.replace("-", " ").strip():
+        return Edit(value.end, value.end, f", parameters: {{{recipe}}}")
+    end = re.compile(r"[^\r\n]*").match(text, value.end)
+    assert end is not None
+    return Edit(end.end(), end.end(), f"\n{' ' * len(indent)}parameters: {{{recipe}}}")
+
+
+def _before(text: str, scalar: Scalar) -> str:
+    """Return what is before a scalar in its line."""
+    return text[text.rfind("\n", 0, scalar.start) + 1 : scalar.start]
 
 
 def _has_name(text: str, name: str) -> bool:
@@ -296,7 +388,7 @@ def _before_first_key(found: list[Scalar], text: str) -> Edit:
     return Edit(start, start, text)
 
 
-def _project(text: str, step: Scalar, name: str) -> Edit | None:
-    """Return the edit that gives an empty step its project; None if the step has other values."""
-    rest = re.compile(r"\s*:[ \t]*(\{[ \t]*\}|null|~)?(?=[ \t]*(?:#.*)?(?:\r?\n|$))").match(text, step.end)
-    return None if rest is None else Edit(step.end, rest.end(), f": {{project: {quoted(name)}}}")
+def _fill(text: str, key: Scalar, value: str) -> Edit | None:
+    """Return the edit that gives a key without values this one; None if it has others."""
+    rest = re.compile(r"\s*:[ \t]*(\{[ \t]*\}|null|~)?(?=[ \t]*(?:#.*)?(?:\r?\n|$))").match(text, key.end)
+    return None if rest is None else Edit(key.end, rest.end(), f": {value}")

@@ -16,12 +16,14 @@ from pydantic import JsonValue, ValidationError
 
 import loraflow
 from loraflow.config.project import FILE, read_prefect_yaml
+from loraflow.config.recipe_text import recipe_files, recipe_names
 from loraflow.failures import BadConfig
 from loraflow.flows.server.automations import Notifications, Project
 from loraflow.flows.server.deployed_parameters import (
     check_parameters,
     check_settings,
     is_filled_in_later,
+    recipe_file,
     texts,
     warn_of_missing_branches,
     with_recipe_values,
@@ -49,7 +51,7 @@ def find_prefect_yaml() -> Path:
     """
     if Path(FILE).is_file():
         return Path(FILE)
-    if any(Path("configs").glob("*.yaml")):
+    if recipe_files():
         written = write_prefect_yaml(Path())
         log.warning("%s was written, with deployments for the recipes in configs/; it is yours to change", FILE)
         return written or Path(FILE)
@@ -294,30 +296,30 @@ def _with_recipe(spec: DeploymentSpec, file: Path) -> DeploymentSpec:
     """Return a deployment of loraflow's flows with its recipe: without one, the only one of the project.
 
     Raises:
-        BadConfig: a recipe does not exist, or none is named and the project has several.
+        BadConfig: a recipe does not exist, or none is named and the project has several. It is enough that each
+            schedule and trigger names one.
     """
     if not spec.entrypoint.startswith("loraflow.flows."):
         return spec
     if "recipe" not in inspect.signature(_load_flow(spec.entrypoint, str(file)).fn).parameters:
         return spec
-    known = sorted(path.stem for path in (file.parent / "configs").glob("*.yaml"))
+    known = recipe_names(file.parent)
     if spec.parameters.get("recipe", "") == "" and len(known) == 1:
         spec = spec.model_copy(update={"parameters": {**spec.parameters, "recipe": known[0]}})
-    found = [("parameters", spec.parameters.get("recipe", ""))]
+    found: list[tuple[str, JsonValue]] = []
     for kind, items in (("schedules", spec.schedules), ("triggers", spec.triggers)):
         found += [(f"{kind}[{n}].parameters", (item.parameters or {}).get("recipe")) for n, item in enumerate(items)]
+    if "recipe" in spec.parameters or not found or not all(name for _, name in found):
+        found.append(("parameters", spec.parameters.get("recipe", "")))
     for part, name in found:
-        if not isinstance(name, str) or "{{" in name:
-            continue
-        folder = file.parent
-        if any((folder / path).is_file() for path in (name, f"configs/{name}.yaml", f"configs/{name}.yml")):
+        if not isinstance(name, str) or "{{" in name or recipe_file(file.parent, name):
             continue
         raise BadConfig(
             "A deployment names a recipe that does not exist." if name else "A deployment names no recipe.",
             where=f"{file}: {spec.full_name}.{part}.recipe",
             expected=f"one of configs/: {', '.join(known) or 'there is none'}",
-            got=name,
-            next_step=f"correct {FILE}; `loraflow init` makes a recipe",
+            got=name or "none",
+            next_step=f"write {part}: {{recipe: {known[0]}}}" if known else "`loraflow init` makes a recipe",
         )
     return spec
 

@@ -80,15 +80,6 @@ def _refuse_another_project(folder: Path, project: str) -> None:
             got=f"{FILE} without a name" if (folder / FILE).exists() else f"no {FILE}",
             next_step=f"copy the project's {FILE} into that folder; or start the worker with {PROJECT_VARIABLE}={project}",
         )
-    wanted, own = os.environ.get(PROJECT_ID), project_id(folder)
-    if wanted and own and wanted != own:
-        raise BadConfig(
-            "The worker serves another project of the same name.",
-            where=f"worker in {folder}",
-            expected=f"{PROJECT_ID} {wanted}",
-            got=f"{own}, by its {FILE}",
-            next_step=f"replace the name {project} everywhere in one of the two {FILE}, and deploy that project again",
-        )
     for found, source in ((name, FILE), (told, PROJECT_VARIABLE)):
         if found is not None and found != project:
             raise BadConfig(
@@ -99,6 +90,16 @@ def _refuse_another_project(folder: Path, project: str) -> None:
                 next_step="give each project a work pool of its own in prefect.yaml, and start its worker with "
                 f"LORAFLOW_HOME=/path/of/{project}",
             )
+    wanted, own = os.environ.get(PROJECT_ID), project_id(folder)
+    if wanted and own and wanted != own:
+        raise BadConfig(
+            "The worker serves another project of the same name.",
+            where=f"worker in {folder}",
+            expected=f"{PROJECT_ID} {wanted}",
+            got=f"{own}, by its {FILE}",
+            next_step=f"replace the name {project} everywhere in one of the two {FILE}, and deploy that project again; "
+            f"or, if both are the same project, write the id of one ({wanted}) into the other",
+        )
 
 
 def _fail_run(run_id: UUID, failure: BadConfig) -> None:

@@ -326,7 +326,9 @@ def usage_hint(error: click.ClickException) -> str:
         return f"  {error.param.opts[0]}  {error.param.help}" if error.param.help else ""
     if error.param.name != "recipe":
         return ""
-    names = sorted(path.stem for path in Path("configs").glob("*.yaml"))
+    from loraflow.config.recipe_text import recipe_names
+
+    names = recipe_names()
     if not names:
         return "  There are no recipes in configs/ here. To make one: loraflow init --data FILE --base MODEL"
     more = f", and {len(names) - SHOWN_RECIPES} more" if len(names) > SHOWN_RECIPES else ""

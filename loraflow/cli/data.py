@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import click
 
 from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option, store_option
-from loraflow.config.data_sources import FORMATS
+from loraflow.data.chats import FORMATS
 from loraflow.failures import BadConfig, BadData
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def check(source: str, form: str | None, ignore: tuple[str, ...], personal: bool
 
     Exit status 1 if a row is malformed, there are no rows, or a check of data.profile with `fail` found too many rows.
     """
-    from loraflow.cli.data_check import RowCounts, checked_source, print_findings
+    from loraflow.cli.data_check import RowCounts, checked_source, print_findings, print_unread
     from loraflow.data.findings import Detector
     from loraflow.data.mark_names import without_marks
     from loraflow.data.readers import match_nothing
@@ -114,6 +114,7 @@ def check(source: str, form: str | None, ignore: tuple[str, ...], personal: bool
         found: dict[str, object] = {
             "profile": [finding.model_dump() for finding in findings],
             "scripts": detector.scripts,
+            **({"unread_files": read.unread_files} if read.unread_files else {}),
         }
         document = counts.document(read.columns, unread, found)
         click.echo(json.dumps(document))
@@ -128,10 +129,9 @@ def check(source: str, form: str | None, ignore: tuple[str, ...], personal: bool
         for line in marked_lines(counts.marks, counts.partly, counts.weighted):
             click.echo(line)
         print_findings(findings, detector.scripts)
-        for name in match_nothing(Path(source)) if Path(source).is_dir() else ():
-            click.echo(f"not read  {name}: not one of the supported file types", err=True)
-        for name in read.unread_files:
-            click.echo(f"not read  {name}: no pattern of the recipe names it", err=True)
+        if Path(source).is_dir():
+            print_unread(match_nothing(Path(source)), "not one of the supported file types")
+        print_unread(read.unread_files, "no pattern of the recipe names it")
         if len(counts.prompts) == 1:
             click.echo("every row has the same prompt: none can be held out (data.heldout takes a file)", err=True)
     if counts.problems or not counts.rows or any(f.is_over and f.action == "fail" for f in findings):
@@ -274,15 +274,21 @@ def version_of(name: str | None, source: str, store: Store | None) -> Version:
     """
     from loraflow.config.data import Data
     from loraflow.data.compare import read_files, read_revision
+    from loraflow.data.dataset_files import dataset_files
+    from loraflow.data.dvc_ignore import IgnoreRules
     from loraflow.data.dvc_pin import read_pin
     from loraflow.data.readers import match_files
 
+    belonging = None  # files of the folder that belong to the dataset; None: all
     if name is None and source.endswith(".dvc") and Path(pinned := read_pin(".", source, None).path).exists():
         name = pinned
+        if (dataset := Path(name)).is_dir():
+            belonging = {file.name for file in dataset_files(dataset, IgnoreRules(dataset))}
     if _is_path(name):
         path = Path(name)
         folder, patterns = (path, ["*"]) if path.is_dir() else (path.parent, [path.name])
-        return read_files(folder, match_files(folder, patterns), "auto", {})
+        files = [file for file in match_files(folder, patterns) if belonging is None or file in belonging]
+        return read_files(folder, files, "auto", {})
     if store is not None and _is_run(name):
         return _of_run(name, store)
     if not source.endswith(".dvc"):

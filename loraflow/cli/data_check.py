@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from loraflow.data.findings import Detector
     from loraflow.data.readers import Row
 
+MAX_FILES = 20  # files that are printed as not read
+
 
 @dataclass(frozen=True)
 class CheckedSource:
@@ -42,7 +44,7 @@ class CheckedSource:
     convert: Callable[[Row], Row] = lambda row: row  # what the recipe makes of a row
     config: CheckDatasetConfig | None = None  # set for a recipe with data.sources, which name their own files
     heldout: frozenset[str] = frozenset()  # sets whose files are held out
-    unread_files: Collection[str] = ()  # files that no pattern of the recipe names
+    unread_files: Sequence[str] = ()  # files that no pattern of the recipe names
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Yield each row with its set."""
@@ -113,6 +115,7 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
     from loraflow.data.tools import dataset_tools
     from loraflow.execution.runner import intact_result
     from loraflow.execution.workspace import Workspace
+    from loraflow.reporting.rows import used_elsewhere
     from loraflow.stages import VERSION_DATASET
 
     workspace = Workspace(load_recipe(recipe))
@@ -122,6 +125,7 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
     config = CheckDatasetConfig.from_recipe(workspace.recipe, workspace)
     rules = {**default_rules(personal=personal), **config.profile}
     tools = dataset_tools(config.tools, "data.tools")
+    elsewhere = used_elsewhere(workspace.recipe)
     sets = {} if config.sources else assign_files(folder, config)
     return CheckedSource(
         folder,
@@ -135,8 +139,16 @@ def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
         convert=partial(with_thinking, thinking=config.thinking),
         config=config if config.sources else None,
         heldout=frozenset(sets) - {TRAIN},
-        unread_files=unread_files(folder, config),
+        unread_files=[name for name in unread_files(folder, config) if name not in elsewhere],
     )
+
+
+def print_unread(files: Sequence[str], why: str) -> None:
+    """Print the first files that are not read, and the number of the others."""
+    for name in files[:MAX_FILES]:
+        click.echo(f"not read  {name}: {why}", err=True)
+    if len(files) > MAX_FILES:
+        click.echo(f"not read  … and {len(files) - MAX_FILES} more files", err=True)
 
 
 def print_findings(findings: list[Finding], scripts: Mapping[str, float]) -> None:

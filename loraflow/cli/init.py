@@ -78,7 +78,8 @@ def init(
             "This cannot be the name of a project.",
             where=f"--project {project}",
             expected="a to z, digits and hyphens",
-            next_step=f"--project {slug(project)}",
+            got="" if project else "an empty text",
+            next_step=f"--project {slug(project)}" if project.strip() else "write a name after --project, or omit it",
         )
     options = _Options(_plain_name(name or data_file.stem), base, project, template, dvc_pipeline)
     _free_places(options)
@@ -130,7 +131,7 @@ def _write_project(dataset: UserDataset, options: _Options, recipe: Path, target
             text += team_recipe_lines(options.project or slug(Path().absolute().name))
         recipe.write_text(text, encoding="utf-8")
         deployments = write_prefect_yaml(Path(), options.name, options.template, options.project)
-        readme = write_readme(Path(), recipe, target)
+        readme = write_readme(Path(), recipe, target, options.project)
         if options.dvc_pipeline:
             write_pipeline(Path(), options.name, recipe, target)
         dvc.push_pin(pin)  # last: it cannot be undone
@@ -188,13 +189,14 @@ def _free_places(options: _Options) -> tuple[Path, Path]:
             )
     if options.dvc_pipeline:
         refuse_second_pipeline(Path())
-    given = f"--template {options.template}" if options.template != "local" else ""
-    given = given or (f"--project {options.project}" if options.project else "")
+    given = {"--template": options.template if options.template != "local" else None, "--project": options.project}
+    given = {option: value for option, value in given.items() if value}
     if given and Path(FILE).exists():
+        named = " and ".join(given)
         raise BadConfig(
-            f"{FILE} exists already, and {given.split()[0]} is for a new one.",
-            where=given,
-            next_step=f"omit {given.split()[0]}, or rename {FILE} and merge your changes into the new one",
+            f"{FILE} exists already, and {named} {'is' if len(given) == 1 else 'are'} for a new one.",
+            where=" ".join(f"{option} {value}" for option, value in given.items()),
+            next_step=f"omit {named}, or rename {FILE} and merge your changes into the new one",
         )
     return recipe, target
 
@@ -268,8 +270,11 @@ README_COMMANDS = {
 }
 
 
-def write_readme(folder: Path, recipe: Path, data: Path) -> Path | None:
-    """Write README.md into a project's folder and return its path; None if there is one already."""
+def write_readme(folder: Path, recipe: Path, data: Path, project: str | None = None) -> Path | None:
+    """Write README.md into a project's folder and return its path; None if there is one already.
+
+    Its title is the project's name: by default that of the folder.
+    """
     file = folder / README
     if any(path.name.lower().startswith("readme") for path in folder.iterdir()):
         return None
@@ -277,7 +282,7 @@ def write_readme(folder: Path, recipe: Path, data: Path) -> Path | None:
     lines = [(command.format(**names), meaning) for command, meaning in README_COMMANDS.items()]
     width = max(len(command) for command, _ in lines)
     commands = "\n".join(f"{command:<{width}}   {meaning}" for command, meaning in lines)
-    text = README_TEXT.format(title=folder.absolute().name, commands=commands, **names)
+    text = README_TEXT.format(title=project or folder.absolute().name, commands=commands, **names)
     file.write_text(text, encoding="utf-8")
     return file
 

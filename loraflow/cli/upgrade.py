@@ -56,10 +56,11 @@ def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
     """Yield each file of the project, with its new and its present text."""
     from loraflow.cli.init import FOR_DVCIGNORE, gitignore_lines, with_lines
     from loraflow.config.project import FILE
+    from loraflow.config.recipe_text import recipe_files
     from loraflow.config.upgrade_recipe import Upgraded, upgrade_recipe
     from loraflow.flows.server.new_prefect_yaml import upgrade_prefect_yaml
 
-    recipes = sorted(path for pattern in ("*.yaml", "*.yml") for path in Path("configs").glob(pattern))
+    recipes = recipe_files()
     if not recipes and not Path(FILE).exists():
         raise BadConfig(
             "This folder is not a loraflow project.",

@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from loraflow.credentials import mask
+from loraflow.data.chats import RowFormat
 from loraflow.frozen import FrozenModel
 
-RowFormat = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "gemini", "xlam", "glaive", "tree", "transcript"
-]
-FORMATS: tuple[str, ...] = get_args(RowFormat)
 COLUMNS = (
     "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system", "text", "reasoning",
     "train", "exclude",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -55,7 +56,12 @@ def project_id(folder: Path) -> str | None:
     Raises:
         BadConfig: the file cannot be read.
     """
-    entries = _read(folder).get("deployments")
+    return id_in(_read(folder))
+
+
+def id_in(document: Mapping[str, JsonValue]) -> str | None:
+    """Return the id in the deployments of a `prefect.yaml`; None if they have none."""
+    entries = document.get("deployments")
     for entry in entries if isinstance(entries, list) else []:
         pool = entry.get("work_pool") if isinstance(entry, dict) else None
         if isinstance(pool, dict) and (found := id_of(pool.get("job_variables"))):
@@ -64,9 +70,21 @@ def project_id(folder: Path) -> str | None:
 
 
 def id_of(job_variables: object) -> str | None:
-    """Return the project's id in the job variables of a deployment."""
+    """Return the project's id in the job variables of a deployment. Digits without quotes are the text of the number.
+
+    Raises:
+        BadConfig: it is neither a text nor a whole number.
+    """
     env = job_variables.get("env") if isinstance(job_variables, dict) else None
-    return env.get(PROJECT_ID) if isinstance(env, dict) else None
+    found = env.get(PROJECT_ID) if isinstance(env, dict) else None
+    if isinstance(found, bool) or not isinstance(found, str | int | None):
+        raise BadConfig(
+            f"{PROJECT_ID} is not a text.",
+            where=f"{FILE}: work_pool.job_variables.env",
+            got=str(found),
+            next_step="write it in quotes",
+        )
+    return None if found is None else str(found) or None
 
 
 def _read(folder: Path) -> dict[str, JsonValue]:

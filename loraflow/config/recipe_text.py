@@ -47,6 +47,20 @@ def find_and_read(path: str | Path) -> tuple[Path, str]:
     return file, text
 
 
+RECIPES = Path("configs")  # folder of the recipes, in the project's
+SUFFIXES = (".yaml", ".yml")
+
+
+def recipe_files(folder: Path = Path()) -> list[Path]:
+    """Return the recipes in `configs/` of a project's folder, by name."""
+    return sorted(path for path in (folder / RECIPES).glob("*") if path.suffix in SUFFIXES)
+
+
+def recipe_names(folder: Path = Path()) -> list[str]:
+    """Return the names of the recipes in `configs/` of a project's folder."""
+    return sorted({path.stem for path in recipe_files(folder)})
+
+
 def find_recipe(path: str | Path) -> Path:
     """Return a recipe's file, given its path or the name of a recipe in `configs/`.
 
@@ -58,10 +72,11 @@ def find_recipe(path: str | Path) -> Path:
     if instead is None:
         return file
     if file.name and file.parent == Path() and len(file.name) < MAX_NAME:
-        named = Path("configs", file.name).with_suffix(".yaml")
-        if _what_is_not_a_file(named) is None:
-            return named
-    have = sorted(str(found) for found in Path("configs").glob("*.yaml"))
+        for suffix in SUFFIXES:
+            named = RECIPES.joinpath(file.name).with_suffix(suffix)
+            if _what_is_not_a_file(named) is None:
+                return named
+    have = [str(found) for found in recipe_files()]
     near = difflib.get_close_matches(str(path), have, 1, 0.4) or have[:1]
     raise BadConfig(
         "There is no such recipe.",

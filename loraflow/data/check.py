@@ -45,7 +45,7 @@ from loraflow.store import Summary
 from loraflow.store.chunk_cache import ChunkCache
 
 DROPPED = ("duplicate", "leak", "marked_false", "near_leak", "near_both", "group_leak")
-MAX_UNREAD = 50  # keys in the report
+MAX_UNREAD = 50  # keys, and files, in the report
 log = logging.getLogger("loraflow")
 
 
@@ -135,6 +135,7 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
         places = ((table.id_of(number), table.place(number)) for number in gate_rows)
         queries = {source.name: source.query for source in config.sources if source.query is not None}
         write_field_values(files, places, config.heldout_fields, out, queries)
+    unread = unread_files(files, config)
     for split, rows in splits.items():
         _write_rows(out / f"{split}.jsonl", table, rows, split, clusters if config.group is None else None)
     return CheckReport(
@@ -146,7 +147,8 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
         unread=without_marks(dict(reading.unread.most_common(MAX_UNREAD)), reading.marks),
         marks=dict(reading.marks.most_common(MAX_UNREAD)),
         doubtful=doubtful(reading.told, reading.unread),
-        unread_files=unread_files(files, config)[:MAX_UNREAD],
+        unread_files=unread[:MAX_UNREAD],
+        unread_file_count=len(unread),
         similar=similar,
         findings=reading.findings,
         sources=count_sources(columns, splits, config, reading.sources),

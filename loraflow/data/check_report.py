@@ -96,7 +96,8 @@ class CheckReport(StoredModel):
     doubtful: dict[
         str, dict[str, int]
     ] = {}  # columns that may mark answers: {column: {value: rows}}; left out without any
-    unread_files: list[str] = []  # files that no pattern names; left out without any
+    unread_files: list[str] = []  # files that no pattern names, the first ones; left out without any
+    unread_file_count: int = 0
     similar: Similar = Similar()
     findings: list[Finding] = []  # left out of the JSON without data.profile
     # of each of data.sources, its rows: read, malformed, over_limit, not_drawn (by its weight), train, validation, heldout,
@@ -112,7 +113,7 @@ class CheckReport(StoredModel):
 
     def as_json(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""
-        optional = ("near", "findings", "sources", "marks", "doubtful", "unread_files")
+        optional = ("near", "findings", "sources", "marks", "doubtful", "unread_files", "unread_file_count")
         absent = {name for name in optional if not getattr(self, name)}
         values: dict[str, JsonValue] = self.model_dump(mode="json", exclude=absent)
         return values

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from loraflow.data.check_report import CheckReport
+from typing import TYPE_CHECKING
+
 from loraflow.frozen import StoredModel
+
+if TYPE_CHECKING:
+    from loraflow.data.check_report import CheckReport
 
 
 class DataDrift(StoredModel):

@@ -16,15 +16,20 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple
 
 from loraflow.failures import BadConfig
 from loraflow.store.files import HashMemo
 
+log = logging.getLogger("loraflow")
 PARSE_ATTEMPTS = 5
 OURS = "loraflow"  # its code is a part of the stage's
 # Calls that write the file that they are a method of, and those that write the file that they are given first, or second.
@@ -77,13 +82,13 @@ def _named_files(file: Path, folder: Path) -> Iterator[Path]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for name in node.names:
-                yield from _modules(Path(), name.name)
+                yield from _modules(Path(), name.name, file)
         elif isinstance(node, ast.ImportFrom):
             # evaluate copies the modules beside a script, and so makes them importable by `from .name import …`.
             start = file.parents[node.level - 1] if 0 < node.level <= len(file.parents) else Path()
             module = f"{node.module}." if node.module else ""
             for name in node.names:
-                yield from _modules(start, f"{module}{name.name}")
+                yield from _modules(start, f"{module}{name.name}", file)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in written:
             yield from (file for file in (Path(node.value), folder / node.value) if _is_file(file))
 
@@ -182,14 +187,51 @@ def _parse(source: bytes) -> ast.Module:
     return ast.parse(source)
 
 
-def _modules(start: Path, name: str) -> Iterator[Path]:
-    """Yield the files of a module with a dotted name, and of the packages that it is in."""
-    if start == Path() and name.partition(".")[0] == OURS:
+def _modules(start: Path, name: str, by: Path) -> Iterator[Path]:
+    """Yield the files of a module with a dotted name, and of the packages that it is in.
+
+    Args:
+        start: the folder that the name starts in: the working directory for an absolute import.
+        name: the dotted name.
+        by: the file that imports it, for a warning.
+    """
+    top = name.partition(".")[0]
+    if start == Path() and top == OURS:
         return
-    path = start
+    path, found = start, []
     for part in name.split("."):
         path /= part
-        yield from (file for file in (path.with_name(f"{part}.py"), path / "__init__.py") if _is_file(file))
+        found += [file for file in (path.with_name(f"{part}.py"), path / "__init__.py") if _is_file(file)]
+    if found and start == Path() and _is_library(top, Path.cwd(), os.environ.get("PYTHONPATH", "")):
+        _warn_of_library(by, top, found[0])
+    else:
+        yield from found
+
+
+@cache
+def _is_library(name: str, folder: Path, python_path: str) -> bool:
+    """Tell whether an absolute import finds Python's or an installed module: the working directory is searched last.
+
+    A folder that PYTHONPATH names is searched first.
+    """
+    if folder in (Path(entry).absolute() for entry in python_path.split(os.pathsep) if entry):
+        return False
+    if name in sys.stdlib_module_names:
+        return True
+    spec = PathFinder.find_spec(name, [entry for entry in sys.path if Path(entry).absolute() != folder])
+    return (
+        spec is not None and spec.origin is not None
+    )  # without an origin it is a folder, and a module comes before it
+
+
+@cache
+def _warn_of_library(by: Path, name: str, file: Path) -> None:
+    log.warning(
+        "%s imports %s: that is the module of Python or of a library, not %s of the project; rename that file to use it",
+        by,
+        name,
+        file,
+    )
 
 
 def _is_file(path: Path) -> bool:

@@ -64,7 +64,7 @@ def run_in_group(file: JobFile) -> Summary:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     log.info("%s on %d devices of node %d of %d", file.job.stage, devices, node(), nodes)
     if node() == 0 and nodes > 1:
-        log.info("start the other nodes with: %s=1 python -m loraflow.execution.worker %s", NODE, job_path)
+        log.info("start the other nodes with: %s=1 python -P -m loraflow.execution.worker %s", NODE, job_path)
     with _watched_by_ranks():
         exit_codes = _launch(file, job_path)
     if node() > 0 and not exit_codes:  # node 0 may have committed by now, and removed the job's folder

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         os.execv(sys.executable, [sys.executable, "-P", "-m", "loraflow.execution.worker", job_file])
     from loraflow.execution.worker import main as run_worker
 
-    setproctitle(f"{sys.executable} -m loraflow.execution.worker {job_file}")
+    setproctitle(f"{sys.executable} -P -m loraflow.execution.worker {job_file}")
     code = run_worker([job_file])
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -151,7 +151,7 @@ class Server:
         return pid
 
     def _become_worker(self, request: Request, log_file: int, outcome: int, status: int) -> None:
-        """Turn a fork into what `python -m loraflow.execution.worker` is at its start."""
+        """Turn a fork into what `python -P -m loraflow.execution.worker` is at its start."""
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

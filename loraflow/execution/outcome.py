@@ -83,7 +83,7 @@ def read_outcome(file: JobFile, pipe: int, code: int, *, oom_killed: bool) -> Su
         Failure: the worker's own; or Killed, Preempted, DiskFull or Crashed, if it left none.
     """
     log = file.work / "log.txt"
-    command = f"{Path(sys.executable).name} -m loraflow.execution.worker {file.work / 'job.json'}"
+    command = f"{Path(sys.executable).name} -P -m loraflow.execution.worker {file.work / 'job.json'}"
     next_step = f"read the log {log}; run it by hand: {command}"
     outcome = _from_file(file.work / FILE) or _from_pipe(pipe)
     if outcome and outcome.get("status") == "done" and code == 0:

@@ -1,6 +1,6 @@
 """The worker process of a heavy stage. It never imports prefect.
 
-    python -m loraflow.execution.worker job.json
+    python -P -m loraflow.execution.worker job.json
 
 It reads the job, writes the artifact's files into the staging folder, and writes `progress.jsonl` and `outcome.json` beside
 the job. The launcher commits the artifact. The same command runs a failed job again by hand. With LORAFLOW_NODE=1, 2, …

@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from loraflow.config import Recipe, yaml
 from loraflow.config.load import parse_recipe
-from loraflow.config.recipe_text import find_recipe
+from loraflow.config.recipe_text import find_recipe, recipe_files
 from loraflow.credentials import mask
 from loraflow.failures import Failure
 from loraflow.registry.runs import RunRecord, computed, read_runs
@@ -60,7 +60,7 @@ def made_by(store: Store, ref: Ref) -> RunRecord | None:
 
 def _recipe_file(record: RunRecord) -> Path | None:
     """Return the file that has the recipe as it was in the run, else the file with the recipe's name."""
-    for file in sorted([*Path("configs").glob("*.yaml"), *Path().glob("*.yaml")]):
+    for file in sorted([*recipe_files(), *Path().glob("*.yaml")]):
         if mask(_text(file)) == record.recipe_text:
             return file
     try:

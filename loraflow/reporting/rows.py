@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import JsonValue
 
+from loraflow.config import Recipe
 from loraflow.data.chats import GATE_SET
 from loraflow.data.check_report import CheckReport, NearDuplicates
 from loraflow.data.findings import WHAT, finding_lines
 from loraflow.data.mark_names import named_marks, split_hint
 from loraflow.data.row_limits import source_lines
 from loraflow.data.unread_values import questions
+from loraflow.evaluation.metric_modules import find_module, metric_files
 from loraflow.evaluation.values import EvaluationReport
+from loraflow.failures import BadConfig
 from loraflow.registry.runs import RowCount, RowsSummary
 
 MAX_KEYS = 10  # keys that are named as not read
@@ -45,6 +50,27 @@ class RowPolicy:
     max_length: int  # training_config.max_length, in tokens
     too_long: Literal["error", "drop", "truncate"]  # data.too_long
     deals_rows: bool = False  # whether the recipe has data.heldout_reserve
+    used_elsewhere: frozenset[str] = frozenset()  # of `used_elsewhere`
+
+
+def used_elsewhere(recipe: Recipe) -> frozenset[str]:
+    """Return the files that a recipe uses for something else than rows, such as data.tools or the words of a metric.
+
+    The names are relative to the dataset's folder. Some may be no files.
+    """
+    used = {text.removesuffix(".dvc") for text in _texts(recipe.model_dump(mode="json"))}
+    for name in recipe.evaluation.metrics:
+        with suppress(BadConfig):
+            used |= {str(file) for file in metric_files(find_module(name))}
+    return frozenset(os.path.relpath(text, recipe.data.source.removesuffix(".dvc")) for text in used if text)
+
+
+def _texts(value: JsonValue) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def summarise_rows(
@@ -59,7 +85,11 @@ def summarise_rows(
         policy: what the recipe says about long rows and held-out rows.
     """
     rows = list(_counts(check, tokens, evaluation, policy))
-    notes = [*_too_long_notes(tokens, policy), *check_notes(check), *_heldout_notes(evaluation, policy)]
+    notes = [
+        *_too_long_notes(tokens, policy),
+        *check_notes(check, policy.used_elsewhere),
+        *_heldout_notes(evaluation, policy),
+    ]
     return RowsSummary(counts=rows, notes=notes)
 
 
@@ -104,11 +134,17 @@ def _chosen(name: str, scored: int, count: int, policy: RowPolicy) -> str:
     return f": a seeded sample of {count} (evaluation.max_rows)"
 
 
-def check_notes(check: CheckReport) -> list[str]:
-    """Return the notes of a check_dataset report, apart from its counts."""
+def check_notes(check: CheckReport, elsewhere: Collection[str] = ()) -> list[str]:
+    """Return the notes of a check_dataset report, apart from its counts.
+
+    Args:
+        check: the report.
+        elsewhere: files of the dataset that are used for something else than rows.
+    """
     notes = source_lines(check)
-    if files := check.unread_files:
-        more = f" and {len(files) - MAX_KEYS} more files" if len(files) > MAX_KEYS else ""
+    if files := [name for name in check.unread_files if name not in elsewhere]:
+        count = max(check.unread_file_count, len(check.unread_files)) - (len(check.unread_files) - len(files))
+        more = f" and {count - MAX_KEYS} more files" if count > MAX_KEYS else ""
         notes.append(f"files that no pattern of the recipe names are not read: {', '.join(files[:MAX_KEYS])}{more}")
     if check.unread:
         keys = [f"{key} ({count} rows)" for key, count in check.unread.items()]

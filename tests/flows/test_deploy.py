@@ -280,7 +280,7 @@ def test_a_missing_server_or_deployment_is_reported_with_a_next_step(monkeypatch
         require_server()
     assert "loraflow up" in error.value.next_step
     with pytest.raises(BadConfig, match="no such deployment") as error:
-        read_all(FILE, ["finetune/nowhere"])[0]
+        read_all(FILE, ["finetune/nowhere"])
     assert "finetune/local" in error.value.expected
 
 

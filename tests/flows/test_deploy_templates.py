@@ -104,7 +104,7 @@ def test_each_other_node_runs_the_worker_with_its_node_number(tmp_path):
     file.touch()
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB": str(file), "JOB_COMPLETION_INDEX": "1"}
     done = subprocess.run(["sh", "-c", *container["args"]], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"2 -m loraflow.execution.worker {file}"
+    assert done.stdout.strip() == f"2 -P -m loraflow.execution.worker {file}"
 
 
 def test_the_image_has_the_extra_that_the_store_needs_and_caches_where_the_pools_mount():

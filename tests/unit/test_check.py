@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from loraflow.cli import cli
 from loraflow.config.data import Data, read_tools_file
 from loraflow.data import check, dvc, row_limits
 from loraflow.data.check_report import CheckReport
@@ -85,6 +87,35 @@ def test_a_file_that_no_pattern_names_is_reported(tmp_path):
     shutil.rmtree(tmp_path / "artifact")
     both = run_check(tmp_path / "data", tmp_path / "both", **{**settings, "train": ["train.jsonl", "more.jsonl"]})
     assert "unread_files" not in both, "a report without such files is the same as of earlier versions"
+
+
+def test_unread_files_are_counted_beyond_those_that_are_named(tmp_path):
+    for number in range(60):
+        write_chats(tmp_path / "data" / f"{number:02}.jsonl", range(number * 2, number * 2 + 2))
+    report = run_check(tmp_path / "data", tmp_path / "out", train=["00.jsonl"], heldout_fraction=0.5)
+    assert (len(report["unread_files"]), report["unread_file_count"]) == (50, 59)
+    [note] = [note for note in check_notes(CheckReport.model_validate(report), {"01.jsonl"}) if "no pattern" in note]
+    assert note.endswith(": " + ", ".join(f"{n:02}.jsonl" for n in range(2, 12)) + " and 48 more files")
+
+
+def test_files_that_the_recipe_uses_for_something_else_are_not_said_to_be_unread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.jsonl", "more.jsonl", "general.jsonl"):
+        write_chats(Path("data", name), range(20))
+    shutil.copy(Path(__file__).parents[1] / "tools.json", "data/tools.json")
+    Path("data", "words.json").write_text("[]")
+    Path("metrics", "polite").mkdir(parents=True)
+    Path("metrics", "polite", "polite.py").write_text("WORDS = open('data/words.json')\n")
+    Path("r.yaml").write_text(
+        "name: r\nbase: {model: bundled:smollm2}\ndata: {source: data, tools: data/tools.json}\n"
+        "evaluation: {general: ./data/general.jsonl, metrics: [./metrics/polite, token_loss]}\n"
+    )
+    done = CliRunner().invoke(cli, ["data", "check", "r.yaml"])
+    assert [line for line in done.output.splitlines() if line.startswith("not read")] == [
+        "not read  more.jsonl: no pattern of the recipe names it"
+    ]
+    document = json.loads(CliRunner().invoke(cli, ["data", "check", "r.yaml", "--json"]).output.splitlines()[-1])
+    assert document["unread_files"] == ["more.jsonl"]
 
 
 def test_chats_without_a_system_message_get_the_recipes_message(tmp_path):

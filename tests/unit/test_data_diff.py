@@ -100,6 +100,21 @@ def test_a_run_is_compared_by_the_files_and_columns_that_it_read(tmp_path):
         version_of(run, "data.dvc", store)
 
 
+def test_files_that_dvc_ignores_are_no_part_of_the_work_tree(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git(tmp_path, "init", "-q")
+    write(tmp_path / "data" / "x.jsonl", OLD)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvcignore").write_text("/data/drafts\n*.old.jsonl\n")
+    dvc.add("data")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "one")
+    for ignored in ("drafts/y.jsonl", "x.old.jsonl"):
+        write(tmp_path / "data" / ignored, NEW)
+    write(tmp_path / "data" / "z.jsonl", NEW[:1])
+    assert any(line.startswith("all files: 10 → 11 rows") for line in diff())
+
+
 def test_rows_that_cannot_be_read_are_counted_and_a_version_without_any_chat_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "old.jsonl", OLD)

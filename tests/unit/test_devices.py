@@ -124,7 +124,7 @@ def test_a_node_without_peers_reports_how_to_start_them(base, shards, tmp_path):
         launch.run_job(job, store)
     assert caught.value.retryable and "2 nodes within 0.05 minutes" in str(caught.value)
     assert (
-        "LORAFLOW_NODE=1 python -m loraflow.execution.worker"
+        "LORAFLOW_NODE=1 python -P -m loraflow.execution.worker"
         in (store.work_folder("train", job.fingerprint) / "log.txt").read_text()
     )
 

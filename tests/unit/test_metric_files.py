@@ -1,6 +1,7 @@
 """A metric of the user's own is its script and what it imports and names: an edit of any of them evaluates again."""
 
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -88,6 +89,25 @@ def test_other_files_do_not_change_the_hash_of_a_metric(project):
     (project / "metrics/other.py").write_text("changed = True\n")
     (project / "metrics/mine/README.md").write_text("changed\n")
     assert hash_now() == before
+
+
+@pytest.mark.parametrize("name", ["random", "yaml", "metrics"])
+def test_a_file_of_the_project_named_like_a_library_is_neither_imported_nor_hashed(project, monkeypatch, caplog, name):
+    """The oracle is an interpreter that is started as workers are, with the working directory last."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (project / "metrics" / "mine" / "mine.py").write_text(f"import {name}\n")
+    before = hash_now()
+    (project / f"{name}.py").write_text("")
+    code = f"import sys; sys.path.append({str(project)!r}); import {name}; print({name}.__file__)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    is_the_projects = done.stdout.strip() == str(project / f"{name}.py")
+    assert is_the_projects is (name == "metrics")
+    assert (hash_now() != before) is is_the_projects
+    assert (
+        any(f"not {name}.py of the project" in record.getMessage() for record in caplog.records) is not is_the_projects
+    )
+    monkeypatch.setenv("PYTHONPATH", str(project))
+    assert hash_now() != before, "its folder comes first then"
 
 
 def test_a_metric_of_one_file_has_the_hash_of_the_file(project):

@@ -78,10 +78,10 @@ def test_a_file_whose_deployments_are_no_list_gets_no_advice(folder):
 def test_the_empty_form_of_prefect_init_alone_is_no_deployment(folder):
     (folder / "prefect.yaml").write_text("name: p\ndeployments:\n" + EMPTY)
     with pytest.raises(BadConfig, match="no deployment with a name"):
-        read_all(folder / "prefect.yaml")[0]
+        read_all(folder / "prefect.yaml")
     (folder / "prefect.yaml").write_text("name: p\ndeployments:\n" + EMPTY + MINE.replace("mine", "null"))
     with pytest.raises(BadConfig, match="not valid") as error:
-        read_all(folder / "prefect.yaml")[0]
+        read_all(folder / "prefect.yaml")
     assert "deployments[1]" in error.value.where and "name" in error.value.got, (
         "an entrypoint without a name is a mistake"
     )

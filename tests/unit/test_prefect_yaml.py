@@ -279,6 +279,23 @@ def test_a_deployment_without_a_recipe_has_the_only_one_or_is_refused(specs, tmp
     with pytest.raises(BadConfig, match="names no recipe") as error:
         specs(parameters={"branch": "dev"})
     assert error.value.where.endswith("retrain/mine.parameters.recipe") and "other, tiny" in error.value.expected
+    assert (error.value.got, error.value.next_step) == ("none", "write parameters: {recipe: other}")
+
+
+def test_a_deployment_whose_schedules_and_triggers_each_name_a_recipe_needs_none_itself(specs, tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "other.yml").write_text("name: other\n")
+    runs = {
+        "schedules": [{"cron": "0 2 * * *", "parameters": {"recipe": "other"}}],
+        "triggers": [{"expect": ["a"], "parameters": {"recipe": "tiny"}}],
+    }
+    [spec] = specs(parameters=None, **runs)
+    assert spec.parameters == {}
+    with pytest.raises(BadConfig, match="names no recipe"):
+        specs(parameters=None, **{**runs, "triggers": [{"expect": ["a"]}]})
+    with pytest.raises(BadConfig, match="recipe that does not exist") as error:
+        specs(parameters=None, schedules=[{"cron": "0 2 * * *", "parameters": {"recipe": "gone"}}])
+    assert error.value.next_step == "write schedules[0].parameters: {recipe: other}"
 
 
 def test_a_flow_of_the_users_own_is_read_from_its_file(specs, tmp_path, monkeypatch):
@@ -326,7 +343,7 @@ def test_a_new_project_is_retrained_from_the_branch_that_its_repository_has(tmp_
     assert [spec.parameters.get("branch", "main") for spec in retrains] == [first] * 2
     assert not caplog.records
     git(tmp_path, "branch", "-q", "-m", "trunk")
-    read_all(tmp_path / "prefect.yaml")[0]
+    read_all(tmp_path / "prefect.yaml")
     assert caplog.records[0].message.endswith(
         f"parameters: the repository has no branch {first}, so this retraining will fail; it has: trunk "
         "(next: `branch: trunk` there)"
@@ -370,6 +387,59 @@ def test_a_worker_refuses_the_run_of_another_project_of_the_same_name(tmp_path, 
     assert other in error.value.expected and own in error.value.got
     (tmp_path / "a/tickets/prefect.yaml").write_text("name: tickets\n")
     project.enter(project="tickets")  # of an earlier version, without an id
+
+
+def test_a_worker_names_the_other_project_if_both_name_and_id_differ(tmp_path, monkeypatch):
+    """One pool of two projects: the advice to replace the name of one of them was false."""
+    from loraflow.config.project import PROJECT_ID
+    from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
+
+    (tmp_path / "ours" / "configs").mkdir(parents=True)
+    write_prefect_yaml(tmp_path / "ours", "r")
+    monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path / "ours"))
+    monkeypatch.setenv(PROJECT_ID, "0a")
+    with pytest.raises(BadConfig, match="serves another project than the run's") as error:
+        project.enter(project="theirs")
+    assert "a work pool of its own" in error.value.next_step
+
+
+@pytest.mark.parametrize("is_committed", [True, False], ids=["committed", "in no commit"])
+def test_a_prefect_yaml_that_is_written_again_has_the_id_before_in_every_clone(tmp_path, is_committed):
+    """`loraflow deploy` refused the project as a foreign one of the same name."""
+    from loraflow.config.project import project_id
+    from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
+
+    def written(folder):
+        (folder / "prefect.yaml").unlink(missing_ok=True)
+        write_prefect_yaml(folder, "r")
+        return project_id(folder)
+
+    repository = tmp_path / "a"
+    for name in ("chat", "mail"):
+        (repository / name / "configs").mkdir(parents=True)
+        (repository / name / "configs" / "r.yaml").touch()
+    git(repository, "init", "-q")
+    without_commits = written(repository / "chat")
+    assert without_commits and written(repository / "chat") == without_commits
+    git(repository, "add", "chat" if is_committed else "chat/configs")
+    git(repository, "commit", "-qm", "one")
+    first = written(repository / "chat")
+    assert (first == without_commits) is is_committed
+    git(tmp_path, "clone", "-q", "a", "b")
+    assert written(tmp_path / "b" / "chat") == first == written(repository / "chat")
+    assert written(repository / "mail") not in (first, None)
+
+
+@pytest.mark.parametrize(("value", "found"), [(12345678, "12345678"), ("0a", "0a"), (None, None), (True, BadConfig)])
+def test_an_id_of_digits_without_quotes_is_compared_as_text(value, found):
+    from loraflow.config.project import PROJECT_ID, id_of
+
+    variables = {"env": {PROJECT_ID: value}}
+    if found is BadConfig:
+        with pytest.raises(BadConfig, match="is not a text"):
+            id_of(variables)
+    else:
+        assert id_of(variables) == found
 
 
 @pytest.mark.parametrize("text", [None, "deployments: []\n", "name:\n", ""])
@@ -486,6 +556,8 @@ def test_init_takes_a_name_of_the_project(tmp_path, monkeypatch, phi3):
     arguments = ["init", "--data", "x.jsonl", "--base", str(phi3), "--template", "gpu-team", "--project"]
     refused = CliRunner().invoke(cli, [*arguments, "Team A"], catch_exceptions=True)
     assert isinstance(refused.exception, BadConfig) and refused.exception.next_step == "--project team-a"
+    empty = CliRunner().invoke(cli, [*arguments, ""]).exception
+    assert isinstance(empty, BadConfig) and empty.next_step == "write a name after --project, or omit it"
     assert not Path("prefect.yaml").exists()
     done = CliRunner().invoke(cli, [*arguments, "team-a"], catch_exceptions=False)
     assert "deployments of the project team-a" in done.output
@@ -495,3 +567,7 @@ def test_init_takes_a_name_of_the_project(tmp_path, monkeypatch, phi3):
     assert "placement: {train: team-a-gpu" in Path("configs/x.yaml").read_text()
     again = CliRunner().invoke(cli, ["init", *arguments[1:5], "--name", "y", "--project", "b"])
     assert isinstance(again.exception, BadConfig) and again.exception.where == "--project b"
+    both = CliRunner().invoke(cli, [*arguments, "b", "--name", "y"]).exception
+    assert isinstance(both, BadConfig) and both.where == "--template gpu-team --project b"
+    assert both.next_step.startswith("omit --template and --project, or")
+    assert Path("README.md").read_text().startswith("# team-a\n")
