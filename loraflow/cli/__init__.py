@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
 
+# RowFormat of loraflow.config, whose import takes longer than `--help`
+FORMATS = (
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "gemini", "xlam", "glaive", "tree", "transcript",
+)  # fmt: skip
 # command → (module, its line in `--help`)
 COMMANDS = {
     "init": ("loraflow.cli.init", "Create a recipe and a versioned dataset from your own file."),

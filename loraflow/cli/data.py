@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import click
 
-from loraflow.cli import json_option, parse_overrides, quiet_logging, set_option, store_option
-from loraflow.data.chats import FORMATS
+from loraflow.cli import FORMATS, json_option, parse_overrides, quiet_logging, set_option, store_option
 from loraflow.failures import BadConfig, BadData
 
 if TYPE_CHECKING:
@@ -274,8 +273,7 @@ def version_of(name: str | None, source: str, store: Store | None) -> Version:
     """
     from loraflow.config.data import Data
     from loraflow.data.compare import read_files, read_revision
-    from loraflow.data.dataset_files import dataset_files
-    from loraflow.data.dvc_ignore import IgnoreRules
+    from loraflow.data.dataset_files import IgnoreRules, dataset_files
     from loraflow.data.dvc_pin import read_pin
     from loraflow.data.readers import match_files
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from loraflow.cli import json_option, quiet_logging, store_option
-from loraflow.data.chats import FORMATS
+from loraflow.cli import FORMATS, json_option, quiet_logging, store_option
 from loraflow.failures import BadConfig, Failure
 
 if TYPE_CHECKING:

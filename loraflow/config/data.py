@@ -12,11 +12,11 @@ from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.config.data_sources import (
     REPLACED,
     DataSource,
+    RowFormat,
     checked_sources,
     known_columns,
     refuse_ignored_columns,
 )
-from loraflow.data.chats import RowFormat
 from loraflow.failures import BadConfig
 from loraflow.frozen import FrozenModel, Positive, Share, ShareOrCount
 

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from loraflow.credentials import mask
-from loraflow.data.chats import RowFormat
 from loraflow.frozen import FrozenModel
 
+RowFormat = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "gemini", "xlam", "glaive", "tree", "transcript"
+]
 COLUMNS = (
     "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system", "text", "reasoning",
     "train", "exclude",

@@ -15,12 +15,11 @@ from pydantic import Field, JsonValue
 
 from loraflow.config.data import read_tools_file
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
-from loraflow.config.data_sources import source_settings
+from loraflow.config.data_sources import RowFormat, source_settings
 from loraflow.config.locations import BaseLocation, DatasetLocation, SourcesOrigin
 from loraflow.config.lora import LoralibConfig, PeftConfig
 from loraflow.config.recipe import Recipe
 from loraflow.config.training import BestCheckpoint, TrainingMath
-from loraflow.data.chats import RowFormat
 from loraflow.frozen import Dtype, FrozenModel, Positive, Share
 
 

@@ -268,3 +268,12 @@ def test_doctor_does_not_treat_a_bucket_as_a_folder(tmp_path):
     assert "boto3 for the store s3://team/store" in done.stdout and "free at the store" not in done.stdout
     here = in_this_process("doctor", cwd=tmp_path)
     assert "store .loraflow/store is writable" in here.stdout and "free at the store" in here.stdout
+
+
+def test_the_formats_of_the_command_line_are_those_of_recipes():
+    from typing import get_args
+
+    from loraflow.cli import FORMATS
+    from loraflow.config.data_sources import RowFormat
+
+    assert get_args(RowFormat) == FORMATS
