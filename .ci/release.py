@@ -1,10 +1,9 @@
 """Build the wheel and the sdist of the version in pyproject.toml from the last commit, and check them.
 
 Usage: `python .ci/release.py [OUT]` (default: dist). Only committed files are built, in a folder of their own, so neither
-untracked files nor an earlier build can get into a release. The wheel is built from the sdist. In the README, links to files
-of the repository become text, because PyPI shows it without these files. Fails with one sentence
+untracked files nor an earlier build can get into a release. The wheel is built from the sdist. Fails with one sentence
 if the versions in pyproject.toml, loraflow/__init__.py and CHANGELOG.md differ, if tracked files have uncommitted changes,
-if a module of the repository is missing in the wheel or the sdist, or if twine refuses the metadata or the README.
+if a module of the repository is missing in the wheel or the sdist, or if twine refuses the metadata.
 """
 
 from __future__ import annotations
@@ -22,11 +21,6 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Code, or an image or link whose target is neither an address nor a heading of the same page. A link may hold an image.
-LINK_OR_CODE = re.compile(
-    r"^ *```.*?^ *```$|`[^`\n]+`|!?\[(?P<text>(?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*)\]\((?!#|[a-z][a-z0-9+.-]*:)[^)]*\)",
-    re.MULTILINE | re.DOTALL,
-)
 PACKAGE = {"loraflow/": "loraflow/", "flows/": "loraflow/flows/", "tasks/": "loraflow/tasks/"}  # folder → its place
 
 
@@ -66,13 +60,6 @@ def names(built: Path) -> set[str]:
         return {name.partition("/")[2] for name in archive.getnames()}
 
 
-def without_relative_links(text: str) -> str:
-    """Return markdown where relative links and images are their texts. Code is left as it is."""
-    return LINK_OR_CODE.sub(
-        lambda found: found[0] if found["text"] is None else without_relative_links(found["text"]), text
-    )
-
-
 def build(out: Path) -> list[Path]:
     """Build both from the last commit into a new folder `out`; the same commit gives the same wheel."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -80,8 +67,6 @@ def build(out: Path) -> list[Path]:
         git("archive", "--output", f"{scratch}/tree.tar", "HEAD")
         with tarfile.open(f"{scratch}/tree.tar") as archive:
             archive.extractall(tree, filter="data")
-        readme = tree / "README.md"
-        readme.write_text(without_relative_links(readme.read_text(encoding="utf-8")), encoding="utf-8")
         env = {**os.environ, "SOURCE_DATE_EPOCH": git("log", "-1", "--format=%ct").strip()}
         command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(made), str(tree)]
         done = subprocess.run(command, env=env, capture_output=True, text=True)

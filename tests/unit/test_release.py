@@ -1,7 +1,6 @@
 """What a release is made of: one version everywhere, all files of the package, upgrade notes of the present stages."""
 
 import importlib.util
-import re
 
 from loraflow.stages import STAGES
 from tests.unit.test_docs import REPOSITORY, read, rows_of_table
@@ -21,16 +20,6 @@ def test_a_changelog_without_the_versions_heading_is_noticed(tmp_path):
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "0.2.0"\n')
     (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n## 0.1.0\n")
     assert release.versions(tmp_path)["CHANGELOG.md"] == "Unreleased"
-
-
-def test_the_readme_of_a_release_has_no_link_to_a_file_that_pypi_lacks():
-    text = (
-        "[a](b.md) [c](https://d.e) [f](#g) ![h](i.png) [![j](k.png)](l.md) [`m`](n/o.py) `[p](q)`\n```\n[r](s)\n```\n"
-    )
-    expected = "a [c](https://d.e) [f](#g) h j `m` `[p](q)`\n```\n[r](s)\n```\n"
-    assert release.without_relative_links(text) == expected
-    readme = release.without_relative_links(read("README.md"))
-    assert set(re.findall(r"\]\(([^)]*)\)", readme)) == {"https://docs.prefect.io", "https://dvc.org"}
 
 
 def test_the_built_files_must_hold_every_tracked_file_of_the_package():
