@@ -285,7 +285,9 @@ def test_data_check_of_a_recipe_reads_reasoning_as_its_runs_do(tmp_path, monkeyp
     stripped = json.loads(CliRunner().invoke(cli, arguments).output)
     assert [p["place"] for p in stripped["problems"]] == ["train.jsonl:4"]
     assert [f["rows"] for f in stripped["profile"] if f["check"] == "refusals"] == [1], "that of test.jsonl"
-    beside = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning": ["r"]}]}
+    beside = {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning": {"r": 1}}]
+    }
     (tmp_path / "d/files/train.jsonl").write_text(json.dumps(beside) + "\n")
     assert json.loads(CliRunner().invoke(cli, arguments).output)["malformed"] == 0
     kept = json.loads(CliRunner().invoke(cli, recipe_of(tmp_path)).output)

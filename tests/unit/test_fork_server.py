@@ -98,7 +98,10 @@ def test_artifacts_of_forked_workers_equal_those_of_new_processes(parts, tmp_pat
         (tmp_path / "project" / f"{name}.py").write_text("raise RuntimeError('imported in place of a library')\n")
     monkeypatch.chdir(tmp_path / "project")
     with monkeypatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent.parent), os.environ.get("PYTHONPATH", "")]))
+        before = (
+            [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+        )  # an empty entry is the current folder
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent.parent), *before]))
         forked = walk(workspace(parts, tmp_path / "forked"))
         again = walk(workspace(parts, tmp_path / "again"))  # by the same server, after all other stages
     assert not imported.exists(), "a process that has started CUDA cannot be forked"
