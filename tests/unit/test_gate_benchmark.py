@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.unit.test_looks import nights_on_fresh_rows
+from tests.looks import nights_on_fresh_rows
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "gate.py"
 
