@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from loraflow.config.lora import PeftConfig
-    from loraflow.training.trainer import LoraPlusTrainer
+    from loraflow.training.trainer import LoraTrainer
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def adapter_config(setup: TrainingSetup, model: PreTrainedModel) -> LoraConfig |
     return lora_config(setup.config.peft_config, model) if setup.config.method == "peft" else None
 
 
-def initialise_adapter(setup: TrainingSetup, trainer: LoraPlusTrainer) -> dict[str, Tensor]:
+def initialise_adapter(setup: TrainingSetup, trainer: LoraTrainer) -> dict[str, Tensor]:
     """Run the initialisations that need data or the base's weights, and set LoRA+'s learning rates.
 
     Returns:

@@ -50,11 +50,11 @@ class CurveWriter(TrainerCallback):
         with self.path.open("a") as file:
             file.write(self.lines[-1] + "\n")
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, *_: Any, **__: Any) -> None:
         """Write the file for the checkpoint, which gets a copy of it."""
         self.write()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """Write the file for the artifact."""
         self.write()
 
@@ -89,7 +89,7 @@ class ProgressReporter(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Report now and then that a validation goes on, for whoever watches for a worker in a loop."""
+        """Report every few seconds that a validation continues: the launcher warns of a worker without progress."""
         if time.monotonic() - self.reported > VALIDATION_SECONDS:
             self.reported = time.monotonic()
             self.report(validating_after_step=state.global_step)
@@ -128,8 +128,8 @@ class NonFiniteGuard(TrainerCallback):
                 )
 
 
-class CheckpointSealer(TrainerCallback):
-    """Seal each checkpoint once all processes have written it, with the other files that a resume needs.
+class CheckpointFinalizer(TrainerCallback):
+    """Finalize each checkpoint once all processes have written it, with the other files that a resume needs.
 
     Args:
         group: the processes that train.
@@ -139,8 +139,8 @@ class CheckpointSealer(TrainerCallback):
 
     def __init__(self, group: ProcessGroup, carried: list[Path], resumed_from: Path | None):
         self.group, self.carried = group, carried
-        sealed = None if resumed_from is None else read_checkpoint_manifest(resumed_from)
-        self.best: str | None = None if sealed is None else sealed["needs"]
+        manifest = None if resumed_from is None else read_checkpoint_manifest(resumed_from)
+        self.best: str | None = None if manifest is None else manifest["needs"]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Set the best checkpoint's path. The saved state has an absolute path, perhaps of another machine.
@@ -211,7 +211,7 @@ class EarlyStopping(EarlyStoppingCallback):
     transformers would do one more step, and go on if its loss is better: to another model than without the interruption.
     """
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Check the checkpoint's counter.
 
         Raises:

@@ -326,16 +326,20 @@ def prepare_training(job: Job[TrainConfig], inputs: Inputs, progress: Progress) 
     carried = [curves_file(work), work / EVA_FILE]  # copied into each checkpoint, which another machine may resume from
     resumed_from = _resume(group, work, carried)
     preemption = callbacks.PreemptionHandler()
-    watchers: list[TrainerCallback] = []
+    trainer_callbacks: list[TrainerCallback] = []
     if group.is_main:
         tokens_per_step = figures["train_tokens"] / len(rows) * global_batch
-        watchers += [
+        trainer_callbacks += [
             callbacks.CurveWriter(curves_file(work)),
             callbacks.ProgressReporter(progress, steps.total, tokens_per_step),
         ]
-    watchers += [callbacks.NonFiniteGuard(), callbacks.CheckpointSealer(group, carried, resumed_from), preemption]
+    trainer_callbacks += [
+        callbacks.NonFiniteGuard(),
+        callbacks.CheckpointFinalizer(group, carried, resumed_from),
+        preemption,
+    ]
     if settings.early_stopping_patience:
-        watchers.append(callbacks.early_stopping(settings.early_stopping_patience, resumed_from))
+        trainer_callbacks.append(callbacks.early_stopping(settings.early_stopping_patience, resumed_from))
     return TrainingSetup(
         base=inputs["base"],
         work=work,
@@ -351,7 +355,7 @@ def prepare_training(job: Job[TrainConfig], inputs: Inputs, progress: Progress) 
         group=group,
         tokenizer=load_tokenizer(inputs["base"]),
         preemption=preemption,
-        callbacks=watchers,
+        callbacks=trainer_callbacks,
         resumed_from=resumed_from,
         longrope_switch=positions.switched_angles(lengths, rows.row_length),
     )

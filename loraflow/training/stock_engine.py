@@ -1,4 +1,4 @@
-"""Build the stock trainer: trl and peft unchanged, with padded or packed rows."""
+"""The stock engine: its trainer is trl's and peft's, unchanged, with padded or packed rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from trl.trainer.utils import FusedCausalLMOutput
 
 from loraflow.adapters.targets import has_routers
@@ -19,13 +22,19 @@ from loraflow.data.token_labels import IGNORED
 from loraflow.failures import BadConfig
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.choices import EngineChoices
-from loraflow.training.collation import NoiseKeys, RowCollator
+from loraflow.training.collation import Grid, NoiseKeys, RowCollator, label_weights
+from loraflow.training.lora_kernels import add_noise
 from loraflow.training.out_of_memory import MicroBatchSize
 from loraflow.training.setup import BatchSettings, TrainingSetup, micro_batch_rows
-from loraflow.training.trainer import BuiltTrainer, StockTrainer
+from loraflow.training.trainer import BuiltTrainer, LoraTrainer, numbers_dataset
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from trl import SFTConfig
+
+log = logging.getLogger(__name__)
 
 
 def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: EngineChoices) -> BuiltTrainer:
@@ -75,10 +84,7 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
         peft_config=adapter_config(setup, model),
         callbacks=setup.callbacks,
     )
-    wrapped = getattr(trainer.model, "get_base_model", None)
-    use_own_logits_where_trl_is_wrong(
-        trainer.model if wrapped is None else wrapped(), getattr(torch, setup.compute_dtype)
-    )
+    use_own_logits_where_trl_is_wrong(trainer.causal_model(), getattr(torch, setup.compute_dtype))
     return BuiltTrainer(
         trainer,
         replace(choices, micro_batch_rows=rows),
@@ -87,7 +93,132 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
     )
 
 
-log = logging.getLogger(__name__)
+class _FusedOutputs(Protocol):
+    """The outputs of a model with trl's fused head."""
+
+    log_probs: Tensor  # log p of all labels but the first [rows, tokens - 1]
+
+
+class StockTrainer(LoraTrainer):
+    """SFTTrainer whose dataset is row numbers. The collator fetches the tokens; the sampler keeps the given order.
+
+    Args:
+        train_rows: row numbers in the order of training.
+        validation_rows: how many validation rows there are.
+        collator: turns row numbers into a batch.
+        noise_alpha: the scale of NEFTune's noise; None trains without it.
+        model: a model of transformers, or with loralib's layers; without peft's adapter.
+        args: see SFTTrainer, down to `callbacks`.
+        processing_class: the tokenizer.
+        peft_config: peft's config of the adapter; None if the model has its own.
+        callbacks: the trainer's callbacks.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_rows: NDArray[np.int64],
+        validation_rows: int,
+        collator: RowCollator,
+        noise_alpha: float | None = None,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: LoraConfig | None,
+        callbacks: list[TrainerCallback],
+    ):
+        validation = list(range(validation_rows))
+        super().__init__(
+            train_dataset=numbers_dataset({"row": train_rows.tolist(), "position": list(range(len(train_rows)))}),
+            eval_dataset=numbers_dataset({"row": validation, "validation": [True] * validation_rows}),
+            data_collator=collator,
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+        self._noise: tuple[Tensor, Tensor] | None = None  # keys and documents' lengths of the next batch's tokens
+        if noise_alpha is not None:
+            self.causal_model().get_input_embeddings().register_forward_hook(
+                functools.partial(self._with_noise, noise_alpha)
+            )
+
+    def _with_noise(
+        self, alpha: float, module: torch.nn.Module, inputs: tuple[Tensor, ...], embedded: Tensor
+    ) -> Tensor:
+        """Return the embeddings of a training batch with NEFTune's noise. A forward hook."""
+        if self._noise is None or not module.training:
+            return embedded
+        keys, document_lengths = self._noise
+        return add_noise(embedded, keys, document_lengths, alpha)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Grid], device: torch.device) -> Tensor | int | None:
+        """Return the number of supervised tokens of an optimizer step on all devices; with weights, their sum."""
+        if not any("loss_weights" in batch for batch in batch_samples):
+            count: Tensor | int | None = super()._get_num_items_in_batch(batch_samples, device)
+            return count
+        weight = sum(float(label_weights(batch).sum(dtype=torch.float64)) for batch in batch_samples)
+        total = torch.tensor(weight, dtype=torch.float32, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total
+
+    def compute_loss(
+        self,
+        model: Callable[..., _FusedOutputs],
+        inputs: Grid,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, _FusedOutputs]:
+        """Return trl's loss. With weights, it is the weighted mean over the tokens of the optimizer step."""
+        keys, document_lengths = inputs.pop("token_keys", None), inputs.pop("document_lengths", None)
+        self._noise = None if keys is None or document_lengths is None else (keys, document_lengths)
+        if "loss_weights" in inputs:
+            weights = label_weights(inputs)
+            count = (inputs["labels"][:, 1:] != IGNORED).sum()
+            # trl divides by the number of labels of this batch in evaluation, by that of the whole step in training.
+            share = weights * count / weights.sum() if num_items_in_batch is None else weights / num_items_in_batch
+            model = _with_weights(model, share)
+            num_items_in_batch = None if num_items_in_batch is None else weights.new_ones(())
+            del inputs["loss_weights"]
+        loss: Tensor | tuple[Tensor, _FusedOutputs] = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        return loss
+
+    def validation_nll(self) -> tuple[float, float, int]:
+        """Sum over the batches of the validation rows. Each device computes all of them."""
+        assert self.eval_dataset is not None
+        total, weight, rows = 0.0, 0.0, len(self.eval_dataset)
+        for first in range(0, rows, self.args.per_device_eval_batch_size):
+            last = min(rows, first + self.args.per_device_eval_batch_size)
+            inputs = self._prepare_inputs(self.data_collator([self.eval_dataset[row] for row in range(first, last)]))
+            if "loss_weights" in inputs:
+                share = float(label_weights(inputs).sum(dtype=torch.float64))
+            else:
+                share = float((inputs["labels"][:, 1:] != IGNORED).sum())
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(self.model, inputs)
+            assert isinstance(loss, torch.Tensor)
+            total += float(loss) * share if share else 0.0
+            weight += share
+        return total, weight, rows
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+
+def _with_weights(model: Callable[..., _FusedOutputs], factors: Tensor) -> Callable[..., _FusedOutputs]:
+    """Return a model whose log probabilities of the labels are multiplied by factors."""
+
+    def weighted(**inputs: object) -> _FusedOutputs:
+        outputs = model(**inputs)
+        if inputs.get("fused_lm_head"):
+            outputs.log_probs = outputs.log_probs * factors
+        return outputs
+
+    return weighted
 
 
 class _Outputs(Protocol):

@@ -1,8 +1,7 @@
-"""Two subclasses of trl's SFTTrainer, between which `runtime.engine` chooses. Both read the rows in the same order.
+"""The fast engine's trainer, and what it shares with the stock engine's (`stock_engine`). Both subclass trl's SFTTrainer.
 
-- StockTrainer: trl and peft unchanged. A batch is a padded or packed grid.
-- FastTrainer: an item of the dataset is a whole optimizer step. Batches, loss, LoRA kernels, compiled layers and the
-  all-reduce are loraflow's own. A test checks that both give the same results.
+An item of FastTrainer's dataset is a whole optimizer step. Batches, loss, LoRA kernels, compiled layers and the all-reduce
+are loraflow's own. A test checks that both engines give the same results.
 """
 
 from __future__ import annotations
@@ -10,30 +9,26 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from loraflow.base.architecture import logit_factor
-from loraflow.data.token_labels import IGNORED
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.training.batches import StepDataset, StepItem
 from loraflow.training.callbacks import PreemptionHandler
-from loraflow.training.collation import Grid, MicroBatch, RowCollator, label_weights
+from loraflow.training.collation import MicroBatch
 from loraflow.training.cuda_graphs import GraphedPass
 from loraflow.training.layers import CompiledLayer
 from loraflow.training.lora_kernels import FastLora, add_noise, set_token_keys
 from loraflow.training.loss_head import head_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from datasets import Dataset
     from peft import LoraConfig
@@ -47,20 +42,14 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class _Outputs(Protocol):
-    """The outputs of a model with trl's fused head."""
-
-    log_probs: Tensor  # log p of all labels but the first [rows, tokens - 1]
-
-
-class LoraPlusTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer with LoRA+'s learning rates, if they are set: (ratio of B's to A's, rate of embeddings).
+class LoraTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer that trains an adapter: what both engines need.
 
     It writes no model cards. trl and peft write three for each checkpoint, which take longer than saving a small adapter,
     and `loraflow publish` writes the card of a model.
     """
 
-    loraplus: tuple[float, float] | None = None
+    loraplus: tuple[float, float] | None = None  # LoRA+'s learning rates: ratio of B's to A's, rate of embeddings
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -80,150 +69,38 @@ class LoraPlusTrainer(SFTTrainer):  # type: ignore[misc]
             loraplus(optimizer, self.model if model is None else model, *self.loraplus)
         return optimizer
 
+    def causal_model(self) -> PreTrainedModel:
+        """Return the model without peft's wrapper."""
+        get_base_model = getattr(self.model, "get_base_model", None)
+        causal: PreTrainedModel = self.model if get_base_model is None else get_base_model()
+        return causal
 
-class StockTrainer(LoraPlusTrainer):
-    """SFTTrainer whose dataset is row numbers. The collator fetches the tokens; the sampler keeps the given order.
-
-    Args:
-        train_rows: row numbers in the order of training.
-        validation_rows: how many validation rows there are.
-        collator: turns row numbers into a batch.
-        noise_alpha: the scale of NEFTune's noise; None trains without it.
-        model: a model of transformers, or with loralib's layers; without peft's adapter.
-        args: see SFTTrainer, down to `callbacks`.
-        processing_class: the tokenizer.
-        peft_config: peft's config of the adapter; None if the model has its own.
-        callbacks: the trainer's callbacks.
-    """
-
-    def __init__(
-        self,
-        *,
-        train_rows: NDArray[np.int64],
-        validation_rows: int,
-        collator: RowCollator,
-        noise_alpha: float | None = None,
-        model: PreTrainedModel,
-        args: SFTConfig,
-        processing_class: PreTrainedTokenizerBase,
-        peft_config: LoraConfig | None,
-        callbacks: list[TrainerCallback],
-    ):
-        validation = list(range(validation_rows))
-        super().__init__(
-            train_dataset=_dataset({"row": train_rows.tolist(), "position": list(range(len(train_rows)))}),
-            eval_dataset=_dataset({"row": validation, "validation": [True] * validation_rows}),
-            data_collator=collator,
-            model=model,
-            args=args,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            callbacks=callbacks,
-        )
-        self._noise: tuple[Tensor, Tensor] | None = None  # keys and documents' lengths of the next batch's tokens
-        if noise_alpha is not None:
-            get_base_model = getattr(self.model, "get_base_model", None)
-            causal: PreTrainedModel = self.model if get_base_model is None else get_base_model()
-            causal.get_input_embeddings().register_forward_hook(partial(self._with_noise, noise_alpha))
-
-    def _with_noise(
-        self, alpha: float, module: torch.nn.Module, inputs: tuple[Tensor, ...], embedded: Tensor
-    ) -> Tensor:
-        """Return the embeddings of a training batch with NEFTune's noise. A forward hook."""
-        if self._noise is None or not module.training:
-            return embedded
-        keys, document_lengths = self._noise
-        return add_noise(embedded, keys, document_lengths, alpha)
-
-    def _get_num_items_in_batch(self, batch_samples: list[Grid], device: torch.device) -> Tensor | int | None:
-        """Return the number of supervised tokens of an optimizer step on all devices; with weights, their sum."""
-        if not any("loss_weights" in batch for batch in batch_samples):
-            count: Tensor | int | None = super()._get_num_items_in_batch(batch_samples, device)
-            return count
-        weight = sum(float(label_weights(batch).sum(dtype=torch.float64)) for batch in batch_samples)
-        total = torch.tensor(weight, dtype=torch.float32, device=device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total = self.accelerator.gather(total).sum()
-        return total
-
-    def compute_loss(
-        self,
-        model: Callable[..., _Outputs],
-        inputs: Grid,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, _Outputs]:
-        """Return trl's loss. With weights, it is the weighted mean over the tokens of the optimizer step."""
-        keys, document_lengths = inputs.pop("token_keys", None), inputs.pop("document_lengths", None)
-        self._noise = None if keys is None or document_lengths is None else (keys, document_lengths)
-        if "loss_weights" in inputs:
-            weights = label_weights(inputs)
-            count = (inputs["labels"][:, 1:] != IGNORED).sum()
-            # trl divides by the number of labels of this batch in evaluation, by that of the whole step in training.
-            share = weights * count / weights.sum() if num_items_in_batch is None else weights / num_items_in_batch
-            model = _with_weights(model, share)
-            num_items_in_batch = None if num_items_in_batch is None else weights.new_ones(())
-            del inputs["loss_weights"]
-        loss: Tensor | tuple[Tensor, _Outputs] = super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
-        return loss
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Grid],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, *_: object, metric_key_prefix: str = "eval", **__: object) -> EvalLoopOutput:
         """Return the mean -log p of the supervised tokens of the validation rows, weighted as in training.
 
-        Trainer's own loop returns the mean of the batches' means. Each device computes all rows: its sampler would repeat
-        rows, so that all devices have equally many.
+        Trainer's own loop returns the mean of the batches' means. Its sampler also repeats rows, so that all devices have
+        equally many.
         """
-        assert self.eval_dataset is not None
-        model = self.model.eval()
-        total, weight, rows = 0.0, 0.0, len(self.eval_dataset)
-        for first in range(0, rows, self.args.per_device_eval_batch_size):
-            last = min(rows, first + self.args.per_device_eval_batch_size)
-            inputs = self._prepare_inputs(self.data_collator([self.eval_dataset[row] for row in range(first, last)]))
-            if "loss_weights" in inputs:
-                share = float(label_weights(inputs).sum(dtype=torch.float64))
-            else:
-                share = float((inputs["labels"][:, 1:] != IGNORED).sum())
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, inputs)
-            assert isinstance(loss, torch.Tensor)
-            total += float(loss) * share if share else 0.0
-            weight += share
-        metrics = {f"{metric_key_prefix}_loss": total / (weight or 1)}
-        return EvalLoopOutput(None, None, metrics, rows)  # type: ignore[arg-type]
+        self.model.eval()
+        with torch.no_grad():
+            total, weight, rows = self.validation_nll()
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": total / (weight or 1)}, rows)  # type: ignore[arg-type]
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+    def validation_nll(self) -> tuple[float, float, int]:
+        """Return the weighted sum of -log p over the supervised tokens of the validation rows, the sum of the weights, and
+        the number of rows.
+        """
+        raise NotImplementedError
 
 
-def _with_weights(model: Callable[..., _Outputs], factors: Tensor) -> Callable[..., _Outputs]:
-    """Return a model whose log probabilities of the labels are multiplied by factors."""
-
-    def weighted(**inputs: object) -> _Outputs:
-        outputs = model(**inputs)
-        if inputs.get("fused_lm_head"):
-            outputs.log_probs = outputs.log_probs * factors
-        return outputs
-
-    return weighted
-
-
-def _dataset(columns: Mapping[str, Sequence[int]]) -> Dataset | None:
+def numbers_dataset(columns: Mapping[str, Sequence[int]]) -> Dataset | None:
     """Return the columns as a dataset; None if they are empty."""
     from datasets import Dataset
 
     return Dataset.from_dict(columns) if len(columns["row"]) else None
 
 
-class FastTrainer(LoraPlusTrainer):
+class FastTrainer(LoraTrainer):
     """SFTTrainer whose training step is a whole optimizer step.
 
     Args:
@@ -233,8 +110,8 @@ class FastTrainer(LoraPlusTrainer):
         preemption: tells whether this process was asked to stop.
         autocast: dtype of autocast; None computes in the base's dtype.
         noise_alpha: the scale of NEFTune's noise; None trains without it.
-        model: see StockTrainer, down to `callbacks`.
-        args: the trainer's arguments.
+        model: a model of transformers, without peft's adapter.
+        args: see SFTTrainer, down to `callbacks`.
         processing_class: the tokenizer.
         peft_config: peft's config of the adapter.
         callbacks: the trainer's callbacks.
@@ -256,8 +133,8 @@ class FastTrainer(LoraPlusTrainer):
         callbacks: list[TrainerCallback],
     ):
         super().__init__(
-            train_dataset=_dataset({"row": list(range(len(steps)))}),
-            eval_dataset=_dataset({"row": list(range(len(validation) if validation is not None else 0))}),
+            train_dataset=numbers_dataset({"row": list(range(len(steps)))}),
+            eval_dataset=numbers_dataset({"row": list(range(len(validation) if validation is not None else 0))}),
             data_collator=_only,
             model=model,
             args=args,
@@ -267,8 +144,7 @@ class FastTrainer(LoraPlusTrainer):
         )
         self.steps, self.validation, self.group, self.preemption = steps, validation, group, preemption
         self.autocast_dtype, self.noise_alpha = autocast, noise_alpha
-        get_base_model = getattr(self.model, "get_base_model", None)
-        causal: PreTrainedModel = self.model if get_base_model is None else get_base_model()
+        causal = self.causal_model()
         self.decoder: PreTrainedModel = causal.get_decoder()  # type: ignore[no-untyped-call]
         self.head: torch.nn.Module = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
         factor = logit_factor(causal.config)
@@ -382,33 +258,23 @@ class FastTrainer(LoraPlusTrainer):
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, self.autocast_dtype)
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[StepItem],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Return the mean -log p of the supervised tokens of the validation rows, weighted as in training."""
+    def validation_nll(self) -> tuple[float, float, int]:
+        """Sum over the validation steps, whose micro-batches are divided among the devices."""
         assert self.validation is not None
-        self.model.eval()
         total, weight = torch.zeros((), device=self.args.device), 0.0
-        with torch.no_grad():
-            for item in self.validation:
-                total += sum((self.nll(micro) for micro in item["micro_batches"]), torch.zeros_like(total))
-                weight += item["loss_weight"]
+        for item in self.validation:
+            total += sum((self.nll(micro) for micro in item["micro_batches"]), torch.zeros_like(total))
+            weight += item["loss_weight"]
         if self.group.size > 1:
             (total,) = self.group.all_reduce_gradients([], total)
-        metrics = {f"{metric_key_prefix}_loss": float(total) / (weight or 1)}
-        return EvalLoopOutput(None, None, metrics, len(self.validation.rows))  # type: ignore[arg-type]
+        return float(total), weight, len(self.validation.rows)
 
 
 @dataclass(frozen=True)
 class BuiltTrainer:
     """A trainer that is ready to train, with what the rest of the stage needs."""
 
-    trainer: FastTrainer | StockTrainer
+    trainer: LoraTrainer
     choices: EngineChoices
     micro_batch: MicroBatchSize
     initial: dict[str, Tensor]  # see `initialise_adapter`

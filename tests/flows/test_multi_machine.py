@@ -51,7 +51,7 @@ def test_placed_stages_run_on_the_other_worker_and_all_artifacts_are_in_the_buck
     assert run["state"]["name"] == "Completed", run["state"]
     placed = sub_runs(machines, run)
     assert {name.split()[0] for name in placed} == {"train", "evaluate"}, placed.keys()
-    assert {one["work_pool_name"] for one in placed.values()} == {"gpu"}
+    assert {run["work_pool_name"] for run in placed.values()} == {"gpu"}
     output = command(machines, "runs", "--store", machines.store)
     assert output.stdout.split()[-1] == "promote", output.stdout + output.stderr
     assert command(machines, "verify", "--deep", "--store", machines.store).returncode == 0
@@ -85,13 +85,13 @@ def test_another_machine_resumes_when_a_gpu_machine_dies(machines):
     """Ten minutes, on a busy machine twenty: the server waits for three heartbeats before it believes it."""
     settings = {"training_config.max_steps": 600, "training_config.save_steps": 5, "training_config.seed": 77}
     run = machines.start("finetune/local", settings=settings)
-    seals = [f"checkpoint-{step}/complete.json" for step in range(10, 600, 5)]
+    manifests = [f"checkpoint-{step}/complete.json" for step in range(10, 600, 5)]
 
     def checkpoint_in_bucket() -> bool:
         found = machines.bucket.client().list_objects_v2(
             Bucket="tests", Prefix=f"{machines.store.split('/', 3)[3]}/work/train/"
         )
-        return any(one["Key"].endswith(tuple(seals)) for one in found.get("Contents", []))
+        return any(entry["Key"].endswith(tuple(manifests)) for entry in found.get("Contents", []))
 
     until = time.monotonic() + 600
     while not checkpoint_in_bucket():
@@ -104,8 +104,8 @@ def test_another_machine_resumes_when_a_gpu_machine_dies(machines):
     ended = machines.wait(run, seconds=1000)
     assert ended["state"]["name"] == "Completed", ended["state"]
     placed = machines.api("POST", "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}})
-    trained = sorted((one for one in placed if one["name"].startswith("train")), key=lambda one: one["created"])
-    assert [one["state"]["type"] for one in trained] == ["CRASHED", "COMPLETED"], trained
+    trained = sorted((run for run in placed if run["name"].startswith("train")), key=lambda run: run["created"])
+    assert [run["state"]["type"] for run in trained] == ["CRASHED", "COMPLETED"], trained
     assert "no heartbeat for 9 minutes" in trained[0]["state"]["message"]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**machines.bucket.settings, "LORAFLOW_CACHE": str(machines.cache("me"))}.items():

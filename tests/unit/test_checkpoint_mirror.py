@@ -45,7 +45,7 @@ def machine(bucket_uri, tmp_path, monkeypatch):
 
 
 def save(work: Path, step: int, content: str = "", needs: int | None = None) -> Path:
-    """Save and seal a checkpoint as the trainer does."""
+    """Save and finalize a checkpoint as the trainer does."""
     folder = work / FOLDER / f"checkpoint-{step}"
     (folder / "sub").mkdir(parents=True)
     (folder / "weights").write_text(content or f"of step {step}")
@@ -61,7 +61,7 @@ def names(work: Path) -> list[str]:
 def in_bucket(store) -> set[str]:
     """Return the names of checkpoints that have a file in the bucket."""
     below = f"{PREFIX}/{FOLDER}/"
-    return {one.key.removeprefix(below).split("/")[0] for one in store.bucket.listing(below)}
+    return {found.key.removeprefix(below).split("/")[0] for found in store.bucket.listing(below)}
 
 
 def wait_until(condition) -> None:
@@ -152,7 +152,7 @@ def test_a_newer_local_checkpoint_is_used_and_an_older_one_is_not(machine):
     assert "checkpoint-4" in names(three.work_folder(*JOB))
 
 
-@pytest.mark.parametrize("harm", ["flipped", "missing", "unsealed", "outside", "no seal"])
+@pytest.mark.parametrize("harm", ["flipped", "missing", "not finalized", "outside", "no manifest"])
 def test_an_incomplete_checkpoint_in_the_bucket_is_not_used(machine, harm, caplog, tmp_path):
     store = machine("one")
     attempt(store, 4)
@@ -161,17 +161,17 @@ def test_an_incomplete_checkpoint_in_the_bucket_is_not_used(machine, harm, caplo
         store.bucket.put(f"{prefix}/weights", b"of step 5")
     elif harm == "missing":
         store.bucket.delete([f"{prefix}/sub/more"])
-    elif harm == "unsealed":
+    elif harm == "not finalized":
         store.bucket.delete([f"{prefix}/complete.json"])
     elif harm == "outside":
-        seals = {"files": {"../../../../stray": "0" * 64}, "needs": None}
-        store.bucket.put(f"{prefix}/complete.json", json.dumps(seals).encode())
+        manifest = {"files": {"../../../../stray": "0" * 64}, "needs": None}
+        store.bucket.put(f"{prefix}/complete.json", json.dumps(manifest).encode())
         store.bucket.put(f"{PREFIX}/stray", b"stray")
     else:
         store.bucket.put(f"{prefix}/complete.json", b"[]")
     two = machine("two").work_folder(*JOB)
     assert names(two) == [] and [path.name for path in two.iterdir() if path.name != FOLDER] == []
-    assert ("is incomplete and not used" in caplog.text) == (harm != "unsealed")
+    assert ("is incomplete and not used" in caplog.text) == (harm != "not finalized")
     assert list(tmp_path.rglob("stray")) == []
 
 
@@ -216,7 +216,7 @@ def rotating(work: Path, steps: range, every: float) -> list[str]:
         for old in saved[-3:-2]:
             shutil.rmtree(old)
         time.sleep(every)
-    return [one.name for one in saved]
+    return [path.name for path in saved]
 
 
 @pytest.mark.parametrize("links", [True, False])

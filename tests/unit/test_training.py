@@ -180,7 +180,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(base, straight, tmp_path, at)
     assert found == losses, "the curve has every step once"
 
 
-@pytest.mark.parametrize("harm", ["torn", "flipped", "unsealed"])
+@pytest.mark.parametrize("harm", ["torn", "flipped", "not finalized"])
 def test_a_damaged_checkpoint_is_not_used(base, straight, tmp_path, harm):
     shards, adapter, _ = straight
     with pytest.raises(Preempted):
