@@ -95,12 +95,9 @@ def _read(file: Path) -> str:
     try:
         return file.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(
-            f"{file} cannot be read.",
-            where=str(file),
-            got=str(error),
-            next_step="correct its permissions, or save it as UTF-8",
-        ) from error
+        from loraflow.config.project import unreadable
+
+        raise unreadable(file, error) from error
 
 
 def _show_difference(file: Path, before: str, after: str) -> None:

@@ -32,12 +32,17 @@ def read_prefect_yaml(file: Path) -> object:
             next_step=f"correct the line in {FILE}",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(
-            f"{FILE} cannot be read.",
-            where=str(file),
-            got=str(error),
-            next_step="correct its permissions, or save it as UTF-8",
-        ) from error
+        raise unreadable(file, error) from error
+
+
+def unreadable(file: Path, error: Exception) -> BadConfig:
+    """Return the refusal of a project's file that cannot be read as text."""
+    return BadConfig(
+        f"{file.name} cannot be read.",
+        where=str(file),
+        got=str(error),
+        next_step="correct its permissions, or save it as UTF-8",
+    )
 
 
 def project_name(folder: Path) -> str | None:
