@@ -1,4 +1,4 @@
-"""A job: one stage to run, as a value and as a JSON file that a worker process reads."""
+"""A job: a stage with its inputs, config and runtime. `Inputs` and `Progress` are what the stage's `run` gets with it."""
 
 from __future__ import annotations
 

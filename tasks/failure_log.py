@@ -36,7 +36,7 @@ class MessageWithoutTraceback(logging.Filter):
         else:
             return True
         record.args, record.exc_info, record.exc_text = (), None, None
-        record.told_by_command = True
+        record.is_shown_by_command = True
         return True
 
 
@@ -45,7 +45,7 @@ class NoRepeatedFailure(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is shown; shorten it if it repeats a failure."""
-        if getattr(record, "told_by_command", False):
+        if getattr(record, "is_shown_by_command", False):
             return False
         message = record.getMessage()
         if record.name in ENGINE_LOGS:
@@ -66,19 +66,19 @@ class EventsInOneSentence(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is shown."""
         message = record.getMessage()
-        said = next((said for pattern, said in _NOT_TAKEN.items() if pattern.match(message)), None)
-        if said is None or record.exc_info:
+        sentence = next((sentence for pattern, sentence in _NOT_TAKEN.items() if pattern.match(message)), None)
+        if sentence is None or record.exc_info:
             return True
-        if said in self._told:
+        if sentence in self._logged:
             return False
-        self._told.add(said)
+        self._logged.add(sentence)
         record.levelno, record.levelname = logging.WARNING, "WARNING"
-        record.msg, record.args, record.exc_text = said, (), None
+        record.msg, record.args, record.exc_text = sentence, (), None
         return True
 
 

@@ -70,9 +70,7 @@ class Run:
         self.summary: RunSummary | None = None
         self.sweep: SweepRecord | None = None  # the trials, in a sweep
         self.recompute: set[str] = set()  # fingerprints whose artifacts lack something that this run needs
-        self.drift: DataDrift | None = (
-            None  # how the training rows changed since the champion; only retrain measures it
-        )
+        self.drift: DataDrift | None = None  # of the training rows since the champion; only retrain measures it
         self.is_deployed = False  # whether a deployment started it; set once, because Prefect asks the server each time
         self._forced: set[str] = set()  # fingerprints that --force has recomputed
         self._verified_digests: set[str] = set()  # artifacts that this run hashed or wrote

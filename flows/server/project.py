@@ -70,9 +70,9 @@ def enter(project: str | None = None) -> dict[str, str]:
 
 def _refuse_another_project(folder: Path, project: str) -> None:
     """Refuse the run of a project that this worker does not serve, or may not serve: its folder would be the wrong one."""
-    told = os.environ.get(PROJECT_VARIABLE, "").strip() or None
+    configured = os.environ.get(PROJECT_VARIABLE, "").strip() or None
     name = project_name(folder)
-    if name is None and told is None:
+    if name is None and configured is None:
         raise BadConfig(
             "The worker's folder does not say which project it is.",
             where=f"worker in {folder}",
@@ -80,7 +80,7 @@ def _refuse_another_project(folder: Path, project: str) -> None:
             got=f"{FILE} without a name" if (folder / FILE).exists() else f"no {FILE}",
             next_step=f"copy the project's {FILE} into that folder; or start the worker with {PROJECT_VARIABLE}={project}",
         )
-    for found, source in ((name, FILE), (told, PROJECT_VARIABLE)):
+    for found, source in ((name, FILE), (configured, PROJECT_VARIABLE)):
         if found is not None and found != project:
             raise BadConfig(
                 "The worker serves another project than the run's.",
@@ -90,15 +90,15 @@ def _refuse_another_project(folder: Path, project: str) -> None:
                 next_step="give each project a work pool of its own in prefect.yaml, and start its worker with "
                 f"LORAFLOW_HOME=/path/of/{project}",
             )
-    wanted, own = os.environ.get(PROJECT_ID), project_id(folder)
-    if wanted and own and wanted != own:
+    expected_id, folder_id = os.environ.get(PROJECT_ID), project_id(folder)
+    if expected_id and folder_id and expected_id != folder_id:
         raise BadConfig(
             "The worker serves another project of the same name.",
             where=f"worker in {folder}",
-            expected=f"{PROJECT_ID} {wanted}",
-            got=f"{own}, by its {FILE}",
+            expected=f"{PROJECT_ID} {expected_id}",
+            got=f"{folder_id}, by its {FILE}",
             next_step=f"replace the name {project} everywhere in one of the two {FILE}, and deploy that project again; "
-            f"or, if both are the same project, write the id of one ({wanted}) into the other",
+            f"or, if both are the same project, write the id of one ({expected_id}) into the other",
         )
 
 

@@ -101,14 +101,17 @@ def _refuse_other_prefix(adapter: Path, missing: list[str], unexpected: list[str
         BadModel: without one part of their names, they are the missing ones.
     """
     corrections = {
-        f"remove {part!r} from their names": [one.replace(part, "", 1) for one in unexpected] for part in _WRAPPERS
+        f"remove {part!r} from their names": [tensor.replace(part, "", 1) for tensor in unexpected]
+        for part in _WRAPPERS
     }
-    corrections[f"put {PREFIX!r} before their names"] = [PREFIX + one for one in unexpected]
-    corrections[f"put 'model.' behind {PREFIX!r}"] = [one.replace(PREFIX, f"{PREFIX}model.", 1) for one in unexpected]
-    of_adapters = {match[1] for one in unexpected if (match := _ADAPTER_NAME.search(one))}
+    corrections[f"put {PREFIX!r} before their names"] = [PREFIX + tensor for tensor in unexpected]
+    corrections[f"put 'model.' behind {PREFIX!r}"] = [
+        tensor.replace(PREFIX, f"{PREFIX}model.", 1) for tensor in unexpected
+    ]
+    of_adapters = {match[1] for tensor in unexpected if (match := _ADAPTER_NAME.search(tensor))}
     corrections |= {
         f"remove {f'.{name}'!r}, the adapter's name, from their names": [
-            one.replace(f".{name}.", ".") for one in unexpected
+            tensor.replace(f".{name}.", ".") for tensor in unexpected
         ]
         for name in of_adapters
     }

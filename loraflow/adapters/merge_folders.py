@@ -242,7 +242,7 @@ def _write_stop_ids(out: Path) -> None:
     file = out / "generation_config.json"
     values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     eos = values.get("eos_token_id")
-    known = {one for one in (eos if isinstance(eos, list) else [eos]) if isinstance(one, int) and one >= 0}
+    known = {token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int) and token >= 0}
     if not needed <= known:
         values["eos_token_id"] = sorted(known | needed)
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

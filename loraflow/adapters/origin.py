@@ -48,15 +48,15 @@ def check_origin(adapter: Path, base: Path, base_digest: str | None) -> None:
     trained = _Origin.model_validate_json((adapter / ORIGIN).read_bytes())
     own = own_template(adapter)  # takes precedence over the base's
     used = template_hash(base) if own is None else hashlib.sha256(own.encode()).hexdigest()
-    for what, ours, theirs in (
+    for what, used_here, recorded in (
         ("base", base_digest, trained.base),
         ("chat template", used, trained.chat_template_sha256),
     ):
-        if ours and theirs and ours != theirs:
+        if used_here and recorded and used_here != recorded:
             raise BadModel(
                 f"The adapter was trained with another {what}.",
                 where=str(adapter / ORIGIN),
-                expected=theirs,
-                got=ours,
+                expected=recorded,
+                got=used_here,
                 next_step="merge it into the base that it was trained on, with that base's tokenizer and template",
             )

@@ -72,8 +72,8 @@ def find_targets(model: PreTrainedModel, peft_config: PeftConfig) -> Targets:
             else selects(peft_config.target_modules, name)
         )
     ]
-    wanted = peft_config.target_parameters or []
-    parameters = [name for name, _ in model.named_parameters() if any(matches(name, target) for target in wanted)]
+    patterns = peft_config.target_parameters or []
+    parameters = [name for name, _ in model.named_parameters() if any(matches(name, target) for target in patterns)]
     experts = [name for name in expert_weights(model) if name not in parameters]
     return Targets(modules, parameters, left_out, experts)
 

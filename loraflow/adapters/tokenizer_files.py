@@ -157,14 +157,14 @@ def refuse_other_ids(base: Path, adapter: Path) -> None:
                 next_step="fetch it again, or save it with AutoTokenizer's save_pretrained",
             ) from error
         vocabularies.append(tokenizer.get_vocab(with_added_tokens=True))
-    theirs, ours = vocabularies
-    different = sorted((index, token) for token, index in theirs.items() if ours.get(token, index) != index)
+    of_base, of_adapter = vocabularies
+    different = sorted((index, token) for token, index in of_base.items() if of_adapter.get(token, index) != index)
     if different:
         index, token = different[0]
         raise BadModel(
             "The adapter's tokenizer gives the base's tokens other ids.",
             where=str(adapter / VOCABULARY),
             expected=f"{token!r} is {index}, as in the base",
-            got=f"{ours[token]}, and {len(different) - 1} more" if len(different) > 1 else str(ours[token]),
+            got=f"{of_adapter[token]}, and {len(different) - 1} more" if len(different) > 1 else str(of_adapter[token]),
             next_step="name the base that it was trained on",
         )

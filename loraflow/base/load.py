@@ -221,9 +221,9 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if ids[0] == ids[2]:
         del ids[0]
     usable = [
-        one
-        for one in ids
-        if one is not None and (rows is None or one < rows) and tokenizer.convert_ids_to_tokens(one) is not None
+        token
+        for token in ids
+        if token is not None and (rows is None or token < rows) and tokenizer.convert_ids_to_tokens(token) is not None
     ]
     if not usable:
         raise BadModel(

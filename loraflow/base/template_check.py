@@ -176,13 +176,13 @@ def _accepted(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> lis
         for prompt in (False, True):
             rows = [chat[:-1] if prompt else chat]
             try:
-                (ours,) = template.render(rows, prompt=prompt)
+                (text,) = template.render(rows, prompt=prompt)
             except BadModel:
                 continue  # some templates refuse system messages
-            theirs = _rendered_by_transformers(tokenizer, rows[0], prompt=prompt)
+            expected = _rendered_by_transformers(tokenizer, rows[0], prompt=prompt)
             # Some templates of vision models read texts only in lists of parts; servers find that out.
-            if theirs != ours and _rendered_by_transformers(tokenizer, rows[0], prompt=prompt, in_parts=True) != ours:
-                raise _difference("renders a chat", ours, theirs or "(refused)")
+            if expected != text and _rendered_by_transformers(tokenizer, rows[0], prompt=prompt, in_parts=True) != text:
+                raise _difference("renders a chat", text, expected or "(refused)")
             found.append((rows[0], prompt))
     return found
 
@@ -193,21 +193,23 @@ def _first_difference(
     """Return how the ids of training differ from those of transformers; None if they are equal."""
     for chat, prompt in chats:
         (text,) = template.render([chat], prompt=prompt)
-        ours = template.tokenizer.encode(text, add_special_tokens=False).ids
-        theirs = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if ours != theirs:
-            return _difference("tokenizes a chat", ours, theirs)
+        found = template.tokenizer.encode(text, add_special_tokens=False).ids
+        expected = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if found != expected:
+            return _difference("tokenizes a chat", found, expected)
     return None
 
 
-def _difference(does: str, ours: str | list[int], theirs: str | list[int]) -> BadModel:
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+def _difference(does: str, found: str | list[int], expected: str | list[int]) -> BadModel:
+    at = next(
+        (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
+    )
     first = max(0, at - 20)
     return BadModel(
         f"Training {does} differently from transformers, which serves the model.",
         where="base.model",
-        expected=f"as transformers: {theirs[first : at + 40]!r}",
-        got=f"{ours[first : at + 40]!r}",
+        expected=f"as transformers: {expected[first : at + 40]!r}",
+        got=f"{found[first : at + 40]!r}",
         next_step="open the base with transformers, save it (save_pretrained), and train on the saved folder",
     )
 
@@ -235,13 +237,13 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
             (encoded,) = template.encode([chat], "assistant")
         except BadModel:
             continue  # rows of this kind are refused with a reason of their own
-        theirs = _marked(tokenizer, marking, chat, encoded.ids)
+        expected = _marked(tokenizer, marking, chat, encoded.ids)
         for last in _ends(encoded.labels):
-            if last < len(theirs) and (not theirs[last] or any(theirs[last + 1 : last + 2])):
+            if last < len(expected) and (not expected[last] or any(expected[last + 1 : last + 2])):
                 raise BadModel(
                     "A learned answer ends at another token than the answer that transformers marks.",
                     where="chat_template",
-                    expected=f"the last marked token at {_last(theirs, last)}",
+                    expected=f"the last marked token at {_last(expected, last)}",
                     got=f"at {last}: {template.tokenizer.decode(encoded.ids[: last + 1].tolist(), False)[-60:]!r}",
                     next_step="put {% generation %} … {% endgeneration %} around every answer and the token that ends it",
                 )
@@ -262,8 +264,8 @@ def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: n
             continue
         if not isinstance(found, Mapping):  # a text, if nothing is tokenized
             continue
-        theirs = list(found["input_ids"])
-        if theirs == ids[: len(theirs)].tolist():
+        rendered_ids = list(found["input_ids"])
+        if rendered_ids == ids[: len(rendered_ids)].tolist():
             return [bool(marked) for marked in found["assistant_masks"]]
     return []
 
@@ -276,5 +278,5 @@ def _ends(labels: np.ndarray) -> list[int]:
 
 def _last(marked: Sequence[bool], near: int) -> int:
     """Return the position of the last token of the marked span that is nearest."""
-    ends = [at for at, one in enumerate(marked) if one and not any(marked[at + 1 : at + 2])]
+    ends = [at for at, is_marked in enumerate(marked) if is_marked and not any(marked[at + 1 : at + 2])]
     return min(ends, key=lambda at: abs(at - near), default=-1)

@@ -31,7 +31,7 @@ from loraflow.store.files import HashMemo
 
 log = logging.getLogger("loraflow")
 PARSE_ATTEMPTS = 5
-OURS = "loraflow"  # its code is a part of the stage's
+PACKAGE = "loraflow"  # its code is a part of the stage's
 # Calls that write the file that they are a method of, and those that write the file that they are given first, or second.
 _WRITING_METHODS = frozenset({"write_text", "write_bytes", "touch", "unlink"})
 _WRITING_CALLS = frozenset(
@@ -196,7 +196,7 @@ def _modules(start: Path, name: str, by: Path) -> Iterator[Path]:
         by: the file that imports it, for a warning.
     """
     top = name.partition(".")[0]
-    if start == Path() and top == OURS:
+    if start == Path() and top == PACKAGE:
         return
     path, found = start, []
     for part in name.split("."):

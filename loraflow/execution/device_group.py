@@ -22,7 +22,7 @@ from loraflow.store import Summary
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
-log = logging.getLogger("loraflow.worker")
+log = logging.getLogger(__name__)
 NODE, PARENT = "LORAFLOW_NODE", "LORAFLOW_PARENT"  # environment: this node's number; the process id of the launcher
 
 

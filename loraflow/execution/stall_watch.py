@@ -73,7 +73,8 @@ class StallWatch:
 
     def __init__(self, pid: int, work: Path, minutes: float | None, silent_minutes: float | None = None):
         self.pid, self.work = pid, work
-        self.limit, self.silent_limit = (math.inf if one is None else one * 60 for one in (minutes, silent_minutes))
+        self.limit = math.inf if minutes is None else minutes * 60
+        self.silent_limit = math.inf if silent_minutes is None else silent_minutes * 60
         self._last: _Sample | None = None  # at the last sign of progress
         self._progress_at = self._next_check = 0.0
         self._has_warned = False

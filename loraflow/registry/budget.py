@@ -185,7 +185,7 @@ def has_followers(looks: Iterable[Look], look: Look) -> bool:
 
 def _until(looks: Iterable[Look], look: Look) -> list[Look]:
     """Return the looks of a look's period, up to this one."""
-    return [one for one in looks if one.seq <= look.seq and (one.period or 1) == (look.period or 1)]
+    return [earlier for earlier in looks if earlier.seq <= look.seq and (earlier.period or 1) == (look.period or 1)]
 
 
 def _counted(looks: Sequence[Look], sets: Mapping[str, Set[str]], rows: Set[str], period: int) -> list[Look]:
@@ -296,7 +296,9 @@ def near_gains(log: PromotionLog, looks: Sequence[Look]) -> set[int]:
 
     The bound on false promotions needs no truth of this: an edited or lost decision only changes which looks spend more.
     """
-    return {look.seq for look in looks[-FOLLOWERS:] if any(_is_near(one, look) for one in _decisions(log, look))}
+    return {
+        look.seq for look in looks[-FOLLOWERS:] if any(_is_near(decision, look) for decision in _decisions(log, look))
+    }
 
 
 def _decisions(log: PromotionLog, look: Look) -> list[Decision]:
@@ -310,5 +312,5 @@ def _decisions(log: PromotionLog, look: Look) -> list[Decision]:
 
 
 def _is_near(decision: Decision, look: Look) -> bool:
-    gains = [one.p_value for one in decision.comparisons if one.kind == "gain" and one.p_value is not None]
+    gains = [found.p_value for found in decision.comparisons if found.kind == "gain" and found.p_value is not None]
     return decision.verdict != "promote" and bool(gains) and is_nearly_shown(max(gains), look.horizon)

@@ -209,8 +209,8 @@ class LookRecord:
         A set whose loss was accepted may have had any row, so it counts as `rows`, those of the next look.
         """
         sets, damaged, accepted = dict(stored.intact), stored.damaged, self._acceptances()
-        lost = {digest for one in accepted for digest in one.lost_rows}
-        if any(one.unknown_rows for one in accepted):
+        lost = {digest for loss in accepted for digest in loss.lost_rows}
+        if any(loss.unknown_rows for loss in accepted):
             sets[""] = set(rows)
         for digest in named:
             keys = None if digest in damaged else sets.get(digest) or self.scored.find(digest)
@@ -304,7 +304,7 @@ class LookRecord:
     def _assumed(self, seen: int, promotions: Sequence[Entry]) -> int:
         """Return how many looks must be counted that have no record: those of earlier versions, and lost ones."""
         accepted = self._acceptances()
-        lost = sum(one.lost for one in accepted if one.kept.seq == seen)
+        lost = sum(loss.lost for loss in accepted if loss.kept.seq == seen)
         if seen or accepted:
             return lost
         names = [name.rsplit("/", 1)[1] for name in self.store.documents(f"registry/{self.model}/decisions/")]
@@ -386,7 +386,7 @@ def _is_met(anchor: LogHead, looks: Sequence[Look]) -> bool:
 
 def _lost_rows(named: set[str], stored: Sets, losses: Sequence[LostLooks]) -> list[str]:
     """Return those of the digests of which no intact copy is left, and whose loss is not accepted yet."""
-    accepted = {digest for one in losses for digest in one.lost_rows}
+    accepted = {digest for loss in losses for digest in loss.lost_rows}
     lost = named - stored.intact.keys()
     return sorted((lost - accepted) | (lost & stored.damaged))
 
@@ -399,7 +399,7 @@ def _has_all_sets(anchor: _Anchor | None, stored: Sets) -> bool:
 def _unmet(claims: Sequence[Claim], looks: Sequence[Look], accepted: Sequence[LostLooks]) -> list[Claim]:
     """Return the claims of run records that a record of looks does not meet, without losses that were accepted."""
     unmet = [claim for claim in claims if not _is_met(claim.head, looks)]
-    return [claim for claim in unmet if not any(one.explains(claim.head) for one in accepted)]
+    return [claim for claim in unmet if not any(loss.explains(claim.head) for loss in accepted)]
 
 
 def _head(looks: Sequence[Look]) -> LogHead:

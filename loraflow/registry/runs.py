@@ -328,9 +328,9 @@ def changes(first: RunRecord, second: RunRecord) -> Iterator[str]:
     """Yield what differs in the second run, one line each, such as `training_config.seed 0 → 1`."""
     yield from identity.explain(_settings(first), _settings(second))
     for label in ("version_dataset", "resolve_base"):
-        one, two = first.stage(label), second.stage(label)
-        if one and two and one.digest != two.digest:
-            yield f"{label} {identity.short(one.digest)} → {identity.short(two.digest)}"
+        before, after = first.stage(label), second.stage(label)
+        if before and after and before.digest != after.digest:
+            yield f"{label} {identity.short(before.digest)} → {identity.short(after.digest)}"
     if first.loraflow != second.loraflow:
         yield f"loraflow {first.loraflow} → {second.loraflow}"
     if first.commit != second.commit:

@@ -246,7 +246,9 @@ def remember_verified(store: Store, model: str, head: LogHead, signers: Path) ->
             if _is_known(heads, store, model, head):
                 return
             heads.setdefault(store.uri, {})[model] = head
-            values = {uri: {name: one.model_dump() for name, one in found.items()} for uri, found in heads.items()}
+            values = {
+                uri: {name: log_head.model_dump() for name, log_head in found.items()} for uri, found in heads.items()
+            }
             write_atomic(file, json_bytes(values))
     except OSError as error:
         log.warning(

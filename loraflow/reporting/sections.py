@@ -287,7 +287,7 @@ def columns(sweep: SweepRecord) -> list[str]:
 def table_rows(sweep: SweepRecord) -> list[TableRow]:
     """Return the rows of the table, the best combination first."""
     order = ranked(sweep.trials)
-    return [_row(number, one, sweep) for number, one in enumerate(order, 1)]
+    return [_row(number, combination, sweep) for number, combination in enumerate(order, 1)]
 
 
 def _row(number: int, combination: Combination, sweep: SweepRecord) -> TableRow:
@@ -325,7 +325,7 @@ def sweep_lines(sweep: SweepRecord, curves: Mapping[str, TrialCurves], *, image:
 
 
 def _images(sweep: SweepRecord, curves: Mapping[str, TrialCurves]) -> Iterator[str]:
-    done = [trial for one in ranked(sweep.trials) for trial in one.trials if trial.label in curves]
+    done = [trial for combination in ranked(sweep.trials) for trial in combination.trials if trial.label in curves]
     best = done[:MAX_CURVES]
     for title, of in (("training loss", "training"), ("validation loss", "validation")):
         found = [(trial.label, getattr(curves[trial.label], of)) for trial in best]

@@ -115,9 +115,9 @@ class Bucket:
         An object that was read before and still has the same ETag is not requested again: each request costs a round trip.
         """
         objects = list(listed)
-        wanted = [item for item in objects if self._content.get(item.key, ("",))[0] != item.etag]
+        changed = [item for item in objects if self._content.get(item.key, ("",))[0] != item.etag]
         with ThreadPoolExecutor(CONCURRENCY) as pool:
-            for found, item in zip(pool.map(lambda item: self.get(item.key), wanted), wanted, strict=True):
+            for found, item in zip(pool.map(lambda item: self.get(item.key), changed), changed, strict=True):
                 self._content.pop(item.key, None)
                 if found is not None:
                     self._content[item.key] = (found.etag, found.data)

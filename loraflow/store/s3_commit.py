@@ -49,7 +49,7 @@ def commit_artifact(
         Network: the store did not answer, or other workers kept changing the artifact.
     """
     bucket, ref = artifacts.bucket, manifest.ref(artifacts.uri)
-    key, ours = pointer_key(ref.stage, ref.fingerprint), manifest.document
+    key, document = pointer_key(ref.stage, ref.fingerprint), manifest.document
     for _ in range(ATTEMPTS):
         seen = bucket.get(key)
         current = artifacts.find(ref.stage, ref.fingerprint)
@@ -61,14 +61,14 @@ def commit_artifact(
         if bucket.get(manifest_key(ref)) and artifacts.verify(ref, cache.object_memo()):
             move_to_quarantine(artifacts, cache, ref, [REPLACED])
         _upload_files(artifacts, folder, ref, manifest)
-        stored = _write_manifest(artifacts, ref, ours)
+        stored = _write_manifest(artifacts, ref, document)
         if stored is None:
             continue  # another machine removed it meanwhile
         content = _pointer(seen, ref).pointing_to(ref, stored)
         written = bucket.replace(key, content, seen.etag) if seen else bucket.create(key, content)
         if written is None:
             continue  # another machine committed meanwhile
-        if stored == ours:
+        if stored == document:
             cache.add(folder, ref)
         else:
             shutil.rmtree(folder)
@@ -91,19 +91,19 @@ def _upload_files(artifacts: S3Artifacts, folder: Path, ref: Ref, manifest: Mani
         list(pool.map(upload, names))
 
 
-def _write_manifest(artifacts: S3Artifacts, ref: Ref, ours: bytes) -> bytes | None:
+def _write_manifest(artifacts: S3Artifacts, ref: Ref, document: bytes) -> bytes | None:
     """Write the manifest, unless another writer's artifact is intact.
 
-    Return the manifest that is stored: ours, or the other writer's; None if another writer changed it at the same time.
+    Return the stored manifest: `document`, or the other writer's; None if another writer changed it at the same time.
     """
     bucket, key = artifacts.bucket, manifest_key(ref)
-    if bucket.create(key, ours) is not None:
-        return ours
+    if bucket.create(key, document) is not None:
+        return document
     seen = bucket.get(key)
     if seen is not None and not artifacts.check(ref):
         return seen.data
-    written = bucket.replace(key, ours, seen.etag) if seen else bucket.create(key, ours)
-    return ours if written is not None else None
+    written = bucket.replace(key, document, seen.etag) if seen else bucket.create(key, document)
+    return document if written is not None else None
 
 
 def _pointer(seen: StoredObject | None, ref: Ref) -> Pointer:
