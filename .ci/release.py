@@ -86,9 +86,9 @@ def main() -> None:
     if changed := git("status", "--porcelain", "--untracked-files=no").strip():
         sys.exit(f"a release is built from the last commit, and these files have other changes:\n{changed}")
     built = build(out)
-    wanted = expected(git("ls-files", *PACKAGE).splitlines())
+    expected_files = expected(git("ls-files", *PACKAGE).splitlines())
     for file in built:
-        if missing := wanted - names(file):
+        if missing := expected_files - names(file):
             sys.exit(f"{file.name} lacks {len(missing)} files of the repository, for example {min(missing)}")
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *map(str, built)], check=True)
     for file in built:

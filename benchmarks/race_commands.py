@@ -143,8 +143,8 @@ def take_deal(number: int) -> Actor:
     def act(place: Place, _: random.Random) -> None:
         looks, deals = LookRecord(place.store, MODEL), DealRecord(place.store, MODEL)
         rows = [ReserveRow(f"row {row}") for row in range(40)]
-        wanted = DealRequest(reserve=30, max_rows=None, seed=0)
-        dealt = deals.take(f"{number:064x}", rows, looks.scored_keys, wanted, actor="me")
+        request = DealRequest(reserve=30, max_rows=None, seed=0)
+        dealt = deals.take(f"{number:064x}", rows, looks.scored_keys, request, actor="me")
         (place.folder / f"dealt-{number}.json").write_text(json.dumps(sorted(dealt.keys)))
         looks.take(
             f"comparison {number}", challenger=f"{number:064x}", rows=dealt.keys, error=0.05, horizon=20,

@@ -72,12 +72,12 @@ def train(work: Path, base: Path, shared: dict[str, object], chosen: list[dict[s
     from loraflow.store import Ref
     from tests.job_factory import Outside, make_job
 
-    recipes = [parse_recipe("name: bench\nbase: {model: x}\n", overrides={**shared, **one}) for one in chosen]
+    recipes = [parse_recipe("name: bench\nbase: {model: x}\n", overrides={**shared, **settings}) for settings in chosen]
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
     home = work / "home"
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir()
-    outside = Outside(grouped=tuple(TrainConfig.from_recipe(one, Outside()) for one in recipes))
+    outside = Outside(grouped=tuple(TrainConfig.from_recipe(recipe, Outside()) for recipe in recipes))
     stage = "train" if len(chosen) == 1 else "train_group"
     job = make_job(stage, recipes[0], {"tokens": ref, "base": ref}, outside)
     started = time.time()
@@ -119,21 +119,21 @@ def main() -> None:
     few = min(options.steps, WARM_UP + 5)
     short = {**shared, "training_config.max_steps": few, "training_config.logging_steps": few}
     train(work, base, short, grid[:1])  # warms the libraries up
-    alone = [train(work, base, shared, [one]) for one in grid]
+    alone = [train(work, base, shared, [settings]) for settings in grid]
     together = train(work, base, shared, grid)
-    one = statistics.median(found.seconds for found in alone)
+    of_one = statistics.median(found.seconds for found in alone)
     apart = sum(found.seconds for found in alone)
     step = statistics.median(found.step for found in alone)
     print({key: value for key, value in alone[0].engine.items() if "graph" in key or "compiled" in key})
     print(together.engine)
     print_row("way", "seconds", "times one", "step ms", "times one's step")
-    print_row("one trial", one, 1.0, step * 1e3, 1.0)
-    print_row(f"{len(grid)} apart", apart, apart / one, "", "")
+    print_row("one trial", of_one, 1.0, step * 1e3, 1.0)
+    print_row(f"{len(grid)} apart", apart, apart / of_one, "", "")
     print_row(
-        f"{len(grid)} together", together.seconds, together.seconds / one, together.step * 1e3, together.step / step
+        f"{len(grid)} together", together.seconds, together.seconds / of_one, together.step * 1e3, together.step / step
     )
-    print_row("sweep together", together.seconds + one, (together.seconds + one) / one, "", "")
-    print_row("apart / sweep together", apart / (together.seconds + one), "", "", "")
+    print_row("sweep together", together.seconds + of_one, (together.seconds + of_one) / of_one, "", "")
+    print_row("apart / sweep together", apart / (together.seconds + of_one), "", "", "")
     gaps = [abs(mine - other.losses[0]) for mine, other in zip(together.losses, alone, strict=True)]
     print_row("largest difference of a trial's mean loss, together and alone", f"{max(gaps):.1e}")
     shutil.rmtree(work)

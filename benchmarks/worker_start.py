@@ -81,13 +81,13 @@ def main(rounds: int) -> None:
         for number in range(rounds):
             for how, found in results.items():
                 found.append(in_new_process(folder, folder / f"{how}-{number}", how))
-        every = [one for found in results.values() for one in found]
-        digests = {json.dumps({stage: digest for stage, (_, digest) in one.items()}) for one in every}
+        every = [trial for found in results.values() for trial in found]
+        digests = {json.dumps({stage: digest for stage, (_, digest) in trial.items()}) for trial in every}
         print(f"{'stage':16} {'spawn s':>8} {'fork s':>8}")
         for stage in results["spawn"][0]:
-            medians = [statistics.median(one[stage][0] for one in found) for found in results.values()]
+            medians = [statistics.median(trial[stage][0] for trial in found) for found in results.values()]
             print(f"{stage:16} {medians[0]:8.2f} {medians[1]:8.2f}")
-        sums = [[sum(seconds for seconds, _ in one.values()) for one in found] for found in results.values()]
+        sums = [[sum(seconds for seconds, _ in trial.values()) for trial in found] for found in results.values()]
         ratios = [spawn / fork for spawn, fork in zip(*sums, strict=True)]
         print(f"{'all':16} {statistics.median(sums[0]):8.2f} {statistics.median(sums[1]):8.2f}")
         print(

@@ -53,11 +53,13 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
 
 
-def assert_same(ours: dict, theirs: dict) -> None:
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert ours[name].dtype == theirs[name].dtype, name
-        assert torch.equal(ours[name], theirs[name]), f"{name}: {(ours[name] != theirs[name]).sum()} elements differ"
+def assert_same(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert found[name].dtype == expected[name].dtype, name
+        assert torch.equal(found[name], expected[name]), (
+            f"{name}: {(found[name] != expected[name]).sum()} elements differ"
+        )
 
 
 def configured(adapter: Path, **values) -> Path:

@@ -71,7 +71,7 @@ def test_a_run_is_started_from_the_form_and_its_report_opens(page, deployment):
         if runs := deployment.runs():
             break
         time.sleep(0.2)
-    (run,) = [one["id"] for one in runs]
+    (run,) = [found["id"] for found in runs]
     found = deployment.wait(run, "RUNNING")
     assert found["parameters"]["overrides"] == {"rank": 2, "alpha": 4, "learning_rate": "2e-2"}
     assert found["parameters"]["settings"] == {"evaluation.max_rows": 3}

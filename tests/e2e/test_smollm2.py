@@ -30,7 +30,7 @@ def test_a_short_quickstart_trains_merges_and_answers(tmp_path):
         "merge.verify_prompts=2",
         "evaluation.metrics=[token_loss, exact_match, json_fields]",
     ]
-    sets = [part for one in (*short, f"runtime.store={store}") for part in ("--set", one)]
+    sets = [part for setting in (*short, f"runtime.store={store}") for part in ("--set", setting)]
     done = loraflow("run", "configs/quickstart.yaml", "--json", *sets, home=tmp_path / "prefect")
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout)

@@ -83,7 +83,7 @@ def test_schedules_of_a_person_stay_and_those_that_prefect_yaml_no_longer_has_ar
         "deployment retrain/nightly updated: schedule hourly created, schedule weekly created, schedule nightly removed"
     ]
     assert put({"retrain/nightly": {"schedules": more}}) == []
-    found = {one.slug: one.active for one in client.read_deployment_by_name("retrain/nightly").schedules}
+    found = {schedule.slug: schedule.active for schedule in client.read_deployment_by_name("retrain/nightly").schedules}
     assert found == {None: True, "hourly": True, "weekly": False}
     assert put({"retrain/nightly": {"schedules": []}})
     [left] = client.read_deployment_by_name("retrain/nightly").schedules
@@ -136,9 +136,9 @@ def test_job_variables_that_the_work_pool_would_ignore_are_refused(put, client):
         if pool == "containers":
             template = json.loads((ROOT / "docs" / "deploy" / "docker-pool.json").read_text())
             client.create_work_pool(WorkPoolCreate(name=pool, type="docker", base_job_template=template))
-        wanted = WorkPool(name=pool, job_variables={"image": "python", "env": {}, "cpus": 2})
+        requested = WorkPool(name=pool, job_variables={"image": "python", "env": {}, "cpus": 2})
         with pytest.raises(BadConfig, match=f"The work pool {pool} has no such job variables") as error:
-            put({"evaluate/local": {"work_pool": wanted}})
+            put({"evaluate/local": {"work_pool": requested}})
         assert error.value.got == ("cpus" if kind == "docker" else "cpus, image")
         assert f"of a pool of type {kind}" in error.value.expected
     assert put() == []

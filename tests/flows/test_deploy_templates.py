@@ -37,12 +37,12 @@ def claims_of(pod: dict[str, Any]) -> dict[str, str | None]:
 
 @pytest.mark.parametrize("kind", ["docker", "kubernetes"])
 def test_a_template_has_the_default_templates_keys_and_uses_every_variable(kind):
-    ours, theirs = template(kind), worker_class(kind).get_default_base_job_template()
-    assert ours["job_configuration"].keys() == theirs["job_configuration"].keys()
-    assert ours["variables"]["properties"].keys() >= theirs["variables"]["properties"].keys()
-    used = set(re.findall(r"{{ (\w+) }}", json.dumps(ours["job_configuration"])))
-    assert used == ours["variables"]["properties"].keys(), "each variable is used, and each used variable exists"
-    assert not CREDENTIALS & set(re.findall(r"\w+", json.dumps(ours["variables"]["properties"]["env"])))
+    found, prefects = template(kind), worker_class(kind).get_default_base_job_template()
+    assert found["job_configuration"].keys() == prefects["job_configuration"].keys()
+    assert found["variables"]["properties"].keys() >= prefects["variables"]["properties"].keys()
+    used = set(re.findall(r"{{ (\w+) }}", json.dumps(found["job_configuration"])))
+    assert used == found["variables"]["properties"].keys(), "each variable is used, and each used variable exists"
+    assert not CREDENTIALS & set(re.findall(r"\w+", json.dumps(found["variables"]["properties"]["env"])))
 
 
 def test_a_kubernetes_run_requests_gpus_a_cache_and_time_to_save_a_checkpoint():

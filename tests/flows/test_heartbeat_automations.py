@@ -33,20 +33,22 @@ def deployments(client, monkeypatch):
     pool = nightly.work_pool.model_copy(update={"name": "silent"})
     spec = nightly.model_copy(update={"name": "silent", "work_pool": pool, "concurrency_limit": None})
     Deployer(client).deploy_all([spec], Notifications())
-    ours = client.read_deployment_by_name("retrain/silent")
-    theirs = client.create_deployment(ours.flow_id, "theirs")
-    older = client.create_deployment(ours.flow_id, "older", tags=["loraflow"])  # of a version without heartbeats
-    yield ours.id, theirs, older
+    with_heartbeats = client.read_deployment_by_name("retrain/silent")
+    of_another_project = client.create_deployment(with_heartbeats.flow_id, "theirs")
+    older = client.create_deployment(
+        with_heartbeats.flow_id, "older", tags=["loraflow"]
+    )  # of a version without heartbeats
+    yield with_heartbeats.id, of_another_project, older
     for automation in client.read_automations():
         client.delete_automation(automation.id)
-    for id_ in (ours.id, theirs, older):
+    for id_ in (with_heartbeats.id, of_another_project, older):
         client.delete_deployment(id_)
     client.delete_work_pool("silent")
 
 
 @pytest.mark.slow
 def test_runs_without_a_heartbeat_are_ended_and_others_are_not(client, deployments):
-    ours, theirs, older = deployments
+    with_heartbeats, of_another_project, older = deployments
     tags = {id_: client.read_deployment(id_).tags for id_ in deployments}
 
     def beat(id_, deployment):
@@ -64,28 +66,28 @@ def test_runs_without_a_heartbeat_are_ended_and_others_are_not(client, deploymen
             beat(id_, deployment)
         return id_
 
-    alive = run(ours, Pending(), Running(), heartbeat=True)
+    alive = run(with_heartbeats, Pending(), Running(), heartbeat=True)
     ended = {
-        run(ours, Pending(name="Submitting")): StateType.CRASHED,
-        run(ours, Pending(), Running()): StateType.CRASHED,
-        run(ours, Pending(), Running(), heartbeat=True): StateType.CRASHED,
-        run(ours, Pending(), Running(), Cancelling()): StateType.CANCELLED,
-        run(theirs, Pending(), Running(), heartbeat=True): StateType.CRASHED,
+        run(with_heartbeats, Pending(name="Submitting")): StateType.CRASHED,
+        run(with_heartbeats, Pending(), Running()): StateType.CRASHED,
+        run(with_heartbeats, Pending(), Running(), heartbeat=True): StateType.CRASHED,
+        run(with_heartbeats, Pending(), Running(), Cancelling()): StateType.CANCELLED,
+        run(of_another_project, Pending(), Running(), heartbeat=True): StateType.CRASHED,
     }
     left = {
         alive: StateType.RUNNING,
-        run(theirs, Pending(), Running()): StateType.RUNNING,  # it may send no heartbeats
+        run(of_another_project, Pending(), Running()): StateType.RUNNING,  # it may send no heartbeats
         run(older, Pending(), Running()): StateType.RUNNING,
-        run(ours, Pending(), Running(), Completed()): StateType.COMPLETED,
-        run(ours): StateType.SCHEDULED,
+        run(with_heartbeats, Pending(), Running(), Completed()): StateType.COMPLETED,
+        run(with_heartbeats): StateType.SCHEDULED,
         (
-            waits := run(ours, Pending(), Running(), Suspended(), heartbeat=True)
+            waits := run(with_heartbeats, Pending(), Running(), Suspended(), heartbeat=True)
         ): StateType.PAUSED,  # its last heartbeat arrived after this state
     }
     announce_waiting(waits)
     begun, found = time.monotonic(), {}
     while time.monotonic() < begun + 6 * WITHIN and (found != ended or time.monotonic() < begun + 2 * WITHIN):
-        beat(alive, ours)
+        beat(alive, with_heartbeats)
         time.sleep(2)
         found = {id_: client.read_flow_run(id_).state.type for id_ in ended}
     assert found == ended

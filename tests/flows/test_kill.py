@@ -42,7 +42,7 @@ def kill_a_run_in(stage, project):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_sigkill_in_any_stage_leaves_an_intact_store(project, stage):
-    before = {one["stage"]: one["digest"] for one in last_record(project)["stages"]}
+    before = {stage["stage"]: stage["digest"] for stage in last_record(project)["stages"]}
     kill_a_run_in(stage, project)
     for _ in range(300):
         if not processes_with(str(project.store / "work")):
@@ -51,6 +51,6 @@ def test_sigkill_in_any_stage_leaves_an_intact_store(project, stage):
     assert processes_with(str(project.store / "work")) == []
     store = LocalStore(project.store)
     assert all(store.verify(ref) == [] for ref in store.artifacts())
-    after = {one["stage"]: one["digest"] for one in project.run()["stages"]}
+    after = {stage["stage"]: stage["digest"] for stage in project.run()["stages"]}
     assert {k: after[k] for k in before} == before, "what was lost comes out the same"
     assert all(store.verify(ref) == [] for ref in store.artifacts())

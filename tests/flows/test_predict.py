@@ -78,9 +78,9 @@ def test_an_adapter_on_its_base_gives_the_answers_of_the_merged_model(completed_
     merged = load(find_model(store, summary["run"]), "float32")
     ids = torch.tensor([merged.template.prompt_ids([chat(3)["messages"]])[0]])
     with torch.inference_mode():
-        ours, theirs = on_top.model(ids).logits, merged.model(ids).logits
+        found, expected = on_top.model(ids).logits, merged.model(ids).logits
         base = load(find_model(store, str(project.phi3)), "float32").model(ids).logits
-    assert (ours - theirs).abs().max() < (ours - base).abs().max() / 20, "merging rounds to bf16, and no more"
+    assert (found - expected).abs().max() < (found - base).abs().max() / 20, "merging rounds to bf16, and no more"
     wider = build_phi3(tmp_path / "wider", hidden_size=128)
     with pytest.raises(BadModel, match="does not fit"):
         load(find_model(store, str(adapter), str(wider)), "float32")

@@ -135,7 +135,7 @@ def test_a_publication_record_is_not_listed_as_a_run(hub, project, run):
     assert list((project.store / "runs" / "published").iterdir())
     listed = loraflow(project, "runs", "--json")
     assert listed.exit_code == 0, listed.exception
-    assert [one["run"] for one in json.loads(listed.stdout)] == [run["run"]]
+    assert [listed_run["run"] for listed_run in json.loads(listed.stdout)] == [run["run"]]
     forget_promotions(LocalStore(project.store))
     promoted = loraflow(project, "promote", run["run"], "--reason", "better answers")
     assert promoted.exit_code == 0 and "is the champion of tiny" in promoted.stdout, promoted.exception

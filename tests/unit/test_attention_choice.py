@@ -24,8 +24,8 @@ def gpu(monkeypatch):
     return make_up
 
 
-def choose(wanted="auto", device="cuda", dtype="bfloat16", config=CONFIG, load=lambda name: name):
-    return choose_for_training(Runtime(attn_implementation=wanted), device, dtype, config, load)
+def choose(requested="auto", device="cuda", dtype="bfloat16", config=CONFIG, load=lambda name: name):
+    return choose_for_training(Runtime(attn_implementation=requested), device, dtype, config, load)
 
 
 FA4, FA3, FA2 = "flash_attn.cute", "flash_attn_interface", "flash_attn"
@@ -69,9 +69,9 @@ def test_a_failing_kernel_is_skipped_unless_it_is_requested(gpu, caplog):
 
 def test_a_requested_kernel_that_is_not_available_is_an_error(gpu):
     gpu((9, 0))
-    for wanted, package in (("fa4", "flash-attn-4"), ("fa3", FA3), ("flash_attention_2", "flash-attn")):
-        with pytest.raises(MissingExtra, match=f"{wanted} needs a CUDA device and the package {package}"):
-            choose(wanted)
+    for requested, package in (("fa4", "flash-attn-4"), ("fa3", FA3), ("flash_attention_2", "flash-attn")):
+        with pytest.raises(MissingExtra, match=f"{requested} needs a CUDA device and the package {package}"):
+            choose(requested)
     gpu((8, 0), FA4)
     with pytest.raises(BadConfig, match="FA4 does not run on this GPU") as caught:
         choose("fa4")
@@ -96,9 +96,9 @@ def test_cases_that_flash_attention_cannot_compute_use_sdpa_or_are_refused(gpu, 
     with_mask = attention.attention_with_mask(settings.get("config", CONFIG))
     assert (chosen.implementation, chosen.concatenated, kernel) == (with_mask, False, None)
     assert chosen.why.startswith(reason)
-    for wanted in ("varlen", "fa3", "fa4"):
+    for requested in ("varlen", "fa3", "fa4"):
         with pytest.raises(BadConfig, match="is not available here") as caught:
-            choose(wanted, **settings)
+            choose(requested, **settings)
         assert caught.value.got.startswith(reason)
 
 
@@ -109,16 +109,16 @@ def test_older_gpus_use_sdpa(gpu):
 
 def test_a_requested_kernel_is_used(gpu):
     gpu((9, 0), FA4, FA2)
-    for wanted in ("sdpa", "eager", "flash_attention_2"):
-        chosen, kernel = choose(wanted)
-        assert (chosen.implementation, chosen.why, kernel) == (wanted, "asked for", None)
-        assert chosen.concatenated == (wanted == "flash_attention_2")
+    for requested in ("sdpa", "eager", "flash_attention_2"):
+        chosen, kernel = choose(requested)
+        assert (chosen.implementation, chosen.why, kernel) == (requested, "asked for", None)
+        assert chosen.concatenated == (requested == "flash_attention_2")
     assert choose("varlen")[1] == "varlen"
 
 
-@pytest.mark.parametrize("wanted", ["auto", "varlen", "fa3", "fa4"])
-def test_a_loaded_model_uses_flash_attention_2_if_it_is_installed(gpu, wanted):
-    runtime = Runtime(attn_implementation=wanted)
+@pytest.mark.parametrize("requested", ["auto", "varlen", "fa3", "fa4"])
+def test_a_loaded_model_uses_flash_attention_2_if_it_is_installed(gpu, requested):
+    runtime = Runtime(attn_implementation=requested)
     gpu((9, 0), FA2)
     assert choose_for_loading(runtime, "cuda") == "flash_attention_2"
     assert choose_for_loading(runtime, "cuda", "float32") == "sdpa"

@@ -75,7 +75,7 @@ def test_a_copy_made_while_a_loss_is_accepted_is_consistent(store, tmp_path, mon
     monkeypatch.setattr(LocalStore, "read_documents", read_documents)
     loraflow("backup", tmp_path / "copy", "--store", store.uri)
     log = check_copy(tmp_path / "copy", store)
-    assert accepted and len(log.entries()) == 2 and [one.reason for one in log.acceptances()] == ["disk"]
+    assert accepted and len(log.entries()) == 2 and [acceptance.reason for acceptance in log.acceptances()] == ["disk"]
 
 
 def test_a_copy_made_while_runs_commit_promote_and_clean_up_is_complete_and_keeps_its_champion(store, tmp_path):

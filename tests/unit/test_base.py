@@ -111,12 +111,14 @@ def test_a_repacked_llama_has_the_same_logits(tmp_path, tie):
 
     llama = build_llama(tmp_path / "llama", tie_word_embeddings=tie)
     resolve_base(llama, tmp_path / "out", repack="phi3", dtype="float32")
-    one, two = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (llama, tmp_path / "out"))
-    assert two.config.model_type == "phi3"
-    assert "model.layers.0.self_attn.qkv_proj.weight" in dict(two.named_parameters())
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (llama, tmp_path / "out")
+    )
+    assert second.config.model_type == "phi3"
+    assert "model.layers.0.self_attn.qkv_proj.weight" in dict(second.named_parameters())
     ids = torch.arange(40)[None]
     with torch.no_grad():
-        assert torch.equal(one(ids).logits, two(ids).logits)
+        assert torch.equal(first(ids).logits, second(ids).logits)
     assert stop_ids(tmp_path / "out") == stop_ids(llama)
 
 
@@ -137,13 +139,13 @@ def test_a_model_without_a_phi3_equivalent_is_not_repacked(tmp_path, config, say
 
 def test_a_base_is_identified_by_its_content_not_its_path(tmp_path, phi3):
     shutil.copytree(phi3, tmp_path / "copy")
-    one, two = (resolve.locate(Base(model=str(f)), HashMemo(None)) for f in (phi3, tmp_path / "copy"))
-    assert one.source == two.source and one.origin != two.origin
+    first, second = (resolve.locate(Base(model=str(f)), HashMemo(None)) for f in (phi3, tmp_path / "copy"))
+    assert first.source == second.source and first.origin != second.origin
     file = tmp_path / "copy" / "model.safetensors"
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    assert resolve.locate(Base(model=str(tmp_path / "copy")), HashMemo(None)).source != one.source
+    assert resolve.locate(Base(model=str(tmp_path / "copy")), HashMemo(None)).source != first.source
 
 
 def test_the_bases_template_has_a_fixed_date_and_may_be_named_by_the_recipe(tmp_path, phi3):

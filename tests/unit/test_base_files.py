@@ -207,7 +207,7 @@ def test_answers_are_padded_with_a_token_that_has_an_embedding(change, llama, tm
     prompts = [[3, 4, 5], [6, 7], [8]]
     options = {"stop_ids": stop_ids(tmp_path / "out"), "max_new_tokens": 4}
     together = generate_answers(model, tokenizer, prompts, batch_size=3, **options)
-    alone = [generate_answers(model, tokenizer, [one], batch_size=1, **options)[0] for one in prompts]
+    alone = [generate_answers(model, tokenizer, [prompt], batch_size=1, **options)[0] for prompt in prompts]
     assert together == alone
 
 
@@ -293,12 +293,14 @@ def test_the_hubs_download_leaves_out_weights_that_transformers_does_not_load(mo
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, **options: asked.update(options) or tmp_path)
     hub.download("org/name", "0" * 40, trust=False)
 
-    def wanted(name):
-        listed = (any(fnmatch(name, one) for one in asked[key]) for key in ("allow_patterns", "ignore_patterns"))
+    def is_listed(name):
+        listed = (
+            any(fnmatch(name, pattern) for pattern in asked[key]) for key in ("allow_patterns", "ignore_patterns")
+        )
         return next(listed) and not next(listed)
 
-    assert wanted("model-00001-of-00002.safetensors") and wanted("spiece.model") and wanted("qwen.tiktoken")
-    assert not any(map(wanted, ("consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin")))
+    assert is_listed("model-00001-of-00002.safetensors") and is_listed("spiece.model") and is_listed("qwen.tiktoken")
+    assert not any(map(is_listed, ("consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin")))
 
 
 CODE = """
@@ -363,9 +365,9 @@ def test_a_tokenizer_with_a_class_of_its_own_is_loaded_after_resolve_base_withou
     file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
     resolve_base(llama, tmp_path / "out", trust_remote_code=True)
     text = "<|user|>\nred 你好<|end|>"
-    loaded, theirs = load_tokenizer(tmp_path / "out"), AutoTokenizer.from_pretrained(llama, trust_remote_code=True)
-    assert type(theirs).__name__ == "Own" and loaded(text)["input_ids"] == theirs(text)["input_ids"]
-    assert (loaded.eos_token, loaded.pad_token) == (theirs.eos_token, theirs.pad_token)
+    loaded, expected = load_tokenizer(tmp_path / "out"), AutoTokenizer.from_pretrained(llama, trust_remote_code=True)
+    assert type(expected).__name__ == "Own" and loaded(text)["input_ids"] == expected(text)["input_ids"]
+    assert (loaded.eos_token, loaded.pad_token) == (expected.eos_token, expected.pad_token)
 
 
 def test_doctor_names_what_is_not_used_and_stop_tokens_without_an_embedding(llama):

@@ -102,7 +102,7 @@ def test_compiled_layers_give_the_same_result(base, straight, tmp_path, monkeypa
 def _compilable(q, k, v, begins, longest, scaling, window):
     at = torch.searchsorted(begins.long(), torch.arange(q.shape[0]), right=True)
     seen = (at[:, None] == at[None]) & torch.ones(len(at), len(at), dtype=torch.bool).tril()
-    parts = [one.transpose(0, 1) for one in (q, k, v)]
+    parts = [tensor.transpose(0, 1) for tensor in (q, k, v)]
     return torch.nn.functional.scaled_dot_product_attention(
         *parts, attn_mask=seen, scale=scaling, enable_gqa=True
     ).transpose(0, 1)

@@ -208,16 +208,16 @@ def test_ctrl_c_at_a_terminal_ends_the_answer_and_not_the_program(phi3, tmp_path
 
     command = [sys.executable, "-c", "from loraflow.cli import main; main()", "chat", str(phi3), "--dtype", "float32"]
 
-    ours, theirs = pty.openpty()
+    screen, terminal = pty.openpty()
     env = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--max-new-tokens", "480"], cwd=tmp_path, stdin=theirs, stdout=theirs,
-                               stderr=theirs, start_new_session=True, env=env)  # fmt: skip
+    process = subprocess.Popen([*command, "--max-new-tokens", "480"], cwd=tmp_path, stdin=terminal, stdout=terminal,
+                               stderr=terminal, start_new_session=True, env=env)  # fmt: skip
     seen = bytearray()
 
     def read():
         while True:
             try:
-                seen.extend(os.read(ours, 4096))
+                seen.extend(os.read(screen, 4096))
             except OSError:
                 return
 
@@ -232,7 +232,7 @@ def test_ctrl_c_at_a_terminal_ends_the_answer_and_not_the_program(phi3, tmp_path
     try:
         wait_for(1)
         at = len(seen)
-        os.write(ours, b"red\n")
+        os.write(screen, b"red\n")
         limit = time.monotonic() + 60
         while len(seen) < at + 30 and time.monotonic() < limit:
             time.sleep(0.01)
@@ -241,11 +241,11 @@ def test_ctrl_c_at_a_terminal_ends_the_answer_and_not_the_program(phi3, tmp_path
         assert b"(interrupted)" in seen
         process.send_signal(signal.SIGINT)  # at the prompt
         wait_for(3)
-        os.write(ours, b"/quit\n")
+        os.write(screen, b"/quit\n")
         assert process.wait(timeout=30) == 0
     finally:
         process.kill()
-        os.close(theirs)
+        os.close(terminal)
 
 
 def test_prompts_equal_those_of_evaluation_and_transformers(loaded):
@@ -253,9 +253,9 @@ def test_prompts_equal_those_of_evaluation_and_transformers(loaded):
         [{"role": "system", "content": "s"}, {"role": "user", "content": " red \n"}],
         [{"role": "user", "content": "x"}],
     ]
-    ours = loaded.template.prompt_ids(chats)
-    theirs = [
+    found = loaded.template.prompt_ids(chats)
+    expected = [
         loaded.tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"]
         for c in chats
     ]
-    assert ours == theirs, json.dumps([ours, theirs])
+    assert found == expected, json.dumps([found, expected])

@@ -214,8 +214,10 @@ def test_an_entry_that_was_copied_over_another_one_is_not_believed(tmp_path):
     folder = Folder(tmp_path)
     folder.write("train.jsonl", rows(900))
     folder.check(SETTINGS)
-    *_, one, other = sorted(folder.cache.glob("*/*"), key=lambda file: file.stat().st_size)  # the smallest has no rows
-    other.write_bytes(one.read_bytes())
+    *_, entry, other = sorted(
+        folder.cache.glob("*/*"), key=lambda file: file.stat().st_size
+    )  # the smallest has no rows
+    other.write_bytes(entry.read_bytes())
     assert 0 < folder.check_both(SETTINGS) < 900
 
 

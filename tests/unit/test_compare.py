@@ -109,8 +109,8 @@ def test_the_bounds_are_those_of_the_gate_and_a_lower_loss_is_better():
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 50, 300)
     before, after = rng.lognormal(0, 0.3, 300), rng.lognormal(-0.2, 0.3, 300)
-    one, two = (table([True] * 300, token_loss=loss, reference_tokens=tokens) for loss in (before, after))
-    loss = next(found for found in compare_tables(one, two).differences if found.metric == "token_loss")
+    first, second = (table([True] * 300, token_loss=loss, reference_tokens=tokens) for loss in (before, after))
+    loss = next(found for found in compare_tables(first, second).differences if found.metric == "token_loss")
     assert loss.first == pytest.approx((before * tokens).sum() / tokens.sum())
     assert loss.bounds.mean == pytest.approx(loss.first - loss.second) and loss.bounds.mean > 0
     assert loss.better_rows == int((after < before).sum())
@@ -182,12 +182,12 @@ def test_ranges_and_directions_of_both_recipes_count(tmp_path):
 
 
 def test_a_row_with_the_same_id_and_another_prompt_is_not_compared():
-    one, two = table([True] * 30), table([True] * 30)
-    two.loc[0, "prompt"] = two.loc[1, "prompt"]
-    assert compare_tables(one, two).rows == 29
-    two["prompt"] = "other"
+    first, second = table([True] * 30), table([True] * 30)
+    second.loc[0, "prompt"] = second.loc[1, "prompt"]
+    assert compare_tables(first, second).rows == 29
+    second["prompt"] = "other"
     with pytest.raises(BadData, match="not scored on a common row"):
-        compare_tables(one, two)
+        compare_tables(first, second)
 
 
 @pytest.mark.parametrize("names", [[A], [A, B, C, A], [A, "20990101-000000-abcdef"], [A, "champion"]])

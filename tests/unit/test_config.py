@@ -80,13 +80,15 @@ def test_the_model_cards_dictionaries_are_accepted_unchanged(caplog):
 
 
 def test_the_defaults_equal_the_model_cards():
-    card, ours = parse_recipe(MODEL_CARD), parse_recipe(MINIMAL)
-    assert card.training_config.gradient_checkpointing is True and ours.training_config.gradient_checkpointing is None
+    card, minimal = parse_recipe(MODEL_CARD), parse_recipe(MINIMAL)
+    assert (
+        card.training_config.gradient_checkpointing is True and minimal.training_config.gradient_checkpointing is None
+    )
     same = {
         "gradient_checkpointing": None
     }  # left open, it is as memory needs; the card's own value is taken at its word
-    assert ours.training_config == card.training_config.model_copy(update=same)
-    assert ours.peft_config == card.peft_config
+    assert minimal.training_config == card.training_config.model_copy(update=same)
+    assert minimal.peft_config == card.peft_config
 
 
 def test_every_problem_is_reported_at_once_with_its_line():
@@ -451,10 +453,10 @@ def test_thinking_is_in_the_config_of_the_stages_that_it_changes(thinking, keys)
 
 
 def test_only_the_product_of_batch_size_and_accumulation_is_fingerprinted():
-    one = parse_recipe(MINIMAL + "training_config: {per_device_train_batch_size: 8, gradient_accumulation_steps: 2}")
-    two = parse_recipe(MINIMAL + "training_config: {per_device_train_batch_size: 2, gradient_accumulation_steps: 8}")
+    first = parse_recipe(MINIMAL + "training_config: {per_device_train_batch_size: 8, gradient_accumulation_steps: 2}")
+    second = parse_recipe(MINIMAL + "training_config: {per_device_train_batch_size: 2, gradient_accumulation_steps: 8}")
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
-    fingerprints = {make_job("train", r, {"tokens": ref, "base": ref}).fingerprint for r in (one, two)}
+    fingerprints = {make_job("train", r, {"tokens": ref, "base": ref}).fingerprint for r in (first, second)}
     assert len(fingerprints) == 1
 
 

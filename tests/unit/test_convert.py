@@ -94,10 +94,10 @@ def test_an_adapter_of_a_fused_base_fits_the_split_one_and_converts_back(twins, 
     assert convert(adapter, split, tmp_path / "b")["split"] == 4
     assert torch.allclose(logits(fused, adapter), logits(split, tmp_path / "b"), atol=1e-5)
     convert(tmp_path / "b", fused, tmp_path / "c")
-    one, two = read_peft(adapter).updates, read_peft(tmp_path / "c").updates
-    for name in one:
-        assert torch.equal(one[name].down, two[name].down) and torch.equal(one[name].up, two[name].up)
-        assert one[name].scale == pytest.approx(two[name].scale, rel=1e-12)
+    first, second = read_peft(adapter).updates, read_peft(tmp_path / "c").updates
+    for name in first:
+        assert torch.equal(first[name].down, second[name].down) and torch.equal(first[name].up, second[name].up)
+        assert first[name].scale == pytest.approx(second[name].scale, rel=1e-12)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt", "nested.pt"])

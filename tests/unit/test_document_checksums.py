@@ -129,10 +129,10 @@ def test_a_stored_decision_that_was_edited_or_is_of_another_comparison_is_not_us
         log.write_decision(None, digest, "p" * 64, Decision("reject", (f"about {digest[0]}",)).to_dict())
     workspace = SimpleNamespace(log=log, seen_head=None)
     assert _decided_before(workspace, "d" * 64, "p" * 64).reasons == ("about d",)
-    one, other = store.documents("registry/tickets/decisions/")
-    data = store.read_document(one)
+    name, other = store.documents("registry/tickets/decisions/")
+    data = store.read_document(name)
     for harmed in (store.read_document(other), data.replace(b"about d", b"about x"), b"[]", b'{"verdict": "no"}'):
-        store.write_document(one, harmed)
+        store.write_document(name, harmed)
         assert _decided_before(workspace, "d" * 64, "p" * 64) is None
 
 
@@ -253,13 +253,13 @@ def test_a_checkpoint_of_another_job_or_another_step_is_not_resumed_from(tmp_pat
             folder.mkdir(parents=True)
             (folder / "weights").write_text(f"{job} {step}")
             finalize_checkpoint(folder)
-    ours = tmp_path / "a" / "checkpoints"
-    assert prune_to_newest_intact(ours) == ours / "checkpoint-4"
-    shutil.rmtree(ours / "checkpoint-4")
-    shutil.copytree(tmp_path / "b" / "checkpoints" / "checkpoint-4", ours / "checkpoint-4")
-    shutil.copytree(ours / "checkpoint-2", ours / "checkpoint-6")
-    assert not is_intact(ours / "checkpoint-4") and not is_intact(ours / "checkpoint-6")
-    assert prune_to_newest_intact(ours) == ours / "checkpoint-2"
+    folder = tmp_path / "a" / "checkpoints"
+    assert prune_to_newest_intact(folder) == folder / "checkpoint-4"
+    shutil.rmtree(folder / "checkpoint-4")
+    shutil.copytree(tmp_path / "b" / "checkpoints" / "checkpoint-4", folder / "checkpoint-4")
+    shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-6")
+    assert not is_intact(folder / "checkpoint-4") and not is_intact(folder / "checkpoint-6")
+    assert prune_to_newest_intact(folder) == folder / "checkpoint-2"
 
 
 def test_a_manifest_that_was_edited_and_has_lost_its_pointer_is_not_committed_again(store):

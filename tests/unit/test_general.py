@@ -163,11 +163,11 @@ def test_scores_are_those_of_a_slow_loop_over_the_logits_of_transformers(recipe,
         assert row.accuracy == (np.argmax(sums) == question["answer"])
         assert row.accuracy_norm == (np.argmax(np.divide(sums, lengths)) == question["answer"])
     losses = pd.read_parquet(out / "loss.parquet")
-    for row, one in zip(losses.itertuples(), chats, strict=True):
+    for row, chat in zip(losses.itertuples(), chats, strict=True):
         prompt = tokenizer.apply_chat_template(
-            one["messages"][:1], add_generation_prompt=True, tokenize=True, return_dict=False
+            chat["messages"][:1], add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        whole = tokenizer.apply_chat_template(one["messages"], tokenize=True, return_dict=False)
+        whole = tokenizer.apply_chat_template(chat["messages"], tokenize=True, return_dict=False)
         answer = len(whole) - len(
             prompt
         )  # with the end of turn and the end of text, which the template writes behind it

@@ -84,8 +84,8 @@ def test_losses_equal_those_from_all_logits(phi3, model):
         ids, labels = torch.tensor(row.ids[None].astype("int64")), torch.tensor(row.labels.astype("int64"))
         with torch.inference_mode():
             logits = model(ids).logits[0, :-1]
-        wanted = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
-        assert total == pytest.approx(wanted.item(), rel=1e-4)
+        expected = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
+        assert total == pytest.approx(expected.item(), rel=1e-4)
         assert count == int((labels[1:] != -100).sum())
 
 
@@ -108,18 +108,18 @@ def test_a_preallocated_cache_equals_transformers_cache_without_copies():
     from transformers import DynamicCache
 
     draw = torch.Generator().manual_seed(0)
-    ours, expected, addresses = preallocated_cache(2, 9), DynamicCache(), set()
+    cache, expected, addresses = preallocated_cache(2, 9), DynamicCache(), set()
     for tokens in (4, 1, 3):
         for layer in range(2):
             new = [torch.randn(3, 2, tokens, 5, generator=draw) for _ in range(2)]
-            for tensor, other in zip(ours.update(*new, layer), expected.update(*new, layer), strict=True):
+            for tensor, other in zip(cache.update(*new, layer), expected.update(*new, layer), strict=True):
                 assert torch.equal(tensor, other)
-            addresses.add(ours.layers[layer].keys.data_ptr())
-        assert ours.get_seq_length() == expected.get_seq_length()
-        assert ours.get_mask_sizes(2, 0) == expected.get_mask_sizes(2, 0)
+            addresses.add(cache.layers[layer].keys.data_ptr())
+        assert cache.get_seq_length() == expected.get_seq_length()
+        assert cache.get_mask_sizes(2, 0) == expected.get_mask_sizes(2, 0)
     assert len(addresses) == 2, "written in place"
     with pytest.raises(ValueError, match="10 tokens in a cache for 9"):
-        ours.update(*(torch.zeros(3, 2, 2, 5),) * 2, 0)
+        cache.update(*(torch.zeros(3, 2, 2, 5),) * 2, 0)
 
 
 @pytest.mark.parametrize(

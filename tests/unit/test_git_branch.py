@@ -86,7 +86,7 @@ def test_retrainings_that_fetch_the_same_new_commit_at_once_all_find_it(repos):
         git(mine, "push", "-q")
         with ThreadPoolExecutor(4) as pool:
             found = pool.map(lambda _: branch.find_newest_commit(str(worker), "main"), range(4))
-        assert [one.commit for one in found] == [new] * 4
+        assert [pin.commit for pin in found] == [new] * 4
 
 
 def test_a_local_branch_that_is_ahead_is_used_and_a_diverged_branch_is_not(repos):

@@ -49,8 +49,8 @@ def test_added_tokens_are_trained_and_merged(grown, tmp_path, tied):
     check_adapter(adapter, base)
     out.mkdir()
     merge(base, adapter, out)
-    before, merged, theirs = read(base), read(out), by_peft(base, adapter)
-    assert merged.keys() == theirs.keys() and all(torch.equal(merged[name], theirs[name]) for name in merged)
+    before, merged, from_peft = read(base), read(out), by_peft(base, adapter)
+    assert merged.keys() == from_peft.keys() and all(torch.equal(merged[name], from_peft[name]) for name in merged)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         changed = (merged[name] != before[name]).any(dim=1).nonzero().flatten().tolist()
         assert changed == ids, "only the added tokens' rows"

@@ -36,14 +36,14 @@ def gradients(model, x, dy):
 @pytest.mark.parametrize("bias", [False, True])
 def test_lora_forward_and_backward_equal_peft(bias):
     model, x, dy = lora(bias=bias), torch.randn(3, 7, 24), torch.randn(3, 7, 40)
-    wanted = gradients(model, x, dy)
+    expected = gradients(model, x, dy)
     assert len(accelerate_loras(model, torch.float32)) == 1
     got = gradients(model, x, dy)
-    for one, two in zip(wanted[:2], got[:2], strict=True):
-        torch.testing.assert_close(one, two)
-    assert wanted[2].keys() == got[2].keys()
-    for name in wanted[2]:
-        torch.testing.assert_close(wanted[2][name], got[2][name])
+    for a, b in zip(expected[:2], got[:2], strict=True):
+        torch.testing.assert_close(a, b)
+    assert expected[2].keys() == got[2].keys()
+    for name in expected[2]:
+        torch.testing.assert_close(expected[2][name], got[2][name])
 
 
 def test_in_16_bits_the_error_is_not_larger_than_pefts():
@@ -88,9 +88,9 @@ def test_dropout_equals_the_mask_in_forward_and_backward():
     down = module.lora_A["default"].weight.detach().requires_grad_()
     up = module.lora_B["default"].weight.detach().requires_grad_()
     leaf = x.clone().requires_grad_()
-    wanted = linear(leaf, module.base_layer.weight) + linear(linear(leaf * keep / 0.75, down), up) * 2
-    wanted.backward(dy)
-    torch.testing.assert_close(y, wanted.detach())
+    expected = linear(leaf, module.base_layer.weight) + linear(linear(leaf * keep / 0.75, down), up) * 2
+    expected.backward(dy)
+    torch.testing.assert_close(y, expected.detach())
     torch.testing.assert_close(dx, leaf.grad)
     torch.testing.assert_close(grads["base_model.model.0.lora_A.default.weight"], down.grad)
     torch.testing.assert_close(grads["base_model.model.0.lora_B.default.weight"], up.grad)

@@ -46,10 +46,10 @@ def test_adapters_with_several_terms_are_streamed_in_pefts_order(tmp_path, optio
     adapter = make_adapter(base, tmp_path / "adapter", **options)
     (tmp_path / "out").mkdir()
     assert merge(base, adapter, tmp_path / "out")["route"] == "streamed"
-    ours, theirs = read(tmp_path / "out"), by_peft(base, adapter)
-    assert ours.keys() == theirs.keys()
-    assert max(ulps(ours[name], theirs[name]) for name in ours) <= 1
-    assert any(not torch.equal(ours[name], tensor) for name, tensor in read(base).items())
+    found, expected = read(tmp_path / "out"), by_peft(base, adapter)
+    assert found.keys() == expected.keys()
+    assert max(ulps(found[name], expected[name]) for name in found) <= 1
+    assert any(not torch.equal(found[name], tensor) for name, tensor in read(base).items())
 
 
 def test_adapters_that_are_not_a_sum_are_merged_by_peft(tmp_path, phi3):
@@ -93,9 +93,9 @@ def test_random_models_and_adapters_merge_as_in_peft(tmp_path, seed):
     adapter = make_adapter(base, tmp_path / "adapter", seed, **options)
     (tmp_path / "out").mkdir()
     merge(base, adapter, tmp_path / "out", max_shard_bytes=dice.choice([20_000, 10**9]))
-    ours, theirs = read(tmp_path / "out"), by_peft(base, adapter)
-    assert ours.keys() == theirs.keys()
-    assert max(ulps(ours[name], theirs[name]) for name in ours) <= 1, (shape, options)
+    found, expected = read(tmp_path / "out"), by_peft(base, adapter)
+    assert found.keys() == expected.keys()
+    assert max(ulps(found[name], expected[name]) for name in found) <= 1, (shape, options)
 
 
 class KillAt(Progress):

@@ -35,8 +35,8 @@ def test_identical_texts_have_the_best_score_in_every_script(name):
     values, rows = compute(name, texts, texts)
     best = 100.0 if name == "chrf" else 1.0
     for key, value in values.items():
-        wanted = 1.0 if key not in ("rouge2",) else None
-        if wanted is not None:
+        expected = 1.0 if key not in ("rouge2",) else None
+        if expected is not None:
             assert value == pytest.approx(best), key
             assert rows[key] == pytest.approx([best] * len(texts))
 

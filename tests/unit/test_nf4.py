@@ -52,13 +52,13 @@ def test_the_dequantized_base_equals_that_of_transformers_and_bitsandbytes(tmp_p
     base = build_phi3(
         tmp_path / "base", hidden_size=320, num_attention_heads=10, **shape
     )  # qkv: 448 rows, not one block
-    theirs = unpacked(by_bitsandbytes(base, double))
-    assert theirs.keys() == quantized_names(base), "lm_head and what is tied to it stay as they are"
+    expected = unpacked(by_bitsandbytes(base, double))
+    assert expected.keys() == quantized_names(base), "lm_head and what is tied to it stay as they are"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     before = {f"{name}.weight": module.weight.clone() for name, module in quantized_modules(model).items()}
     Nf4("bfloat16", double).apply(model)
     for name, module in quantized_modules(model).items():
-        assert torch.equal(module.weight, theirs[f"{name}.weight"]), name
+        assert torch.equal(module.weight, expected[f"{name}.weight"]), name
         assert not torch.equal(module.weight, before[f"{name}.weight"])
 
 

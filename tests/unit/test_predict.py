@@ -174,28 +174,28 @@ def test_an_invalid_row_has_an_error_and_the_other_rows_have_answers(phi3, tmp_p
     assert isinstance(out[0]["prediction"], str) and out[0]["messages"] == chat(1)["messages"]
 
 
-@pytest.mark.parametrize("given", [".jsonl", ".csv", ".parquet"])
-@pytest.mark.parametrize("wanted", [".jsonl", ".csv", ".parquet"])
-def test_every_input_format_gives_the_same_answers_in_every_output_format(phi3, tmp_path, given, wanted):
+@pytest.mark.parametrize("source_suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("target_suffix", [".jsonl", ".csv", ".parquet"])
+def test_every_input_format_gives_the_same_answers_in_every_output_format(phi3, tmp_path, source_suffix, target_suffix):
     table = pd.DataFrame(
         {"n": [3, 1, 2], "prompt": ["what is red", 'say "x", please\nnow', "नमस्ते"], "weight": [0.5, 1.5, 2.5]}
     )
-    source = tmp_path / f"in{given}"
-    if given == ".jsonl":
+    source = tmp_path / f"in{source_suffix}"
+    if source_suffix == ".jsonl":
         table.to_json(source, orient="records", lines=True, force_ascii=False)
-    elif given == ".csv":
+    elif source_suffix == ".csv":
         table.to_csv(source, index=False)
     else:
         table.to_parquet(source)
-    run(phi3, source, tmp_path / f"out{wanted}")
+    run(phi3, source, tmp_path / f"out{target_suffix}")
     readers = {".jsonl": lambda f: pd.read_json(f, lines=True), ".csv": pd.read_csv, ".parquet": pd.read_parquet}
-    out = readers[wanted](tmp_path / f"out{wanted}")
+    out = readers[target_suffix](tmp_path / f"out{target_suffix}")
     assert list(out.columns) == ["n", "prompt", "weight", "prediction", "tokens", "finish", "error"]
     assert out["n"].astype(int).tolist() == [3, 1, 2] and out["prompt"].tolist() == table["prompt"].tolist()
     assert out["weight"].astype(float).tolist() == [0.5, 1.5, 2.5]
     run(phi3, source, tmp_path / "plain.jsonl")
     assert out["prediction"].tolist() == [row["prediction"] for row in read(tmp_path / "plain.jsonl")]
-    if (given, wanted) == (".parquet", ".parquet"):
+    if (source_suffix, target_suffix) == (".parquet", ".parquet"):
         assert out["n"].dtype == table["n"].dtype and out["weight"].dtype == table["weight"].dtype
 
 

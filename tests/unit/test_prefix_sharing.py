@@ -48,7 +48,7 @@ def test_loss_and_gradients_equal_those_of_complete_documents(model, data):
     labels = grid.pop("labels")
     logits = model(**grid).logits
     rows = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
-    wanted = gradients(rows + 0 * logits.sum())
+    expected = gradients(rows + 0 * logits.sum())
     line = batches.share_prefix(documents, prefix)
     assert line["input_ids"].shape[1] == prefix + sum(len(ids) - prefix for ids, _ in documents)
     index, targets = line.pop("loss_index"), line.pop("targets")
@@ -56,8 +56,8 @@ def test_loss_and_gradients_equal_those_of_complete_documents(model, data):
     once = cross_entropy(logits[0, index], targets, reduction="sum")
     torch.testing.assert_close(once, rows, rtol=1e-5, atol=1e-5)
     found = gradients(once + 0 * logits.sum())
-    for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=2e-5)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=2e-5)
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=4), st.none() | st.integers(-1, 8))
@@ -91,9 +91,9 @@ def test_a_run_with_a_system_prompt_equals_the_stock_engine_with_fewer_tokens(ba
     assert len(seen) >= 6 and min(seen) > 20
     choices = json.loads((tmp_path / "fast" / "out" / "telemetry" / "engine.json").read_text())
     assert choices["shared_prefix"].startswith("computed once")
-    stock, wanted = run(base, shards, tmp_path / "stock", runtime__engine="stock")
-    assert losses.keys() == wanted.keys()
-    assert max(abs(losses[step] - wanted[step]) for step in wanted) < 2e-4
+    stock, expected = run(base, shards, tmp_path / "stock", runtime__engine="stock")
+    assert losses.keys() == expected.keys()
+    assert max(abs(losses[step] - expected[step]) for step in expected) < 2e-4
     assert same(adapter, stock, 2e-3)
     seen.clear()
     run(base, shards, tmp_path / "one", runtime__micro_batch=1)

@@ -11,33 +11,33 @@ from loraflow.data.guess_columns import columns_of, guess_columns
 from loraflow.data.readers import match_files, read_rows
 from loraflow.failures import BadData
 
-WANTED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        {"messages": WANTED},
-        {"messages": [{**m, "name": "x"} for m in WANTED], "source": "s"},
+        {"messages": CHAT},
+        {"messages": [{**m, "name": "x"} for m in CHAT], "source": "s"},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         {"instruction": "q", "input": "", "output": "a"},
         {"prompt": "q", "completion": "a"},
-        {"prompt": WANTED[:1], "completion": WANTED[1:]},
+        {"prompt": CHAT[:1], "completion": CHAT[1:]},
         {
-            "messages": [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in WANTED],
+            "messages": [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in CHAT],
             "tools": [],
         },
     ],
 )
 def test_every_format_gives_the_same_chat(row):
-    assert to_messages(row) == WANTED
+    assert to_messages(row) == CHAT
 
 
 def test_columns_can_have_other_names(tmp_path):
     (tmp_path / "x.csv").write_text("id,question,answer\n1,q,a\n")
     columns = {"prompt": "question", "completion": "answer"}
     (row,) = read_rows(tmp_path, ["x.csv"], "auto", columns)
-    assert row.messages == WANTED
+    assert row.messages == CHAT
     (row,) = read_rows(tmp_path, ["x.csv"], "auto", {"prompt": "ask", "completion": "answer"})
     assert row.problem == "expected the column ask (prompt); got id, question, answer"
     assert guess_columns({"id": "1", "question": "q", "answer": "a"}) == columns
@@ -50,12 +50,12 @@ def test_context_and_system_prompt_columns_are_read():
     assert guess_columns(row) == {"instruction": "question", "output": "answer"}
     assert to_messages({**row, "instruction": "Who?", "output": "Ann"})[0]["content"] == "Who?\n\nAnn ran."
     system = {"role": "system", "content": "s"}
-    assert to_messages({"system_prompt": "s", "prompt": "q", "completion": "a"}) == [system, *WANTED]
-    assert to_messages({"system": "s", "messages": WANTED}) == [system, *WANTED], "Anthropic's"
-    assert to_messages({"system": [{"type": "text", "text": "s"}], "messages": WANTED}) == [system, *WANTED]
-    assert to_messages({"system": "s", "messages": [system, *WANTED]}) == [system, *WANTED]
+    assert to_messages({"system_prompt": "s", "prompt": "q", "completion": "a"}) == [system, *CHAT]
+    assert to_messages({"system": "s", "messages": CHAT}) == [system, *CHAT], "Anthropic's"
+    assert to_messages({"system": [{"type": "text", "text": "s"}], "messages": CHAT}) == [system, *CHAT]
+    assert to_messages({"system": "s", "messages": [system, *CHAT]}) == [system, *CHAT]
     with pytest.raises(BadRow, match="two different system messages"):
-        to_messages({"system": "t", "messages": [system, *WANTED]})
+        to_messages({"system": "t", "messages": [system, *CHAT]})
 
 
 def test_llama_factorys_history_comes_before_the_question():
@@ -66,21 +66,21 @@ def test_llama_factorys_history_comes_before_the_question():
 
 
 def test_unused_keys_are_named(tmp_path):
-    turns = [WANTED[0], {**WANTED[1], "emotion": "hm", "tool_calls": None}]
+    turns = [CHAT[0], {**CHAT[1], "emotion": "hm", "tool_calls": None}]
     (tmp_path / "x.jsonl").write_text(json.dumps({"id": 1, "messages": turns, "tools": [], "score": 0.5}))
     (row,) = read_rows(tmp_path, ["x.jsonl"], "auto")
-    assert row.messages == WANTED
+    assert row.messages == CHAT
     assert row.unused_keys == ("id", "score", "messages.emotion")
     (tmp_path / "y.jsonl").write_text(json.dumps({"n": 1, "Question": "q", "Answer": "a"}))
     columns = columns_of(tmp_path / "y.jsonl", "y.jsonl")
     assert columns == {"prompt": "Question", "completion": "Answer"}
     (row,) = read_rows(tmp_path, ["y.jsonl"], "auto", columns)
-    assert row.messages == WANTED and row.unused_keys == ("n",)
+    assert row.messages == CHAT and row.unused_keys == ("n",)
 
 
 @pytest.mark.parametrize(
     ("name", "turns"),
-    [("messages", WANTED), ("conversations", [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])],
+    [("messages", CHAT), ("conversations", [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])],
 )
 def test_a_column_of_chats_is_found_by_its_content(name, turns):
     assert guess_columns({"id": 1, "dialog": turns}) == {name: "dialog"}
@@ -96,7 +96,7 @@ def test_dollys_context_is_part_of_the_question():
 def test_a_system_column_comes_first():
     assert to_messages({"system": "s", "prompt": "q", "completion": "a"}) == [
         {"role": "system", "content": "s"},
-        *WANTED,
+        *CHAT,
     ]
 
 
@@ -117,16 +117,16 @@ def test_alpacas_input_follows_the_instruction():
         ({"messages": []}, "has no messages"),
         ({"messages": [{"role": "alien", "content": "x"}]}, "unknown role 'alien'"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown role 'alien'"),
-        ({"messages": [WANTED[0], {"role": "assistant", "content": " "}]}, "empty assistant message"),
-        ({"messages": [WANTED[0], {"role": "assistant", "content": None}]}, "content is NoneType"),
-        ({"messages": WANTED[:1]}, "expected assistant"),
-        ({"messages": WANTED[1:]}, "must be a user message"),
-        ({"messages": [WANTED[0], *WANTED]}, "two user messages"),
-        ({"messages": [WANTED[0], {"role": "system", "content": "x"}, WANTED[1]]}, "must be the first message"),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": " "}]}, "empty assistant message"),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, "content is NoneType"),
+        ({"messages": CHAT[:1]}, "expected assistant"),
+        ({"messages": CHAT[1:]}, "must be a user message"),
+        ({"messages": [CHAT[0], *CHAT]}, "two user messages"),
+        ({"messages": [CHAT[0], {"role": "system", "content": "x"}, CHAT[1]]}, "must be the first message"),
         ({"prompt": "q", "completion": ""}, "empty"),
         ({"messages": "x"}, "expected a list"),
         (
-            {"messages": [WANTED[0], {**WANTED[1], "function_call": {"arguments": "{}"}}]},
+            {"messages": [CHAT[0], {**CHAT[1], "function_call": {"arguments": "{}"}}]},
             "function_call\\[0\\].function.name is None",
         ),
         ({"instruction": "q", "input": {"x": 1}, "output": "a"}, "input is dict"),
@@ -144,7 +144,7 @@ def write(folder: Path, name: str, content: bytes) -> list:
 
 
 def test_malformed_lines_have_file_line_and_column(tmp_path):
-    good = json.dumps({"messages": WANTED}).encode()
+    good = json.dumps({"messages": CHAT}).encode()
     rows = write(
         tmp_path,
         "x.jsonl",
@@ -165,16 +165,16 @@ def test_tables_are_read(tmp_path):
     frame = pd.DataFrame({"prompt": ["q", "NA", ""], "completion": ["a", "null", "x"]})
     frame.to_csv(tmp_path / "t.csv", index=False)
     rows = list(read_rows(tmp_path, ["t.csv"], "auto"))
-    assert rows[0].messages == WANTED
+    assert rows[0].messages == CHAT
     assert rows[1].messages[0]["content"] == "NA", "text that looks like a missing value is text"
     assert rows[2].problem and rows[2].place == "t.csv:row 3"
-    pd.DataFrame({"messages": [WANTED, WANTED]}).to_parquet(tmp_path / "t.parquet")
-    assert [row.messages for row in read_rows(tmp_path, ["t.parquet"], "auto")] == [WANTED, WANTED]
-    pd.DataFrame({"messages": [json.dumps(WANTED), "{"]}).to_csv(tmp_path / "m.csv", index=False)
+    pd.DataFrame({"messages": [CHAT, CHAT]}).to_parquet(tmp_path / "t.parquet")
+    assert [row.messages for row in read_rows(tmp_path, ["t.parquet"], "auto")] == [CHAT, CHAT]
+    pd.DataFrame({"messages": [json.dumps(CHAT), "{"]}).to_csv(tmp_path / "m.csv", index=False)
     rows = list(read_rows(tmp_path, ["m.csv"], "auto"))
-    assert rows[0].messages == WANTED and "not valid JSON" in rows[1].problem
-    (tmp_path / "l.json").write_text(json.dumps([{"messages": WANTED}]))
-    assert next(iter(read_rows(tmp_path, ["l.json"], "auto"))).messages == WANTED
+    assert rows[0].messages == CHAT and "not valid JSON" in rows[1].problem
+    (tmp_path / "l.json").write_text(json.dumps([{"messages": CHAT}]))
+    assert next(iter(read_rows(tmp_path, ["l.json"], "auto"))).messages == CHAT
 
 
 @pytest.mark.parametrize(
@@ -217,13 +217,13 @@ def test_unreadable_files_are_refused(tmp_path, name, content, says):
 )
 def test_a_table_written_by_excel_or_pandas_is_read(tmp_path, content):
     (row,) = write(tmp_path, "x.csv", content)
-    assert row.messages == WANTED
+    assert row.messages == CHAT
 
 
 def test_a_row_with_a_wrong_number_of_cells_is_named_and_never_shifted(tmp_path):
     """With the same number too many in each row, pandas takes the first column as index: all others move by one."""
     rows = write(tmp_path, "x.csv", b"prompt,completion\nwell, what,then\nonly\nq,a\n")
-    assert [row.messages for row in rows] == [None, None, WANTED]
+    assert [row.messages for row in rows] == [None, None, CHAT]
     assert rows[0].place == "x.csv:row 1" and "3 cells, but the header has 2" in rows[0].problem
     assert "1 cells" in rows[1].problem
     long = "x" * 200_000
@@ -232,8 +232,8 @@ def test_a_row_with_a_wrong_number_of_cells_is_named_and_never_shifted(tmp_path)
 
 
 def test_json_lines_are_read_with_any_suffix(tmp_path):
-    line = json.dumps({"messages": WANTED}).encode()
-    assert [row.messages for row in write(tmp_path, "x.json", line + b"\n" + line + b"\n")] == [WANTED, WANTED]
+    line = json.dumps({"messages": CHAT}).encode()
+    assert [row.messages for row in write(tmp_path, "x.json", line + b"\n" + line + b"\n")] == [CHAT, CHAT]
     (row,) = write(tmp_path, "x.jsonl", b"[" + line + b"]")
     assert "rename it to .json" in row.problem
 

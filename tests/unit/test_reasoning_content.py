@@ -34,8 +34,8 @@ def learned_by(template, tokenizer, chat, loss_on):
     # Older versions of transformers do not give reasoning the second name.
     bare = [{k: v for k, v in m.items() if k != "tools"} for m in chat]
     bare = [{**m, "thinking": m["reasoning_content"]} if "reasoning_content" in m else m for m in bare]
-    theirs = tokenizer.apply_chat_template(bare, tools=tools, return_dict=True)["input_ids"]
-    assert ids[: len(theirs)] == theirs and len(ids) - len(theirs) <= 1  # GLM's end of the answer is added
+    expected = tokenizer.apply_chat_template(bare, tools=tools, return_dict=True)["input_ids"]
+    assert ids[: len(expected)] == expected and len(ids) - len(expected) <= 1  # GLM's end of the answer is added
     served = tokenizer.apply_chat_template(bare[:-1], tools=tools, add_generation_prompt=True, return_dict=True)
     assert ids[: encoded.prompt] == served["input_ids"]
     return tokenizer.decode([i for i, label in zip(ids, encoded.labels.tolist(), strict=True) if label != IGNORED])

@@ -41,8 +41,8 @@ def record(store):
     return DealRecord(store, "tickets")
 
 
-def take(record, model, rows=ROWS, scored=frozenset(), wanted=RESERVE):
-    return record.take(model, rows, lambda keys: keys & scored, wanted, actor="me")
+def take(record, model, rows=ROWS, scored=frozenset(), request=RESERVE):
+    return record.take(model, rows, lambda keys: keys & scored, request, actor="me")
 
 
 def test_each_model_gets_rows_that_no_model_had_until_the_reserve_is_used_up(record):
@@ -84,16 +84,18 @@ def test_rows_that_are_added_join_the_reserve_and_a_look_keeps_its_size(record):
 
 
 def test_a_number_of_rows_is_kept_in_reserve_as_a_share_is(record):
-    dealt = take(record, "m0", wanted=DealRequest(70, None, 0))
+    dealt = take(record, "m0", request=DealRequest(70, None, 0))
     assert (dealt.rows, dealt.state.fresh, dealt.state.looks) == (30, 70, 2)
-    more = take(record, "m1", rows=[*ROWS, *rows_named(*(f"n{i}" for i in range(50)))], wanted=DealRequest(70, None, 0))
+    more = take(
+        record, "m1", rows=[*ROWS, *rows_named(*(f"n{i}" for i in range(50)))], request=DealRequest(70, None, 0)
+    )
     assert (more.rows, more.state.fresh) == (30, 90)
 
 
 def test_another_reserve_or_max_rows_deals_the_model_other_rows(record):
     first = take(record, "m0")
-    assert take(record, "m0", wanted=DealRequest(0.8, 10, 0)).rows == 10
-    larger = take(record, "m0", wanted=DealRequest(0.5, None, 0))
+    assert take(record, "m0", request=DealRequest(0.8, 10, 0)).rows == 10
+    larger = take(record, "m0", request=DealRequest(0.5, None, 0))
     assert larger.rows == 50 and first.keys.isdisjoint(larger.keys)
 
 
@@ -119,7 +121,7 @@ def test_rows_of_a_group_or_with_one_prompt_are_dealt_together(record):
     rows = [ReserveRow(f"r{i // 2}", group=f"g{i // 10}" if i < 60 else None) for i in range(120)]
     units = together(rows)
     assert sorted(map(len, units)) == [2] * 30 + [10] * 6
-    dealt = [take(record, f"m{i}", rows=rows, wanted=DealRequest(90, None, 0)) for i in range(4)]
+    dealt = [take(record, f"m{i}", rows=rows, request=DealRequest(90, None, 0)) for i in range(4)]
     for dealt_rows in dealt:
         for unit in units:
             assert {row.key in dealt_rows.keys for row in unit} in ({True}, {False}), (
@@ -193,7 +195,7 @@ def test_a_changed_deal_stops_the_run_and_names_the_file(record, store, what):
 @pytest.mark.parametrize("reserve", [100, 150, 0.999])
 def test_a_reserve_of_all_rows_is_refused(record, reserve):
     with pytest.raises(BadConfig, match="no row is left for a look"):
-        take(record, "m0", wanted=DealRequest(reserve, None, 0))
+        take(record, "m0", request=DealRequest(reserve, None, 0))
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 1.0, 1.5, -3, "half", True])

@@ -39,20 +39,20 @@ def recipe(*sources: dict, **data) -> Recipe:
 class Mixture:
     """The artifacts of version_dataset and check_dataset of a recipe, computed without a store."""
 
-    def __init__(self, out: Path, wanted: Recipe):
-        location = locate(wanted.data, HashMemo(None))
+    def __init__(self, out: Path, settings: Recipe):
+        location = locate(settings.data, HashMemo(None))
         context = Outside(dataset=location)
-        self.version = VersionDatasetConfig.from_recipe(wanted, context)
-        self.config = CheckDatasetConfig.from_recipe(wanted, context)
+        self.version = VersionDatasetConfig.from_recipe(settings, context)
+        self.config = CheckDatasetConfig.from_recipe(settings, context)
         dataset, self.out = out / "version", out / "check"
         for folder in (dataset, self.out):
             folder.mkdir(parents=True)
-        runtime = {**wanted.runtime.model_dump(), "origin": location.origin.model_dump()}
+        runtime = {**settings.runtime.model_dump(), "origin": location.origin.model_dump()}
         job = Job(stage="version_dataset", version=1, config=self.version.identity(), runtime=runtime)
         version.run(job, Inputs({}), dataset, Progress())
         job = Job(stage="check_dataset", version=1, config=self.config.identity())
         report = check.run(job, Inputs({"dataset": dataset}), self.out, Progress()).report
-        row_limits.check_limits(report, wanted.data.max_quarantined, "report.json")
+        row_limits.check_limits(report, settings.data.max_quarantined, "report.json")
         self.report = CheckReport.model_validate(report)
 
     def places(self, split: str) -> list[str]:
@@ -304,9 +304,11 @@ def test_parts_by_a_field_of_a_database_are_those_of_its_query(here):
         )
         db.execute("CREATE TABLE other (x)")
         db.commit()
-    wanted = recipe({"source": "faq.db", "query": "SELECT * FROM faq ORDER BY prompt DESC"}, heldout_fraction=0.5)
-    wanted = wanted.model_copy(update={"evaluation": wanted.evaluation.model_copy(update={"slices": ["language"]})})
-    found = Mixture(here / "out", wanted)
+    settings = recipe({"source": "faq.db", "query": "SELECT * FROM faq ORDER BY prompt DESC"}, heldout_fraction=0.5)
+    settings = settings.model_copy(
+        update={"evaluation": settings.evaluation.model_copy(update={"slices": ["language"]})}
+    )
+    found = Mixture(here / "out", settings)
     heldout = [json.loads(line) for line in (found.out / "heldout.jsonl").open()]
     fields = {row["id"]: row["language"] for row in map(json.loads, (found.out / "heldout_fields.jsonl").open())}
     expected = {row["id"]: "de" if int(row["messages"][-2]["content"][1:]) < 20 else "en" for row in heldout}
