@@ -41,7 +41,7 @@ class MessageWithoutTraceback(logging.Filter):
 
 
 class NoRepeatedFailure(logging.Filter):
-    """Leave out what the command says itself when it ends: the failure's sentence, and that it was interrupted."""
+    """Leave out what the command prints itself when it ends: the failure's sentence, and that it was interrupted."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is shown; shorten it if it repeats a failure."""
@@ -58,10 +58,10 @@ class NoRepeatedFailure(logging.Filter):
 
 
 class EventsInOneSentence(logging.Filter):
-    """Say once what the server does not take, instead of a line, or the whole event, for each item.
+    """Log once, in a sentence, that the server does not accept events or log lines, instead of once for each of them.
 
-    So it is where a server is lost during a run, and behind a proxy without websockets. The run goes on. A record with a
-    traceback, as Prefect's debug mode has it, stays as it is.
+    This happens if a server is lost during a run, and behind a proxy without websockets; the run continues. A record with
+    a traceback (Prefect's debug mode) is unchanged.
     """
 
     def __init__(self) -> None:

@@ -93,7 +93,7 @@ def messages() -> str:
     parts = [
         "# Failures and messages\n",
         "A failure says what is wrong, then where, what was expected, what was found, and what to do next. Words in braces",
-        "are filled in. A failure that can be retried is retried by Prefect, and the stage goes on where it stopped.\n",
+        "are filled in. A failure that can be retried is retried by Prefect, and the stage resumes where it stopped.\n",
     ]
     for name, kind in _failure_classes().items():
         first = (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("\n", " ")

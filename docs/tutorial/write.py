@@ -2,7 +2,7 @@
 
 python docs/tutorial/write.py FOLDER        `loraflow` must be on PATH, with the bundled base; about ten minutes on two cores
 
-FOLDER is created. An interrupted call goes on where it stopped: outputs of finished commands are in FOLDER/outputs.json,
+FOLDER is created. An interrupted call resumes where it stopped: outputs of finished commands are in FOLDER/outputs.json,
 and finished stages are cached. A line with a single … stands for lines of an output that the text leaves out.
 """
 

@@ -51,7 +51,7 @@ def read_peft(folder: Path) -> Adapter:
         down, up, magnitude = tensors[name], tensors.get(names[1]), tensors.get(names[2])
         if up is None or up.ndim != 2 or up.shape[1] != down.shape[0]:
             raise BadModel(
-                "A has no B that fits it.",
+                "A matrix A of the adapter has no matrix B of a matching shape.",
                 where=f"{folder}: {stem}",
                 next_step="save or fetch the adapter again: it is incomplete",
             )

@@ -238,7 +238,7 @@ def sync_command(store: str, model: str | None, uri: str | None, experiment: str
     tracking = tracking_of_model(opened, name, uri)
     if tracking is None:
         raise BadConfig(
-            "Nothing says where MLflow is.",
+            "The address of MLflow is not set.",
             where="runtime.mlflow.uri, MLFLOW_TRACKING_URI or --uri",
             expected="an address such as http://localhost:5000 or sqlite:///mlflow.db",
             next_step="loraflow mlflow sync --uri ADDRESS",

@@ -66,7 +66,7 @@ def open_lock(path: Path, flags: int) -> int:
         if error.errno != errno.ELOOP or not path.is_symlink():
             raise
         raise Failure(
-            "The lock file is a link.", where=str(path), expected="a file", next_step="remove it; it is made again"
+            "The lock file is a link.", where=str(path), expected="a file", next_step="remove it; it is created again"
         ) from error
 
 

@@ -206,9 +206,9 @@ class StoppedEarly(Exception):
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' callback. After the checkpoint at which a training stopped early, no step follows.
+    """transformers' callback, which does not resume after the checkpoint at which a training stopped early.
 
-    transformers would do one more step, and go on if its loss is better: to another model than without the interruption.
+    transformers would train one more step, and continue if its loss is better: to another model than an uninterrupted run.
     """
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
