@@ -79,7 +79,7 @@ def _finish(run: Run, chosen: Trial, trials: list[Trial]) -> PipelineResult:
 
 
 def _as_computed(after: dict[str, StageRun], before: dict[str, StageRun], trials: set[str]) -> dict[str, StageRun]:
-    """Return the stages without those of the trials. What this sweep computed is not called cached."""
+    """Return the stages without those of the trials. A stage that this sweep computed keeps the state computed."""
     stages = {label: stage for label, stage in after.items() if label not in trials}
     for label, stage in stages.items():
         earlier = before.get(label)

@@ -170,7 +170,7 @@ def protect_output() -> None:
 
 
 class MaskedStream(io.TextIOBase):
-    """A text stream that masks what is written to another one, line by line. A line that is flushed early is in parts."""
+    """A text stream that masks credentials in each line it passes on. A line that is flushed early is masked in parts."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

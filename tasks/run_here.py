@@ -86,13 +86,13 @@ class ProgressArtifact:
 
 
 def limit_name() -> str:
-    """Return the limit's name: the host's, and that of its devices where only some of them are to be used."""
+    """Return the limit's name: the host, and its devices if CUDA_VISIBLE_DEVICES selects some of them."""
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(",", "-")
     return f"gpu-{socket.gethostname()}{f'-{devices}' if devices else ''}"
 
 
 def create_limit(client: SyncPrefectClient) -> bool:
-    """Create this host's limit, of one, where there is none; return whether it was missing."""
+    """Create this host's limit of one stage at a time, if it does not exist; return whether it was created."""
     try:
         client.read_global_concurrency_limit_by_name(limit_name())
         return False
@@ -103,7 +103,7 @@ def create_limit(client: SyncPrefectClient) -> bool:
 
 
 def _log_waiting(client: SyncPrefectClient) -> None:
-    """Log that the limit has no free slot: Prefect waits without a word, for ever if a person has set the limit to 0."""
+    """Log that the limit has no free slot. Prefect itself logs nothing, and waits for ever if the limit was set to 0."""
     limit = client.read_global_concurrency_limit_by_name(limit_name())
     if not limit.active or limit.active_slots < limit.limit:
         return
@@ -119,7 +119,7 @@ def _log_waiting(client: SyncPrefectClient) -> None:
 
 
 def has_gpu() -> bool:
-    """Return whether the kernel shows an NVIDIA device. torch knows for certain, but takes seconds to import."""
+    """Return whether the kernel shows an NVIDIA device. Asking torch would take seconds, to import it."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 

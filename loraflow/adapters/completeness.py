@@ -93,7 +93,7 @@ def check_complete(adapter: Path, config: AdapterConfig, model: PreTrainedModel)
 
 
 def _refuse_other_prefix(adapter: Path, missing: list[str], unexpected: list[str]) -> None:
-    """Refuse an adapter whose tensors have the right names but for what a wrapper or a script put into them.
+    """Refuse an adapter whose tensor names are right except for a part that a wrapper or a script added or left out.
 
     peft ignores such tensors, so that base and adapter answer as the base.
 

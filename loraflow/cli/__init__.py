@@ -323,7 +323,7 @@ SHOWN_RECIPES = 8
 
 
 def usage_hint(error: click.ClickException) -> str:
-    """Return a line that says what a missing option or recipe would be; empty for other errors."""
+    """Return the help of a missing option, or the recipes that exist if the recipe is missing; empty for other errors."""
     if not isinstance(error, click.MissingParameter) or error.param is None:
         return ""
     if isinstance(error.param, click.Option):

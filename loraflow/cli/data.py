@@ -93,7 +93,7 @@ def pull(dvc_file: str, remote: str | None) -> None:
 )
 @json_option
 def check(source: str, form: str | None, ignore: tuple[str, ...], personal: bool, as_json: bool) -> None:
-    """Check the rows of a recipe's dataset, or of a file or folder of chats, and say what is striking about them.
+    """Check the rows of a recipe's dataset, or of a file or folder of chats, and report what is unusual about them.
 
     Exit status 1 if a row is malformed, there are no rows, or a check of data.profile with `fail` found too many rows.
     """

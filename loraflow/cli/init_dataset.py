@@ -45,7 +45,7 @@ class UserDataset:
 
 
 def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
-    """Read a file or folder of chats, and choose the settings for it. Print what is striking about the rows.
+    """Read a file or folder of chats, and choose the settings for it. Print what is unusual about the rows.
 
     Args:
         source: the file or folder.

@@ -97,7 +97,7 @@ def accept(context: click.Context, reason: str, store: str | None, model: str | 
 @model_option
 @click.pass_context
 def sign_log(context: click.Context, key: str, store: str | None, model: str | None) -> None:
-    """Sign the promotion log, so that `loraflow verify --signers FILE` notices whoever rewrites it.
+    """Sign the promotion log, so that `loraflow verify --signers FILE` notices if it is rewritten.
 
     All entries are signed, so read them first: `loraflow registry`.
     """

@@ -20,7 +20,7 @@ _texts_read: ContextVar[dict[str, tuple[Path, str]] | None] = ContextVar("texts_
 
 @contextmanager
 def recipes_read_once() -> Iterator[None]:
-    """Within it, later calls of `read_recipe` get the text of the first one, though the file may change or vanish."""
+    """Read each recipe file once in this block: later reads return the same text, even if the file is changed or deleted."""
     if _texts_read.get() is not None:
         yield
         return
@@ -68,13 +68,13 @@ def find_recipe(path: str | Path) -> Path:
         BadConfig: there is no such recipe.
     """
     file = Path(path)
-    instead = _what_is_not_a_file(file)
+    instead = _instead_of_file(file)
     if instead is None:
         return file
     if file.name and file.parent == Path() and len(file.name) < MAX_NAME:
         for suffix in SUFFIXES:
             named = RECIPES.joinpath(file.name).with_suffix(suffix)
-            if _what_is_not_a_file(named) is None:
+            if _instead_of_file(named) is None:
                 return named
     have = [str(found) for found in recipe_files()]
     near = difflib.get_close_matches(str(path), have, 1, 0.4) or have[:1]
@@ -87,8 +87,8 @@ def find_recipe(path: str | Path) -> Path:
     )
 
 
-def _what_is_not_a_file(path: Path) -> str | None:
-    """Return None for a regular file, else what is at a path instead; empty if there is nothing."""
+def _instead_of_file(path: Path) -> str | None:
+    """Return what is at a path instead of a regular file: empty if nothing; None if it is a regular file."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

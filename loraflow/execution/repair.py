@@ -83,12 +83,12 @@ def find_loss(store: Store) -> Loss:
             except CorruptArtifact as failure:
                 loss.logs.append(failure)
         described = [_described(store, lost) for lost in found.values()]
-    loss.artifacts = sorted(described, key=lambda lost: _place(lost.label))
+    loss.artifacts = sorted(described, key=lambda lost: _position(lost.label))
     return loss
 
 
-def _place(label: str) -> int:
-    """Return the place of a step in the pipeline. Those of further seeds are the last ones; they keep their order."""
+def _position(label: str) -> int:
+    """Return a step's position in the pipeline. Steps of further seeds come last, in the order that they have."""
     return _ORDER.index(label) if label in _ORDER else len(_ORDER)
 
 

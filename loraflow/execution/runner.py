@@ -37,7 +37,7 @@ def run_stage(workspace: Workspace, stage: Stage, seed: int | None = None, /, **
 
 
 def intact_result(workspace: Workspace, stage: Stage, **inputs: Ref) -> Ref:
-    """Run a stage, if it is not cached, and hash its result: for whoever reads the files, and not through a stage.
+    """Run a stage if it is not cached, and hash its result, for callers that read the files without a stage.
 
     A damaged artifact is moved to the quarantine, and computed again.
 

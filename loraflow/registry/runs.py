@@ -69,14 +69,14 @@ class Publication(StoredModel):
 
 
 class RowCount(StoredModel):
-    """How many rows of the dataset were read, left out for a reason, or used; tokens for what is named so."""
+    """How many rows of the dataset were read, left out for a reason, or used. If `what` names tokens, their number."""
 
     what: str
     rows: int
 
 
 class RowsSummary(StoredModel):
-    """What became of the dataset's rows, and what a person should know about them."""
+    """How many of the dataset's rows were used and left out, and notes about them for a person."""
 
     counts: list[RowCount] = []
     notes: list[str] = []

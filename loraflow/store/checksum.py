@@ -98,7 +98,7 @@ def _has_checksum(document: bytes) -> bool:
 
 
 def first_problem(error: ValueError) -> str:
-    """Return what is wrong with a document, in a line: of pydantic's problems the first, with its place."""
+    """Return what is wrong with a document, in a line: of pydantic's problems the first, with its path."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc'])) or 'the document'}: {first['msg']}"

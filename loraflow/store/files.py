@@ -281,7 +281,7 @@ class HashMemo:
         return self.rehash(path, algorithm) if known is None else known
 
     def rehash(self, path: Path, algorithm: str = "sha256") -> str:
-        """Hash a file, whatever is remembered of it, and remember its hash."""
+        """Hash a file even if its hash is remembered, and remember the new one."""
         before, key = _stamp(path), f"{algorithm}:{path.resolve()}"
         value = hash_file(path, algorithm)
         if _stamp(path) == before and time.time_ns() - before[1] > SETTLED:
@@ -294,7 +294,7 @@ class HashMemo:
         return self.remembers(path, sha256) or self.rehash(path) == sha256
 
     def rehash_equals(self, path: Path, sha256: str) -> bool:
-        """Hash a file, whatever is remembered of it, and tell whether it has a hash."""
+        """Hash a file even if its hash is remembered, and tell whether it has the given one."""
         return self.rehash(path) == sha256
 
     def remembers(self, path: Path, sha256: str) -> bool:

@@ -120,7 +120,7 @@ def _commit_for(name: str, recorded: str | None, model: str, folder: Path) -> st
         return commit
     message = f"{name}: no changes, because GTO knows one version for a commit"
     arguments = ["commit-tree", f"{commit}^{{tree}}", "-p", commit, "-m", message]
-    return git([*_as_somebody(folder), *arguments], folder).strip()
+    return git([*_identity_options(folder), *arguments], folder).strip()
 
 
 def _dates(entries: Iterable[Entry]) -> Iterator[datetime]:
@@ -132,7 +132,7 @@ def _dates(entries: Iterable[Entry]) -> Iterator[datetime]:
 
 
 def _tag(name: str, where: str, message: str, date: datetime, folder: Path) -> None:
-    arguments = [*_as_somebody(folder), "tag", "--annotate", "--no-sign", "-m", message, name, where]
+    arguments = [*_identity_options(folder), "tag", "--annotate", "--no-sign", "-m", message, name, where]
     try:
         git(arguments, folder, {"GIT_COMMITTER_DATE": date.isoformat()})
     except GitError:
@@ -140,7 +140,7 @@ def _tag(name: str, where: str, message: str, date: datetime, folder: Path) -> N
             raise  # else another process made it at the same time
 
 
-def _as_somebody(folder: Path) -> Sequence[str]:
+def _identity_options(folder: Path) -> Sequence[str]:
     """Return git's options for an identity, if none is configured."""
     return () if git_or_none(["var", "GIT_COMMITTER_IDENT"], folder) else _IDENTITY
 

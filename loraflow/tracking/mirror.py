@@ -71,7 +71,7 @@ def warn_of_mistake(problem: Exception) -> None:
 
 
 def postpone(store: Store, record: RunRecord) -> None:
-    """Remember to mirror a run later, for a run that has to end at once."""
+    """Mark a run that has to end at once, so that the next run mirrors it."""
     if record.model is not None and _tracking_of(record) is not None and is_news(record):
         add_mark(store, record.model, record.run)
 

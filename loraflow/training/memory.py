@@ -360,5 +360,5 @@ def _logits(shape: ModelShape, positions: float) -> float:
 
 
 def _program(device: str, logits: float) -> float:
-    """Return what is taken beside the model. The reserve of a GPU was measured with the logits in it."""
+    """Return the memory that is used beside the model. A GPU's reserve was measured with the logits included."""
     return PROGRAM if device == "cpu" else max(0.0, RESERVE - logits)
