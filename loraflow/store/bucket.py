@@ -26,7 +26,6 @@ from loraflow.store.s3_client import (
     NOT_FOUND,
     Body,
     ListReply,
-    ObjectName,
     Part,
     PartsReply,
     PutReply,
@@ -197,7 +196,7 @@ class Bucket:
             self._delete(keys[start : start + 1000])
 
     def _delete(self, keys: list[str]) -> None:
-        names = [ObjectName(Key=self.prefix + key) for key in keys]
+        names = [{"Key": self.prefix + key} for key in keys]
         reply = self.call(
             "", lambda: self.client.delete_objects(Bucket=self.name, Delete={"Objects": names, "Quiet": True})
         )

@@ -35,19 +35,13 @@ class Body(Protocol):
         """Return the next `amt` bytes, all of the rest by default."""
 
 
-class ReplyMetadata(TypedDict):
-    """What every reply carries."""
-
-    HTTPHeaders: Mapping[str, str]
-
-
 class GetObjectReply(TypedDict):
     """The reply to GetObject."""
 
     Body: Body
     ETag: str
     LastModified: datetime
-    ResponseMetadata: ReplyMetadata
+    ResponseMetadata: Mapping[str, Mapping[str, str]]
 
 
 class HeadObjectReply(TypedDict):
@@ -81,17 +75,10 @@ class ListReply(TypedDict):
     NextContinuationToken: NotRequired[str]
 
 
-class DeleteError(TypedDict):
-    """An object that DeleteObjects did not delete."""
-
-    Key: str
-    Message: NotRequired[str]
-
-
 class DeleteReply(TypedDict):
     """The reply to DeleteObjects."""
 
-    Errors: NotRequired[Sequence[DeleteError]]
+    Errors: NotRequired[Sequence[Mapping[str, str]]]
 
 
 class UploadLine(TypedDict):
@@ -123,38 +110,6 @@ class PartsReply(TypedDict):
     NextPartNumberMarker: NotRequired[int]
 
 
-class NewUploadReply(TypedDict):
-    """The reply to CreateMultipartUpload."""
-
-    UploadId: str
-
-
-class ObjectName(TypedDict):
-    """An object's key, as DeleteObjects takes it."""
-
-    Key: str
-
-
-class DeleteRequest(TypedDict):
-    """The objects that DeleteObjects deletes."""
-
-    Objects: Sequence[ObjectName]
-    Quiet: bool
-
-
-class CopySource(TypedDict):
-    """The object that is copied."""
-
-    Bucket: str
-    Key: str
-
-
-class CompletedUpload(TypedDict):
-    """The parts that make up an object, in order."""
-
-    Parts: Sequence[Part]
-
-
 class ClientMeta(Protocol):
     """What a client says about itself."""
 
@@ -166,11 +121,11 @@ class S3Client(Protocol):
 
     meta: ClientMeta
 
-    def get_object(self, *, Bucket: str, Key: str) -> GetObjectReply: ...  # noqa: D102
+    def get_object(self, *, Bucket: str, Key: str) -> GetObjectReply: ...
 
-    def head_object(self, *, Bucket: str, Key: str) -> HeadObjectReply: ...  # noqa: D102
+    def head_object(self, *, Bucket: str, Key: str) -> HeadObjectReply: ...
 
-    def put_object(  # noqa: D102
+    def put_object(
         self,
         *,
         Bucket: str,
@@ -182,33 +137,29 @@ class S3Client(Protocol):
         ChecksumSHA256: str = ...,
     ) -> PutReply: ...
 
-    def copy(self, *, Bucket: str, Key: str, CopySource: CopySource) -> None: ...  # noqa: D102
+    def copy(self, *, Bucket: str, Key: str, CopySource: Mapping[str, str]) -> None: ...
 
-    def delete_objects(self, *, Bucket: str, Delete: DeleteRequest) -> DeleteReply: ...  # noqa: D102
+    def delete_objects(
+        self, *, Bucket: str, Delete: Mapping[str, bool | Sequence[Mapping[str, str]]]
+    ) -> DeleteReply: ...
 
-    def list_objects_v2(  # noqa: D102
+    def list_objects_v2(
         self, *, Bucket: str, Prefix: str, MaxKeys: int = ..., ContinuationToken: str = ...
     ) -> ListReply: ...
 
-    def create_multipart_upload(  # noqa: D102
-        self, *, Bucket: str, Key: str, Metadata: Mapping[str, str]
-    ) -> NewUploadReply: ...
+    def create_multipart_upload(self, *, Bucket: str, Key: str, Metadata: Mapping[str, str]) -> Mapping[str, str]: ...
 
-    def upload_part(  # noqa: D102
-        self, *, Bucket: str, Key: str, UploadId: str, PartNumber: int, Body: bytes
+    def upload_part(self, *, Bucket: str, Key: str, UploadId: str, PartNumber: int, Body: bytes) -> PutReply: ...
+
+    def list_parts(self, *, Bucket: str, Key: str, UploadId: str, PartNumberMarker: int = ...) -> PartsReply: ...
+
+    def complete_multipart_upload(
+        self, *, Bucket: str, Key: str, UploadId: str, MultipartUpload: Mapping[str, Sequence[Part]]
     ) -> PutReply: ...
 
-    def list_parts(  # noqa: D102
-        self, *, Bucket: str, Key: str, UploadId: str, PartNumberMarker: int = ...
-    ) -> PartsReply: ...
+    def abort_multipart_upload(self, *, Bucket: str, Key: str, UploadId: str) -> None: ...
 
-    def complete_multipart_upload(  # noqa: D102
-        self, *, Bucket: str, Key: str, UploadId: str, MultipartUpload: CompletedUpload
-    ) -> PutReply: ...
-
-    def abort_multipart_upload(self, *, Bucket: str, Key: str, UploadId: str) -> None: ...  # noqa: D102
-
-    def list_multipart_uploads(self, *, Bucket: str, Prefix: str) -> UploadsReply: ...  # noqa: D102
+    def list_multipart_uploads(self, *, Bucket: str, Prefix: str) -> UploadsReply: ...
 
 
 def make_client() -> S3Client:
