@@ -104,7 +104,7 @@ class Attempt:
 
 
 def repairs(run: Run) -> Iterator[Attempt]:
-    """Yield attempts until one succeeds. Each recomputes the artifacts that the one before it found damaged.
+    """Yield attempts until one succeeds, as tenacity does. Each recomputes what the one before it found damaged.
 
     Raises:
         Failure: artifacts were damaged again and again.

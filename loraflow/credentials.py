@@ -69,7 +69,7 @@ HAS_CREDENTIALS = "|".join(
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY|AUTH_STRING|CREDENTIAL", re.IGNORECASE
 )
-_NAMES_A_PLACE = re.compile(r"(?:FILE|PATH|DIR|CREDENTIALS|URL|URI)$", re.IGNORECASE)
+_NAMES_A_PATH = re.compile(r"(?:FILE|PATH|DIR|CREDENTIALS|URL|URI)$", re.IGNORECASE)
 
 _hidden: dict[str, str] = {}  # masked URL: the URL
 _secrets: set[str] = set()  # the credentials of the hidden URLs
@@ -248,7 +248,7 @@ def _secret_variables(environment: Mapping[str, str]) -> list[str]:
         value
         for name, value in environment.items()
         if _SECRET_NAME.search(name)
-        and not _NAMES_A_PLACE.search(name)
+        and not _NAMES_A_PATH.search(name)
         and len(value) >= MIN_LENGTH
         and not (value.isalpha() and len(value) < 2 * MIN_LENGTH)
     ]

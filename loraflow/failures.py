@@ -270,17 +270,17 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
 
     `where` is the store's folder, or the stage if the folder is unknown.
     """
-    number, place = error.errno, error.filename if isinstance(error.filename, str) and error.filename else where
+    number, path = error.errno, error.filename if isinstance(error.filename, str) and error.filename else where
     got = error.strerror or type(error).__name__
     if number in _NO_SPACE:
         target = error.filename2  # the target of a copy, link or rename: its disk is the one that is full
-        return disk_full(target if isinstance(target, str) and target else place, number)
-    if number in (errno.EACCES, errno.EPERM) and place != where and not place.startswith(where):
-        return Failure("A file cannot be read or written.", where=place, got=got, next_step="correct its permissions")
+        return disk_full(target if isinstance(target, str) and target else path, number)
+    if number in (errno.EACCES, errno.EPERM) and path != where and not path.startswith(where):
+        return Failure("A file cannot be read or written.", where=path, got=got, next_step="correct its permissions")
     if number in (errno.EROFS, errno.EACCES, errno.EPERM):
         return ReadOnlyStore(
             "The store cannot be written.",
-            where=place,
+            where=path,
             got=got,
             next_step="set runtime.store to a folder that you may write to, or correct its permissions",
         )
@@ -289,8 +289,8 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
         return None
     cls, what, next_step = known
     if isinstance(error.filename2, str):  # the target of a rename or link
-        place += f" → {error.filename2}"
-    return cls(what, where=place, got=got, next_step=next_step)
+        path += f" → {error.filename2}"
+    return cls(what, where=path, got=got, next_step=next_step)
 
 
 def disk_full(where: str, number: int = errno.ENOSPC) -> DiskFull:
@@ -299,9 +299,9 @@ def disk_full(where: str, number: int = errno.ENOSPC) -> DiskFull:
     return DiskFull(what, where=where, got=free_space(where), next_step=next_step)
 
 
-def free_space(place: str) -> str:
+def free_space(location: str) -> str:
     """Return what is free on the disk of a path, for a message; an empty string if that is unknown."""
-    path = Path(place)
+    path = Path(location)
     if not path.is_absolute():
         return ""
     try:

@@ -277,8 +277,8 @@ def memory_of(manifest: Manifest) -> str | None:
     peak = sizes.get("gpu") or sizes.get("host")
     if not peak:
         return None
-    place = "on the GPU" if sizes.get("gpu") else "of main memory"
-    line = f"peak {peak / 2**30:.2f} GiB {place}"
+    memory = "on the GPU" if sizes.get("gpu") else "of main memory"
+    line = f"peak {peak / 2**30:.2f} GiB {memory}"
     parts = {key: size for key, size in estimate.items() if isinstance(size, int)} if isinstance(estimate, dict) else {}
     if parts:
         total = sum(parts.values())

@@ -80,8 +80,8 @@ def classify(error: BaseException, stage: str, folders: Sequence[Path] = ()) -> 
 def storage_failure(error: BaseException, where: str, folders: Sequence[Path] = ()) -> failures.Failure | None:
     """Return the failure of a disk that an exception reports by its number or its text; None if it reports none."""
     if isinstance(error, OSError) and (known := failures.from_os_error(error, where)):
-        if known.where == where and error.errno == errno.ENOSPC and (place := full_folder(folders)):
-            return _disk_full(place)
+        if known.where == where and error.errno == errno.ENOSPC and (folder := full_folder(folders)):
+            return _disk_full(folder)
         return known
     text = str(error)[:10_000]
     if isinstance(error, FileNotFoundError) and "No usable temporary directory" in text:
@@ -90,20 +90,20 @@ def storage_failure(error: BaseException, where: str, folders: Sequence[Path] = 
         return None
     for number, pattern in _TEXTS.items():
         if pattern.search(text):
-            if number == errno.ENOSPC and (place := full_folder(folders)):
-                return _disk_full(place)
+            if number == errno.ENOSPC and (folder := full_folder(folders)):
+                return _disk_full(folder)
             return failures.from_os_error(OSError(number, os.strerror(number)), where)
     if _FAILED_WRITE.search(text):
-        if place := full_folder(folders):
-            return _disk_full(place)
+        if folder := full_folder(folders):
+            return _disk_full(folder)
         if resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
             return failures.disk_full(where, errno.EFBIG)
     return None
 
 
-def _disk_full(place: Path) -> failures.DiskFull:
-    failure = failures.disk_full(str(place))
-    if place == _temporary_folder():
+def _disk_full(folder: Path) -> failures.DiskFull:
+    failure = failures.disk_full(str(folder))
+    if folder == _temporary_folder():
         failure.next_step = "free space there, or set TMPDIR to a folder on another disk; then run again"
     return failure
 

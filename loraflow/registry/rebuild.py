@@ -83,7 +83,7 @@ def _command(store: Store, record: RunRecord, file: Path, text: str) -> str:
         recipe = parse_recipe(text, name=str(file), is_recorded=True)
     except Failure:  # a recipe of another version; `loraflow run` says what to correct
         return command
-    settings = {**dict(_differences(record, recipe)), **revision_of(store, record), **_place_of(store, record)}
+    settings = {**dict(_differences(record, recipe)), **revision_of(store, record), **_store_setting(store, record)}
     sets = [f"--set {shlex.quote(f'{key}={_written(value)}')}" for key, value in settings.items()]
     return " ".join([command, *sets])
 
@@ -108,8 +108,8 @@ def _differences(record: RunRecord, recipe: Recipe) -> Iterator[tuple[str, JsonV
             yield key, value
 
 
-def _place_of(store: Store, record: RunRecord) -> dict[str, JsonValue]:
-    """Return the setting for a store that is at another place than in the run, such as a backup that was restored."""
+def _store_setting(store: Store, record: RunRecord) -> dict[str, JsonValue]:
+    """Return the setting for a store that has another location than in the run, such as a restored backup."""
     named = record.section("runtime").get("store")
     if not isinstance(named, str) or named == store.uri:
         return {}

@@ -37,14 +37,7 @@ class CurveWriter(TrainerCallback):
     def __init__(self, path: Path):
         self.path, self.lines = path, path.read_text().splitlines() if path.exists() else []
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Logs | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: object, state: TrainerState, control: object, logs: Logs | None = None, **_: Any) -> None:
         """Append a line."""
         self.lines.append(json.dumps({"step": state.global_step, **(logs or {})}))
         with self.path.open("a") as file:
@@ -71,30 +64,21 @@ class ProgressReporter(TrainerCallback):
         self.loss: float | None = None
         self.reported = 0.0  # when a validation was reported last
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **_: Any) -> None:
         """Start the clock."""
         self.started, self.first_step = time.monotonic(), state.global_step
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Logs | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: object, state: TrainerState, control: object, logs: Logs | None = None, **_: Any) -> None:
         """Remember the loss."""
         self.loss = (logs or {}).get("loss", self.loss)
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_prediction_step(self, args: object, state: TrainerState, control: object, **_: Any) -> None:
         """Report every few seconds that a validation continues: the launcher warns of a worker without progress."""
         if time.monotonic() - self.reported > VALIDATION_SECONDS:
             self.reported = time.monotonic()
             self.report(validating_after_step=state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: object, **_: Any) -> None:
         """Report a step."""
         per_step = (time.monotonic() - self.started) / max(1, state.global_step - self.first_step)
         self.report(
@@ -109,14 +93,7 @@ class ProgressReporter(TrainerCallback):
 class NonFiniteGuard(TrainerCallback):
     """Stop on a loss or gradient that is NaN or infinite, before it reaches a checkpoint."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Logs | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: object, state: TrainerState, control: object, logs: Logs | None = None, **_: Any) -> None:
         """Check the logged values."""
         for key in ("loss", "grad_norm", "eval_loss"):
             value = (logs or {}).get(key)
@@ -142,7 +119,7 @@ class CheckpointFinalizer(TrainerCallback):
         manifest = None if resumed_from is None else read_checkpoint_manifest(resumed_from)
         self.best: str | None = None if manifest is None else manifest["needs"]
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **_: Any) -> None:
         """Set the best checkpoint's path. The saved state has an absolute path, perhaps of another machine.
 
         transformers ignores a folder that does not exist. If no better checkpoint followed, training would end with its
@@ -154,7 +131,7 @@ class CheckpointFinalizer(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        control: object,
         model: torch.nn.Module | None = None,
         **_: Any,
     ) -> None:
@@ -182,11 +159,11 @@ class PreemptionHandler(TrainerCallback):
     def _request(self, signum: int, frame: FrameType | None) -> None:
         self.is_requested = True
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **_: Any) -> None:
         """Stop before the first step, if that was requested while the model was loaded: there is nothing to save yet."""
         self.raise_if_requested(state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: object, state: object, control: TrainerControl, **_: Any) -> None:
         """Save and stop, if requested."""
         if self.is_requested:
             control.should_save = control.should_training_stop = True
