@@ -45,10 +45,10 @@ def gate(workspace: Workspace, result: PipelineResult) -> Decision:
     head, merged = workspace.seen_head, result.merged.digest  # another run may have promoted since; `register` checks
     if head is not None:  # in use: a change of its files must not wait for the next user
         is_challenger = head.merged.digest == merged
-        own = [result.merged, result.adapter] if is_challenger else []
-        for ref in own:  # damaged ones are recomputed by this run
+        challenger_files = [result.merged, result.adapter] if is_challenger else []
+        for ref in challenger_files:  # damaged ones are recomputed by this run
             require_unchanged(workspace.store, ref, workspace.memo)
-        if any(ref is not None and ref not in own for ref in (head.merged, head.adapter)):
+        if any(ref is not None and ref not in challenger_files for ref in (head.merged, head.adapter)):
             require_champion_intact(workspace.store, head, workspace.memo)
         if is_challenger:
             return Decision.unchanged("the challenger is the champion")
@@ -126,8 +126,8 @@ def _unscored_parts(workspace: Workspace, result: PipelineResult) -> list[str]:
 class _Tables:
     """The score tables of a comparison, with the rules that need rows."""
 
-    own: pd.DataFrame  # of the model that would be registered
-    ours: pd.DataFrame  # the mean over gate.seeds
+    registered: pd.DataFrame  # of the model that would be registered: that of the first seed
+    challenger: pd.DataFrame  # the mean over gate.seeds
     others: dict[str, pd.DataFrame]  # of the base and the champion
     parts: list[SliceGuard]
     general: list[GeneralGuard]
@@ -143,14 +143,14 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
     from loraflow.evaluation.guards import why_not_promoted
 
     tables = _comparable_tables(workspace, result)
-    hopeless = why_not_promoted(tables.ours, tables.parts, tables.general, tables.unscored)
-    look = None if hopeless else _take_look(workspace, result, protocol, tables.ours)
+    hopeless = why_not_promoted(tables.challenger, tables.parts, tables.general, tables.unscored)
+    look = None if hopeless else _take_look(workspace, result, protocol, tables.challenger)
     decision = _decide(workspace, result, tables, look)
     if look is None:
         return replace(decision, budget=f"No look was used: it could not promote ({'; '.join(hopeless)}).")
     looks = workspace.looks.entries()
     is_free = not (workspace.recipe.gate.independent_rows or has_followers(looks, look))
-    budget = _budget(look, len(tables.ours), error_of_period(looks, look), is_free=is_free)
+    budget = _budget(look, len(tables.challenger), error_of_period(looks, look), is_free=is_free)
     return replace(decision, look=look.seq, budget=budget)
 
 
@@ -160,18 +160,18 @@ def _comparable_tables(workspace: Workspace, result: PipelineResult) -> _Tables:
 
     rules = workspace.recipe.gate
     _require_one_protocol(workspace, result)
-    own = _heldout_scores(workspace, result.tuned_scores)
-    ours = _mean_over_seeds(workspace, result, own)
+    registered = _heldout_scores(workspace, result.tuned_scores)
+    challenger = _mean_over_seeds(workspace, result, registered)
     others = {"base": _heldout_scores(workspace, result.base_scores)}
     if result.champion_scores is not None:
         others["champion"] = _heldout_scores(workspace, result.champion_scores)
     parts = _slice_guards(workspace, result)
     named = {rules.primary, *rules.guards, *rules.worst, *rules.lower_is_better, *(guard.metric for guard in parts)}
-    require_comparable(ours, others, named | rules.ranges.keys(), rules.score_ranges)
+    require_comparable(challenger, others, named | rules.ranges.keys(), rules.score_ranges)
     general = read_general_guards(workspace, result)
     require_general_comparable(general)
     behaviour = _check_behaviour(workspace, result)  # refuses a set without rows
-    return _Tables(own, ours, others, parts, general, behaviour, _unscored_parts(workspace, result))
+    return _Tables(registered, challenger, others, parts, general, behaviour, _unscored_parts(workspace, result))
 
 
 def _decide(workspace: Workspace, result: PipelineResult, tables: _Tables, look: Look | None) -> Decision:
@@ -182,7 +182,7 @@ def _decide(workspace: Workspace, result: PipelineResult, tables: _Tables, look:
 
     rules = workspace.recipe.gate
     decision = decide(
-        tables.ours,
+        tables.challenger,
         tables.others,
         primary=rules.primary,
         min_gain=rules.min_gain,
@@ -199,7 +199,7 @@ def _decide(workspace: Workspace, result: PipelineResult, tables: _Tables, look:
     if result.further_seeds:
         decision = with_seeds(
             decision,
-            tables.own,
+            tables.registered,
             tables.others,
             seeds=workspace.recipe.seeds,
             primary=rules.primary,
@@ -210,7 +210,7 @@ def _decide(workspace: Workspace, result: PipelineResult, tables: _Tables, look:
         )
     decision = decision.with_unscored(tables.unscored)
     limits = {metric: WorseLimit(rule.drop, rule.rows, rule.share) for metric, rule in rules.worst.items()}
-    worse = find_worse(tables.own, tables.others, limits, rules.lower_is_better)
+    worse = find_worse(tables.registered, tables.others, limits, rules.lower_is_better)
     return with_behaviour(with_worse_rows(decision, worse), tables.behaviour)
 
 
@@ -219,7 +219,7 @@ def _require_one_protocol(workspace: Workspace, result: PipelineResult) -> None:
 
     A run scores all models in the same way, so this finds scores that were put in its place by hand.
     """
-    further = {f"seed {one.seed}": one.scores for one in result.further_seeds}
+    further = {f"seed {seed_result.seed}": seed_result.scores for seed_result in result.further_seeds}
     others = {"base": result.base_scores, "champion": result.champion_scores, **further}
     _require_scored_alike(workspace, result.tuned_scores, others, "evaluate")
     if "tuned" in result.general:
@@ -228,28 +228,28 @@ def _require_one_protocol(workspace: Workspace, result: PipelineResult) -> None:
 
 
 def _require_scored_alike(workspace: Workspace, tuned: Ref, others: Mapping[str, Ref | None], stage: str) -> None:
-    ours = _scored_how(workspace, tuned)
+    expected = _scored_how(workspace, tuned)
     for name, ref in others.items():
-        theirs = ours if ref is None else _scored_how(workspace, ref)
-        differs = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+        found = expected if ref is None else _scored_how(workspace, ref)
+        differs = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         if differs:
             raise BadData(
                 "The challenger and the other model were not scored in the same way.",
                 where=f"scores of {name}",
-                expected=f"{differs[0]}: {ours.get(differs[0])}",
-                got=f"{differs[0]}: {theirs.get(differs[0])}",
+                expected=f"{differs[0]}: {expected.get(differs[0])}",
+                got=f"{differs[0]}: {found.get(differs[0])}",
                 next_step=f"score them again with one protocol: `loraflow run RECIPE --force {stage}`",
             )
 
 
-def _mean_over_seeds(workspace: Workspace, result: PipelineResult, own: pd.DataFrame) -> pd.DataFrame:
+def _mean_over_seeds(workspace: Workspace, result: PipelineResult, registered: pd.DataFrame) -> pd.DataFrame:
     """Return the mean of each row's scores over the models of gate.seeds."""
     from loraflow.evaluation.gate import require_comparable
     from loraflow.evaluation.seeds import mean_scores
 
-    further = {one.seed: _heldout_scores(workspace, one.scores) for one in result.further_seeds}
-    require_comparable(own, {f"seed {seed}": table for seed, table in further.items()}, ())
-    return mean_scores({workspace.recipe.training_config.seed: own, **further})
+    further = {seed_result.seed: _heldout_scores(workspace, seed_result.scores) for seed_result in result.further_seeds}
+    require_comparable(registered, {f"seed {seed}": table for seed, table in further.items()}, ())
+    return mean_scores({workspace.recipe.training_config.seed: registered, **further})
 
 
 def _scored_how(workspace: Workspace, ref: Ref) -> dict[str, JsonValue]:
