@@ -192,11 +192,11 @@ def evaluate(folder: Path) -> float:
     return float(figures["heldout.token_loss"])
 
 
-def ulps(one: torch.Tensor, two: torch.Tensor) -> float:
+def ulps(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return the largest difference in units in the last place of the larger one's exponent."""
-    assert one.dtype == two.dtype
-    if torch.equal(one, two):
+    assert a.dtype == b.dtype
+    if torch.equal(a, b):
         return 0.0
-    size = torch.maximum(one.float().abs(), two.float().abs()).clamp(min=torch.finfo(one.dtype).tiny)
-    unit = torch.exp2(torch.floor(torch.log2(size))) * torch.finfo(one.dtype).eps
-    return float(((one.float() - two.float()).abs() / unit).max())
+    size = torch.maximum(a.float().abs(), b.float().abs()).clamp(min=torch.finfo(a.dtype).tiny)
+    unit = torch.exp2(torch.floor(torch.log2(size))) * torch.finfo(a.dtype).eps
+    return float(((a.float() - b.float()).abs() / unit).max())

@@ -144,7 +144,7 @@ def test_rows_without_a_token_to_learn_are_refused_before_training(tmp_path, phi
     (tmp_path / "tokens").mkdir()
     (rows / "train.jsonl").write_text(json.dumps(row) + "\n")
     (rows / "validation.jsonl").touch()
-    one = make_job("tokenize", recipe(data__too_long="drop"), {"rows": REF, "base": REF})
+    job = make_job("tokenize", recipe(data__too_long="drop"), {"rows": REF, "base": REF})
     with pytest.raises(BadData, match="No training row has a token to learn") as caught:
-        tokenization.run(one, Inputs({"rows": rows, "base": phi3}), Path(tmp_path, "tokens"), Progress())
+        tokenization.run(job, Inputs({"rows": rows, "base": phi3}), Path(tmp_path, "tokens"), Progress())
     assert "too_long: 1" in caught.value.got

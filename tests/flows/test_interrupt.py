@@ -36,8 +36,8 @@ def test_a_second_interrupt_stops_at_once():
     process = interruptible(rest=60)
     time.sleep(1.2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
-    assert process.returncode == 130 and said.strip().startswith("stopped at once")
+    _, printed = process.communicate(timeout=20)
+    assert process.returncode == 130 and printed.strip().startswith("stopped at once")
 
 
 def test_an_interrupt_that_is_sent_twice_counts_once():
@@ -65,5 +65,5 @@ def test_a_signal_to_the_group_ends_a_run_with_one_sentence(recipe, tmp_path, nu
         time.sleep(0.1)
     os.killpg(process.pid, number)
     assert process.wait(timeout=60) == code
-    said = log.read_text()
-    assert said.count(says) == 1 and "Traceback" not in said and "ConnectError" not in said, said
+    printed = log.read_text()
+    assert printed.count(says) == 1 and "Traceback" not in printed and "ConnectError" not in printed, printed

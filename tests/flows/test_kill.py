@@ -21,11 +21,11 @@ def kill_a_run_in(stage, project):
     A machine may be so fast that the run ends before the kill: then the same is done again with half the delay.
     """
     command = [sys.executable, "-c", "from loraflow.cli import main; main()", "run", str(project.recipe), "-q"]
-    said = project.folder / "stderr.txt"
+    stderr_file = project.folder / "stderr.txt"
     longest = 0.02 if stage in ("version_dataset", "check_dataset") else 6.0
     for attempt in range(8):
         shutil.rmtree(project.store / stage)
-        with said.open("wb") as stderr:
+        with stderr_file.open("wb") as stderr:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr,
                                        start_new_session=True, env=with_server())  # fmt: skip
         while process.poll() is None:
@@ -36,7 +36,7 @@ def kill_a_run_in(stage, project):
         process.kill()  # does nothing to a process that `poll` or `wait` saw the end of
         if process.wait() == -signal.SIGKILL:
             return
-        assert process.returncode == 0, said.read_text()[-2000:]
+        assert process.returncode == 0, stderr_file.read_text()[-2000:]
     raise AssertionError("the run was never killed before its end")
 
 

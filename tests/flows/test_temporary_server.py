@@ -92,9 +92,9 @@ def test_a_home_that_cannot_be_written_is_refused_at_once(tmp_path):
 @pytest.mark.slow
 def test_a_server_that_cannot_open_its_database_is_not_waited_for(tmp_path):
     url = f"sqlite+aiosqlite:///{tmp_path}/no/such/folder/x.db"
-    said = refused_start(tmp_path, PREFECT_API_DATABASE_CONNECTION_URL=url)
-    assert said.startswith("Prefect's temporary server ended while it started.")
-    assert "unable to open database file" in said and len(said.splitlines()) == 4
+    message = refused_start(tmp_path, PREFECT_API_DATABASE_CONNECTION_URL=url)
+    assert message.startswith("Prefect's temporary server ended while it started.")
+    assert "unable to open database file" in message and len(message.splitlines()) == 4
 
 
 def test_no_server_is_started_if_one_is_configured():

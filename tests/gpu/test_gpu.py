@@ -156,11 +156,11 @@ def test_attention_equals_that_of_each_single_document_in_fp32(wanted, kv_heads,
     d_out = torch.randn(1, 700, 4, 96, device="cuda")
     found = []
     for dtype, device in ((torch.bfloat16, "cuda"), (torch.float32, "cpu")):
-        leaves = [one.to(device, dtype).requires_grad_() for one in (q, k, v)]
+        leaves = [tensor.to(device, dtype).requires_grad_() for tensor in (q, k, v)]
         out, _ = attention.attend(None, *leaves, scaling=0.1, sliding_window=window, max_length_q=300,
                                   cu_seq_lens_q=begins.to(device))  # fmt: skip
         out.backward(d_out.to(device, dtype))
-        found.append([one.float().cpu() for one in (out.detach(), *(leaf.grad for leaf in leaves))])
+        found.append([tensor.float().cpu() for tensor in (out.detach(), *(leaf.grad for leaf in leaves))])
     for name, got, exact in zip(("out", "dq", "dk", "dv"), *found, strict=True):
         assert ((got - exact).norm() / exact.norm()) < 0.01, f"{name} with {chosen.kernel}"
 
@@ -314,12 +314,14 @@ def test_cpu_and_gpu_quantize_to_the_same_nf4(tmp_path, double):
     }
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     Nf4("bfloat16", double).apply(model)
-    ours = {name: module.weight.data for name, module in quantized_modules(model).items()}
-    assert ours.keys() == seen.keys()
-    differing = sum(int((ours[name] != seen[name]).sum()) for name in ours) / sum(one.numel() for one in ours.values())
+    computed = {name: module.weight.data for name, module in quantized_modules(model).items()}
+    assert computed.keys() == seen.keys()
+    differing = sum(int((computed[name] != seen[name]).sum()) for name in computed) / sum(
+        weight.numel() for weight in computed.values()
+    )
     assert differing <= (0.002 if double else 0)
-    for name, one in ours.items():
-        torch.testing.assert_close(one, seen[name], rtol=0.02, atol=0)
+    for name, weight in computed.items():
+        torch.testing.assert_close(weight, seen[name], rtol=0.02, atol=0)
 
 
 def test_fp16_trains_with_loss_scaling(tiny, shards, plain, tmp_path):
@@ -342,11 +344,11 @@ def test_cuda_graph_decoding_gives_the_answers_of_generate(tiny, monkeypatch, dt
     graphs, real = [], greedy_decoding.capture_cuda_graph
     monkeypatch.setattr(greedy_decoding, "capture_cuda_graph", lambda step: graphs.append(real(step)) or graphs[-1])
     assert greedy_decoding.is_supported(model)
-    ours = generate_answers(model, tokenizer, prompts, **options)
+    graphed = generate_answers(model, tokenizer, prompts, **options)
     assert len(graphs) == 3 and all(graph.__name__ == "replay" for graph in graphs), "each batch was recorded"
     monkeypatch.setattr(greedy_decoding, "is_supported", lambda _: False)
-    theirs = generate_answers(model, tokenizer, prompts, **options)
-    same = sum(one == other for one, other in zip(ours, theirs, strict=True))
+    plain = generate_answers(model, tokenizer, prompts, **options)
+    same = sum(answer == other for answer, other in zip(graphed, plain, strict=True))
     assert same == 12 if dtype == "float32" else same >= 6, "bf16 rounds differently in other kernels"
 
 
@@ -403,8 +405,8 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
         for name in ("train", "heldout")
     }
     (rows / "train.jsonl").write_text("".join(
-        json.dumps({"id": str(i), "set": "train", "place": f"t:{i}", "messages": one}) + "\n"
-        for i, one in enumerate(chats["train"])
+        json.dumps({"id": str(i), "set": "train", "place": f"t:{i}", "messages": messages}) + "\n"
+        for i, messages in enumerate(chats["train"])
     ))  # fmt: skip
     (rows / "validation.jsonl").touch()
     (file,) = Path(next(iter(package.submodule_search_locations))).glob("*.gguf")

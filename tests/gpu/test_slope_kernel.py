@@ -64,8 +64,8 @@ def test_a_layer_has_the_gradients_of_torchs_products(compiled, monkeypatch):
 
     found = gradients()
     monkeypatch.setattr(lora_kernels, "slope_kernel_or_none", lambda: None)
-    for one, other in zip(found, gradients(), strict=True):
-        assert float((one.float() - other.float()).norm() / other.float().norm()) < 1e-2
+    for gradient, other in zip(found, gradients(), strict=True):
+        assert float((gradient.float() - other.float()).norm() / other.float().norm()) < 1e-2
 
 
 @pytest.mark.parametrize("tokens, out, rank", [(100, 9216, 16), (16384, 1024, 16), (16384, 9216, 64)])

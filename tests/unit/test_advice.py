@@ -18,9 +18,9 @@ def table(right, n, group=None):
     )
 
 
-def decided(ours, theirs, **rules):
+def decided(challenger, base, **rules):
     given = {"primary": "exact_match", "min_gain": 0.0, "guards": {}, "confidence": 0.95, **rules}
-    return decide(ours, {"base": theirs}, **given)
+    return decide(challenger, {"base": base}, **given)
 
 
 def said(decision, available=100, deals_rows=False):

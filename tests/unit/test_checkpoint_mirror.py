@@ -178,8 +178,8 @@ def test_an_incomplete_checkpoint_in_the_bucket_is_not_used(machine, harm, caplo
 def test_only_attempts_that_recompute_the_same_artifact_resume_from_each_other(machine):
     first, second = (Ref(stage="train", fingerprint=JOB[1], digest=digest * 64, uri="") for digest in "ab")
     attempt(machine("one"), 2, content="not forced")
-    one = attempt(machine("one"), 4, recompute_of=first)
-    assert names(one) == ["checkpoint-4"], "the earlier checkpoints are of another computation"
+    folder = attempt(machine("one"), 4, recompute_of=first)
+    assert names(folder) == ["checkpoint-4"], "the earlier checkpoints are of another computation"
     assert names(machine("two").work_folder(*JOB, first)) == ["checkpoint-4"]
     assert names(machine("two").work_folder(*JOB, second)) == []
     two = attempt(machine("two"), 3, recompute_of=second, content="over the second")
@@ -321,12 +321,12 @@ def test_another_machine_finishes_the_training_of_a_dead_one_bit_for_bit(
 
     for name, folder in {"TOKENS": shards, "BASE": base}.items():
         monkeypatch.setenv(f"TEST_{name}", str(folder))
-    one = machine("one", Inputs)
-    script = f"from tests.unit.test_checkpoint_mirror import train; train({one.uri!r})"
+    store = machine("one", Inputs)
+    script = f"from tests.unit.test_checkpoint_mirror import train; train({store.uri!r})"
     with (tmp_path / "log").open("wb") as log:
         dying = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=log, start_new_session=True)
     prefix = f"work/train/{job.fingerprint}/{FOLDER}/"
-    wait_until(lambda: dying.poll() is not None or any("complete.json" in k.key for k in one.bucket.listing(prefix)))
+    wait_until(lambda: dying.poll() is not None or any("complete.json" in k.key for k in store.bucket.listing(prefix)))
     for process in (*psutil.Process(dying.pid).children(recursive=True), psutil.Process(dying.pid)):
         process.kill()
     dying.wait()

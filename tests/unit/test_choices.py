@@ -31,7 +31,7 @@ def parts_of(template, context, choice):
     encoded = encode_choice(tokenizer, context, choice)
     ids, learned = encoded.ids.tolist(), encoded.labels != IGNORED
     assert encoded.prompt == len(ids) - learned.sum() and encoded.labels[learned].tolist() == ids[encoded.prompt :]
-    number = next((at for at, one in enumerate(ids) if one >= len(SPECIAL)), len(ids))
+    number = next((at for at, token in enumerate(ids) if token >= len(SPECIAL)), len(ids))
     before = tokenizer.convert_ids_to_tokens(ids[:number])
     return before, tokenizer.decode(ids[number : encoded.prompt]), tokenizer.decode(ids[encoded.prompt :])
 

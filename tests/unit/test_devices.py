@@ -85,9 +85,9 @@ def test_two_processes_match_one(base, shards, alone, tmp_path):  # noqa: F811
 
 
 def free_port():
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
+    with socket.socket() as socket_:
+        socket_.bind(("localhost", 0))
+        return socket_.getsockname()[1]
 
 
 @pytest.mark.slow

@@ -68,10 +68,10 @@ UNTAKEN = {
 
 def test_what_a_server_does_not_take_is_told_once_each_in_words_of_its_own():
     once = EventsInOneSentence()
-    for said, (name, message) in UNTAKEN.items():
+    for sentence, (name, message) in UNTAKEN.items():
         first, second = (record_of(message, name=name) for _ in range(2))
         assert once.filter(first) and not once.filter(second)
-        assert said in first.getMessage() and first.levelname == "WARNING" and EVENT not in first.getMessage()
+        assert sentence in first.getMessage() and first.levelname == "WARNING" and EVENT not in first.getMessage()
     assert once.filter(record_of("Service 'Other' stopped", name="prefect._internal.concurrency"))
 
 

@@ -135,11 +135,11 @@ def test_answers_equal_those_with_the_cache_of_transformers(phi3, model, monkeyp
     caches = []
     real = greedy_decoding.preallocated_cache
     monkeypatch.setattr(greedy_decoding, "preallocated_cache", lambda *a: caches.append(a) or real(*a))
-    ours = generate_answers(model, tokenizer, prompts, **options)
+    answers = generate_answers(model, tokenizer, prompts, **options)
     assert len(caches) == 2
     monkeypatch.setattr(generation, "has_plain_cache", lambda *_: False)
     without_prefix(monkeypatch)
-    assert ours == generate_answers(model, tokenizer, prompts, **options)
+    assert answers == generate_answers(model, tokenizer, prompts, **options)
     assert len(caches) == 2
 
 

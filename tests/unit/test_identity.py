@@ -74,14 +74,14 @@ def test_golden_payloads_of_every_recipe_and_variant_are_unchanged():
 def test_comments_and_docstrings_do_not_change_a_code_digest():
     from loraflow.execution.code_digest import normalized
 
-    one = normalized('"""Doc."""\ndef f(x):\n    """Doc."""\n    return x + 1  # why\n')
-    two = normalized("def f(x):\n    return x + 1\n")
-    assert one == two
-    assert two != normalized("def f(x):\n    return x + 2\n")
+    first = normalized('"""Doc."""\ndef f(x):\n    """Doc."""\n    return x + 1  # why\n')
+    second = normalized("def f(x):\n    return x + 1\n")
+    assert first == second
+    assert second != normalized("def f(x):\n    return x + 2\n")
 
 
 def test_every_module_that_computes_a_result_is_in_a_code_digest():
-    """A stage's code is its modules and what those import of ours, but for the ground floor that all share."""
+    """A stage's code is its modules and the modules of loraflow that they import, except those that all stages share."""
     import ast
     from importlib.util import find_spec
 
@@ -98,8 +98,8 @@ def test_every_module_that_computes_a_result_is_in_a_code_digest():
             imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
             imported |= {f"{node.module}.{name.name}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
                          for name in node.names if node.module in ("loraflow.training", "loraflow.data", "loraflow.adapters")}  # fmt: skip
-            ours = {name for name in imported if name.startswith("loraflow.") and name.count(".") > 1}
-            missing = ours - set(stage.code) - ground
+            own_modules = {name for name in imported if name.startswith("loraflow.") and name.count(".") > 1}
+            missing = own_modules - set(stage.code) - ground
             assert not missing, f"{stage.name} is also computed by {missing}: list it in loraflow/stage_code.py"
 
 

@@ -237,5 +237,10 @@ def test_a_line_that_is_not_json_does_not_stop_the_progress_and_another_kind_of_
     errors.append(KeyError("again"))
     display.show([b'{"step": 6}'])
     assert shown == [1, 2, 3, 5, 6]
-    said = [record.getMessage() for record in caplog.records]
-    assert [text.split(": ")[1] for text in said] == ["JSONDecodeError", "UnicodeDecodeError", "ValueError", "KeyError"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert [text.split(": ")[1] for text in messages] == [
+        "JSONDecodeError",
+        "UnicodeDecodeError",
+        "ValueError",
+        "KeyError",
+    ]

@@ -49,20 +49,20 @@ def test_lora_forward_and_backward_equal_peft(bias):
 def test_in_16_bits_the_error_is_not_larger_than_pefts():
     x, dy = torch.randn(64, 24), torch.randn(64, 40)
     exact = gradients(lora(), x, dy)
-    peft_model, ours = lora(dtype=torch.bfloat16), lora(dtype=torch.bfloat16)
-    for model in (peft_model, ours):
+    peft_model, accelerated = lora(dtype=torch.bfloat16), lora(dtype=torch.bfloat16)
+    for model in (peft_model, accelerated):
         for name, p in model.named_parameters():
             p.data = dict(lora().named_parameters())[name].data.to(p.dtype)
-    accelerate_loras(ours, torch.bfloat16)
+    accelerate_loras(accelerated, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        theirs = gradients(peft_model, x.bfloat16(), dy.bfloat16())
-    mine = gradients(ours, x.bfloat16(), dy.bfloat16())
+        of_peft = gradients(peft_model, x.bfloat16(), dy.bfloat16())
+    found = gradients(accelerated, x.bfloat16(), dy.bfloat16())
 
     def error(found):
         return sum(((found[2][n].float() - exact[2][n]) ** 2).sum() for n in exact[2]).sqrt().item()
 
-    assert error(mine) <= error(theirs) * 1.1
-    assert all(grad.dtype == torch.float32 for grad in mine[2].values()), "masters stay fp32"
+    assert error(found) <= error(of_peft) * 1.1
+    assert all(grad.dtype == torch.float32 for grad in found[2].values()), "masters stay fp32"
 
 
 def test_only_plain_lora_is_replaced():
@@ -100,12 +100,12 @@ def test_dropout_equals_the_mask_in_forward_and_backward():
 
 def test_dropout_masks_are_unbiased_and_independent():
     keys = torch.from_numpy(collation.mix(np.arange(4000, dtype=np.uint64)).astype(np.int32))
-    one = keep_mask(keys, torch.tensor(1, dtype=torch.int32), 256, round(0.05 * 65536)).float()
-    two = keep_mask(keys, torch.tensor(2, dtype=torch.int32), 256, round(0.05 * 65536)).float()
-    deviation = math.sqrt(0.05 * 0.95 / one.numel())
-    assert abs(one.mean() - 0.95) < 5 * deviation
-    assert (one.mean(0) - 0.95).abs().max() < 6 * math.sqrt(0.05 * 0.95 / 4000)
-    for left, right in ((one, two), (one[1:], one[:-1]), (one[:, 1:], one[:, :-1])):
+    mask = keep_mask(keys, torch.tensor(1, dtype=torch.int32), 256, round(0.05 * 65536)).float()
+    other_mask = keep_mask(keys, torch.tensor(2, dtype=torch.int32), 256, round(0.05 * 65536)).float()
+    deviation = math.sqrt(0.05 * 0.95 / mask.numel())
+    assert abs(mask.mean() - 0.95) < 5 * deviation
+    assert (mask.mean(0) - 0.95).abs().max() < 6 * math.sqrt(0.05 * 0.95 / 4000)
+    for left, right in ((mask, other_mask), (mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1])):
         product = ((left - left.mean()) * (right - right.mean())).mean() / (0.05 * 0.95)
         assert abs(product) < 5 / math.sqrt(left.numel()), "masks of neighbours have nothing in common"
 

@@ -96,8 +96,8 @@ def test_training_with_loralib_equals_an_independent_loralib_loop(mha, tmp_path)
         scheduler.step()
         optimizer.zero_grad()
         differences.append(abs(curve[step]["loss"] - loss.item()))
-    ours = load_file(tmp_path / "out" / "loralib" / "lora.safetensors")
-    assert same(ours, loralib.lora_state_dict(model), 1e-5)
+    saved = load_file(tmp_path / "out" / "loralib" / "lora.safetensors")
+    assert same(saved, loralib.lora_state_dict(model), 1e-5)
     assert np.max(differences) < 1e-5, differences
 
 

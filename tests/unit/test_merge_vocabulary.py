@@ -38,8 +38,8 @@ def test_lora_on_one_of_two_tied_modules_answers_as_before_the_merge(tmp_path, m
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
         expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))(ids).logits
-        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def grow(folder: Path, *tokens: str) -> None:

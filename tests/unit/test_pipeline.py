@@ -69,7 +69,7 @@ def test_plan_lists_the_steps_of_the_pipeline(
     assert run.steps == [step for step in planned if champion or CHAMPION not in step[2].values()]
     assert run.seeds == {step.label: step.seed for step in steps if step.label in run.seeds}
     assert sum(step.stage.name == "train" for step in steps) == len(seeds)
-    assert [one.seed for one in result.further_seeds] == [*seeds[1:]]
+    assert [further.seed for further in result.further_seeds] == [*seeds[1:]]
     models = {"base": "resolve_base", "tuned": "merge"} | ({"champion": CHAMPION} if champion else {})
     scored = {label: inputs["model"] for label, stage, inputs in run.steps if stage == "score_general"}
     assert scored == ({f"score_general {name}": model for name, model in models.items()} if scores_general else {})
@@ -98,6 +98,6 @@ def test_every_stage_has_a_task_of_its_name_with_its_inputs_and_a_docstring():
         parameters.pop("label", None)
         parameters.pop("seed", None)
         assert parameters.keys() == stage.inputs.keys()
-        optional = {name for name, one in stage.inputs.items() if one.optional}
-        assert {name for name, one in parameters.items() if one.default is None} == optional
+        optional = {name for name, given in stage.inputs.items() if given.optional}
+        assert {name for name, given in parameters.items() if given.default is None} == optional
         assert stage.module.replace(".", "/") + ".py" in task.description, "the docstring names the stage's module"

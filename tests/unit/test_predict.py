@@ -204,7 +204,7 @@ def test_chats_in_a_csv_can_be_read_again(phi3, tmp_path):
     run(phi3, tmp_path / "in.jsonl", tmp_path / "out.csv")
     again = pd.read_csv(tmp_path / "out.csv").drop(columns=["prediction", "tokens", "finish", "error"])
     again.to_csv(tmp_path / "again.csv", index=False)
-    asked = [one.messages for one in read_questions(tmp_path / "again.csv", "auto", None, None)]
+    asked = [question.messages for question in read_questions(tmp_path / "again.csv", "auto", None, None)]
     assert asked == [chat(i)["messages"][:1] for i in range(3)]
 
 

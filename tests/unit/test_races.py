@@ -62,8 +62,8 @@ def test_each_of_two_looks_is_recorded_and_anchored_in_whatever_order_they_are_w
         record = LookRecord(store, "tickets")
         looks = record.entries(all_runs=True)
         anchor = json.loads(store.read_document("anchors/tickets/looks.json"))
-        assert [one.number for one in looks] == [1, 2] and record.scored_keys({"a", "b", "c"}) == {"a", "b", "c"}
-        assert anchor["seq"] == 2 and {one.rows for one in looks} <= set(anchor["digests"])
+        assert [look.number for look in looks] == [1, 2] and record.scored_keys({"a", "b", "c"}) == {"a", "b", "c"}
+        assert anchor["seq"] == 2 and {look.rows for look in looks} <= set(anchor["digests"])
 
 
 def test_two_models_are_never_dealt_the_same_fresh_rows_in_whatever_order_they_are_dealt(tmp_path):

@@ -144,10 +144,10 @@ def test_a_model_that_was_scored_by_another_protocol_or_on_other_rows_is_refused
 
 
 def test_a_row_with_the_same_id_and_another_prompt_is_not_compared(workspace):
-    ours = scores(workspace, "tuned", 1.0, prompt=[f"question {i}" for i in range(80)])
-    theirs = scores(workspace, "base", 2.0, prompt=["older question", *(f"question {i}" for i in range(1, 80))])
+    tuned = scores(workspace, "tuned", 1.0, prompt=[f"question {i}" for i in range(80)])
+    base = scores(workspace, "base", 2.0, prompt=["older question", *(f"question {i}" for i in range(1, 80))])
     with pytest.raises(BadData, match="different questions"):
-        decide(workspace, theirs, ours)
+        decide(workspace, base, tuned)
     assert not workspace.looks.entries()
 
 
@@ -160,8 +160,8 @@ def test_the_report_shows_the_gates_scores_by_slice_where_the_recipe_asks_for_it
     evaluation = workspace.recipe.evaluation.model_copy(update={"slices": ["length", "script"]})
     workspace.recipe = workspace.recipe.model_copy(update={"evaluation": evaluation})
     found = heldout_slices(run.workspace, result)
-    assert [(one.by, one.rows) for one in found] == [*[("length", 20)] * 4, ("script", 80)]
+    assert [(part.by, part.rows) for part in found] == [*[("length", 20)] * 4, ("script", 80)]
     primary = workspace.recipe.gate.primary
-    assert all(one.values["tuned"][primary].value == 1.0 for one in found)
+    assert all(part.values["tuned"][primary].value == 1.0 for part in found)
     improve(workspace.store.path(tuned) / "scores.parquet")
     assert heldout_slices(run.workspace, result) == [], "a damaged table shows nothing"

@@ -155,22 +155,22 @@ def test_the_gate_decides_on_the_mean_and_one_seed_is_the_rule_that_it_was(recip
     ]
     merged = Ref(stage="merge", fingerprint="f" * 64, digest="d" * 64, uri=workspace.store.uri)
     further = tuple(SimpleNamespace(seed=seed, scores=ref) for seed, ref in ((1, refs[2]), (2, refs[3])))
-    one = SimpleNamespace(
+    single = SimpleNamespace(
         merged=merged, base_scores=refs[0], tuned_scores=refs[1], champion_scores=None, further_seeds=(), general={}
     )
-    several = SimpleNamespace(**vars(one) | {"further_seeds": further})
-    assert _protocol(workspace, one) != _protocol(workspace, several)
-    assert gate.fn(Workspace(load_recipe(recipe)), one).verdict == "promote"
+    several = SimpleNamespace(**vars(single) | {"further_seeds": further})
+    assert _protocol(workspace, single) != _protocol(workspace, several)
+    assert gate.fn(Workspace(load_recipe(recipe)), single).verdict == "promote"
     decision = gate.fn(workspace, several)
     assert decision.verdict == "reject" and decision.comparisons[0].difference == pytest.approx(-0.5)
     nameless = commit_scores(workspace, "e", 1.0, id=[None, *(f"r{i}" for i in range(1, 80))])
     with pytest.raises(BadData, match="no valid `id`"):
         gate.fn(
-            workspace, SimpleNamespace(**vars(one) | {"further_seeds": (SimpleNamespace(seed=1, scores=nameless),)})
+            workspace, SimpleNamespace(**vars(single) | {"further_seeds": (SimpleNamespace(seed=1, scores=nameless),)})
         )
     bad = commit_scores(workspace, "d", 1.0, config={"max_new_tokens": 8})
     with pytest.raises(BadData, match="seed 2"):
         gate.fn(
             workspace,
-            SimpleNamespace(**vars(one) | {"further_seeds": (further[0], SimpleNamespace(seed=2, scores=bad))}),
+            SimpleNamespace(**vars(single) | {"further_seeds": (further[0], SimpleNamespace(seed=2, scores=bad))}),
         )

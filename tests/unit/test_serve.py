@@ -22,9 +22,9 @@ pytest.importorskip("openai")
 
 
 def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_the_openai_client_receives_the_answers_of_generate(tmp_path):
                     break
             assert time.monotonic() < limit and process.poll() is None, process.stdout.read()
             time.sleep(0.2)
-        assert [one.id for one in client.models.list()] == ["tickets"]
+        assert [model.id for model in client.models.list()] == ["tickets"]
         expected_answers = {}
         for text in ("what is red", "please answer the bird of the tree", "a", "what is the tree of the bird"):
             messages = [{"role": "user", "content": text}]
@@ -159,6 +159,6 @@ def test_a_server_of_vllm_says_which_parser_finds_tool_calls(tmp_path, cache, mo
     file = folder / "chat_template.jinja"
     file.write_text("{# " + text + " #}" + file.read_text())
     monkeypatch.setattr(serve, "_pick_engine", lambda engine: engine)
-    for options, said in (((), bool(line)), (("--tool-call-parser", "x"), False)):
+    for options, is_warned in (((), bool(line)), (("--tool-call-parser", "x"), False)):
         server = plan_server(Model("m", folder), "vllm", "127.0.0.1", free_port(), None, None, options)
-        assert ("--enable-auto-tool-choice" in server.greeting and line in server.greeting) is said
+        assert ("--enable-auto-tool-choice" in server.greeting and line in server.greeting) is is_warned

@@ -46,8 +46,8 @@ def test_quarters_by_length_have_their_own_scores_with_wilsons_interval():
 def test_rows_are_found_by_their_ids_and_every_row_is_in_one_slice():
     rng = np.random.default_rng(0)
     tokens, hits = rng.integers(1, 5, 50), rng.integers(0, 2, 50)
-    ours = table(hits, tokens=tokens)
-    found = slices({"base": ours, "tuned": ours.sample(frac=1, random_state=1)}, ["length"])
+    scored = table(hits, tokens=tokens)
+    found = slices({"base": scored, "tuned": scored.sample(frac=1, random_state=1)}, ["length"])
     assert sum(part.rows for part in found) == 50
     for part in found:
         assert part.values["base"] == part.values["tuned"]

@@ -49,7 +49,8 @@ def tokenized(base, folder, chats):
     (folder / "rows").mkdir(parents=True)
     (folder / "tokens").mkdir()
     lines = [
-        json.dumps({"id": str(i), "set": "train", "place": f"x:{i}", "messages": one}) for i, one in enumerate(chats)
+        json.dumps({"id": str(i), "set": "train", "place": f"x:{i}", "messages": messages})
+        for i, messages in enumerate(chats)
     ]
     (folder / "rows" / "train.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "rows" / "validation.jsonl").touch()

@@ -54,10 +54,13 @@ def test_segments_of_long_rows_are_small(tmp_path, monkeypatch):
 
 
 def test_the_key_of_rows_is_their_content_and_not_their_place():
-    one, moved = lines([1, 2]), lines([0, 1, 2])[1:]
-    assert one != moved and key_of_rows(b"", one) == key_of_rows(b"", moved)
-    marked = [one[0], one[1].replace("}]}", '}], "learned": [1], "weights": [0.5]}')]
-    assert len({key_of_rows(b"", rows) for rows in (one, marked, one[:1])} | {key_of_rows(b"x", one)}) == 4
+    chat_lines, moved = lines([1, 2]), lines([0, 1, 2])[1:]
+    assert chat_lines != moved and key_of_rows(b"", chat_lines) == key_of_rows(b"", moved)
+    marked = [chat_lines[0], chat_lines[1].replace("}]}", '}], "learned": [1], "weights": [0.5]}')]
+    assert (
+        len({key_of_rows(b"", rows) for rows in (chat_lines, marked, chat_lines[:1])} | {key_of_rows(b"x", chat_lines)})
+        == 4
+    )
 
 
 def encoded(rng, tokens, weighted, largest) -> Encoded:

@@ -41,7 +41,7 @@ def group(trials, folder, base, shards, report=None, **overrides):  # noqa: F811
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
     recipes = [recipe(**{**MEASURED, **overrides, **trial}) for trial in trials]
-    outside = Outside(grouped=tuple(TrainConfig.from_recipe(one, Outside()) for one in recipes))
+    outside = Outside(grouped=tuple(TrainConfig.from_recipe(recipe, Outside()) for recipe in recipes))
     job = make_job("train_group", recipes[0], {"tokens": REF, "base": REF}, outside)
     kept = []
     build = train_group.build_group
@@ -175,7 +175,7 @@ def test_the_memory_of_a_group_is_that_of_its_padded_adapters(base, shards, tmp_
         fast_engine, "fit_memory", lambda shape, free, weights, rank, **sizes: needed.append(rank) or FIT
     )
     monkeypatch.setattr("loraflow.training.setup.free_gpu_bytes", lambda: 2**30)
-    train_group._fit([replace(one, device="cuda") for one in prepared], SimpleNamespace(concatenated=True))
+    train_group._fit([replace(setup, device="cuda") for setup in prepared], SimpleNamespace(concatenated=True))
     assert needed == [prepared[0].rank]
 
 

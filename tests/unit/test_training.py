@@ -119,9 +119,9 @@ def test_losses_equal_those_of_an_independent_training_loop(base, straight):
         scheduler.step()
         optimizer.zero_grad()
         assert losses[step + 1] == pytest.approx(loss.item(), abs=2e-4), step  # logged with four digits
-    ours = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-    theirs = {name.replace(".weight", ".default.weight"): tensor for name, tensor in adapter.items()}
-    assert same(ours, theirs, 1e-4)
+    trained = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    saved = {name.replace(".weight", ".default.weight"): tensor for name, tensor in adapter.items()}
+    assert same(trained, saved, 1e-4)
 
 
 def test_the_micro_batch_does_not_change_the_result(base, straight, tmp_path):
@@ -432,7 +432,7 @@ def test_the_row_order_depends_only_on_seed_and_epoch():
 
 
 def test_a_training_whose_only_step_has_a_rate_of_0_says_that_nothing_was_trained(base, tmp_path, caplog):
-    one = {"training_config__max_steps": 1, "training_config__warmup_steps": 1}
-    adapter, _ = run(base, tokenize(base, tmp_path), tmp_path, **one)
+    settings = {"training_config__max_steps": 1, "training_config__warmup_steps": 1}
+    adapter, _ = run(base, tokenize(base, tmp_path), tmp_path, **settings)
     assert not any(bool(tensor.any()) for name, tensor in adapter.items() if "lora_B" in name)
     assert "No step changed the adapter" in caplog.text and "exclude_modules" not in caplog.text

@@ -65,10 +65,14 @@ class Server:
         return [automation for automation in self.automations if automation.name == name]
 
     def read_resource_related_automations(self, resource):
-        return [one for one in self.automations if f"prefect.deployment.{one.actions[0].deployment_id}" == resource]
+        return [
+            automation
+            for automation in self.automations
+            if f"prefect.deployment.{automation.actions[0].deployment_id}" == resource
+        ]
 
     def delete_automation(self, automation_id):
-        self.automations = [one for one in self.automations if one.id != automation_id]
+        self.automations = [automation for automation in self.automations if automation.id != automation_id]
 
     def read_deployment(self, deployment_id):
         if deployment_id not in (ONE, TWO):
@@ -80,7 +84,8 @@ class Server:
     def request(self, method, path, *, path_params, json):
         assert (method, path) == ("PUT", "/automations/{id}")
         self.automations = [
-            Automation(id=one.id, **json) if one.id == path_params["id"] else one for one in self.automations
+            Automation(id=automation.id, **json) if automation.id == path_params["id"] else automation
+            for automation in self.automations
         ]
 
 
@@ -119,7 +124,7 @@ def test_a_trigger_that_is_removed_from_the_file_starts_no_more_runs(server):
     trigger.set_deployment_id(ONE)
     server.create_automation(trigger.as_automation())
     assert deploy(server, ONE, first) == ["automation 'second' removed"]
-    left = [(one.name, one.actions[0].deployment_id) for one in server.automations]
+    left = [(automation.name, automation.actions[0].deployment_id) for automation in server.automations]
     assert left == [("first", ONE), ("second", TWO), ("of a person", ONE)]
 
 
@@ -130,7 +135,7 @@ def test_a_removed_trigger_without_a_name_of_an_earlier_version_starts_no_more_r
         made = trigger.as_automation()
         server.create_automation(made.model_copy(update={"name": name or made.name}))
     assert len(deploy(server, ONE)) == 3
-    assert [one.name for one in server.automations] == ["on new data"], "a person may have made it"
+    assert [automation.name for automation in server.automations] == ["on new data"], "a person may have made it"
 
 
 def test_the_automation_of_a_deleted_deployment_is_taken_over(server):
@@ -144,5 +149,5 @@ def test_the_automation_of_an_earlier_version_is_renamed_not_duplicated(server):
     trigger.set_deployment_id(ONE)
     server.create_automation(trigger.as_automation().model_copy(update={"enabled": False}))
     deploy(server, ONE, {"expect": ["a"]}, {"expect": ["b"]})
-    assert [one.name for one in server.automations] == ["nightly__automation_1", "nightly__automation_2"]
-    assert [one.enabled for one in server.automations] == [False, True], "as a person left it"
+    assert [automation.name for automation in server.automations] == ["nightly__automation_1", "nightly__automation_2"]
+    assert [automation.enabled for automation in server.automations] == [False, True], "as a person left it"

@@ -119,8 +119,8 @@ def require_right(template, tokenizer, name, chat, loss_on="assistant"):
     text = tokenizer.decode(learned)
     for message in chat[-1:] if loss_on == "last_assistant" else chat:
         if message["role"] == "assistant":
-            thought, _, said = message["content"].rpartition("</think>")
-            assert said.strip() in text and thought.removeprefix("<think>").strip() in text
+            thought, _, answer = message["content"].rpartition("</think>")
+            assert answer.strip() in text and thought.removeprefix("<think>").strip() in text
     assert stop_of(name) in text.removesuffix("<|endoftext|>").rstrip()[-len(stop_of(name)) :]
 
 

@@ -48,13 +48,16 @@ def test_the_distance_equals_one_computed_from_the_logits(parts, tmp_path):
     report = report_on(parts, tmp_path / "out", prompts=6)
     tokenizer = AutoTokenizer.from_pretrained(parts["base"])
     wide = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # noqa: E731
-    one, two = PeftModel.from_pretrained(wide(parts["base"]), str(parts["adapter"] / "adapter")), wide(parts["merged"])
+    tuned, merged = (
+        PeftModel.from_pretrained(wide(parts["base"]), str(parts["adapter"] / "adapter")),
+        wide(parts["merged"]),
+    )
     rows = [json.loads(line)["messages"] for line in (parts["rows"] / "heldout.jsonl").read_text().splitlines()]
     kl, largest = [], 0.0
     for messages in rows:
         ids = torch.tensor([tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]])
         with torch.no_grad():
-            p, q = one(input_ids=ids).logits[0].double(), two(input_ids=ids).logits[0].double()
+            p, q = tuned(input_ids=ids).logits[0].double(), merged(input_ids=ids).logits[0].double()
         kl += torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (p, q))).tolist()
         largest = max(largest, float((p - q).abs().max()))
     assert report["tokens"] == len(kl)

@@ -95,8 +95,8 @@ def test_minutes_in_which_a_worker_waits_are_none_of_silent_minutes(tmp_path, mo
 
 def test_the_wait_for_other_nodes_is_added_to_both_limits():
     values = {"stall_minutes": 30, "silent_minutes": 20, "rendezvous": {"wait_minutes": 15}}
-    one, two = (SimpleNamespace(job=job("ok", **values), nodes=nodes) for nodes in (1, 2))
-    assert (_stall_minutes(one), _stall_minutes(two)) == ([30, 20], [45, 35])
+    alone, of_two_nodes = (SimpleNamespace(job=job("ok", **values), nodes=nodes) for nodes in (1, 2))
+    assert (_stall_minutes(alone), _stall_minutes(of_two_nodes)) == ([30, 20], [45, 35])
     assert _stall_minutes(SimpleNamespace(job=job("ok", **values | {"silent_minutes": None}), nodes=2)) == [45, None]
 
 
