@@ -29,6 +29,8 @@ from loraflow.training.setup import TrainingSetup
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+log = logging.getLogger(__name__)
+
 
 def refuse_unshardable(config: TrainConfig, engine: str) -> None:
     """Refuse what cannot be combined with a sharded base.
@@ -97,7 +99,6 @@ def frozen_bytes(model: torch.nn.Module) -> tuple[int, int]:
     return total, unsharded
 
 
-log = logging.getLogger(__name__)
 EngineName = Literal["fast", "stock"]
 
 _RECORDED_NAMES = {  # field → key in telemetry/engine.json, which stays readable for older artifacts

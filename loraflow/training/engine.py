@@ -33,6 +33,8 @@ from loraflow.training.trainer import BuiltTrainer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
+
 
 def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
     """Return a trainer that is ready to train, and the choices that were made for it.
@@ -89,9 +91,6 @@ def _check_model(setup: TrainingSetup, model: PreTrainedModel, *, is_concatenate
         refuse_leaking_documents(model, pad_id, is_concatenated=is_concatenated, compute_dtype=dtype)
     elif not is_tested(model.config):
         refuse_padding_that_is_seen(model, pad_id, compute_dtype=dtype)
-
-
-log = logging.getLogger(__name__)
 
 
 def separate_angles(model: PreTrainedModel, setup: TrainingSetup) -> None:
