@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from loraflow.data.drift import DataDrift
 from loraflow.evaluation.values import (
@@ -21,7 +21,7 @@ from loraflow.evaluation.values import (
     Verdict,
 )
 from loraflow.identity import short
-from loraflow.registry.runs import RowsSummary
+from loraflow.registry.runs import RowsSummary, StageRun
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.reporting import chart
 from loraflow.reporting.sections import History, Learned, TrialCurves, history_lines, learned_lines, sweep_lines
@@ -50,30 +50,6 @@ NO_CONFUSIONS: Mapping[str, Sequence[Confusion]] = MappingProxyType({})
 T = TypeVar("T")
 
 
-class StageRow(Protocol):
-    """A stage as a run saw it: a row of the lineage."""
-
-    @property
-    def stage(self) -> str:
-        """The stage's label."""
-
-    @property
-    def state(self) -> str:
-        """`cached` or `computed`."""
-
-    @property
-    def fingerprint(self) -> str:
-        """The job's fingerprint."""
-
-    @property
-    def digest(self) -> str:
-        """The artifact's digest."""
-
-    @property
-    def seconds(self) -> float:
-        """The time that it took."""
-
-
 @dataclass(frozen=True)
 class RunReport:
     """The content of a run's report."""
@@ -85,7 +61,7 @@ class RunReport:
     confidence: float  # the level of the scores' intervals
     losses: Sequence[tuple[float, float]]  # (step, training loss)
     samples: Sequence[Sample]  # answers of the tuned model
-    stages: Sequence[StageRow]
+    stages: Sequence[StageRun]
     store: str  # locations
     adapter: str
     merged: str
@@ -271,7 +247,7 @@ def _answers(samples: Sequence[Sample], base: Mapping[str, str]) -> Iterator[str
         yield from (f"- tuned: {_shown(sample.answer)}", "")
 
 
-def _lineage(stages: Iterable[StageRow], store: str) -> list[str]:
+def _lineage(stages: Iterable[StageRun], store: str) -> list[str]:
     rows = [
         f"| {stage.stage} | {stage.state} | {stage.seconds:.1f} | `{short(stage.fingerprint)}` | `{short(stage.digest)}` |"
         for stage in stages

@@ -6,7 +6,7 @@ torch can switch to it by itself, but the functions that torch expects in the pa
 from __future__ import annotations
 
 import importlib
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,51 +15,9 @@ from torch.autograd.function import FunctionCtx
 PACKAGE = "flash_attn.cute.interface"
 
 
-class _Forward(Protocol):
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        softmax_scale: float,
-        causal: bool,
-        window_size_left: int | None,
-        return_lse: bool,
-    ) -> tuple[Tensor, ...]: ...
-
-
-class _Backward(Protocol):
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        d_out: Tensor,
-        lse: Tensor,
-        softmax_scale: float,
-        causal: bool,
-        *,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        window_size_left: int | None,
-    ) -> tuple[Tensor, ...]: ...
-
-
-def _forward_kernel() -> _Forward:
-    kernel: _Forward = importlib.import_module(PACKAGE)._flash_attn_fwd
-    return kernel
-
-
-def _backward_kernel() -> _Backward:
-    kernel: _Backward = importlib.import_module(PACKAGE)._flash_attn_bwd
+def _kernel(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """Import a function of the package, which is needed at a GPU only."""
+    kernel: Callable[..., tuple[Tensor, ...]] = getattr(importlib.import_module(PACKAGE), name)
     return kernel
 
 
@@ -78,7 +36,7 @@ def flash4(
         scale: the factor of the products q kᵀ.
         window: how many earlier tokens a token attends to; -1 is all of its document.
     """
-    out, lse, *_ = _forward_kernel()(
+    out, lse, *_ = _kernel("_flash_attn_fwd")(
         q, k, v, cu_seqlens_q=begins, cu_seqlens_k=begins, max_seqlen_q=longest, max_seqlen_k=longest,
         softmax_scale=scale, causal=True, window_size_left=None if window < 0 else window, return_lse=True,
     )  # fmt: skip
@@ -98,7 +56,7 @@ def flash4_backward(
     scale: float, window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v."""
-    dq, dk, dv, *_ = _backward_kernel()(
+    dq, dk, dv, *_ = _kernel("_flash_attn_bwd")(
         q, k, v, out, d_out.contiguous(), lse, scale, True, cu_seqlens_q=begins, cu_seqlens_k=begins,
         max_seqlen_q=longest, max_seqlen_k=longest, window_size_left=None if window < 0 else window,
     )  # fmt: skip
