@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pydantic import ValidationError
+from pydantic import AliasPath, Field, ValidationError
 
 from loraflow.failures import CorruptArtifact
 from loraflow.frozen import StoredModel
@@ -32,17 +32,10 @@ class _DatasetConfig(StoredModel):
     md5: str
 
 
-class _DatasetOrigin(StoredModel):
-    commit: str | None = None  # where the recipe names a revision
-
-
-class _Runtime(StoredModel):
-    origin: _DatasetOrigin = _DatasetOrigin()
-
-
 class _Provenance(StoredModel):
     versions: dict[str, str] = {}
-    runtime: _Runtime = _Runtime()
+    # of the dataset, where the recipe names a revision
+    commit: str | None = Field(None, validation_alias=AliasPath("runtime", "origin", "commit"))
     python: str | None = None
     machine: str | None = None
 
@@ -80,7 +73,7 @@ def read_lineage(adapter: Ref | None) -> Lineage:
     store = open_store(adapter.uri) if adapter else None
     return Lineage(
         dataset=_DatasetConfig.model_validate(version.payload["config"]).md5 if version else None,
-        dataset_commit=_Provenance.model_validate(version.provenance).runtime.origin.commit if version else None,
+        dataset_commit=_Provenance.model_validate(version.provenance).commit if version else None,
         rows=_rows(check) if check else {},
         base=config.source,
         base_digest=base.digest if base else None,

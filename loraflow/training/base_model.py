@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_base(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> PreTrainedModel:
+def load_base(setup: TrainingSetup, attention: Attention) -> PreTrainedModel:
     """Load the base with the chosen attention, with loralib's layers if the recipe's method is loralib.
 
     Raises:
@@ -42,7 +42,7 @@ def load_base(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> P
         double_quantization=base.double_quantization if base.quantization == "nf4" else None,
         trust=base.trust_remote_code,
         attention=attention.implementation,
-        weights_device="cpu" if sharded else None,
+        weights_device="cpu" if setup.is_sharded else None,
     )
     model.config.use_cache = setup.runtime.use_cache
     check_adapter(model, peft_config)
@@ -54,7 +54,7 @@ def load_base(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> P
 
         settings = Settings.of(peft_config, setup.config.loralib_config)
         model = prepare(model, settings, setup.settings.seed, checkpointing=setup.uses_gradient_checkpointing)
-    return shard(model, setup.device, setup.group.size) if sharded else model
+    return shard(model, setup.device, setup.group.size) if setup.is_sharded else model
 
 
 def check_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> None:

@@ -224,7 +224,7 @@ class Recordable(Protocol):
 
 
 def choose_graphs(
-    setup: TrainingSetup, attention: Attention, fit: MemoryFit, trainer: Recordable, *, sharded: bool, passes: int
+    setup: TrainingSetup, attention: Attention, fit: MemoryFit, trainer: Recordable, *, passes: int
 ) -> tuple[bool, str]:
     """Return whether passes are recorded, and why. A resumed training decides the same: the whole training counts.
 
@@ -233,7 +233,6 @@ def choose_graphs(
         attention: the attention that was chosen.
         fit: the micro-batch that was chosen.
         trainer: the trainer, with its adapter.
-        sharded: whether the base is sharded over the devices.
         passes: micro-batches of the whole training, on one device.
     """
     setting = setup.runtime.cuda_graphs
@@ -241,7 +240,7 @@ def choose_graphs(
         return False, "runtime.cuda_graphs is off"
     if setup.device != "cuda" or not attention.concatenated or setup.shape is None:
         return False, "only concatenated documents on a GPU have the fixed shapes that they need"
-    if obstacle := _obstacle(trainer, fit, sharded=sharded):
+    if obstacle := _obstacle(setup, trainer, fit):
         return False, obstacle
     if setting == "on":
         return True, "runtime.cuda_graphs is on"
@@ -250,9 +249,9 @@ def choose_graphs(
     return _pays_off(setup, setup.shape, fit)
 
 
-def _obstacle(trainer: Recordable, fit: MemoryFit, *, sharded: bool) -> str:
+def _obstacle(setup: TrainingSetup, trainer: Recordable, fit: MemoryFit) -> str:
     """Return why a pass cannot be recorded; empty if it can."""
-    if sharded:
+    if setup.is_sharded:
         return "the sharded base is gathered in each pass"
     if fit.recompute == "offload":
         return "activations are moved to main memory"

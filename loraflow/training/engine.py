@@ -51,7 +51,8 @@ def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
     refuse_quantization(setup, config)
     refuse_mixed_devices(setup.group, setup.device)
     sharding = choose_sharding(setup)
-    model = load_base(setup, attention, sharded=sharding.is_sharded)
+    setup = replace(setup, is_sharded=sharding.is_sharded)
+    model = load_base(setup, attention)
     if setup.longrope_switch is not None:
         separate_angles(model, setup)
     if not sharding.is_sharded:

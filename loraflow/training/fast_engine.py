@@ -70,8 +70,7 @@ def build_fast_trainer(
     setup: TrainingSetup, model: PreTrainedModel, attention: Attention, choices: EngineChoices
 ) -> BuiltTrainer:
     """Build the trainer, and prepare its model's layers."""
-    sharded = choices.base_sharded
-    passes = _plan_passes(setup, attention, sharded=sharded)
+    passes = _plan_passes(setup, attention)
     fit = passes.fit
     sharing, sharing_note = choose_prefix_sharing(setup, model, attention)
     micro_batch_rows = None if attention.concatenated else _micro_batch_rows(setup)
@@ -86,9 +85,8 @@ def build_fast_trainer(
             micro_batch_rows,
             sharing,
             length_cost=cost_of_length(setup, passes.tokens, passes.is_compiling),
-            sharded=sharded,
         ),
-        validation=_validation_steps(setup, fit, attention, sharing, sharded=sharded),
+        validation=_validation_steps(setup, fit, attention, sharing),
         group=setup.group,
         preemption=setup.preemption,
         autocast=compute_dtype if compute_dtype != base_dtype else None,
@@ -99,7 +97,7 @@ def build_fast_trainer(
     )
     initial = initialise_adapter(setup, trainer)
     _prepare_adapter(setup, trainer, base_dtype, compute_dtype)
-    acceleration = _accelerate(setup, attention, passes, trainer, sharded=sharded)
+    acceleration = _accelerate(setup, attention, passes, trainer)
     frozen_bytes, replicated_bytes = count_frozen_bytes(trainer.model)
     choices = replace(
         choices,
@@ -122,14 +120,14 @@ def build_fast_trainer(
     return BuiltTrainer(trainer, choices, size, initial)
 
 
-def _plan_passes(setup: TrainingSetup, attention: Attention, *, sharded: bool) -> _Passes:
+def _plan_passes(setup: TrainingSetup, attention: Attention) -> _Passes:
     """Choose the size of a micro-batch. Layers recompute elementwise operations only if they are compiled."""
-    fit = choose_memory_fit(setup, attention, sharded=sharded)
+    fit = choose_memory_fit(setup, attention)
     tokens, count = passes_of(setup, fit.tokens)
     is_compiling = choose_compile(setup, attention, tokens, count, graphed=False)[0]
     # If it is asked for, the layers are compiled for it, whatever time that saves.
     if fit.elementwise and not is_compiling and setup.runtime.checkpointing != "elementwise":
-        fit = choose_memory_fit(setup, attention, sharded=sharded, compiled=False)
+        fit = choose_memory_fit(setup, attention, compiled=False)
         tokens, count = passes_of(setup, fit.tokens)
     return _Passes(fit, tokens, count, is_compiling)
 
@@ -144,12 +142,10 @@ def _arguments(setup: TrainingSetup, fit: MemoryFit) -> SFTConfig:
     return arguments
 
 
-def _accelerate(
-    setup: TrainingSetup, attention: Attention, passes: _Passes, trainer: FastTrainer, *, sharded: bool
-) -> _Acceleration:
+def _accelerate(setup: TrainingSetup, attention: Attention, passes: _Passes, trainer: FastTrainer) -> _Acceleration:
     """Record passes as CUDA graphs and compile the trainer's layers, where that pays off."""
     fit = passes.fit
-    is_graphed, graphs_why = choose_graphs(setup, attention, fit, trainer, sharded=sharded, passes=passes.count)
+    is_graphed, graphs_why = choose_graphs(setup, attention, fit, trainer, passes=passes.count)
     log.info("passes are %srecorded as CUDA graphs: %s", "" if is_graphed else "not ", graphs_why)
 
     def compile_after_all() -> None:
@@ -175,14 +171,13 @@ def _accelerate(
 
 
 def choose_memory_fit(
-    setup: TrainingSetup, attention: Attention, *, sharded: bool, compiled: bool = True, adapters: int = 1
+    setup: TrainingSetup, attention: Attention, *, compiled: bool = True, adapters: int = 1
 ) -> MemoryFit:
     """Choose the tokens of a micro-batch, and what is recomputed in the backward pass.
 
     Args:
         setup: the training.
         attention: the attention that was chosen.
-        sharded: whether the base is sharded over the devices.
         compiled: whether the layers may be compiled, unless the runtime says otherwise.
         adapters: the adapters that are trained in one pass. A micro-batch has the tokens of all of them.
     """
@@ -212,7 +207,7 @@ def choose_memory_fit(
         least=least,
         step_tokens=tokens or step_tokens * adapters,
         recompute=recompute,
-        devices=setup.group.size if sharded else 1,
+        devices=setup.group.size if setup.is_sharded else 1,
         compiled=compiled and setup.runtime.compile != "off",
         enough=tokens or ENOUGH_TOKENS,
     )
@@ -250,7 +245,6 @@ def _training_steps(
     sharing: PrefixSharing | None,
     *,
     length_cost: float,
-    sharded: bool,
 ) -> StepDataset:
     layout: Layout = (
         concatenated_layout(setup.rows, setup.step_rows, fit.tokens, setup.group.size, length_cost)
@@ -259,13 +253,11 @@ def _training_steps(
     )
     dropout = setup.config.peft_config.lora_dropout > 0
     noise = setup.settings.neftune_noise_alpha is not None
-    return _step_dataset(
-        setup, setup.rows, setup.step_rows, layout, sharing, dropout=dropout, noise=noise, equal_count=sharded
-    )
+    return _step_dataset(setup, setup.rows, setup.step_rows, layout, sharing, dropout=dropout, noise=noise)
 
 
 def _validation_steps(
-    setup: TrainingSetup, fit: MemoryFit, attention: Attention, sharing: PrefixSharing | None, *, sharded: bool
+    setup: TrainingSetup, fit: MemoryFit, attention: Attention, sharing: PrefixSharing | None
 ) -> StepDataset | None:
     """Return the validation rows as a single step; None without any."""
     if setup.validation is None:
@@ -276,9 +268,7 @@ def _validation_steps(
         if attention.concatenated
         else GridRows(setup.settings.per_device_eval_batch_size)
     )
-    return _step_dataset(
-        setup, setup.validation, step, layout, sharing, dropout=False, noise=False, equal_count=sharded
-    )
+    return _step_dataset(setup, setup.validation, step, layout, sharing, dropout=False, noise=False)
 
 
 def _step_dataset(
@@ -290,7 +280,6 @@ def _step_dataset(
     *,
     dropout: bool,
     noise: bool,
-    equal_count: bool,
 ) -> StepDataset:
     return StepDataset(
         rows,
@@ -302,7 +291,7 @@ def _step_dataset(
         noise=noise,
         group=setup.group,
         sharing=sharing,
-        equal_count=equal_count,
+        equal_count=setup.is_sharded,
         with_positions=setup.longrope_switch is not None,
     )
 

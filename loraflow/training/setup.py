@@ -235,6 +235,7 @@ class TrainingSetup:
     resumed_from: Path | None  # a checkpoint
     together: tuple[PeftConfig, ...] = ()  # the adapters that are trained in one pass; empty: there is only this one
     longrope_switch: int | None = None  # angles are computed for each document, because some have more tokens
+    is_sharded: bool = False  # the frozen base is sharded over the devices: `engine` decides that
 
     @property
     def checkpoints(self) -> Path:

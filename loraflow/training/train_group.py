@@ -168,7 +168,7 @@ def _add_adapters(setups: list[TrainingSetup], attention: Attention) -> tuple[Pr
     from peft import get_peft_model
     from transformers import set_seed
 
-    base = load_base(setups[0], attention, sharded=False)  # this also checks the first adapter
+    base = load_base(setups[0], attention)  # this also checks the first adapter
     for setup in setups[1:]:
         check_adapter(base, setup.config.peft_config)
     module: torch.nn.Module = base  # transformers' own `to` has no usable type
@@ -191,7 +191,7 @@ def _fit(setups: list[TrainingSetup], attention: Attention) -> MemoryFit:
         OutOfMemory: not even the smallest micro-batch is expected to fit.
     """
     setup, count = setups[0], len(setups)
-    fit = choose_memory_fit(setup, attention, sharded=False, adapters=count)
+    fit = choose_memory_fit(setup, attention, adapters=count)
     tokens = max(setup.longest_row, fit.tokens // count if _is_measured(setup, attention) else fit.tokens)
     return replace(fit, tokens=tokens)
 
@@ -207,7 +207,7 @@ def _prepare_passes(
     setup, count = setups[0], len(setups)
     tokens, passes = passes_of(setup, fit.tokens)
     whole = replace(fit, tokens=fit.tokens * count)
-    is_graphed, graphs_why = choose_graphs(setup, attention, whole, group, sharded=False, passes=passes)
+    is_graphed, graphs_why = choose_graphs(setup, attention, whole, group, passes=passes)
     dropping = max(setups, key=lambda setup: setup.config.peft_config.lora_dropout)  # masks are computed for all rows
     is_compiled, compiled_why = choose_compile(dropping, attention, tokens * count, passes, graphed=is_graphed)
     if is_graphed:

@@ -104,7 +104,7 @@ def graph_setup(layers: int, linear_weights: int, free: float = 70e9, **runtime)
     assert shape.linear_weights == linear_weights
     return SimpleNamespace(
         runtime=SimpleNamespace(**{"cuda_graphs": "auto", **runtime}), device="cuda", shape=shape,
-        weight_format="bfloat16", rank=16, free_bytes=lambda: free,
+        weight_format="bfloat16", rank=16, is_sharded=False, free_bytes=lambda: free,
     )  # fmt: skip
 
 
@@ -115,9 +115,9 @@ def trainer_of(*modules: torch.nn.Module):
     return SimpleNamespace(decoder=decoder, embed=torch.nn.Embedding(2, 2), trained=trained, loras=[])
 
 
-def chosen(setup, trainer, tokens: int = 16_384, passes: int = 1000, recompute="none", sharded: bool = False):
+def chosen(setup, trainer, tokens: int = 16_384, passes: int = 1000, recompute="none"):
     fit = MemoryFit(tokens, recompute, 0.0, "")
-    return choose_graphs(setup, FLAT, fit, trainer, sharded=sharded, passes=passes)
+    return choose_graphs(setup, FLAT, fit, trainer, passes=passes)
 
 
 def test_passes_are_recorded_where_starting_their_kernels_takes_longer_than_computing_them():
@@ -134,7 +134,7 @@ def test_passes_are_recorded_where_starting_their_kernels_takes_longer_than_comp
 def test_what_a_graph_cannot_hold_is_not_recorded_even_if_asked_for():
     setup = graph_setup(28, 440_401_920, cuda_graphs="on")
     plain = trainer_of(torch.nn.Linear(2, 2))
-    assert chosen(setup, plain, sharded=True)[0] is False
+    assert chosen(SimpleNamespace(**vars(setup) | {"is_sharded": True}), plain)[0] is False
     assert chosen(setup, plain, recompute="offload")[0] is False
     assert "dropout" in chosen(setup, trainer_of(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1)))[1]
     switching = trainer_of(torch.nn.Linear(2, 2))
@@ -145,7 +145,7 @@ def test_what_a_graph_cannot_hold_is_not_recorded_even_if_asked_for():
     assert "embedding" in chosen(setup, with_embedding)[1]
     assert choose_graphs(
         SimpleNamespace(runtime=setup.runtime, device="cpu", shape=setup.shape), FLAT, MemoryFit(1, "none", 0, ""), plain,
-        sharded=False, passes=99,
+        passes=99,
     )[0] is False  # fmt: skip
 
 
