@@ -36,7 +36,7 @@ from loraflow.training.layers import prepare_layers
 from loraflow.training.lora_kernels import accelerate_loras, to_fp8
 from loraflow.training.memory import ENOUGH_TOKENS, MemoryFit, Recompute, fit_memory
 from loraflow.training.out_of_memory import MicroBatchSize
-from loraflow.training.setup import BatchSettings, TrainingSetup
+from loraflow.training.setup import BatchSettings, TrainingSetup, trainer_arguments
 from loraflow.training.trainer import BuiltTrainer, FastTrainer
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _arguments(setup: TrainingSetup, fit: MemoryFit) -> SFTConfig:
     batch_settings = BatchSettings(
         rows=1, accumulation=1, gradient_checkpointing=False, activation_offloading=fit.recompute == "offload"
     )
-    arguments = setup.trainer_arguments(batch_settings, setup.runtime.engine)
+    arguments = trainer_arguments(setup, batch_settings, setup.runtime.engine)
     arguments.neftune_noise_alpha = None  # not transformers' noise, but `add_noise`
     return arguments
 

@@ -106,24 +106,9 @@ class BatchSettings:
 
 
 def trainer_arguments(
-    settings: TrainerSettings,
-    steps: StepCount,
-    batch_settings: BatchSettings,
-    device: Device,
-    engine: Literal["fast", "stock"],
-    work: Path,
-    checkpoints: Path,
+    setup: TrainingSetup, batch_settings: BatchSettings, engine: Literal["fast", "stock"]
 ) -> SFTConfig:
     """Return trl's SFTConfig. The trainer reads all steps as a single epoch, so epochs are translated into steps.
-
-    Args:
-        settings: all settings of the trainer.
-        steps: number of optimizer steps.
-        batch_settings: decided by the engine.
-        device: where the trainer computes.
-        engine: the value of runtime.engine.
-        work: folder for the trackers' files.
-        checkpoints: folder for checkpoints.
 
     Raises:
         BadConfig: fp16 on a CPU, or a schedule that has no step left after its warm-up and needs one.
@@ -132,8 +117,9 @@ def trainer_arguments(
     import torch
     from trl import SFTConfig
 
+    settings, steps, device = setup.settings, setup.steps, setup.device
     _check_device(settings, device)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "tracker")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(setup.work / "tracker")
     values = settings.model_dump(exclude=_TRANSLATED)
     if values["optim"] == "adamw_torch" and device == "cuda" and engine == "fast":
         values["optim"] = "adamw_torch_fused"  # the same sums in one kernel
@@ -159,7 +145,7 @@ def trainer_arguments(
         gradient_accumulation_steps=batch_settings.accumulation,
         gradient_checkpointing=batch_settings.gradient_checkpointing,
         activation_offloading=batch_settings.activation_offloading,
-        output_dir=str(checkpoints),
+        output_dir=str(setup.checkpoints),
         max_steps=steps.total,
         warmup_steps=warmup,
         logging_nan_inf_filter=False,  # a NaN must be reported, not averaged away
@@ -289,12 +275,6 @@ class TrainingSetup:
     def shape(self) -> ModelShape | None:
         """The base's shape; None if it is not a decoder-only transformer."""
         return shape_of(json.loads((self.base / "config.json").read_text(encoding="utf-8")))
-
-    def trainer_arguments(self, batch_settings: BatchSettings, engine: Literal["fast", "stock"]) -> SFTConfig:
-        """Return the arguments of an engine's trainer."""
-        return trainer_arguments(
-            self.settings, self.steps, batch_settings, self.device, engine, self.work, self.checkpoints
-        )
 
     def free_bytes(self) -> int:
         """Return the bytes of GPU memory that every device of the group can use."""

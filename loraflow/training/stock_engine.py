@@ -25,7 +25,7 @@ from loraflow.training.choices import EngineChoices
 from loraflow.training.collation import Grid, NoiseKeys, RowCollator, label_weights
 from loraflow.training.lora_kernels import add_noise
 from loraflow.training.out_of_memory import MicroBatchSize
-from loraflow.training.setup import BatchSettings, TrainingSetup, micro_batch_rows
+from loraflow.training.setup import BatchSettings, TrainingSetup, micro_batch_rows, trainer_arguments
 from loraflow.training.trainer import BuiltTrainer, LoraTrainer, numbers_dataset
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
         gradient_checkpointing=setup.uses_gradient_checkpointing,
         gradient_checkpointing_kwargs=setup.settings.gradient_checkpointing_kwargs,
     )
-    arguments = setup.trainer_arguments(batch_settings, setup.runtime.engine)
+    arguments = trainer_arguments(setup, batch_settings, setup.runtime.engine)
     noise_alpha = setup.settings.neftune_noise_alpha
     arguments.neftune_noise_alpha = None  # not transformers' noise, which depends on the batch, but `add_noise`
     if not getattr(model.config.get_text_config(), "num_experts", 0) or not has_routers(model):

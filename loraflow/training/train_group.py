@@ -37,7 +37,7 @@ from loraflow.training.group_trainer import GroupModel, GroupTrainer, base_of, b
 from loraflow.training.layers import draws_in_passes, prepare_layers
 from loraflow.training.loss_head import is_frozen_linear
 from loraflow.training.out_of_memory import explain_out_of_memory
-from loraflow.training.setup import BatchSettings, TrainingSetup, prepare_training, row_order
+from loraflow.training.setup import BatchSettings, TrainingSetup, prepare_training, row_order, trainer_arguments
 from loraflow.training.validation_loss import GROUP_PROBLEMS
 
 if TYPE_CHECKING:
@@ -265,4 +265,4 @@ def _steps(
 
 def _arguments(setup: TrainingSetup) -> SFTConfig:
     batch = BatchSettings(rows=1, accumulation=1, gradient_checkpointing=False)
-    return setup.trainer_arguments(batch, "fast")
+    return trainer_arguments(setup, batch, "fast")
