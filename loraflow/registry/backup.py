@@ -18,6 +18,7 @@ from typing import NamedTuple
 from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.registry.anchor import FOLDER as ANCHORS
 from loraflow.registry.champions import missing_models
+from loraflow.registry.deals import DealRecord, models_with_deals
 from loraflow.registry.log import PromotionLog, models
 from loraflow.registry.looks import LookRecord, models_with_looks
 from loraflow.registry.rebuild import how_to_rebuild
@@ -48,7 +49,7 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
 
     Raises:
         BadConfig: the folder has other files, or a copy of another store.
-        DamagedLog: a promotion log or a record of looks is damaged. An earlier copy in the folder stays as it is.
+        DamagedLog: a promotion log, or a record of looks or deals, is damaged. An earlier copy in the folder stays as it is.
     """
     copy = _open_copy(store, target)
     with store.reader_lock():  # no cleanup removes artifacts meanwhile
@@ -76,7 +77,7 @@ def _read_consistently(store: Store) -> _Documents:
     If a person accepts a loss meanwhile, the registry is behind the anchors that were read before: then all are read again.
 
     Raises:
-        DamagedLog: a promotion log or a record of looks is damaged.
+        DamagedLog: a promotion log, or a record of looks or deals, is damaged.
     """
     while True:
         runs = store.read_documents(RUNS)
@@ -85,6 +86,8 @@ def _read_consistently(store: Store) -> _Documents:
             PromotionLog(store, model).entries(all_runs=True)
         for model in models_with_looks(store):
             LookRecord(store, model).entries(all_runs=True)
+        for model in models_with_deals(store):
+            DealRecord(store, model).check()
         registry = _read_registry(store)
         if _accepted(store.documents(f"{ANCHORS}/")) == _accepted(anchors):
             return _Documents(runs, anchors, registry)
