@@ -232,7 +232,8 @@ class DealRecord:
             expected=expected,
             got=got,
             next_step="restore it from a backup of the store (docs/backup.md). Without a backup, remove the folders "
-            f"{self._folder} and {self._rows}, and {self._anchor}: models are then dealt other rows. Rows of a look stay known as scored",
+            f"{self._folder} and {self._rows}, and {self._anchor}: models are then dealt other rows. "
+            "Rows of a look stay known as scored",
         )
 
 
