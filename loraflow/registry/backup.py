@@ -24,6 +24,7 @@ from loraflow.registry.looks import LookRecord, models_with_looks
 from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.store import LocalStore, Ref, Store, hash_memo
+from loraflow.store.artifact import result_problems
 from loraflow.store.checksum import lost_checksum
 from loraflow.store.files import HashMemo, is_inside, json_bytes
 
@@ -186,7 +187,7 @@ def _has_intact_copy(store: Store, copy: LocalStore, ref: Ref, memo: HashMemo) -
     Files that changed since they were hashed are hashed.
     """
     try:
-        return not copy.check_changed(ref, memo) and copy.manifest(ref) == store.manifest(ref)
+        return not result_problems(copy.check_changed(ref, memo)) and copy.manifest(ref) == store.manifest(ref)
     except CorruptArtifact:
         return False
 

@@ -38,6 +38,7 @@ from loraflow.store.artifact import (
     parse_manifest,
     parse_pointer,
     quarantine_record,
+    result_problems,
     unreadable_manifest,
 )
 from loraflow.store.checkpoints import recompute_digest, reset_work_folder
@@ -138,7 +139,7 @@ class LocalStore(LocalDocuments):
 
     def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
         """Tell whether all files were hashed, were intact, and have not changed since. Nothing is read."""
-        return not self._check_contents(ref, memo.remembers)
+        return not result_problems(self._check_contents(ref, memo.remembers))
 
     def _check_contents(self, ref: Ref, has_hash: HasHash) -> list[str]:
         problems = self.check(ref)
@@ -297,7 +298,9 @@ class LocalStore(LocalDocuments):
             if not (staged / MANIFEST).exists():  # the copy from a bucket may lack it
                 write_atomic(staged / MANIFEST, manifest.document)
             ref = manifest.ref(self.uri)
-            problems = check_folder(staged, manifest, contents=True) or check_consistency(manifest, ref)
+            problems = result_problems(check_folder(staged, manifest, contents=True)) or check_consistency(
+                manifest, ref
+            )
             if problems:
                 staging.discard(staged)
                 return problems
