@@ -18,9 +18,9 @@ from loraflow.store import lease as leases
 from loraflow.store import staging
 from loraflow.store.artifact import (
     MANIFEST,
-    TELEMETRY,
     QUARANTINE,
     RESERVED_FOLDERS,
+    TELEMETRY,
     Manifest,
     PreviousState,
     Ref,

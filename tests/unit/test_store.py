@@ -192,6 +192,36 @@ def ref_size(store, ref):
     return store.manifest(ref).size
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("harm", ["a pipe", "a device", "a link to itself"])
+@pytest.mark.parametrize("name", ["manifest.json", "../current.json"])
+def test_a_pipe_or_a_device_in_the_place_of_a_manifest_or_pointer_is_not_read_for_ever(tmp_path, name, harm):
+    store = LocalStore(tmp_path)
+    ref = put(store)
+    path = store.path(ref) / name
+    path.unlink()
+    replace_by(path, harm)
+    assert store.find("tokenize", FP) is None and store.check(ref) != []
+    with pytest.raises(CorruptArtifact):
+        store.manifest(ref)
+    assert store.newest("tokenize") is None or name != "manifest.json"
+    assert put(store).digest == ref.digest and store.find("tokenize", FP) == ref
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_the_place_of_a_document_is_not_read_for_ever(tmp_path):
+    replace_by(tmp_path / "x.json", "a pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        LocalStore(tmp_path).read_document("x.json")
+
+
+def replace_by(path: Path, harm: str) -> None:
+    if harm == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if harm == "a device" else path.name)
+
+
 @pytest.mark.parametrize("harm", ["hellO", "hell", None])
 @pytest.mark.parametrize("name", ["sub/a.txt", "telemetry/time.json"])
 def test_a_file_that_is_read_is_hashed(store, name, harm):
