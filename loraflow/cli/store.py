@@ -13,6 +13,7 @@ from loraflow.cli import json_option, model_option, quiet_logging, store_option
 from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog, Failure, LimitExceeded
 from loraflow.registry.log import PromotionLog
 from loraflow.store import Store, open_store
+from loraflow.store.artifact import result_problems
 
 
 @click.command()
@@ -78,7 +79,10 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
         for ref in opened.artifacts():
             checked += 1
             problems = opened.verify(ref) if deep else opened.check(ref)
-            if problems:
+            if problems and not result_problems(problems):
+                next_step = f"`loraflow run … --force {ref.stage}` computes it again"
+                click.echo(f"damaged  {ref}: {'; '.join(problems)}; no result depends on it: {next_step}", err=True)
+            elif problems:
                 quarantined = opened.quarantine(ref, problems)
                 if quarantined is None:
                     click.echo(f"intact   {ref}: recomputed meanwhile; it was damaged: {'; '.join(problems)}", err=True)

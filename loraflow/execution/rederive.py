@@ -34,7 +34,7 @@ from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.serving.lineage import device_of
 from loraflow.stages import DEAL_ROWS, MERGE, STAGES
 from loraflow.store import Manifest, Ref, Store
-from loraflow.store.artifact import TELEMETRY
+from loraflow.store.artifact import TELEMETRY, result_problems
 from loraflow.store.files import HashMemo, hash_file
 
 
@@ -56,7 +56,7 @@ def rederive(store: Store, merged: Ref) -> Iterator[Check]:
     chain = _chain(store, merged)
     manifests: dict[str, Manifest] = {}
     for ref in chain:
-        problems = store.verify(ref)
+        problems = result_problems(store.verify(ref))
         if not problems:
             manifests[ref.digest] = store.manifest(ref)
             problems = _wrong_inputs(manifests[ref.digest], store, manifests)

@@ -25,7 +25,7 @@ from loraflow.registry.rebuild import UNKNOWN, made_by, revision_of
 from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.stages import DEAL_ROWS, MERGE
 from loraflow.store import Ref, Store
-from loraflow.store.artifact import MANIFEST, QUARANTINE, Manifest
+from loraflow.store.artifact import MANIFEST, QUARANTINE, Manifest, result_problems
 from loraflow.store.checksum import check_document
 
 log = logging.getLogger("loraflow")
@@ -70,7 +70,7 @@ def find_loss(store: Store) -> Loss:
     """
     with store.reader_lock():
         for ref in store.artifacts():
-            if problems := store.verify(ref):
+            if problems := result_problems(store.verify(ref)):
                 store.quarantine(ref, problems)
         loss = Loss()
         found = {(lost.ref.stage, lost.ref.fingerprint): lost for lost in _quarantined(store)}

@@ -102,11 +102,21 @@ def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
     return Known(anchor, accepted, [claim for claim in from_runs if claim.head.seq], problem)
 
 
-def write_anchor(store: Store, model: str, head: LogHead) -> None:
-    """Name the last entry of a model's log."""
+def write_anchor(store: Store, model: str, head: LogHead, name: str = "") -> None:
+    """Name the last entry of a model's log, or of the record whose anchor has this name."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    name, document = _anchor_name(model), json_bytes({**head.model_dump(), "model": model, "time": now})
+    name, document = name or _anchor_name(model), json_bytes({**head.model_dump(), "model": model, "time": now})
     store.write_document(name, add_checksum(name, document))
+
+
+def read_anchor(store: Store, name: str) -> LogHead | None:
+    """Return what the anchor of this name says; None if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    data = store.read_document(name)
+    return None if data is None else LogHead.model_validate_json(check_document(name, data))
 
 
 def write_acceptance(store: Store, model: str, acceptance: Acceptance) -> None:

@@ -18,11 +18,13 @@ from typing import NamedTuple
 from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.registry.anchor import FOLDER as ANCHORS
 from loraflow.registry.champions import missing_models
+from loraflow.registry.deals import DealRecord, models_with_deals
 from loraflow.registry.log import PromotionLog, models
 from loraflow.registry.looks import LookRecord, models_with_looks
 from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.store import LocalStore, Ref, Store, hash_memo
+from loraflow.store.artifact import result_problems
 from loraflow.store.checksum import lost_checksum
 from loraflow.store.files import HashMemo, is_inside, json_bytes
 
@@ -48,7 +50,7 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
 
     Raises:
         BadConfig: the folder has other files, or a copy of another store.
-        DamagedLog: a promotion log or a record of looks is damaged. An earlier copy in the folder stays as it is.
+        DamagedLog: a promotion log, or a record of looks or deals, is damaged. An earlier copy in the folder stays as it is.
     """
     copy = _open_copy(store, target)
     with store.reader_lock():  # no cleanup removes artifacts meanwhile
@@ -76,7 +78,7 @@ def _read_consistently(store: Store) -> _Documents:
     If a person accepts a loss meanwhile, the registry is behind the anchors that were read before: then all are read again.
 
     Raises:
-        DamagedLog: a promotion log or a record of looks is damaged.
+        DamagedLog: a promotion log, or a record of looks or deals, is damaged.
     """
     while True:
         runs = store.read_documents(RUNS)
@@ -85,6 +87,8 @@ def _read_consistently(store: Store) -> _Documents:
             PromotionLog(store, model).entries(all_runs=True)
         for model in models_with_looks(store):
             LookRecord(store, model).entries(all_runs=True)
+        for model in models_with_deals(store):
+            DealRecord(store, model).check()
         registry = _read_registry(store)
         if _accepted(store.documents(f"{ANCHORS}/")) == _accepted(anchors):
             return _Documents(runs, anchors, registry)
@@ -183,7 +187,7 @@ def _has_intact_copy(store: Store, copy: LocalStore, ref: Ref, memo: HashMemo) -
     Files that changed since they were hashed are hashed.
     """
     try:
-        return not copy.check_changed(ref, memo) and copy.manifest(ref) == store.manifest(ref)
+        return not result_problems(copy.check_changed(ref, memo)) and copy.manifest(ref) == store.manifest(ref)
     except CorruptArtifact:
         return False
 

@@ -11,6 +11,7 @@ from loraflow.failures import CorruptArtifact, Failure, ReadOnlyStore
 from loraflow.registry.log import Entry, PromotionLog
 from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.store import Ref, Store, require_unchanged
+from loraflow.store.artifact import result_problems
 from loraflow.store.files import HashMemo
 
 log = logging.getLogger("loraflow")
@@ -53,7 +54,7 @@ def require_champion_intact(store: Store, champion: Entry, memo: HashMemo) -> No
     require_unchanged(store, champion.merged, memo)
     if champion.adapter is None:
         return
-    problems = store.check_changed(champion.adapter, memo)
+    problems = result_problems(store.check_changed(champion.adapter, memo))
     if not problems:
         return
     if _has_manifest(store, champion.adapter):
@@ -77,7 +78,7 @@ def choose_intact(store: Store, targets: Sequence[Entry], *, skip_missing: bool 
         CorruptArtifact: the model is missing or damaged. A damaged one is quarantined, so that a run recomputes it.
     """
     for entry in targets:
-        problems = store.verify(entry.merged)
+        problems = result_problems(store.verify(entry.merged))
         if not problems:
             return entry
         if skip_missing:

@@ -2,6 +2,7 @@
 
     registry/<model>/deals/000001.json    a deal: a model, and the digest of its rows; never changed
     registry/<model>/dealt/<digest>.json  the keys of these rows
+    anchors/<model>/deals.json            number and hash of all deals, so that lost and edited ones are noticed
 
 A deal is recorded before a model is scored. The same model gets the same rows again, so a repeated run is cached, and of
 several processes each gets rows of its own. Rows of a deal are no longer fresh, whether or not a look followed: somebody
@@ -20,9 +21,13 @@ from pydantic import TypeAdapter, ValidationError
 from loraflow.failures import DamagedLog
 from loraflow.frozen import StoredModel
 from loraflow.identity import canonical
+from loraflow.registry.anchor import FOLDER as ANCHORS
+from loraflow.registry.anchor import read_anchor, write_anchor
 from loraflow.registry.entry import JSON_OBJECT
 from loraflow.registry.reserve import ReserveRow, ReserveState, deal, rows_of_a_look, state
+from loraflow.registry.runs import LogHead
 from loraflow.store import Store
+from loraflow.store.checksum import first_problem
 from loraflow.store.files import json_bytes
 
 _KEYS = TypeAdapter(list[str])
@@ -74,6 +79,7 @@ class DealRecord:
     def __init__(self, store: Store, model: str):
         self._store, self._model = store, model
         self._folder, self._rows = f"registry/{model}/deals/", f"registry/{model}/dealt/"
+        self._anchor = f"{ANCHORS}/{model}/deals.json"
 
     def take(
         self, challenger: str, rows: Sequence[ReserveRow], scored: Scored, request: DealRequest, *, actor: str
@@ -89,12 +95,13 @@ class DealRecord:
 
         Raises:
             BadConfig: no row is left for a look.
-            DamagedLog: a deal was changed, or its rows are missing.
+            DamagedLog: a deal was changed or lost, or its rows are missing.
         """
         while True:
             entries, dealt = self._read()
             found = _find(entries, dealt, challenger, rows, scored, request)
             if not found.is_new:
+                self._write_anchor(entries)  # a crash may have left it behind the deals
                 return found
             outside, size = _sizes(entries, rows, request)
             digest = self._write_rows(found.keys)
@@ -111,6 +118,7 @@ class DealRecord:
                 time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             )
             if self._store.create_document(self._name(new.seq), json_bytes({**new.model_dump(), "hash": new.hash})):
+                self._write_anchor([*entries, new])
                 return found
 
     def preview(
@@ -120,7 +128,7 @@ class DealRecord:
 
         Raises:
             BadConfig: no row is left for a look.
-            DamagedLog: a deal was changed, or its rows are missing.
+            DamagedLog: a deal was changed or lost, or its rows are missing.
         """
         entries, dealt = self._read()
         return _find(entries, dealt, challenger, rows, scored, request)
@@ -131,7 +139,7 @@ class DealRecord:
         None if no rows were dealt, or some of them are not in the dataset any more.
 
         Raises:
-            DamagedLog: a deal was changed, or its rows are missing.
+            DamagedLog: a deal was changed or lost, or its rows are missing.
         """
         entries, dealt = self._read()
         present = {row.key for row in rows}
@@ -143,7 +151,7 @@ class DealRecord:
         """Return the keys of the rows that a model was dealt last with this reserve; None if it was dealt none.
 
         Raises:
-            DamagedLog: a deal was changed, or its rows are missing.
+            DamagedLog: a deal was changed or lost, or its rows are missing.
         """
         entries, dealt = self._read()
         own = [entry for entry in entries if (entry.challenger, entry.reserve) == (challenger, reserve)]
@@ -153,7 +161,7 @@ class DealRecord:
         """Read all deals and their rows.
 
         Raises:
-            DamagedLog: a deal was changed, or its rows are missing.
+            DamagedLog: a deal was changed or lost, or its rows are missing.
         """
         self._read()
 
@@ -165,6 +173,7 @@ class DealRecord:
             return self._read_once()
 
     def _read_once(self) -> tuple[list[Deal], dict[str, frozenset[str]]]:
+        anchor = self._read_anchor()  # before the deals, which may only be ahead of it
         found: list[Deal] = []
         for name, content in sorted(self._store.read_documents(self._folder, ".json").items()):
             try:
@@ -179,6 +188,9 @@ class DealRecord:
             if entry.seq != len(found) + 1 or name != self._name(entry.seq):
                 raise self._damaged(self._name(len(found) + 1), f"deal {len(found) + 1}", f"deal {entry.seq} in {name}")
             found.append(entry)
+        if anchor != _head(found[: anchor.seq]):
+            expected = f"{anchor.seq} deals, as {self._anchor} says"
+            raise self._damaged(self._folder, expected, f"{len(found)} deals, or others with these numbers")
         stored = self._store.read_documents(self._rows, ".json") if found else {}
         return found, {digest: self._keys(digest, stored) for digest in {entry.rows for entry in found}}
 
@@ -192,6 +204,18 @@ class DealRecord:
         if _digest(keys) != digest:
             raise self._damaged(name, f"row keys with the hash {digest[:12]}", "others" if data else "nothing")
         return frozenset(keys)
+
+    def _read_anchor(self) -> LogHead:
+        try:
+            return read_anchor(self._store, self._anchor) or LogHead()
+        except ValueError as error:  # pydantic's error is one, too
+            raise self._damaged(self._anchor, "number and hash of all deals", first_problem(error)) from error
+
+    def _write_anchor(self, entries: Sequence[Deal]) -> None:
+        """Bring the anchor up to date. Whoever writes last names the last deal, also if several processes write."""
+        while self._read_anchor().seq < len(entries):
+            write_anchor(self._store, self._model, _head(entries), self._anchor)
+            entries = self._read()[0]
 
     def _write_rows(self, keys: frozenset[str]) -> str:
         digest = _digest(sorted(keys))
@@ -208,7 +232,8 @@ class DealRecord:
             expected=expected,
             got=got,
             next_step="restore it from a backup of the store (docs/backup.md). Without a backup, remove the folders "
-            f"{self._folder} and {self._rows}: models are then dealt other rows. Rows of a look stay known as scored",
+            f"{self._folder} and {self._rows}, and {self._anchor}: models are then dealt other rows. "
+            "Rows of a look stay known as scored",
         )
 
 
@@ -245,11 +270,16 @@ def _sizes(entries: Sequence[Deal], rows: Sequence[ReserveRow], request: DealReq
     return outside, min(outside, request.max_rows or outside)
 
 
+def _head(entries: Sequence[Deal]) -> LogHead:
+    """Return the number of deals, and a hash of all of them."""
+    return LogHead(seq=len(entries), hash=_digest([entry.hash for entry in entries])) if entries else LogHead()
+
+
 def _digest(keys: list[str]) -> str:
     return hashlib.sha256(canonical(keys)).hexdigest()
 
 
 def models_with_deals(store: Store) -> list[str]:
-    """Return the names of the models of which a deal is recorded, sorted."""
-    paths = [name.split("/") for name in store.documents("registry/")]
-    return sorted({path[1] for path in paths if path[2:3] == ["deals"]})
+    """Return the names of the models of which a deal is recorded, or known to have been, sorted."""
+    paths = [name.split("/") for folder in ("registry/", f"{ANCHORS}/") for name in store.documents(folder)]
+    return sorted({path[1] for path in paths if path[2:3] in (["deals"], ["deals.json"])})

@@ -289,9 +289,14 @@ def build_manifest(
 
 
 def compare_sizes(found: Mapping[str, int], manifest: Manifest) -> list[str]:
-    """Compare the names and sizes of an artifact's files with its manifest; return the problems, a line each."""
+    """Compare the names and sizes of an artifact's files with its manifest; return the problems, a line each.
+
+    Telemetry is hashed with the contents: what is wrong with it harms no result (`result_problems`).
+    """
     problems = []
     for name, entry in manifest.files.items():
+        if name.startswith(TELEMETRY):
+            continue
         if name not in found:
             problems.append(f"{name}: missing")
         elif found[name] != entry.size:
@@ -318,8 +323,15 @@ def check_folder(folder: Path, manifest: Manifest, *, contents: bool, has_hash: 
     if problems or not contents:
         return problems
     return [
-        content_problem(name) for name, entry in manifest.files.items() if not has_hash(folder / name, entry.sha256)
+        content_problem(name)
+        for name, entry in manifest.files.items()
+        if name not in found or not has_hash(folder / name, entry.sha256)
     ]
+
+
+def result_problems(problems: list[str]) -> list[str]:
+    """Return the problems that make an artifact unusable: those of telemetry do not. Whoever reads telemetry hashes it."""
+    return [problem for problem in problems if not problem.startswith(TELEMETRY)]
 
 
 def content_problem(name: str) -> str:

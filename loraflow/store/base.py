@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
@@ -10,8 +11,10 @@ from typing import Protocol
 from pydantic import JsonValue
 
 from loraflow.failures import CorruptArtifact, ReadOnlyStore
-from loraflow.store.artifact import MANIFEST, Manifest, PreviousState, Ref, Summary, damaged_artifact
+from loraflow.store.artifact import MANIFEST, Manifest, PreviousState, Ref, Summary, damaged_artifact, result_problems
 from loraflow.store.files import HashMemo
+
+log = logging.getLogger(__name__)
 
 __all__ = ["MANIFEST", "Manifest", "Ref", "Store", "Summary", "read_intact", "require_intact"]
 
@@ -206,13 +209,17 @@ def require_unchanged(store: Store, ref: Ref, memo: HashMemo) -> None:
 def _require(store: Store, ref: Ref, check: Callable[[], list[str]], memo: HashMemo | None) -> None:
     """Check an artifact; quarantine it if it is damaged. One that was recomputed meanwhile is checked again."""
     problems = check()
-    where = _quarantine(store, ref, problems) if problems else None
-    if problems and where is None:
+    where = _quarantine(store, ref, problems) if result_problems(problems) else None
+    if result_problems(problems) and where is None:
         problems = check()
     if memo is not None:
         memo.save()
-    if problems:
+    if result_problems(problems):
         raise damaged_artifact(ref, where or store.location(ref), problems)
+    if problems:
+        log.warning(
+            "%s is used, although it is damaged where no result depends on it: %s", ref, "; ".join(problems[:3])
+        )
 
 
 def read_intact(store: Store, ref: Ref, name: str) -> bytes:

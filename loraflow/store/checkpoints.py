@@ -26,6 +26,7 @@ from loraflow.store.files import (
     is_inside,
     json_bytes,
     raise_machine_fault,
+    read_file,
     set_default_modes,
     write_atomic,
 )
@@ -67,7 +68,7 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest | None:
         Failure: the process has too many open files, or may not read it. The checkpoint may be intact.
     """
     try:
-        return parse_checkpoint_manifest(check_document(_name(checkpoint), (checkpoint / COMPLETE).read_bytes()))
+        return parse_checkpoint_manifest(check_document(_name(checkpoint), read_file(checkpoint / COMPLETE)))
     except ChangedDocument:
         return None
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -110,6 +111,17 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
     for root, folders, names in os.walk(folder, onerror=refuse):
         yield Path(root), folders, names
+
+
+def read_file(path: Path) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file: reading a pipe or a device may never end.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
 
 
 def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -330,7 +342,7 @@ class LocalDocuments:
     def read_document(self, name: str) -> bytes | None:
         """Return a document, None if it does not exist."""
         try:
-            return (self.root / name).read_bytes()
+            return read_file(self.root / name)
         except FileNotFoundError:
             return None
 

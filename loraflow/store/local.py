@@ -38,6 +38,7 @@ from loraflow.store.artifact import (
     parse_manifest,
     parse_pointer,
     quarantine_record,
+    result_problems,
     unreadable_manifest,
 )
 from loraflow.store.checkpoints import recompute_digest, reset_work_folder
@@ -50,6 +51,7 @@ from loraflow.store.files import (
     fsync_path,
     fsync_tree,
     raise_machine_fault,
+    read_file,
     set_default_modes,
     stale_drafts,
     stale_folders,
@@ -76,7 +78,7 @@ class LocalStore(LocalDocuments):
             if pointer is None:
                 return None
             ref = Ref(stage=stage, fingerprint=fingerprint, digest=pointer.digest, uri=self.uri)
-            manifest = parse_manifest(self._manifest_file(ref).read_bytes(), ref, pointer)
+            manifest = parse_manifest(read_file(self._manifest_file(ref)), ref, pointer)
         except (OSError, ValueError) as error:
             raise_machine_fault(error)
             return None
@@ -138,7 +140,7 @@ class LocalStore(LocalDocuments):
 
     def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
         """Tell whether all files were hashed, were intact, and have not changed since. Nothing is read."""
-        return not self._check_contents(ref, memo.remembers)
+        return not result_problems(self._check_contents(ref, memo.remembers))
 
     def _check_contents(self, ref: Ref, has_hash: HasHash) -> list[str]:
         problems = self.check(ref)
@@ -160,7 +162,7 @@ class LocalStore(LocalDocuments):
         payload = None
         for path in (self.root / stage).glob(f"*/*/{MANIFEST}"):
             try:
-                candidate = Manifest.parse(path.read_bytes()).payload
+                candidate = Manifest.parse(read_file(path)).payload
             except (OSError, ValueError):
                 continue
             rank = (len(identity.explain(candidate, like)), -path.stat().st_mtime)
@@ -171,9 +173,9 @@ class LocalStore(LocalDocuments):
     def newest(self, stage: str) -> Manifest | None:
         """Return the manifest of the stage's newest artifact."""
         paths = (self.root / stage).glob(f"*/*/{MANIFEST}")
-        path = max(paths, key=lambda path: path.stat().st_mtime, default=None)
         try:
-            return Manifest.parse(path.read_bytes()) if path else None
+            path = max(paths, key=lambda path: path.stat().st_mtime, default=None)
+            return Manifest.parse(read_file(path)) if path else None
         except (OSError, ValueError):
             return None
 
@@ -297,7 +299,9 @@ class LocalStore(LocalDocuments):
             if not (staged / MANIFEST).exists():  # the copy from a bucket may lack it
                 write_atomic(staged / MANIFEST, manifest.document)
             ref = manifest.ref(self.uri)
-            problems = check_folder(staged, manifest, contents=True) or check_consistency(manifest, ref)
+            problems = result_problems(check_folder(staged, manifest, contents=True)) or check_consistency(
+                manifest, ref
+            )
             if problems:
                 staging.discard(staged)
                 return problems
@@ -318,7 +322,7 @@ class LocalStore(LocalDocuments):
                 pointer = self._pointer(ref.stage, ref.fingerprint) or Pointer(digest=ref.digest)
             except DamagedPointer:
                 pointer = Pointer(digest=ref.digest)
-            content = self._manifest_file(ref).read_bytes()
+            content = read_file(self._manifest_file(ref))
             write_atomic(self.root / ref.stage / ref.fingerprint / POINTER, pointer.pointing_to(ref, content))
 
     def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:
@@ -414,7 +418,7 @@ class LocalStore(LocalDocuments):
             OSError: it is missing.
             ValueError: it is unreadable, or was changed.
         """
-        return parse_manifest(self._manifest_file(ref).read_bytes(), ref, self._pointer(ref.stage, ref.fingerprint))
+        return parse_manifest(read_file(self._manifest_file(ref)), ref, self._pointer(ref.stage, ref.fingerprint))
 
     def _pointer(self, stage: str, fingerprint: str) -> Pointer | None:
         """Return the pointer of a fingerprint; None if there is none.
@@ -423,7 +427,7 @@ class LocalStore(LocalDocuments):
             DamagedPointer: it cannot be read.
         """
         try:
-            return parse_pointer((self.root / stage / fingerprint / POINTER).read_bytes(), stage, fingerprint)
+            return parse_pointer(read_file(self.root / stage / fingerprint / POINTER), stage, fingerprint)
         except FileNotFoundError:
             return None
         except OSError as error:

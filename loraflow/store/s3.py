@@ -20,6 +20,7 @@ from loraflow.store.artifact import (
     MANIFEST,
     QUARANTINE,
     RESERVED_FOLDERS,
+    TELEMETRY,
     Manifest,
     PreviousState,
     Ref,
@@ -110,7 +111,8 @@ class S3Store:
             content = cached.read_bytes()
             if not check_content(manifest, name, content):
                 return content
-            self.cache.drop(ref)  # only the copy is damaged, or it is of an earlier commit of the same digest
+            if not name.startswith(TELEMETRY):  # of which the copy may have another computation's
+                self.cache.drop(ref)  # only the copy is damaged
         found = self.bucket.get(file_key(ref, manifest, name))
         problems = check_content(manifest, name, found.data if found else None)
         if problems or found is None:

@@ -36,6 +36,7 @@ from loraflow.store.artifact import (
     manifest_problem,
     parse_manifest,
     parse_pointer,
+    result_problems,
     unreadable_manifest,
 )
 from loraflow.store.bucket import CONCURRENCY, Bucket, ObjectInfo, retry_network
@@ -177,7 +178,9 @@ class S3Artifacts:
         objects = {item.key: item for item in listed}
 
         def is_damaged(name: str) -> bool:
-            item, expected = objects[file_key(ref, manifest, name)], manifest.files[name].sha256
+            item, expected = objects.get(file_key(ref, manifest, name)), manifest.files[name].sha256
+            if item is None:  # telemetry
+                return True
             if changed_only and memo.remembers(item, expected):
                 return False
             total = hashlib.sha256()
@@ -341,7 +344,7 @@ class ArtifactCache:
         folder = self.folder(ref)
         try:
             manifest = Manifest.parse((folder / MANIFEST).read_bytes())
-            problems = check_folder(folder, manifest, contents=True, has_hash=has_hash)
+            problems = result_problems(check_folder(folder, manifest, contents=True, has_hash=has_hash))
             return not problems and not check_consistency(manifest, ref)
         except (OSError, ValueError) as error:
             raise_machine_fault(error)
@@ -393,14 +396,15 @@ class ArtifactCache:
         def download(name: str) -> None:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as file:
+            missing = [FileNotFoundError] if name.startswith(TELEMETRY) else []
+            with target.open("wb") as file, suppress(*missing):
                 for block in self.artifacts.bucket.blocks(file_key(ref, manifest, name)):
                     file.write(block)
 
         try:
             with ThreadPoolExecutor(CONCURRENCY) as pool:
                 list(pool.map(lambda name: retry_network(lambda: download(name)), manifest.files))
-            problems = check_folder(folder, manifest, contents=True)
+            problems = result_problems(check_folder(folder, manifest, contents=True))
             if not problems:
                 write_atomic(folder / MANIFEST, manifest.document)
                 fsync_tree(folder)

@@ -14,7 +14,8 @@ from loraflow.execution.plan import gate_power, plan
 from loraflow.execution.plan_notes import slice_power_lines
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, DamagedLog
-from loraflow.registry.deals import DealRecord, DealRequest
+from loraflow.registry.backup import back_up
+from loraflow.registry.deals import Deal, DealRecord, DealRequest, models_with_deals
 from loraflow.registry.looks import LookRecord
 from loraflow.registry.reserve import ReserveRow, deal, together
 from loraflow.registry.runs import StageRun
@@ -158,6 +159,7 @@ def test_models_that_are_dealt_rows_at_once_get_rows_of_their_own(store):
     for thread in threads:
         thread.join()
     assert len(frozenset().union(*found.values())) == 100
+    assert json.loads(store.read_document("anchors/tickets/deals.json"))["seq"] == 5
 
 
 def test_a_deal_with_rows_that_were_removed_is_replaced(record):
@@ -233,6 +235,47 @@ def scored(workspace, rows, merged):
 
 def texts(store, ref):
     return store.read(ref, "heldout.jsonl").decode().splitlines()
+
+
+@pytest.mark.parametrize("harm", ["the last one", "all", "an edited one with its hash"])
+def test_lost_or_edited_deals_are_noticed_and_their_rows_are_not_dealt_again(record, store, tmp_path, harm):
+    for number in range(3):
+        take(record, f"m{number}")
+    back_up_all(store, tmp_path / "copy")
+    names = store.documents("registry/tickets/deals/")
+    if harm == "an edited one with its hash":
+        values = {**json.loads(store.read_document(names[0])), "challenger": "m9"}
+        del values["hash"]
+        store.write_document(names[0], json.dumps({**values, "hash": Deal.model_validate(values).hash}).encode())
+    for name in {"the last one": names[2:], "all": names}.get(harm, []):
+        store.remove_document(name)
+    with pytest.raises(DamagedLog, match="3 deals, as anchors/tickets/deals.json says"):
+        take(record, "m3")
+    assert models_with_deals(store) == ["tickets"], "`loraflow verify` reads the record"
+    with pytest.raises(DamagedLog):
+        back_up_all(store, tmp_path / "copy")
+    copy = LocalStore(tmp_path / "copy")
+    assert len(copy.documents("registry/tickets/deals/")) == 3, "an earlier backup keeps its deals"
+    assert take(DealRecord(copy, "tickets"), "m2").is_new is False
+
+
+def back_up_all(store, target):
+    assert [copied for copied in back_up(store, target) if copied.problem] == []
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_the_anchor_that_a_crash_left_behind_is_written_when_the_model_asks_again(record, store, is_lost):
+    take(record, "m0")
+    anchor = store.read_document("anchors/tickets/deals.json")
+    second = take(record, "m1")
+    if is_lost:
+        store.remove_document("anchors/tickets/deals.json")  # a store of an earlier version has none
+    else:
+        store.write_document("anchors/tickets/deals.json", anchor)
+    assert take(record, "m1").keys == second.keys
+    store.remove_document("registry/tickets/deals/000002.json")
+    with pytest.raises(DamagedLog, match="2 deals"):
+        take(record, "m1")
 
 
 @pytest.mark.parametrize("harm", ["lost", "swapped", "copied"])

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from loraflow import identity
 from loraflow.failures import CorruptArtifact
+from loraflow.registry.backup import Copied, back_up
 from loraflow.registry.cleanup import remove_unused
 from loraflow.store import (
     LocalStore,
@@ -160,6 +161,65 @@ def test_a_pointer_of_an_older_release_is_read_and_its_manifest_has_to_agree_wit
     rewrite(store, ref, "sub/a.txt", "hellO")
     rewrite(store, ref, "manifest.json", json.dumps(values))
     assert store.find("tokenize", FP) is None and "digest mismatch" in store.check(ref)[0]
+
+
+@pytest.mark.parametrize("harm", ["7", "", None])
+def test_damaged_telemetry_is_noticed_by_its_readers_and_the_artifact_is_used(store, tmp_path, caplog, harm):
+    ref = put(store)
+    other = open_store(store.uri)  # of another process, or on another machine
+    if not isinstance(store, LocalStore):
+        store.cache.drop(ref)
+    rewrite(store, ref, stored_name(store, ref, "telemetry/time.json"), harm)
+    assert other.find("tokenize", FP) == ref and other.check(ref) == []
+    assert other.verify(ref) == ["telemetry/time.json: hash mismatch"]
+    memo = hash_memo(other)
+    for use in (require_intact_in_store, require_unchanged):
+        caplog.clear()
+        use(other, ref, memo)
+        assert "is used, although" in caplog.text and "telemetry/time.json" in caplog.text
+    require_intact(other, ref, memo)
+    assert (other.path(ref) / "sub" / "a.txt").read_text() == "hello"
+    with pytest.raises(CorruptArtifact, match=r"mismatch|missing"):
+        other.read(ref, "telemetry/time.json")
+    assert list(back_up(other, tmp_path / "copy")) == [
+        Copied(ref.model_copy(update={"facets": {}}), ref_size(other, ref))
+    ]
+    assert LocalStore(tmp_path / "copy").find("tokenize", FP).digest == ref.digest
+    assert put(store).digest == ref.digest and other.verify(ref) == [], "a repeated computation replaces it"
+
+
+def ref_size(store, ref):
+    return store.manifest(ref).size
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("harm", ["a pipe", "a device", "a link to itself"])
+@pytest.mark.parametrize("name", ["manifest.json", "../current.json"])
+def test_a_pipe_or_a_device_in_the_place_of_a_manifest_or_pointer_is_not_read_for_ever(tmp_path, name, harm):
+    store = LocalStore(tmp_path)
+    ref = put(store)
+    path = store.path(ref) / name
+    path.unlink()
+    replace_by(path, harm)
+    assert store.find("tokenize", FP) is None and store.check(ref) != []
+    with pytest.raises(CorruptArtifact):
+        store.manifest(ref)
+    assert store.newest("tokenize") is None or name != "manifest.json"
+    assert put(store).digest == ref.digest and store.find("tokenize", FP) == ref
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_the_place_of_a_document_is_not_read_for_ever(tmp_path):
+    replace_by(tmp_path / "x.json", "a pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        LocalStore(tmp_path).read_document("x.json")
+
+
+def replace_by(path: Path, harm: str) -> None:
+    if harm == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if harm == "a device" else path.name)
 
 
 @pytest.mark.parametrize("harm", ["hellO", "hell", None])

@@ -127,6 +127,7 @@ KINDS = {
     "accepted loss of looks": "anchors/tickets/looks-accepted-000001.json",
     "scored rows": "registry/tickets/rows/*.json",
     "deal": "registry/tickets/deals/000001.json",
+    "anchor of deals": "anchors/tickets/deals.json",
     "dealt rows": "registry/tickets/dealt/*.json",
     "decision": "registry/tickets/decisions/*.json",
     "run record": f"runs/{RUN}.json",
