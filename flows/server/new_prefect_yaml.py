@@ -109,6 +109,9 @@ TEAM = Template("""
     description: Started by other runs, for one stage (runtime.placement in their recipe). Do not start it by hand.
     tags: [loraflow, heartbeat, stage]
     work_pool: {name: $project-gpu, job_variables: *environment}
+
+# Who is notified of failed retrainings and rejected models: blocks of the UI, such as slack-webhook/NAME or webhook/NAME.
+notifications: {blocks: [], champion_older_than_days: 30}
 """)
 TEAM_RECIPE = Template("""
 # For a team: replace BUCKET, remove the first `# ` of the lines below, and give the dataset a remote that all machines read:
@@ -285,7 +288,8 @@ def upgrade_prefect_yaml(text: str, folder: Path) -> Upgraded:
     notes = []
     if steps and not name:
         name = slug(folder.absolute().name)
-        edits.append(_before_first_key(found, f"name: {name}\n"))
+        start = min(scalar.start for scalar in found)
+        edits.append(Edit(start, start, f"name: {name}\n"))
     for step in steps:
         if any(scalar.path == (*step.path, "project") for scalar in found):
             continue
@@ -324,10 +328,8 @@ def _with_id(text: str, folder: Path) -> str:
             first: dict[tuple[str | int, ...], Edit] = {}
             for key in scalars(text):
                 if key.path[-2:-1] == ("env",) and (key.path[0] == "definitions" or "job_variables" in key.path):
-                    indent = _before(text, key)
-                    rest = ", " if indent.strip() else f"\n{indent}"
-                    edit = Edit(key.start, key.start, f'{PROJECT_ID}: "{_new_id(folder)}"{rest}')
-                    first.setdefault(key.path[:-1], edit)
+                    entry = f'{PROJECT_ID}: "{_new_id(folder)}"'
+                    first.setdefault(key.path[:-1], _inserted_before(text, key, entry))
             new = apply(text, first.values())
             return new if id_in(load_plain(new)) else text
     return text
@@ -366,8 +368,7 @@ def _recipe(text: str, place: tuple[str | int, ...]) -> Edit | None:
     parameters = (*place, "parameters")
     first = next((scalar for path, scalar in keys.items() if path[:-1] == parameters), None)
     if first is not None:
-        indent = _before(text, first)
-        return Edit(first.start, first.start, f"{recipe}, " if indent.strip() else f"{recipe}\n{indent}")
+        return _inserted_before(text, first, recipe)
     if parameters in keys:
         return _fill(text, keys[parameters], f"{{{recipe}}}")
     key = keys[(*place, "entrypoint")]
@@ -378,6 +379,12 @@ def _recipe(text: str, place: tuple[str | int, ...]) -> Edit | None:
     end = re.compile(r"[^\r\n]*").match(text, value.end)
     assert end is not None
     return Edit(end.end(), end.end(), f"\n{' ' * len(indent)}parameters: {{{recipe}}}")
+
+
+def _inserted_before(text: str, key: Scalar, entry: str) -> Edit:
+    """Return the edit that makes an entry of a mapping the one before a key."""
+    indent = _before(text, key)
+    return Edit(key.start, key.start, entry + (", " if indent.strip() else f"\n{indent}"))
 
 
 def _before(text: str, scalar: Scalar) -> str:
@@ -401,11 +408,6 @@ def _entrypoint(scalar: Scalar, folder: Path) -> Edit | None:
     if old is None or (folder / "flows" / f"{old[1]}.py").exists():  # the project's own flow
         return None
     return scalar.replaced_by(f"loraflow.flows.{old[1]}.{old[2]}")
-
-
-def _before_first_key(found: list[Scalar], text: str) -> Edit:
-    start = min(scalar.start for scalar in found)
-    return Edit(start, start, text)
 
 
 def _fill(text: str, key: Scalar, value: str) -> Edit | None:
