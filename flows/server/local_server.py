@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 from loraflow.failures import BadConfig, Crashed, Failure
 from loraflow.flows.server.prefect_process import GRACE_SECONDS
 
@@ -90,7 +92,7 @@ class Processes:
         log = self._log(name)
         with log.open("wb") as file:
             self.running[name] = subprocess.Popen(
-                [sys.executable, "-m", "loraflow.flows.server.prefect_process", str(os.getpid()), *arguments],
+                [sys.executable, "-P", "-m", "loraflow.flows.server.prefect_process", str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
@@ -157,22 +159,14 @@ class Processes:
 
 def _end_flow_runs(workers: list[int]) -> None:
     """End the flow runs of workers, each a process in its own session, and wait until they are gone."""
-    rows = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
-    runs = [int(pid) for pid, parent in map(str.split, rows) if int(parent) in workers]
-    for pid in runs:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_SECONDS
-    while any(map(_exists, runs)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    runs = []
+    for worker in workers:
+        with suppress(psutil.Error):
+            runs += psutil.Process(worker).children()
+    for run in runs:
+        with suppress(psutil.NoSuchProcess):
+            run.terminate()
+    psutil.wait_procs(runs, timeout=GRACE_SECONDS)
 
 
 def _end_groups(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -17,7 +17,7 @@ from string import Template
 import yaml
 from pydantic import JsonValue
 
-from loraflow.config.project import FILE, id_in
+from loraflow.config.project import FILE, PROJECT_ID, id_in
 from loraflow.config.recipe_text import find_recipe, recipe_names
 from loraflow.config.upgrade_recipe import Upgraded
 from loraflow.config.yaml import Edit, Scalar, Syntax, apply, load_plain, scalars
@@ -109,6 +109,9 @@ TEAM = Template("""
     description: Started by other runs, for one stage (runtime.placement in their recipe). Do not start it by hand.
     tags: [loraflow, heartbeat, stage]
     work_pool: {name: $project-gpu, job_variables: *environment}
+
+# Who is notified of failed retrainings and rejected models: blocks of the UI, such as slack-webhook/NAME or webhook/NAME.
+notifications: {blocks: [], champion_older_than_days: 30}
 """)
 TEAM_RECIPE = Template("""
 # For a team: replace BUCKET, remove the first `# ` of the lines below, and give the dataset a remote that all machines read:
@@ -119,6 +122,7 @@ TEAM_RECIPE = Template("""
 #   placement: {train: $project-gpu, evaluate: $project-gpu}   # by the deployment stage/$project-gpu of prefect.yaml
 """)
 TEMPLATES = ("local", "gpu-team")
+LAST_ID = Path(".loraflow", "project-id")
 
 
 def team_recipe_lines(project: str) -> str:
@@ -155,20 +159,23 @@ def write_prefect_yaml(
     }
     text = TEXT.substitute(values) + (TEAM.substitute(values) if template == "gpu-team" else "")
     file.write_text(text, encoding="utf-8")
+    (folder / LAST_ID).parent.mkdir(exist_ok=True)
+    (folder / LAST_ID).write_text(values["id"])
     return file
 
 
 def _new_id(folder: Path) -> str:
     """Return the id of the project in a folder: a `prefect.yaml` that is written again has the one before.
 
-    That is the id of the committed file, or else a hash of git's first commit and the folder's path in the repository, as
-    in every clone. Without commits it is a hash of this host and the folder's path.
+    That is the id of the committed file, or the one that was last written here. A new one is a hash of git's first commit
+    and the folder's path in the repository, as in every clone; without commits, of this host and the folder's path.
     """
     if committed := git_or_none(["show", f"HEAD:./{FILE}"], folder):
         with suppress(Syntax, BadConfig):
-            document = load_plain(committed)
-            if isinstance(document, dict) and (known := id_in(document)):
+            if known := id_in(load_plain(committed)):
                 return known
+    if (folder / LAST_ID).is_file():
+        return (folder / LAST_ID).read_text().strip()
     first = None
     if git_or_none(["rev-parse", "--is-shallow-repository"], folder) == "false":
         first = git_or_none(["rev-list", "--max-parents=0", "--first-parent", "HEAD"], folder)
@@ -264,8 +271,8 @@ OLD_FLOW = re.compile(r"(?:loraflow/)?flows[./](finetune|retrain|evaluate_model|
 
 
 def upgrade_prefect_yaml(text: str, folder: Path) -> Upgraded:
-    """Write current import names, the project's name, and the project into loraflow's pull step, and the recipe
-    that deployments without one ran.
+    """Write current import names, the project's name, the project into loraflow's pull step, the recipe that deployments
+    without one ran, and the project's id into the variables of runs.
 
     Deployments, schedules and everything else stay as they are. A flow of the project's own, in its folder
     `flows`, keeps its entrypoint.
@@ -281,7 +288,8 @@ def upgrade_prefect_yaml(text: str, folder: Path) -> Upgraded:
     notes = []
     if steps and not name:
         name = slug(folder.absolute().name)
-        edits.append(_before_first_key(found, f"name: {name}\n"))
+        start = min(scalar.start for scalar in found)
+        edits.append(Edit(start, start, f"name: {name}\n"))
     for step in steps:
         if any(scalar.path == (*step.path, "project") for scalar in found):
             continue
@@ -290,7 +298,7 @@ def upgrade_prefect_yaml(text: str, folder: Path) -> Upgraded:
             notes.append(f"line {line}: add the project to this step: {ENTER}: {{project: {name}}}")
         else:
             edits.append(edit)
-    new = _with_recipes(apply(text, edits), folder, notes)
+    new = _with_id(_with_recipes(apply(text, edits), folder, notes), folder)
     if new != text and not _has_name(new, name):
         return Upgraded(text, [*notes, "left unchanged: the file does not have one key per line"])
     return Upgraded(new, notes)
@@ -311,6 +319,20 @@ def _with_recipes(text: str, folder: Path, notes: list[str]) -> str:
         else:
             notes.append(f"deployments[{number}]: add parameters: {{recipe: {EARLIER_RECIPE}}}, which it ran before")
     return apply(text, edits)
+
+
+def _with_id(text: str, folder: Path) -> str:
+    """Write the project's id as the first of the variables of runs, where deployments have such variables and no id."""
+    with suppress(Syntax, BadConfig):
+        if id_in(load_plain(text)) is None:
+            first: dict[tuple[str | int, ...], Edit] = {}
+            for key in scalars(text):
+                if key.path[-2:-1] == ("env",) and (key.path[0] == "definitions" or "job_variables" in key.path):
+                    entry = f'{PROJECT_ID}: "{_new_id(folder)}"'
+                    first.setdefault(key.path[:-1], _inserted_before(text, key, entry))
+            new = apply(text, first.values())
+            return new if id_in(load_plain(new)) else text
+    return text
 
 
 def _without_recipe(text: str) -> list[int]:
@@ -346,8 +368,7 @@ def _recipe(text: str, place: tuple[str | int, ...]) -> Edit | None:
     parameters = (*place, "parameters")
     first = next((scalar for path, scalar in keys.items() if path[:-1] == parameters), None)
     if first is not None:
-        indent = _before(text, first)
-        return Edit(first.start, first.start, f"{recipe}, " if indent.strip() else f"{recipe}\n{indent}")
+        return _inserted_before(text, first, recipe)
     if parameters in keys:
         return _fill(text, keys[parameters], f"{{{recipe}}}")
     key = keys[(*place, "entrypoint")]
@@ -358,6 +379,12 @@ def _recipe(text: str, place: tuple[str | int, ...]) -> Edit | None:
     end = re.compile(r"[^\r\n]*").match(text, value.end)
     assert end is not None
     return Edit(end.end(), end.end(), f"\n{' ' * len(indent)}parameters: {{{recipe}}}")
+
+
+def _inserted_before(text: str, key: Scalar, entry: str) -> Edit:
+    """Return the edit that makes an entry of a mapping the one before a key."""
+    indent = _before(text, key)
+    return Edit(key.start, key.start, entry + (", " if indent.strip() else f"\n{indent}"))
 
 
 def _before(text: str, scalar: Scalar) -> str:
@@ -381,11 +408,6 @@ def _entrypoint(scalar: Scalar, folder: Path) -> Edit | None:
     if old is None or (folder / "flows" / f"{old[1]}.py").exists():  # the project's own flow
         return None
     return scalar.replaced_by(f"loraflow.flows.{old[1]}.{old[2]}")
-
-
-def _before_first_key(found: list[Scalar], text: str) -> Edit:
-    start = min(scalar.start for scalar in found)
-    return Edit(start, start, text)
 
 
 def _fill(text: str, key: Scalar, value: str) -> Edit | None:

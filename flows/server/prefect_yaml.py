@@ -30,6 +30,7 @@ from loraflow.flows.server.deployed_parameters import (
 )
 from loraflow.flows.server.deployment_spec import DeploymentEntry, DeploymentSpec, project_of
 from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
+from loraflow.flows.server.project import import_own_flow, refuse_shadowed_modules
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -70,10 +71,13 @@ def read_all(file: Path, only: list[str] | None = None) -> tuple[list[Deployment
     """Read the notifications, and the deployments: all of them or those named `flow/deployment`.
 
     Raises:
-        BadConfig: the file cannot be read, has no such deployment, an unknown key, or a wrong value.
+        BadConfig: the file cannot be read, has no such deployment, an unknown key, or a wrong value; or a module beside it
+            has the name of a library's.
     """
     document = _read(file)
-    return _specs(document, file, only), _notifications(document, file)
+    specs = _specs(document, file, only)
+    refuse_shadowed_modules(file.parent)
+    return specs, _notifications(document, file)
 
 
 def _read(file: Path) -> dict[str, JsonValue]:
@@ -273,6 +277,7 @@ def _message(problem: ErrorDetails) -> str:
 
 def _load_flow(entrypoint: str, where: str) -> Flow[..., Any]:
     try:
+        import_own_flow(entrypoint)
         flow: object = load_flow_from_entrypoint(entrypoint, use_placeholder_flow=False)
     except (ScriptError, MissingFlowError, ImportError, AttributeError, OSError, ValueError) as error:
         raise BadConfig(

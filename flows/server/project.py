@@ -6,7 +6,9 @@ It also refuses a run whose deployment was created by another version of loraflo
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -51,7 +53,7 @@ def enter(project: str | None = None) -> dict[str, str]:
 
     Raises:
         BadConfig: there is no project, it is another one than the deployment's or does not say which one it is, or the
-            run's deployment does not fit this version.
+            run's deployment does not fit this version, or see `refuse_shadowed_modules`.
     """
     run_id = os.environ.get("PREFECT__FLOW_RUN_ID")
     try:
@@ -61,11 +63,43 @@ def enter(project: str | None = None) -> dict[str, str]:
         os.chdir(folder)
         if run_id:
             refuse_outdated(UUID(run_id))
+        refuse_shadowed_modules(folder)
     except BadConfig as failure:
         if run_id:
             _fail_run(UUID(run_id), failure)
         raise
     return {"directory": str(folder)}
+
+
+def import_own_flow(entrypoint: str) -> None:
+    """Import the module of one of loraflow's flows. Prefect itself would put the working directory in front meanwhile.
+
+    Raises:
+        ImportError: there is no such module.
+    """
+    if entrypoint.startswith("loraflow.") and ":" not in entrypoint:
+        import_module(entrypoint.rpartition(".")[0])
+
+
+def refuse_shadowed_modules(folder: Path) -> None:
+    """Refuse a project with a module whose name is that of a module that this process has imported from elsewhere.
+
+    Prefect starts each run with the project's folder in PYTHONPATH, in front of Python's own modules.
+
+    Raises:
+        BadConfig: there is one: each run would crash, or use it in place of a library.
+    """
+    for file in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
+        name = file.parent.name if file.stem == "__init__" else file.stem
+        spec = getattr(sys.modules.get(name), "__spec__", None)
+        if spec is None or not spec.has_location or name in ("loraflow", "__main__"):  # os, sys, …: never replaced
+            continue
+        if Path(spec.origin).resolve() != file.resolve():
+            raise BadConfig(
+                f"Runs would import this file in place of the module {name} of Python or a library.",
+                where=str(file),
+                next_step="rename it: Prefect starts runs with the project's folder in PYTHONPATH",
+            )
 
 
 def _refuse_another_project(folder: Path, project: str) -> None:
@@ -128,6 +162,7 @@ def refuse_outdated(run_id: UUID) -> None:
     if deployment is None or not deployment.entrypoint:
         return
     try:
+        import_own_flow(deployment.entrypoint)
         flow = import_object(deployment.entrypoint)
     except (ImportError, AttributeError) as error:
         raise BadConfig(

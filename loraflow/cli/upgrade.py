@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
-import secrets
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ import click
 from loraflow.cli import quiet_logging
 from loraflow.cli.init import project_lock
 from loraflow.failures import BadConfig
+from loraflow.store.files import write_atomic
 
 if TYPE_CHECKING:
     from loraflow.config.upgrade_recipe import Upgraded
@@ -119,11 +118,7 @@ def _write(file: Path, old: bytes, new: bytes) -> None:
     present = target.read_bytes() if target.exists() else b""
     if present != old:
         raise BadConfig(f"{file} was changed in the meantime.", where=str(file), next_step="run loraflow upgrade again")
-    temporary = target.with_name(f".{target.name}.upgrade-{secrets.token_hex(4)}")  # a name that no other process uses
-    try:
-        temporary.write_bytes(new)
-        if target.exists():
-            temporary.chmod(target.stat().st_mode & 0o777)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    mode = target.stat().st_mode & 0o777 if target.exists() else None
+    write_atomic(target, new)
+    if mode is not None:
+        target.chmod(mode)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -64,9 +63,9 @@ def project_id(folder: Path) -> str | None:
     return id_in(_read(folder))
 
 
-def id_in(document: Mapping[str, JsonValue]) -> str | None:
+def id_in(document: object) -> str | None:
     """Return the id in the deployments of a `prefect.yaml`; None if they have none."""
-    entries = document.get("deployments")
+    entries = document.get("deployments") if isinstance(document, dict) else None
     for entry in entries if isinstance(entries, list) else []:
         pool = entry.get("work_pool") if isinstance(entry, dict) else None
         if isinstance(pool, dict) and (found := id_of(pool.get("job_variables"))):

@@ -76,8 +76,12 @@ def run_in_worker_process(
 
 def _environment(file: JobFile) -> dict[str, str]:
     job = file.job
+    # Prefect puts the project's folder there, whose datasets.py would be imported in place of the library.
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    kept = [path for path in paths if path and (Path(path) != Path.cwd() or Path(path, "loraflow").is_dir())]
     env = {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join(kept),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 WATCHDOG = Path(__file__).parent.parent.parent / "flows" / "server" / "watchdog.py"
-COMMAND = [sys.executable, "-c", "from loraflow.cli import set_default_environment; set_default_environment();"
+COMMAND = [sys.executable, "-P", "-c", "from loraflow.cli import set_default_environment; set_default_environment();"
            "from loraflow.flows.server.temporary_server import start_temporary_server; start_temporary_server(); print('up', flush=True); input()"]  # fmt: skip
 
 
@@ -39,12 +39,19 @@ def ended(*processes: psutil.Process) -> bool:
     return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
 
 
+def own_modules(folder: Path) -> None:
+    """Write files that are called like modules: Python would import them if it was started with the folder in its path."""
+    for name in ("random", "uvicorn"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('imported in place of a module')\n")
+
+
 @pytest.fixture
 def command(tmp_path):
     env = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"} | {
         "PREFECT_HOME": str(tmp_path)
     }
-    process = subprocess.Popen(COMMAND, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    own_modules(tmp_path)
+    process = subprocess.Popen(COMMAND, env=env, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     yield process
     process.kill()
     process.wait()
@@ -95,6 +102,17 @@ def test_a_server_that_cannot_open_its_database_is_not_waited_for(tmp_path):
     message = refused_start(tmp_path, PREFECT_API_DATABASE_CONNECTION_URL=url)
     assert message.startswith("Prefect's temporary server ended while it started.")
     assert "unable to open database file" in message and len(message.splitlines()) == 4
+
+
+def test_the_processes_of_up_import_nothing_from_the_projects_folder(tmp_path, monkeypatch):
+    from loraflow.flows.server.local_server import Processes
+
+    own_modules(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with Processes(tmp_path) as processes:
+        log = processes.start("worker", "version")
+        code = processes.running["worker"].wait(120)
+    assert code == 0 and "Version:" in log.read_text(), log.read_text()
 
 
 def test_no_server_is_started_if_one_is_configured():

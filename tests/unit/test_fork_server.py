@@ -101,7 +101,12 @@ def test_artifacts_of_forked_workers_equal_those_of_new_processes(parts, tmp_pat
         before = (
             [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
         )  # an empty entry is the current folder
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent.parent), *before]))
+        paths = [
+            str(tmp_path / "project"),
+            str(package.parent.parent),
+            *before,
+        ]  # Prefect puts the project's folder there
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         forked = walk(workspace(parts, tmp_path / "forked"))
         again = walk(workspace(parts, tmp_path / "again"))  # by the same server, after all other stages
     assert not imported.exists(), "a process that has started CUDA cannot be forked"

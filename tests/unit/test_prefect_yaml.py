@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import yaml
 
 from loraflow.failures import BadConfig
 from loraflow.flows.server import project
+from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
 from loraflow.flows.server.prefect_yaml import read_all
 from tests.unit.test_git_branch import git
 
@@ -27,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 def specs(tmp_path):
     def specs(document=None, **fields):
         """Read a prefect.yaml with one deployment that has these fields; None removes a field."""
+        sys.modules.pop("own", None)  # own.py of another test
         (tmp_path / "configs").mkdir(exist_ok=True)
         (tmp_path / "configs" / "tiny.yaml").write_text("name: tiny\n")
         entry = {key: value for key, value in {**ENTRY, **fields}.items() if value is not None}
@@ -327,7 +331,6 @@ def test_a_wrong_document_is_refused(specs, document, what):
 @pytest.mark.parametrize("first", ["master", "main"])
 def test_a_new_project_is_retrained_from_the_branch_that_its_repository_has(tmp_path, monkeypatch, caplog, first):
     """git calls the first branch master, where nothing else is configured: the nightly run failed each night."""
-    from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
@@ -367,7 +370,6 @@ def test_a_worker_refuses_the_run_of_another_project(tmp_path, monkeypatch):
 def test_a_worker_refuses_the_run_of_another_project_of_the_same_name(tmp_path, monkeypatch):
     """Two folders named alike: the run would be computed with the recipes and the store of the other one."""
     from loraflow.config.project import PROJECT_ID, project_id
-    from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
 
     for folder in ("a/tickets", "b/tickets"):
         (tmp_path / folder / "configs").mkdir(parents=True)
@@ -389,7 +391,6 @@ def test_a_worker_refuses_the_run_of_another_project_of_the_same_name(tmp_path, 
 def test_a_worker_names_the_other_project_if_both_name_and_id_differ(tmp_path, monkeypatch):
     """One pool of two projects: the advice to replace the name of one of them was false."""
     from loraflow.config.project import PROJECT_ID
-    from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
 
     (tmp_path / "ours" / "configs").mkdir(parents=True)
     write_prefect_yaml(tmp_path / "ours", "r")
@@ -400,11 +401,47 @@ def test_a_worker_names_the_other_project_if_both_name_and_id_differ(tmp_path, m
     assert "a work pool of its own" in error.value.next_step
 
 
+def test_a_module_of_the_project_that_runs_would_import_in_place_of_a_library_is_refused(tmp_path, monkeypatch):
+    """Prefect starts runs with the project's folder in PYTHONPATH: they crashed, and only the worker's log said why."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "r.yaml").write_text("name: r\n")
+    for own in ("os", "sys", "evaluate_faq", "__main__"):  # never imported from there, or no library's
+        (tmp_path / f"{own}.py").write_text("raise RuntimeError\n")
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "__init__.py").touch()
+    write_prefect_yaml(tmp_path, "r")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path))
+    assert project.enter() == {"directory": str(tmp_path)}
+    (tmp_path / "pydantic").mkdir()
+    for shadow in ("random.py", "pydantic/__init__.py"):
+        file = tmp_path / shadow
+        file.touch()
+        for check in (lambda: read_all(Path("prefect.yaml")), lambda: project.enter()):
+            with pytest.raises(BadConfig, match=r"in place of the module (random|pydantic) ") as error:
+                check()
+            assert Path(error.value.where).resolve() == file
+        file.unlink()
+
+
+def test_the_projects_folder_is_not_searched_while_loraflows_flows_are_imported(tmp_path):
+    """Prefect puts the working directory in front: `loraflow deploy` ended with the traceback of a foreign statistics.py."""
+    (tmp_path / "statistics.py").write_text("raise RuntimeError('own')\n")
+    code = (
+        "from loraflow.flows.server.project import import_own_flow\n"
+        "from prefect.utilities.importtools import import_object\n"
+        "name = 'loraflow.flows.finetune.finetune'\n"
+        "import_own_flow(name)\n"
+        "print(import_object(name).name)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "finetune\n", done.stderr
+
+
 @pytest.mark.parametrize("is_committed", [True, False], ids=["committed", "in no commit"])
-def test_a_prefect_yaml_that_is_written_again_has_the_id_before_in_every_clone(tmp_path, is_committed):
+def test_a_prefect_yaml_that_is_written_again_has_the_id_before(tmp_path, is_committed):
     """`loraflow deploy` refused the project as a foreign one of the same name."""
     from loraflow.config.project import project_id
-    from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
 
     def written(folder):
         (folder / "prefect.yaml").unlink(missing_ok=True)
@@ -420,11 +457,15 @@ def test_a_prefect_yaml_that_is_written_again_has_the_id_before_in_every_clone(t
     assert without_commits and written(repository / "chat") == without_commits
     git(repository, "add", "chat" if is_committed else "chat/configs")
     git(repository, "commit", "-qm", "one")
-    first = written(repository / "chat")
-    assert (first == without_commits) is is_committed
+    assert written(repository / "chat") == without_commits
     git(tmp_path, "clone", "-q", "a", "b")
-    assert written(tmp_path / "b" / "chat") == first == written(repository / "chat")
-    assert written(repository / "mail") not in (first, None)
+    git(tmp_path, "clone", "-q", "a", "c")
+    cloned = written(tmp_path / "b" / "chat")
+    assert written(tmp_path / "c" / "chat") == cloned == written(tmp_path / "b" / "chat"), (
+        "every clone has the same one"
+    )
+    assert (cloned == without_commits) is is_committed
+    assert written(repository / "mail") not in (without_commits, cloned, None)
 
 
 @pytest.mark.parametrize(("value", "found"), [(12345678, "12345678"), ("0a", "0a"), (None, None), (True, BadConfig)])
@@ -485,8 +526,7 @@ def test_a_flow_that_is_loaded_from_its_file_validates_its_parameters(monkeypatc
 def test_the_gpu_team_template_is_deployable_and_its_commented_settings_are_a_valid_recipe(tmp_path, monkeypatch):
     """The names in the recipe are those of the file, and no flow waits for a stage in its own pool."""
     from loraflow.config.load import load_recipe
-    from loraflow.flows.server.new_prefect_yaml import team_recipe_lines, write_prefect_yaml
-    from loraflow.flows.server.prefect_yaml import read_all
+    from loraflow.flows.server.new_prefect_yaml import team_recipe_lines
 
     project_folder = tmp_path / "my team ü"
     (project_folder / "configs").mkdir(parents=True)

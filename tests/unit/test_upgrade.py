@@ -6,8 +6,9 @@ from click.testing import CliRunner
 
 from loraflow.cli import cli
 from loraflow.config import load_recipe
+from loraflow.config.project import id_in
 from loraflow.config.upgrade_recipe import upgrade_recipe
-from loraflow.flows.server.new_prefect_yaml import upgrade_prefect_yaml
+from loraflow.flows.server.new_prefect_yaml import upgrade_prefect_yaml, write_prefect_yaml
 
 RECIPE = """\
 name: old   # ours since March
@@ -182,6 +183,37 @@ def test_a_deployment_whose_parameters_are_an_alias_is_named(tmp_path):
     assert new == text and notes == ["deployments[0]: add parameters: {recipe: quickstart}, which it ran before"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("env:\n        A: b  # x\n", "env:\n        ID\n        A: b  # x\n"),
+        ("env: {A: b, C: d}\n", "env: {ID, A: b, C: d}\n"),
+        ("env: {}\n", None),
+        ("env: {\n        A: b}\n", None),
+        ("env: {LORAFLOW_PROJECT_ID: mine}\n", None),
+        ("working_dir: /x\n", None),
+    ],
+)
+def test_the_variables_of_runs_get_the_projects_id(tmp_path, old, new):
+    """Two projects of one name, of an earlier version, were taken for the same."""
+    head = "name: x\npull: [{own.step: {env: {B: c}}}]\ndeployments:\n- entrypoint: own.py:flow\n  work_pool:\n    name: p\n"
+    head += "    job_variables:\n      "
+    upgraded, notes = upgrade_prefect_yaml(head + old, tmp_path)
+    made = id_in(yaml.safe_load(upgraded))
+    expected = (new or old).replace("ID", f'LORAFLOW_PROJECT_ID: "{made}"') if new else old
+    assert (upgraded, notes) == (head + expected, [])
+    assert upgrade_prefect_yaml(upgraded, tmp_path) == (upgraded, [])
+
+
+def test_a_prefect_yaml_of_init_without_an_id_gets_the_one_that_init_would_write(tmp_path):
+    (tmp_path / "configs").mkdir()
+    file = write_prefect_yaml(tmp_path, "r")
+    text = file.read_text()
+    line = next(line for line in text.splitlines(keepends=True) if "LORAFLOW_PROJECT_ID" in line)
+    upgraded, _ = upgrade_prefect_yaml(text.replace(line, ""), tmp_path)
+    assert yaml.safe_load(upgraded) == yaml.safe_load(text)
+
+
 def test_nothing_is_written_without_a_yes(project):
     before = contents(project)
     done = upgrade()
@@ -210,8 +242,6 @@ def test_what_is_shown_is_written_and_a_second_time_nothing(project):
 
 
 def test_a_project_of_init_is_up_to_date(project):
-    from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
-
     (project / "prefect.yaml").unlink()
     write_prefect_yaml(project, "old", "gpu-team")
     text = (project / "prefect.yaml").read_text()
