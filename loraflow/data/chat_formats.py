@@ -326,7 +326,7 @@ def _prompt_and_answer(fields: RowFields, prompt: JsonValue, answer: JsonValue) 
         isinstance(text := fields.row.get(key), str | list) and has_value(text) and not is_missing(text)
         for key in (*_SYSTEM_KEYS, *_SYSTEM_TEXTS)
     )
-    if turns is None or (has_system and turns[0].role == "system"):
+    if turns is None or (has_system and turns[0].role == "system" and str(prompt).lstrip().startswith("System:")):
         turns = [Turn("user", prompt), Turn("assistant", answer)]
     first = turns[0].role == "system"
     return [*turns[:first], *_history(fields), *turns[first:]]
