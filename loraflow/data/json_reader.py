@@ -204,7 +204,9 @@ def _not_a_list(value: JsonValue, name: str) -> BadData:
             got, next_step = "a single row", "put the rows in a list, or one per line in a .jsonl file"
     elif lists:
         new = shlex.quote(f"{Path(name).stem}.jsonl")
-        next_step = f"jq -c {shlex.quote(f'.[{json.dumps(lists[0])}][]')} {shlex.quote(name)} > {new}"
+        key = "rows" if "rows" in lists else lists[0]  # beside the features, in answers of the hub's API
+        inner = ".row" if key == "rows" and isinstance(value, dict) and "row_idx" in str(value[key])[:30] else ""
+        next_step = f"jq -c {shlex.quote(f'.[{json.dumps(key)}][]{inner}')} {shlex.quote(name)} > {new}"
     return BadData(
         "The file does not contain a list.", where=name, expected="a JSON list of rows", got=got, next_step=next_step
     )

@@ -50,7 +50,9 @@ GLAIVE = (
     "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
     + json.dumps(FUNCTION, indent=4)
 )
-PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
 VICUNA = "A chat between a curious user and an artificial intelligence assistant."
 SHAPES = {
     # trees and transcripts
@@ -137,6 +139,25 @@ SHAPES = {
     "ShareGPT with a bot": ([{"conversations": [human("q"), {"from": "bot", "value": "a"}]}], [QA]),
     "Llama's role of results": ([{"messages": [user("q"), answer("a"), {"role": "ipython", "content": "1"}, answer("b")]}],
                                 [["u: q", "a: a", "t: 1", "a: b"]]),
+    "Olmo": (
+        [{"messages": [{"role": "system", "content": "s", "functions": json.dumps([FUNCTION]), "function_calls": None}, user("q"),
+                       {"role": "assistant", "content": said, "function_calls": calls}, {"role": "environment", "content": "1"}, answer("a")]}
+         for said, calls in ((None, json.dumps([CALL])), (None, "f(x=1)"), ("b", "f(x=1)"), (None, json.dumps([{"name": "g", "arguments": {}}])))],
+        [["s: s", "u: q", "a: ", "t: 1", "a: a"], REFUSED, REFUSED, REFUSED]),
+    "GLM": ([{"messages": [{"role": "system", "content": "", "tools": [{"type": "function", "function": FUNCTION}]}, user("q"),
+                           {"role": "assistant", "tool_calls": [CALL]}]},
+             {"messages": [{"role": "system", "content": "s", "tools": ["f"]}, user("q"), answer("a")]}], [["s: ", "u: q", "a: "], ["s: s", *QA]]),
+    "turns of speakers": (
+        [{"turns": [{"speaker": "customer", "utterance": "q"}, {"speaker": "Agent", "utterance": "a"}], "topic": "t"},
+         {"turns": [{"speaker": "user", "utterance": "q"}, {"speaker": "Robo", "utterance": "a"}]}], [QA, REFUSED]),
+    "earlier turns with roles": ([{"chat_history": [user("q"), answer("a")], "message": "r", "response": "b"}, {"history": [user("q"), answer("a")]}],
+                                 [REFUSED, REFUSED]),
+    "turns in a history": ([{"history": [user("q"), answer("a")], "id": 1}], [QA]),
+    "turns of senders": ([{"turns": [{"sender": "user", "text": "q", "x": None}, {"sender": "assistant", "text": "a", "x": 1}]}], [QA]),
+    "turns with texts": ([{"turns": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}]}], [QA]),
+    "messages, one in a row": ([{"conversation_id": 1, "role": "user", "content": "q", "topic": "x"},
+                                {"conversation_id": 1, "role": "assistant", "content": "a", "topic": "x"}], [REFUSED] * 2),
+    "texts with a class and an author": ([{"author": "x", "text": "q", "category": "a"}], [QA]),
     # tools
     "xLAM": ([{"id": 0, "query": "q", "answers": json.dumps([CALL]), "tools": json.dumps([FUNCTION])},
               {"query": "q", "answers": "[]", "tools": json.dumps([FUNCTION])},
@@ -355,7 +376,9 @@ def test_a_chat_that_a_template_of_trl_rendered_is_read_as_its_messages(name):
     options = {"chat_template": template, "bos_token": "<s>" if name == "phi3" else "<bos>", "eos_token": "</s>"}
     system = [] if name == "gemma" else [{"role": "system", "content": "Be [INST] brief."}]
     chat = [*system, user("Is it\n\n### Response:?"), answer("It is:\n* 4"), user("USER: r"), answer("Human: b")]
-    reasoning = "<think>\n\n</think>\n\n" if name == "qwen3_5_think" else "<think></think>\n" if name == "glm4moe" else ""
+    reasoning = (
+        "<think>\n\n</think>\n\n" if name == "qwen3_5_think" else "<think></think>\n" if name == "glm4moe" else ""
+    )
     expected = [*chat[:-1], answer(reasoning + chat[-1]["content"])]
     (text,), _ = render_jinja_template([chat], **options)
     assert read_chat({"text": text}).messages[-1] == expected[-1]
@@ -366,6 +389,30 @@ def test_a_chat_that_a_template_of_trl_rendered_is_read_as_its_messages(name):
         assert read_chat({"text": text}).messages == chat
         assert read_chat({"prompt": prompt, "completion": text.removeprefix(prompt)}).messages == chat
     assert read_chat({"prompt": prompt, "completion": "b"}).messages[:-1] == read_chat({"text": text}).messages[:-1]
+
+
+def test_tools_and_calls_in_messages_are_those_of_the_chat(tmp_path):
+    for rows in (SHAPES["Olmo"][0][:1], SHAPES["GLM"][0][:1]):
+        (row,) = read(tmp_path, rows)
+        assert row.messages[0]["tools"] == [{"type": "function", "function": FUNCTION}]
+        assert row.messages[2]["tool_calls"][0]["function"] == CALL
+        assert row.unused_keys == ()
+    (row,) = read(tmp_path, SHAPES["GLM"][0][1:])
+    assert row.unused_keys == ("messages.tools",)
+
+
+def test_a_text_beside_the_content_of_a_message_is_named(tmp_path):
+    (row,) = read(tmp_path, [{"messages": [user("q"), {**answer("a"), "text": "another", "sender": "x"}]}])
+    assert outcome(row) == QA
+    assert row.unused_keys == ("messages.text", "messages.sender")
+
+
+@pytest.mark.parametrize(
+    "messages", [SHAPES[name][0][0]["turns"] for name in ("turns of speakers", "turns of senders", "turns with texts")]
+)
+def test_a_prompt_of_turns_has_no_answer(messages):
+    assert to_prompt({"messages": messages}) == [user("q")]
+    assert to_prompt({"messages": messages[:1]}) == [user("q")]
 
 
 @pytest.mark.parametrize("as_text", [False, True])
