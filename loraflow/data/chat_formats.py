@@ -177,11 +177,8 @@ def _object(row: JsonValue) -> RawRow:
     if isinstance(row, dict):
         return row
     if is_bare_chat(row):
-        raise BadRow(BARE_CHAT)
+        return {"messages": row}
     raise BadRow(f"expected an object, got {type(row).__name__}")
-
-
-BARE_CHAT = 'a bare list of messages; expected {"messages": [...]} (jq -c "{messages: .}" makes it of each line)'
 
 
 def is_bare_chat(value: JsonValue) -> bool:

@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 
 from pydantic import JsonValue
 
-from loraflow.data.chat_formats import BARE_CHAT, has_known_keys, is_bare_chat
+from loraflow.data.chat_formats import has_known_keys, is_bare_chat
 from loraflow.data.chats import BadRow
 from loraflow.data.container_text import strict_json
 from loraflow.failures import BadData
@@ -125,9 +125,7 @@ def json_line(line: bytes, place: str) -> RawValue:
         return RawValue(place, BadRow(problem), text.rstrip("\n")[:2000])
     except ValueError as error:
         return RawValue(place, BadRow(str(error)), text[:2000])
-    if is_bare_chat(value):
-        return RawValue(place, BadRow(BARE_CHAT), text.rstrip("\n")[:2000])
-    if isinstance(value, list):
+    if isinstance(value, list) and not is_bare_chat(value):
         problem = "a list; expected one JSON object per line (if the whole file is one list, rename it to .json)"
         return RawValue(place, BadRow(problem), text.rstrip("\n")[:2000])
     return RawValue(place, value, text.rstrip("\n"))
@@ -143,26 +141,16 @@ def read_json(path: Path, name: str) -> Iterator[RawValue]:
     text = path.read_text(encoding="utf-8-sig")
     try:
         rows = strict_json(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and error.lineno > 1 and _is_json(text.split("\n", 1)[0]):
-            yield from read_json_lines(path, name)
-            return
-        raise BadData(
-            "The file is not valid JSON.",
-            where=f"{name}:{error.lineno}:{error.colno}",
-            got=error.msg if text.strip() else "an empty file",
-            expected="a list of rows",
-            next_step="correct the file; one JSON object per line is read from a .jsonl file",
-        ) from error
     except ValueError as error:
         first, *others = text.strip().split("\n", 1)
-        if others and _is_json(first):  # JSON lines, one of which has a duplicated key: the other rows are read
+        if others and _is_json(first):  # also lines one of which has a duplicated key: the other rows are read
             yield from read_json_lines(path, name)
             return
+        is_syntax = isinstance(error, json.JSONDecodeError)
         raise BadData(
             "The file is not valid JSON.",
-            where=name,
-            got=str(error),
+            where=f"{name}:{error.lineno}:{error.colno}" if is_syntax else name,
+            got=(error.msg if is_syntax else str(error)) if text.strip() else "an empty file",
             expected="a list of rows",
             next_step="correct the file; one JSON object per line is read from a .jsonl file",
         ) from error

@@ -190,7 +190,7 @@ def _ask_model(
 
 def _shared_tokens(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> int:
     """Return how many tokens of the prompts are computed once for all of them."""
-    from loraflow.data.common_prefix import common_prefix_length
+    from loraflow.data.packing import common_prefix_length
     from loraflow.evaluation.prefix_cache import MIN_ROWS, MIN_TOKENS, has_plain_cache
 
     lengths = [len(prompt) for prompt in prompts]
