@@ -66,7 +66,6 @@ CHECK_DATASET = (
     "loraflow.data.csv_reader",
     "loraflow.data.json_reader",
     "loraflow.data.split",
-    "loraflow.data.similar",
     "loraflow.data.heldout_fields",
     "loraflow.data.findings",
     "loraflow.config.data_profile",

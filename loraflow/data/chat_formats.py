@@ -176,8 +176,6 @@ def to_prompt(row: JsonValue, format_name: str = "auto", tools: list[Tool] | Non
 def _object(row: JsonValue) -> RawRow:
     if isinstance(row, dict):
         return row
-    if is_bare_chat(row):
-        return {"messages": row}
     raise BadRow(f"expected an object, got {type(row).__name__}")
 
 

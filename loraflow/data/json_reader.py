@@ -115,7 +115,7 @@ def json_line(line: bytes, place: str) -> RawValue:
         problem = f"byte {error.start + 1} is not valid UTF-8 (0x{line[error.start]:02x})"
         return RawValue(place, BadRow(problem), repr(line[:200]))
     try:
-        value = strict_json(text)
+        value = _row(strict_json(text))
     except json.JSONDecodeError as error:
         problem = f"column {error.pos + 1}: {error.msg}; expected one JSON object per line"
         if text.rstrip().endswith(",") and _is_json(text.rstrip().rstrip(",")):
@@ -125,7 +125,7 @@ def json_line(line: bytes, place: str) -> RawValue:
         return RawValue(place, BadRow(problem), text.rstrip("\n")[:2000])
     except ValueError as error:
         return RawValue(place, BadRow(str(error)), text[:2000])
-    if isinstance(value, list) and not is_bare_chat(value):
+    if isinstance(value, list):
         problem = "a list; expected one JSON object per line (if the whole file is one list, rename it to .json)"
         return RawValue(place, BadRow(problem), text.rstrip("\n")[:2000])
     return RawValue(place, value, text.rstrip("\n"))
@@ -146,18 +146,25 @@ def read_json(path: Path, name: str) -> Iterator[RawValue]:
         if others and _is_json(first):  # also lines one of which has a duplicated key: the other rows are read
             yield from read_json_lines(path, name)
             return
-        is_syntax = isinstance(error, json.JSONDecodeError)
+        where, got = name, str(error)
+        if isinstance(error, json.JSONDecodeError):
+            where, got = f"{name}:{error.lineno}:{error.colno}", error.msg
         raise BadData(
             "The file is not valid JSON.",
-            where=f"{name}:{error.lineno}:{error.colno}" if is_syntax else name,
-            got=(error.msg if is_syntax else str(error)) if text.strip() else "an empty file",
+            where=where,
+            got=got if text.strip() else "an empty file",
             expected="a list of rows",
             next_step="correct the file; one JSON object per line is read from a .jsonl file",
         ) from error
     if not isinstance(rows, list):
         raise _not_a_list(rows, name)
     for number, row in enumerate(rows, 1):
-        yield RawValue(f"{name}:row {number}", row, row_text(row))
+        yield RawValue(f"{name}:row {number}", _row(row), row_text(row))
+
+
+def _row(value: JsonValue) -> JsonValue:
+    """Return a row. One that is nothing but a list of messages, as nanochat's are, gets a key."""
+    return {"messages": value} if is_bare_chat(value) else value
 
 
 def row_text(row: JsonValue) -> str:
