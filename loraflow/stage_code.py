@@ -27,11 +27,10 @@ _TEMPLATE = (
 
 VERSION_DATASET = (
     "loraflow.data.version",
-    "loraflow.data.hidden_files",
+    "loraflow.data.dataset_files",
     "loraflow.data.sqlite_reader",
     "loraflow.data.dvc",
     "loraflow.data.dvc_storage",
-    "loraflow.data.dataset_files",
     "loraflow.data.dvc_pin",
     "loraflow.data.git",
 )
@@ -49,7 +48,7 @@ CHECK_DATASET = (
     "loraflow.data.message_checks",
     "loraflow.data.cell_values",
     "loraflow.data.sources",
-    "loraflow.data.hidden_files",
+    "loraflow.data.dataset_files",
     "loraflow.data.sqlite_reader",
     "loraflow.data.content_parts",
     "loraflow.data.row_fields",
@@ -67,7 +66,6 @@ CHECK_DATASET = (
     "loraflow.data.csv_reader",
     "loraflow.data.json_reader",
     "loraflow.data.split",
-    "loraflow.data.similar",
     "loraflow.data.heldout_fields",
     "loraflow.data.findings",
     "loraflow.config.data_profile",
@@ -136,7 +134,6 @@ TRAIN = (
     "loraflow.training.slope_kernel",
     "loraflow.data.token_rows",
     "loraflow.data.packing",
-    "loraflow.data.common_prefix",
     "loraflow.hardware.process_group",
     *_TEMPLATE,
     "loraflow.base.architecture",
@@ -208,7 +205,7 @@ VERIFY = (
     *_TEMPLATE,
 )
 
-DEAL_ROWS = ("loraflow.data.deal_rows", "loraflow.data.row_key", "loraflow.data.chats")
+DEAL_ROWS = ("loraflow.data.deal_rows", "loraflow.data.split", "loraflow.data.chats")
 
 EVALUATE = (
     "loraflow.evaluation.score",
@@ -220,7 +217,7 @@ EVALUATE = (
     "loraflow.data.positions",
     "loraflow.evaluation.likelihood",
     "loraflow.evaluation.prefix_cache",
-    "loraflow.data.common_prefix",
+    "loraflow.data.packing",
     "loraflow.evaluation.greedy_decoding",
     "loraflow.evaluation.intervals",
     "loraflow.evaluation.label_scores",
@@ -236,7 +233,7 @@ EVALUATE = (
 
 CHECK_GENERAL = (
     "loraflow.data.general",
-    "loraflow.data.general_rows",
+    "loraflow.data.chats",
     *VERSION_DATASET,
     "loraflow.data.readers",
     "loraflow.data.json_reader",
@@ -252,13 +249,11 @@ CHECK_GENERAL = (
     "loraflow.data.marks",
     "loraflow.data.transcripts",
     "loraflow.data.tools",
-    "loraflow.data.chats",
     "loraflow.data.labels",
     "loraflow.data.preference_pairs",
     "loraflow.data.question_parts",
     "loraflow.data.mark_names",
     "loraflow.data.judgements",
-    "loraflow.data.row_key",
     "loraflow.data.split",
 )
 
@@ -268,10 +263,10 @@ SCORE_GENERAL = (
     "loraflow.evaluation.answers_file",
     "loraflow.evaluation.greedy_decoding",
     "loraflow.evaluation.values",
-    "loraflow.data.general_rows",
+    "loraflow.data.chats",
     "loraflow.evaluation.likelihood",
     "loraflow.evaluation.prefix_cache",
-    "loraflow.data.common_prefix",
+    "loraflow.data.packing",
     "loraflow.evaluation.intervals",
     "loraflow.data.positions",
     "loraflow.hardware.process_group",

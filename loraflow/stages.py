@@ -89,7 +89,8 @@ CHECK_DATASET = Stage(
     # 11: arguments of calls under other names, types of Python in tools, parts of messages with calls, results and
     # reasoning, marks of parts, roles such as tool_call, calls joined with the text before them, pairs under other keys,
     # User: and Assistant:
-    version=11,
+    # 12: chats that a template rendered, calls and tools in messages, turns of speakers, rows that are lists of messages
+    version=12,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -213,7 +214,7 @@ EVALUATE = Stage(
 
 CHECK_GENERAL = Stage(
     name="check_general",
-    version=3,  # 2: line ends in the cells of a table; 3: chats as check_dataset 11 reads them
+    version=4,  # 2: line ends in the cells of a table; 3 and 4: chats as check_dataset 11 and 12 read them
     module="loraflow.data.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},

@@ -174,9 +174,7 @@ class AnswerFinder:
         """
         content = chat[turn.message]["content"]
         self._tail_of_chats()
-        before, found, after = self._around_probe(chat, turn)
-        if self.appended and text.endswith(self.appended) and not after.endswith(self.appended):
-            after += self.appended
+        before, found, after = self._around_probe(chat, turn, text)
         if not found:
             raise CutAnswer(content, "")
         if not text.startswith(head):
@@ -198,9 +196,7 @@ class AnswerFinder:
         It begins behind its prompt, and its content ends where the text behind another content begins.
         """
         content = chat[turn.message]["content"]
-        _, found, after = self._around_probe(chat, turn)
-        if self.appended and text.endswith(self.appended) and not after.endswith(self.appended):
-            after += self.appended
+        _, found, after = self._around_probe(chat, turn, text)
         if not text.startswith(head):
             refuse_prompt(text, head, turn)
         start, end = len(head), len(text) - len(after)
@@ -221,23 +217,28 @@ class AnswerFinder:
         wanted, others = reasoning.strip(), message["content"] + json.dumps(message.get("tool_calls", []))
         is_there = wanted in learned
         if is_there and (len(wanted) < _SHORT or wanted in others):  # it may be there by chance
-            probe: Message = {**message, "reasoning_content": _PROBE}
-            probed = [*chat[: turn.message], probe, *chat[turn.message + 1 :]]
-            is_there = _PROBE in self._renderer.render([probed], prompt=False)[0]
+            is_there = _PROBE in self._probe(chat, turn.message, "reasoning_content")
         if not is_there:
             raise CutAnswer(reasoning, learned, is_reasoning=True)
 
-    def _around_probe(self, chat: Chat, turn: AnswerTurn) -> tuple[str, str, str]:
-        """Return the rendered text before and after another answer in the place of this one."""
-        probe: Message = {**chat[turn.message], "content": _PROBE}
-        (probed,) = self._renderer.render([[*chat[: turn.message], probe, *chat[turn.message + 1 :]]], prompt=False)
-        return probed.partition(_PROBE)
+    def _probe(self, chat: Chat, number: int, key: Literal["content", "reasoning_content"] = "content") -> str:
+        """Render a chat with another text in one of its messages."""
+        probe: Message = chat[number].copy()
+        probe[key] = _PROBE
+        return self._renderer.render([[*chat[:number], probe, *chat[number + 1 :]]], prompt=False)[0]
+
+    def _around_probe(self, chat: Chat, turn: AnswerTurn, text: str) -> tuple[str, str, str]:
+        """Return the rendered text before and after another answer in the place of this one, as it is in `text`."""
+        before, found, after = self._probe(chat, turn.message).partition(_PROBE)
+        if self.appended and text.endswith(self.appended) and not after.endswith(self.appended):
+            after += self.appended
+        return before, found, after
 
     def _is_of_the_template(self, inserted: str, chat: Chat, text: str, turn: AnswerTurn) -> bool:
         """Tell whether the template writes a text before every answer: it may also be a part of this one."""
         if inserted in self._insertions:
             return True
-        before, found, _ = self._around_probe(chat, turn)
+        before, found, _ = self._around_probe(chat, turn, text)
         if not found or not before.endswith(inserted) or not text.startswith(before):
             return False
         self._insertions.append(inserted)
@@ -317,9 +318,7 @@ class AnswerFinder:
         at = turn.message + 1
         if at == len(chat) or chat[at]["role"] != "tool":
             return
-        probe: Message = {**chat[at], "content": _PROBE}
-        (probed,) = self._renderer.render([[*chat[:at], probe, *chat[at + 1 :]]], prompt=False)
-        if end > len(os.path.commonprefix([text, probed])):  # noqa: RUF071 (letters, not folders)
+        if end > len(os.path.commonprefix([text, self._probe(chat, at)])):  # noqa: RUF071 (letters, not folders)
             refuse_open(text[end - 40 : end], turn)
 
     def _ends_of_calls(self) -> list[str]:
@@ -352,14 +351,12 @@ class AnswerFinder:
         span = (start, max(ends))
         rendered = text[start : span[1]]
         body = rendered[: self._before_closing(rendered)]
-        if "tool_calls" in chat[turn.message]:
-            self._refuse_result(chat, text, span[1], turn)
-            refuse_missing_call(rendered, chat[turn.message], turn)
-            if body == rendered:
-                refuse_open(text[span[1] :][:40], turn)
-            return Answer((span,), "", rendered[len(body) :])
-        if "reasoning_content" in chat[turn.message]:
-            if not _trimmed(body).endswith(_trimmed(content)):
+        has_calls = "tool_calls" in chat[turn.message]
+        if has_calls or "reasoning_content" in chat[turn.message]:
+            if has_calls:
+                self._refuse_result(chat, text, span[1], turn)
+                refuse_missing_call(rendered, chat[turn.message], turn)
+            elif not _trimmed(body).endswith(_trimmed(content)):
                 raise CutAnswer(content, rendered)
             if body == rendered:
                 refuse_open(text[span[1] :][:40], turn)

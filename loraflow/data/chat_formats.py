@@ -34,7 +34,7 @@ from loraflow.data.published_formats import (
     template_arguments,
 )
 from loraflow.data.question_parts import refuse_answers_by_letter, refuse_lost_parts
-from loraflow.data.row_fields import ASSISTANT, RawRow, RowFields, Turn, has_value, objects, without_answer
+from loraflow.data.row_fields import ASSISTANT, ROLE_KEYS, RawRow, RowFields, Turn, has_value, objects, without_answer
 from loraflow.data.tools import read_tools
 from loraflow.data.transcripts import is_glaive, is_transcript, prompt_turns, read_glaive, read_transcript
 
@@ -56,6 +56,7 @@ _SYSTEM_TEXTS = (
     "systemPrompt", "SystemPrompt", "system_message", "systemMessage", "SystemMessage", "system_instruction",
     "systemInstruction",
 )  # fmt: skip
+_CONTENTS = ("content", "value", "text", "utterance")  # keys of a message's text
 _TOOLS = re.compile(r"<tools>(.*?)(?:</tools>|$)", re.DOTALL)
 _NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
@@ -175,12 +176,7 @@ def to_prompt(row: JsonValue, format_name: str = "auto", tools: list[Tool] | Non
 def _object(row: JsonValue) -> RawRow:
     if isinstance(row, dict):
         return row
-    if is_bare_chat(row):
-        raise BadRow(BARE_CHAT)
     raise BadRow(f"expected an object, got {type(row).__name__}")
-
-
-BARE_CHAT = 'a bare list of messages; expected {"messages": [...]} (jq -c "{messages: .}" makes it of each line)'
 
 
 def is_bare_chat(value: JsonValue) -> bool:
@@ -245,8 +241,7 @@ def _with_dummy_answer(row: RawRow) -> RawRow:
         if (pairs := pairs_with_answer(value)) is not None:
             out[key] = pairs
         elif turns:
-            role = "role" if _has(turns, "role") else "from"
-            content = next((name for name in ("content", "value", "parts") if _has(turns, name)), "content")
+            role, content = _key_of(turns, ROLE_KEYS), _key_of(turns, (*_CONTENTS, "parts"))
             out[key] = [*without_answer(turns), {role: ASSISTANT, content: "."}]
     for question, answer in (("instruction", "output"), ("prompt", "completion")):
         if question in out and not isinstance(out[question], dict):  # a tree has its own answers
@@ -257,9 +252,9 @@ def _with_dummy_answer(row: RawRow) -> RawRow:
     return out
 
 
-def _has(messages: list[RawRow], key: str) -> bool:
-    """Tell whether a message has a value of a key. Parquet gives each of them the keys of all."""
-    return any(message.get(key) is not None for message in messages)
+def _key_of(messages: list[RawRow], keys: tuple[str, ...]) -> str:
+    """Return the first key that has a value in a message. Parquet gives each of them the keys of all."""
+    return next((key for key in keys if any(message.get(key) is not None for message in messages)), keys[0])
 
 
 def detect_format(row: RawRow) -> str:
@@ -299,7 +294,7 @@ def _chat(column: str, roles: tuple[str, ...], contents: tuple[str, ...], fields
     if messages is None:
         raise BadRow(f"{column}: expected a list of {{{roles[0]}, {contents[0]}}}")
     if column == "messages":  # where a message has a role, `from` may be its author
-        roles, contents = (names[:1] if _has(messages, names[0]) else names for names in (roles, contents))
+        roles, contents = (_key_of(messages, roles),), (_key_of(messages, contents),)
     return fields.turns(column, messages, roles, contents)
 
 
@@ -326,7 +321,7 @@ def _prompt_and_answer(fields: RowFields, prompt: JsonValue, answer: JsonValue) 
         isinstance(text := fields.row.get(key), str | list) and has_value(text) and not is_missing(text)
         for key in (*_SYSTEM_KEYS, *_SYSTEM_TEXTS)
     )
-    if turns is None or (has_system and turns[0].role == "system"):
+    if turns is None or (has_system and turns[0].role == "system" and str(prompt).lstrip().startswith("System:")):
         turns = [Turn("user", prompt), Turn("assistant", answer)]
     first = turns[0].role == "system"
     return [*turns[:first], *_history(fields), *turns[first:]]
@@ -384,9 +379,7 @@ class ChatFormat:
 
 
 FORMATS = {
-    "messages": ChatFormat(
-        partial(_chat, "messages", ("role", "from"), ("content", "value")), (frozenset({"messages"}),)
-    ),
+    "messages": ChatFormat(partial(_chat, "messages", ROLE_KEYS, _CONTENTS), (frozenset({"messages"}),)),
     "sharegpt": ChatFormat(
         partial(_chat, "conversations", ("from", "role"), ("value", "content")), (frozenset({"conversations"}),)
     ),
@@ -420,8 +413,7 @@ def _tools(
     tools, key_of_tools = of_dataset, None
     if fields.tools is not None:
         tools = read_tools(fields.tools, "system")
-        return tools, tools
-    for key in ("tools", "functions", "available_tools", "toolConfig"):
+    for key in ("tools", "functions", "available_tools", "toolConfig") if fields.tools is None else ():
         value = fields.row.get(key)
         if key == "toolConfig":  # Bedrock's; Gemini's has no tools
             value = value.get("tools") if isinstance(value, dict) else None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 if TYPE_CHECKING:  # the processes that render templates import this module, so it has to be light
+    from pathlib import Path
+
     from pydantic import JsonValue
 
 
@@ -106,3 +109,24 @@ def _without(message: Message) -> Message:
     stripped: Message = {**message, "content": _REASONING.sub("", message["content"], count=1)}
     stripped.pop("reasoning_content", None)
     return stripped
+
+
+GENERAL_FILE = "general.jsonl"  # of check_general
+
+
+class GeneralRow(TypedDict):
+    """A line of general.jsonl: a chat or a question."""
+
+    id: str
+    kind: Literal["chat", "choice"]
+    place: str  # file:line
+    messages: NotRequired[list[Message]]  # of a chat
+    context: NotRequired[str]  # of a question: the text before a choice
+    choices: NotRequired[list[str]]
+    answer: NotRequired[int]  # the position of the right choice
+
+
+def read_general(file: Path) -> list[GeneralRow]:
+    """Return the rows of a general.jsonl."""
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        return [json.loads(line) for line in lines]

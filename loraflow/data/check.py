@@ -30,11 +30,17 @@ from loraflow.data.near import Compared
 from loraflow.data.near_split import Clusters, place_near
 from loraflow.data.placement import HELDOUT_SIDE, SPLITS, Split
 from loraflow.data.readers import RowSettings, match_files, readable_files
-from loraflow.data.row_drops import drop_duplicates, drop_group_leaks, drop_leaks, heldout_groups
+from loraflow.data.row_drops import (
+    drop_duplicates,
+    drop_group_leaks,
+    drop_leaks,
+    find_similar,
+    heldout_groups,
+    with_near_prompts,
+)
 from loraflow.data.row_segment import LAST_LEARNED, PARTLY_LEARNED, PINNED_TO_TRAIN, WEIGHTED, LeftOut, RowSegment
 from loraflow.data.rows_file import RowsFile
 from loraflow.data.segment_reader import SegmentReader, key_of_job
-from loraflow.data.similar import find_similar, with_near_prompts
 from loraflow.data.sources import SourceCounts, count_read, count_sources, drawn_rows, files_of_sources, repeated
 from loraflow.data.split import CLUSTER, draw, spread_sample, spread_values, to_json
 from loraflow.data.tools import dataset_tools

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from loraflow.failures import BadData
 from loraflow.store.files import HashMemo, walk
@@ -235,3 +235,11 @@ def cache_folder(root: Path) -> Path | None:
             next_step="`dvc config --list --show-origin` shows them",
         ) from error
     return Path(os.path.realpath(folder)) if folder else None
+
+
+_LEFT_BY_SYSTEMS = frozenset({"__MACOSX", "Thumbs.db"})
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a file, relative to its dataset, is hidden or left by an operating system."""
+    return any(part.startswith(".") or part in _LEFT_BY_SYSTEMS for part in PurePosixPath(name).parts)

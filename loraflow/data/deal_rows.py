@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loraflow.config.stage_configs import DealRowsConfig
 from loraflow.data.chats import GATE_SET
-from loraflow.data.row_key import row_key
+from loraflow.data.split import row_key
 from loraflow.failures import BadData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary

@@ -23,11 +23,9 @@ from loraflow.config.data import Data
 from loraflow.config.locations import DatasetLocation, DvcOrigin, FolderOrigin
 from loraflow.config.stage_configs import CheckGeneralConfig
 from loraflow.data.chat_formats import to_messages
-from loraflow.data.chats import BadRow, Message
-from loraflow.data.general_rows import FILE, GeneralRow
+from loraflow.data.chats import GENERAL_FILE, BadRow, GeneralRow, Message
 from loraflow.data.readers import READABLE, match_nothing, read_values, readable_files
-from loraflow.data.row_key import row_key
-from loraflow.data.split import normalize, normalized_key, row_id
+from loraflow.data.split import normalize, normalized_key, row_id, row_key
 from loraflow.data.version import fetch_one, locate_one
 from loraflow.failures import BadConfig, BadData
 from loraflow.job import Inputs, Job, Progress
@@ -98,10 +96,10 @@ def run(job: Job[CheckGeneralConfig], inputs: Inputs, out: Path, progress: Progr
             next_step="add rows, or remove evaluation.general",
         )
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (out / FILE).write_text(text, encoding="utf-8")
+    (out / GENERAL_FILE).write_text(text, encoding="utf-8")
     counts = {"chats": sum(row["kind"] == "chat" for row in rows)}
     counts["choices"] = len(rows) - counts["chats"]
-    return Summary(figures=dict(counts), facets={"general": [FILE]})
+    return Summary(figures=dict(counts), facets={"general": [GENERAL_FILE]})
 
 
 def check_limits(counts: Mapping[str, JsonValue], wanted: Mapping[str, float], minimum: int) -> None:

@@ -13,7 +13,7 @@ from loraflow.data.chat_formats import has_known_keys, is_bare_chat, read_chat, 
 from loraflow.data.chats import BadRow
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.preference_pairs import refuse_corrected
-from loraflow.data.published_formats import pair_keys
+from loraflow.data.published_formats import is_one_message, pair_keys
 from loraflow.data.question_parts import LostPart, is_passage, is_phrase, question_parts
 from loraflow.data.readers import read_values
 from loraflow.data.row_fields import objects
@@ -88,6 +88,8 @@ _CLASSES = ("category", "label", "class", "intent", "topic", "sentiment", "label
 _CHAT_NAMES = re.compile(r"conversation|dialog|chat|messages|turns", re.IGNORECASE)
 # Names of one of several chats about the same prompt: the better, the worse, those of two models
 _COMPARED = re.compile(r"chosen|reject|prefer|winn|loser|\b(good|bad|positive|negative)\b|[-_. ](a|b|w|l|[1-9])$")
+# Names of an answer that follows earlier turns
+_ANSWERS = frozenset({"response", "answer", "output", "completion", "reply"})
 # Names of an answer's derivation, whose result is the `answer`
 _DERIVATIONS = re.compile(r"solution|generation|explanation|rationale|reasoning|thought|response")
 _LONG = 3  # words of a text that is no name or category
@@ -264,6 +266,8 @@ def _system(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:
 
 def _columns_of_classes(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:
     """Return the columns of a text and its class, if there is one of each."""
+    if is_one_message(row):
+        return {}
     texts = [names[name] for name in _TEXTS if name in names and isinstance(row[names[name]], str)]
     classes = [names[name] for name in _CLASSES if name in names and isinstance(row[names[name]], str)]
     if len(texts) != 1 or len(classes) != 1 or len(str(row[classes[0]])) > MAX_CLASS:
@@ -276,10 +280,18 @@ def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
     found: dict[str, str] = {}  # column of the row → loraflow's
     for name, value in row.items():
         turns = objects(value) if isinstance(value, list) else None
-        if turns is None or _COMPARED.search(name.lower()):
+        if (
+            turns is None
+            or _COMPARED.search(name.lower())
+            or ("history" in name.lower() and not _ANSWERS.isdisjoint(row))
+        ):
             continue
         if _CHAT_NAMES.search(name) or not any(map(pair_keys, turns)):
-            ours = "messages" if any("role" in turn for turn in turns) else "conversations"
+            ours = (
+                "conversations"
+                if any("from" in turn for turn in turns) and not any("role" in turn for turn in turns)
+                else "messages"
+            )
             found |= {name: ours} if _is_chat(ours, value) else {}
     return {ours: name for name, ours in found.items()} if len(found) == 1 else {}
 

@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 
 from pydantic import JsonValue
 
-from loraflow.data.chat_formats import BARE_CHAT, has_known_keys, is_bare_chat
+from loraflow.data.chat_formats import has_known_keys, is_bare_chat
 from loraflow.data.chats import BadRow
 from loraflow.data.container_text import strict_json
 from loraflow.failures import BadData
@@ -115,7 +115,7 @@ def json_line(line: bytes, place: str) -> RawValue:
         problem = f"byte {error.start + 1} is not valid UTF-8 (0x{line[error.start]:02x})"
         return RawValue(place, BadRow(problem), repr(line[:200]))
     try:
-        value = strict_json(text)
+        value = _row(strict_json(text))
     except json.JSONDecodeError as error:
         problem = f"column {error.pos + 1}: {error.msg}; expected one JSON object per line"
         if text.rstrip().endswith(",") and _is_json(text.rstrip().rstrip(",")):
@@ -125,8 +125,6 @@ def json_line(line: bytes, place: str) -> RawValue:
         return RawValue(place, BadRow(problem), text.rstrip("\n")[:2000])
     except ValueError as error:
         return RawValue(place, BadRow(str(error)), text[:2000])
-    if is_bare_chat(value):
-        return RawValue(place, BadRow(BARE_CHAT), text.rstrip("\n")[:2000])
     if isinstance(value, list):
         problem = "a list; expected one JSON object per line (if the whole file is one list, rename it to .json)"
         return RawValue(place, BadRow(problem), text.rstrip("\n")[:2000])
@@ -143,33 +141,30 @@ def read_json(path: Path, name: str) -> Iterator[RawValue]:
     text = path.read_text(encoding="utf-8-sig")
     try:
         rows = strict_json(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and error.lineno > 1 and _is_json(text.split("\n", 1)[0]):
-            yield from read_json_lines(path, name)
-            return
-        raise BadData(
-            "The file is not valid JSON.",
-            where=f"{name}:{error.lineno}:{error.colno}",
-            got=error.msg if text.strip() else "an empty file",
-            expected="a list of rows",
-            next_step="correct the file; one JSON object per line is read from a .jsonl file",
-        ) from error
     except ValueError as error:
         first, *others = text.strip().split("\n", 1)
-        if others and _is_json(first):  # JSON lines, one of which has a duplicated key: the other rows are read
+        if others and _is_json(first):  # also lines one of which has a duplicated key: the other rows are read
             yield from read_json_lines(path, name)
             return
+        where, got = name, str(error)
+        if isinstance(error, json.JSONDecodeError):
+            where, got = f"{name}:{error.lineno}:{error.colno}", error.msg
         raise BadData(
             "The file is not valid JSON.",
-            where=name,
-            got=str(error),
+            where=where,
+            got=got if text.strip() else "an empty file",
             expected="a list of rows",
             next_step="correct the file; one JSON object per line is read from a .jsonl file",
         ) from error
     if not isinstance(rows, list):
         raise _not_a_list(rows, name)
     for number, row in enumerate(rows, 1):
-        yield RawValue(f"{name}:row {number}", row, row_text(row))
+        yield RawValue(f"{name}:row {number}", _row(row), row_text(row))
+
+
+def _row(value: JsonValue) -> JsonValue:
+    """Return a row. One that is nothing but a list of messages, as nanochat's are, gets a key."""
+    return {"messages": value} if is_bare_chat(value) else value
 
 
 def row_text(row: JsonValue) -> str:
@@ -204,7 +199,9 @@ def _not_a_list(value: JsonValue, name: str) -> BadData:
             got, next_step = "a single row", "put the rows in a list, or one per line in a .jsonl file"
     elif lists:
         new = shlex.quote(f"{Path(name).stem}.jsonl")
-        next_step = f"jq -c {shlex.quote(f'.[{json.dumps(lists[0])}][]')} {shlex.quote(name)} > {new}"
+        key = "rows" if "rows" in lists else lists[0]  # beside the features, in answers of the hub's API
+        inner = ".row" if key == "rows" and isinstance(value, dict) and "row_idx" in str(value[key])[:30] else ""
+        next_step = f"jq -c {shlex.quote(f'.[{json.dumps(key)}][]{inner}')} {shlex.quote(name)} > {new}"
     return BadData(
         "The file does not contain a list.", where=name, expected="a JSON list of rows", got=got, next_step=next_step
     )

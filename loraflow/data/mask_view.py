@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import random
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -56,6 +57,10 @@ def masked_row(rows: Path, number: int, template: ChatTemplate, config: Tokenize
         line = next(itertools.islice(file, number - 1, None), None)
     if line is None:
         raise BadConfig("There is no such training row.", where=f"--row {number}", next_step="choose a smaller number")
+    return _masked(line, template, config)
+
+
+def _masked(line: str | bytes, template: ChatTemplate, config: TokenizeConfig) -> MaskedRow:
     record: ChatRecord = json.loads(line)
     with name_row([record["place"]]):
         if_cut: IfCut = "context" if config.thinking == "keep" else "error"
@@ -95,7 +100,9 @@ def _left_out(tokens: int, learned: list[bool], control_token: str | None, confi
 
 
 def sample_rows(rows: Path, template: ChatTemplate, config: TokenizeConfig) -> list[SampleRow]:
-    """Return the first rows of a file of checked chats for a report.
+    """Return a few rows of a file of checked chats for a report, in the order of the file.
+
+    They stand at places in the file that a fixed seed draws, so the whole file need not be read.
 
     Args:
         rows: the file.
@@ -105,9 +112,16 @@ def sample_rows(rows: Path, template: ChatTemplate, config: TokenizeConfig) -> l
     Raises:
         BadModel: the template cannot render a row.
     """
-    with rows.open(encoding="utf-8") as file:
-        count = sum(1 for _ in itertools.islice(file, SAMPLES))
-    shown = (masked_row(rows, number, template, config) for number in range(1, count + 1))
+    size, rng, lines = rows.stat().st_size, random.Random(0), dict[int, bytes]()
+    with rows.open("rb") as file:
+        for _ in range(10 * SAMPLES if size else 0):
+            file.seek(rng.randrange(size))
+            file.readline()
+            file.seek(at := file.tell() % size)
+            lines[at] = file.readline()
+            if len(lines) == SAMPLES:
+                break
+    shown = (_masked(lines[at], template, config) for at in sorted(lines))
     return [
         SampleRow(
             place=row.place,

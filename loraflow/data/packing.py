@@ -1,4 +1,4 @@
-"""Best-fit-decreasing packing over the whole set.
+"""Best-fit-decreasing packing over the whole set; and what token sequences have in common at their beginning.
 
 The longest documents are placed first, each into the fullest row that still has enough free tokens. Rows with the same
 number of free tokens are interchangeable, so all documents of one length are placed at once: a million documents take a
@@ -8,8 +8,10 @@ tenth of a second.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -75,3 +77,14 @@ def documents_of_rows(row_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     documents = np.argsort(row_of, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
     return documents, offsets
+
+
+def common_prefix_length(rows: Sequence[Sequence[int] | NDArray[np.integer]], longest: int | None = None) -> int:
+    """Return how many ids all rows begin with, at most `longest`; 0 without rows."""
+    if not len(rows):
+        return 0
+    shortest = min(map(len, rows))
+    length = shortest if longest is None else max(0, min(longest, shortest))
+    heads = np.stack([np.asarray(row[:length]) for row in rows])
+    differs = (heads != heads[0]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else length

@@ -240,6 +240,15 @@ _TREES = (
     "def tree($all): . + {replies: [.message_id as $id | $all[] | select(.parent_id == $id) | tree($all)]}; "
     "group_by(.message_tree_id)[] | . as $all | .[] | select(.parent_id == null) | tree($all)"
 )
+# Keys of a row that is one message: the id of the chat, the role, the text
+_ONE_MESSAGE = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        "(conv|conversation|dialog|dialogue|session|thread|chat)_?id",
+        "role|speaker|sender|from|author_?role",
+        "content|text|utterance|message|value",
+    )
+)
 _RENDERED = ("[INST]", "### Instruction:", "<|user|>", "<|start_header_id|>", "<start_of_turn>")
 
 
@@ -247,6 +256,10 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
     """Return how a row is made a chat, for the end of a message; empty if nothing is known about its keys."""
     if row.keys() >= {"message_id", "parent_id", "text"}:
         return "; these are the messages of trees, one in a row" + _by_jq(_TREES, "-cs").replace("chats", "trees")
+    if is_one_message(row):
+        chat, role, said = (str(key) for key in _keys_of_message(row))
+        made = f"group_by(.{chat})[] | {{messages: map({{role: .{role}, content: .{said}}})}}"
+        return "; these are messages, one in a row" + _by_jq(made, "-cs")
     if "chosen" in row:
         if is_transcript(row["chosen"]):
             return "; for the chosen answers of preference pairs, set data.columns: {text: chosen}"
@@ -263,6 +276,15 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         made = f'{{instruction: "Translate to {target}.", input: .translation.{source}, output: .translation.{target}}}'
         return _by_jq(made)
     return next((_by_jq(made) for keys, made in _FILTERS if row.keys() >= keys), "")
+
+
+def _keys_of_message(row: Mapping[str, JsonValue]) -> list[str | None]:
+    return [next((key for key in row if pattern.fullmatch(key)), None) for pattern in _ONE_MESSAGE]
+
+
+def is_one_message(row: Mapping[str, JsonValue]) -> bool:
+    """Tell whether a row is one message of a chat: it has the chat's id, the message's role and its text."""
+    return all(_keys_of_message(row))
 
 
 def hint_to_choose(row: Mapping[str, JsonValue]) -> str:

@@ -18,7 +18,7 @@ from loraflow.data.cell_values import parsed_list
 from loraflow.data.chat_formats import RawRow, read_chat
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.csv_reader import read_table
-from loraflow.data.hidden_files import is_hidden
+from loraflow.data.dataset_files import is_hidden
 from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MarkedFalse

@@ -175,18 +175,16 @@ class RowFields:
     def _turn(self, column: str, item: RawRow, roles: tuple[str, ...], contents: tuple[str, ...], number: int) -> Turn:
         if self.ignore:
             item = without_ignored(item, self.ignore)
-        calls = [
-            call
-            for key in ("tool_calls", "function_call")
-            for call in read_calls(item.get(key), f"message {number}: {key}")
-        ]
+        calls = [call for key in _CALLS for call in read_calls(item.get(key), f"message {number}: {key}")]
         fields = RowFields(item, {}, self.labels)
         role, content = normal_role(fields.optional(*roles)), fields.optional(*contents)
         is_answer = role in (ASSISTANT, FUNCTION_CALL)
         reasoning = _reasoning(fields, f"message {number}") if is_answer else ""
-        weight, used = Weight(1.0), fields._used | {*roles, *contents, "tool_calls", "function_call"}
+        weight, used = Weight(1.0), fields._used | {*roles, *contents, *_CALLS}
         if calls and not is_answer:
             raise BadRow(f"message {number}: a tool call in a {role} message; only an assistant calls tools")
+        if role == "system" and (key := next((key for key in _TOOLS if _may_be_tools(item.get(key))), None)):
+            self.tools, used = item[key], used | {key}
         if role == TOOL:
             used |= {"tool_call_id", "name"}
             parameters, observation = item.get("parameters"), item.get("observation")
@@ -303,9 +301,15 @@ def _are_equal(calls: Sequence[ToolCall], others: Sequence[ToolCall]) -> bool:
     )
 
 
+def _may_be_tools(value: JsonValue) -> bool:
+    return bool(objects(value)) or (
+        isinstance(value, str) and value.lstrip()[:1] in ("[", "{") and value not in _EMPTY_TEXTS
+    )
+
+
 def without_answer(items: list[RawRow]) -> list[RawRow]:
     """Return messages of a row without the last answer, if they end with one: a text, calls, or both."""
-    roles = [normal_role(item.get("role") or item.get("from")) for item in items]
+    roles = [normal_role(next((item[key] for key in ROLE_KEYS if item.get(key)), None)) for item in items]
     end = len(items)
     while end and (roles[end - 1] == FUNCTION_CALL or (roles[end - 1] == TOOL and _is_open_call(items[end - 1]))):
         end -= 1
@@ -362,14 +366,29 @@ def objects(value: JsonValue) -> list[RawRow] | None:
     return found if len(found) == len(value) else None
 
 
+ROLE_KEYS = ("role", "from", "sender", "speaker")  # of a message
+_CALLS = ("tool_calls", "function_call", "function_calls")  # keys of an answer with calls; the last is Olmo's
+_TOOLS = ("tools", "functions")  # keys of a system message with the tools: GLM's and Olmo's
 FUNCTION_CALL = "function_call"  # ShareGPT's role of an answer that is a call; ms-swift's tool_call
 ASSISTANT, TOOL = "assistant", "tool"
 ROLES = {
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "model", "bing", "bot", "chatbot", "ai"), ASSISTANT),
-    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(
+        ("gpt", "assistant", "chatgpt", "bard", "model", "bing", "bot", "chatbot", "ai", "agent"), ASSISTANT
+    ),
+    **dict.fromkeys(("human", "user", "prompter", "customer"), "user"),
     **dict.fromkeys(("system", "developer"), "system"),  # developer: OpenAI's newer name
     **dict.fromkeys(
-        ("tool", "observation", "function", "ipython", "tool_response", "tool_result", "function_response"), TOOL
+        (
+            "tool",
+            "observation",
+            "function",
+            "ipython",
+            "tool_response",
+            "tool_result",
+            "function_response",
+            "environment",
+        ),
+        TOOL,
     ),
     **dict.fromkeys((FUNCTION_CALL, "tool_call"), FUNCTION_CALL),
 }

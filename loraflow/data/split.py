@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from loraflow.data.chats import Chat, Message
+from loraflow.identity import canonical
 
 to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each row
 
@@ -168,3 +169,18 @@ def spread_sample(keys: Sequence[str], values: Sequence[str] | None, size: int, 
         for value, numbers in rows.items()
         for n in sample([keys[number] for number in numbers], quota[value], seed, purpose)
     )
+
+
+def row_key(prompt: str) -> str:
+    """Return the identity of a held-out row: 16 hex digits of a hash of its prompt, a JSON list of messages.
+
+    System messages, letter case and white space do not count, nor does the reference: a row with another system message or
+    a corrected answer was still seen before.
+    """
+    try:
+        messages = json.loads(prompt)
+        texts = [str(message["content"]) for message in messages if message["role"] != "system"]
+    except (ValueError, TypeError, KeyError):
+        texts = [prompt]
+    plain = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts]
+    return hashlib.sha256(canonical(plain)).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Chats that are written into one text: `Human: …` and `Assistant: …`, `### Human: …`, ChatML, and Glaive's calls.
+"""Chats that are written into one text: with labels, as `Human: …`; as a chat template renders them; and Glaive's calls.
 
 Only texts that begin with a question's label are read so: a label somewhere in a text is a part of it.
 """
@@ -23,7 +23,8 @@ class _Dialect(NamedTuple):
     label: re.Pattern[str]  # before each message; its group is the role
     answer: re.Pattern[str]  # the label of an answer
     begin_mark: str = ""  # with which each label begins, and nothing else
-    end: str = ""  # after each message
+    end: re.Pattern[str] | None = None  # after each message
+    preamble: str = ""  # with which the system message begins, in front of the first label
 
 
 def _labelled(question: str) -> _Dialect:
@@ -35,6 +36,26 @@ def _labelled(question: str) -> _Dialect:
     )
 
 
+def _rendered(mark: str, behind: str, end: str, role: str = r"\w+") -> _Dialect:
+    """Return the dialect of a chat template.
+
+    Args:
+        mark: the text before each role.
+        behind: a pattern of what follows the role.
+        end: a pattern of what ends a message.
+        role: a pattern of the roles. By default they are words, and nothing else stands behind the mark.
+    """
+    before = re.escape(mark)
+    return _Dialect(
+        re.compile(before + role),
+        re.compile(f"{before}({role}){behind}"),
+        re.compile(f"{before}(?:assistant|model){behind}"),
+        mark if role == r"\w+" else "",
+        re.compile(end),
+    )
+
+
+_LINE = r"(?:\r?\n|\Z)"
 # No pattern that is searched for begins with white space: a long run of it would be scanned once from each of its places.
 _DIALECTS = (
     _labelled("Human"),  # Anthropic's; BELLE has no blank lines
@@ -43,15 +64,42 @@ _DIALECTS = (
     _Dialect(re.compile(r"\s*<human>:"), re.compile(r"^<(human|bot)>:[ \t]?", re.MULTILINE), re.compile(r"\n<bot>:")),
     # openassistant-guanaco
     _Dialect(re.compile(r"\s*### Human:"), re.compile(r"### (Human|Assistant):[ \t]?"), re.compile(r"### Assistant:")),
-    # ChatML
+    _rendered("<|im_start|>", _LINE, r"<\|im_end\|>"),  # ChatML
+    _rendered("<|start_header_id|>", r"<\|end_header_id\|>", r"<\|eo[tm]_id\|>"),  # Llama 3
+    _rendered("<start_of_turn>", _LINE, "<end_of_turn>"),  # Gemma
+    _rendered("<|turn>", _LINE, r"<turn\|>"),  # Gemma 4
+    _rendered("<|", r"\|>", r"<\|end(?:oftext)?\|>|</s>", "(?:system|user|assistant)"),  # Phi-3, Zephyr, GLM
+    # Llama 2, Mistral
     _Dialect(
-        re.compile(r"\s*<\|im_start\|>"),
-        re.compile(r"<\|im_start\|>(\w+)(?:\r?\n|\Z)"),
-        re.compile(r"<\|im_start\|>assistant\r?\n"),
-        "<|im_start|>",
-        "<|im_end|>",
+        re.compile(r"\[INST\]"),
+        re.compile(r"\[(/?INST)\]"),
+        re.compile(r"\[/INST\]"),
+        "",
+        re.compile("</s>(?:\\s*<s>)?"),
     ),
+    _Dialect(
+        re.compile(r"### Instruction:"),
+        re.compile(r"^### (Instruction|Input|Response):", re.MULTILINE),
+        re.compile(r"^### Response:", re.MULTILINE),
+        end=re.compile(r"^### End\b|</s>|<\|endoftext\|>", re.MULTILINE),
+        preamble="Below is an instruction that describes a task",
+    ),  # Alpaca
+    _Dialect(
+        re.compile("USER:"),
+        re.compile(r"\b(USER|ASSISTANT):"),
+        re.compile(r"\bASSISTANT:"),
+        end=re.compile("</s>"),
+        preamble="A chat between a curious ",
+    ),  # Vicuna
 )
+# What a text with a chat may begin with. It decides quickly about most texts.
+_CHAT = re.compile(r"\s*(?:[<[]|###|(?:Human|User|System):|Below is an|A chat between)")
+_BEGIN = re.compile(r"(?:<s>|<bos>|\[gMASK\]<sop>|<\|begin_of_text\|>)")
+_ENDS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")
+_ROLES = {"INST": "user", "/INST": ASSISTANT, "Instruction": "user", "Response": ASSISTANT}
+_INPUT = "### Input:"
+_LLAMA_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>", re.DOTALL)
+_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 _SYSTEM = re.compile(r"\s*System:")  # before the first question, whose label begins a line
 _QUESTION = re.compile(r"^(?:Human|User):", re.MULTILINE)
 _NEMO = re.compile(r"\n<extra_id_1>(User|Assistant)(?:\n|\Z)")  # HelpSteer's, after the first question
@@ -72,8 +120,8 @@ _HAS_FUNCTIONS = re.compile(
 
 def is_transcript(value: JsonValue) -> bool:
     """Tell whether a value is a text that has a chat, with a question and an answer."""
-    dialect = _dialect(value)
-    return dialect is not None and isinstance(value, str) and dialect.answer.search(value) is not None
+    found = _split(value)
+    return found is not None and found[0].answer.search(found[1]) is not None
 
 
 def read_transcript(fields: RowFields) -> list[Turn]:
@@ -83,13 +131,12 @@ def read_transcript(fields: RowFields) -> list[Turn]:
         BadRow: the text has no chat, a part of it belongs to no message, or two answers follow each other.
     """
     text = fields.value("text")
-    if not isinstance(text, str) or not is_transcript(text):
+    found = _split(text)
+    if found is None or not is_transcript(text):
         raise BadRow(
-            "text: expected a chat with the labels Human: or User: and Assistant:, ### Human:, or <|im_start|>"
+            "text: expected a chat with the labels Human: or User: and Assistant:, ### Human:, or those of a template"
         )
-    dialect = _dialect(text)
-    assert dialect is not None
-    return _turns(text.lstrip(), dialect)
+    return _turns(found[1], found[0])
 
 
 def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
@@ -97,7 +144,8 @@ def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
 
     Args:
         prompt: such as "Human: q Assistant:", with line breaks before the labels.
-        answer: the text that follows it. It is the last message unchanged, whatever labels it has.
+        answer: the text that follows it. It is the last message unchanged, whatever labels it has. Of a rendered chat, it
+            may begin with its label, and end with the token that closes it.
 
     Raises:
         BadRow: a text belongs to no message, or two answers follow each other.
@@ -110,26 +158,52 @@ def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
         if turns[-1].role == ASSISTANT and not str(turns[-1].content).strip():
             turns.pop()  # the label of the answer
         return alternating([*turns, Turn(ASSISTANT, answer)])
-    prompt = prompt.lstrip()
-    dialect = _dialect(prompt)
-    labels = list(dialect.label.finditer(prompt)) if dialect is not None else []
-    if dialect is None or not labels:
+    found = _split(prompt)
+    labels = list(found[0].label.finditer(found[1])) if found is not None else []
+    if found is None or not labels:
         return None
-    if labels[-1].end() < len(prompt.rstrip()) or normal_role(labels[-1][labels[-1].lastindex or 0]) != ASSISTANT:
-        return None
+    dialect, prompt = found
+    begun = prompt[labels[-1].end() :].lstrip()  # a template may open the reasoning
+    if _role(labels[-1]) != ASSISTANT or (begun and (dialect.end is None or dialect.end.search(begun))):
+        begins_answer = dialect.end is not None and dialect.answer.match(answer.lstrip())
+        return _turns(f"{prompt}\n{answer.lstrip()}", dialect) if begins_answer else None
     if dialect.end:
-        answer = answer.rstrip().removesuffix(dialect.end) if answer.rstrip().endswith(dialect.end) else answer
-        if dialect.end in answer:
-            raise BadRow(f"the answer has more than one message: {dialect.end} is not at its end")
+        answer = _without_end(begun + answer)
+        if (end := dialect.end.search(answer)) and answer[end.end() :].strip():
+            raise BadRow(f"the answer has more than one message: {end[0]} is not at its end")
+        answer = answer[: end.start()] if end else answer
     return alternating([*_turns(prompt[: labels[-1].start()], dialect), Turn(ASSISTANT, answer)])
 
 
-def _dialect(text: JsonValue) -> _Dialect | None:
-    if not isinstance(text, str):
+def _split(text: JsonValue) -> tuple[_Dialect, str] | None:
+    """Return the dialect of a text, and the text without the tokens around a rendered chat; None if it is no chat."""
+    if not isinstance(text, str) or not _CHAT.match(text):
         return None
-    question = _QUESTION.search(text) if _SYSTEM.match(text) else None
-    at = 0 if question is None else question.start()
-    return next((dialect for dialect in _DIALECTS if dialect.begin.match(text, at)), None)
+    text = text.lstrip()
+    begin = _BEGIN.match(text)
+    for dialect in _DIALECTS:
+        if dialect.end and begin:
+            text, begin = text[begin.end() :].lstrip(), None
+        first = None
+        if dialect.preamble and text.startswith(dialect.preamble):
+            first = dialect.label.search(text)
+        elif dialect.end is None and _SYSTEM.match(text):
+            first = _QUESTION.search(text)
+        if dialect.begin.match(text, first.start() if first else 0):
+            return dialect, _without_end(text) if dialect.end else text
+    return None
+
+
+def _without_end(text: str) -> str:
+    """Return a text without the token that ends a document."""
+    cut = text.rstrip()
+    return cut[: cut.rindex("<")] if cut.endswith(_ENDS) else text
+
+
+def _role(label: re.Match[str]) -> JsonValue:
+    """Return the role that a label names."""
+    name = label[label.lastindex or 0]
+    return _ROLES.get(name) or normal_role(name)
 
 
 def _turns(text: str, dialect: _Dialect) -> list[Turn]:
@@ -139,20 +213,33 @@ def _turns(text: str, dialect: _Dialect) -> list[Turn]:
         BadRow: a text belongs to no message, or two answers follow each other.
     """
     labels = list(dialect.label.finditer(text))
-    before = text[: labels[0].start()] if labels else text
-    if before.strip():
-        raise BadRow(f"a text before the first message: {before.strip()[:40]!r}")
-    if dialect.begin_mark and text.count(dialect.begin_mark) != len(labels):
-        raise BadRow(f"expected a role and a line break after each {dialect.begin_mark}")
-    ends = [label.start() for label in labels[1:]] + [len(text)]
+    before = (text[: labels[0].start()] if labels else text).strip()
     turns: list[Turn] = []
+    if before and dialect.preamble and before.startswith(dialect.preamble):
+        turns.append(Turn("system", before))
+    elif before:
+        raise BadRow(f"a text before the first message: {before[:40]!r}")
+    if dialect.begin_mark and text.count(dialect.begin_mark) != len(labels):
+        raise BadRow(f"expected a role after each {dialect.begin_mark}, and behind it what the template writes")
+    ends = [label.start() for label in labels[1:]] + [len(text)]
     for label, end in zip(labels, ends, strict=True):
         content = text[label.end() : end].strip()
-        if dialect.end:
-            content, found, rest = content.partition(dialect.end)
-            if rest.strip() and found:
-                raise BadRow(f"a text between two messages: {rest.strip()[:40]!r}")
-        turns.append(Turn(normal_role(label[label.lastindex or 0]), content.strip()))
+        if dialect.end and (found := dialect.end.search(content)):
+            if rest := content[found.end() :].strip():
+                raise BadRow(f"a text between two messages: {rest[:40]!r}")
+            content = content[: found.start()].strip()
+        if label[0] != _INPUT:
+            turns.append(Turn(_role(label), content))
+        elif not turns or turns[-1].role != "user":
+            raise BadRow(f"{_INPUT} does not follow ### Instruction:")
+        elif content:
+            turns[-1] = Turn("user", f"{turns[-1].content}\n\n{content}")
+    if turns and (system := _LLAMA_SYSTEM.match(str(turns[0].content))):
+        turns = [
+            Turn("system", system[1].strip()),
+            Turn("user", str(turns[0].content)[system.end() :].strip()),
+            *turns[1:],
+        ]
     return alternating(turns)
 
 

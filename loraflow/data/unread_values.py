@@ -57,6 +57,11 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str]) -> Told:
             if normal_name(key) in CONTAINERS:
                 members = ((inner, item) for inner, item in value.items() if not isinstance(item, dict | list))
                 found += [(f"{key}.{inner}", _word(inner, item)) for inner, item in members if not is_absent(item)]
+        elif key not in row and isinstance(
+            messages := row.get((names := key.partition("."))[0]), list
+        ):  # of its messages
+            said = [item[names[2]] for item in messages if isinstance(item, dict) and not is_absent(item.get(names[2]))]
+            found += [(key, word) for word in [_word(names[2], said[-1])] if word] if said else []
         elif word := _word(key, value):
             found.append((key, word))
     return tuple(found)

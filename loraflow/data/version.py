@@ -15,8 +15,8 @@ from loraflow.config.data_sources import DataSource
 from loraflow.config.locations import DatasetLocation, DvcOrigin, FolderOrigin, SourcePart, SourcesOrigin
 from loraflow.config.stage_configs import VersionDatasetConfig
 from loraflow.data import dvc
+from loraflow.data.dataset_files import is_hidden
 from loraflow.data.git import is_url
-from loraflow.data.hidden_files import is_hidden
 from loraflow.data.sqlite_reader import plain_query, refuse_unsaved
 from loraflow.failures import BadData, Failure
 from loraflow.job import Inputs, Job, Progress

@@ -19,7 +19,7 @@ import numpy as np
 
 from loraflow.config.data import GENERAL_SETS
 from loraflow.config.stage_configs import ScoreGeneralConfig
-from loraflow.data.general_rows import FILE, GeneralRow, read_general
+from loraflow.data.chats import GENERAL_FILE, GeneralRow, read_general
 from loraflow.data.loss_mask import Encoded
 from loraflow.data.token_labels import IGNORED
 from loraflow.evaluation.intervals import mean_interval
@@ -48,7 +48,7 @@ def run(job: Job[ScoreGeneralConfig], inputs: Inputs, out: Path, progress: Progr
         BadModel: the chat template cannot render a chat.
     """
     config, group = job.config, join(pick_device(job.runtime))
-    rows = read_general(inputs["general"] / FILE)
+    rows = read_general(inputs["general"] / GENERAL_FILE)
     chats = [row for row in rows if row["kind"] == "chat"]
     questions = [row for row in rows if row["kind"] == "choice"]
     of_chats, of_choices = _losses(job, inputs["model"], chats, questions, group)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from loraflow.base.load import sees_all_before
 from loraflow.base.longrope import Side, longrope_modules
-from loraflow.data.common_prefix import common_prefix_length
+from loraflow.data.packing import common_prefix_length
 from loraflow.data.positions import Positions
 
 if TYPE_CHECKING:

@@ -190,7 +190,7 @@ def _ask_model(
 
 def _shared_tokens(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> int:
     """Return how many tokens of the prompts are computed once for all of them."""
-    from loraflow.data.common_prefix import common_prefix_length
+    from loraflow.data.packing import common_prefix_length
     from loraflow.evaluation.prefix_cache import MIN_ROWS, MIN_TOKENS, has_plain_cache
 
     lengths = [len(prompt) for prompt in prompts]
@@ -378,8 +378,8 @@ def _figures(scores: Scores) -> dict[str, float]:
 
 
 def _samples(table: pd.DataFrame) -> tuple[Sample, ...]:
-    """Return the first answers of the gate's set, for the run's report."""
+    """Return answers of the gate's set for the run's report. Ids are hashes, so the first ones are a random sample."""
     return tuple(
         Sample(id=row.id, prompt=json.loads(row.prompt)[-1]["content"], reference=row.reference, answer=row.answer)
-        for row in table[table["set"] == GATE_SET].head(SAMPLES).itertuples()
+        for row in table[table["set"] == GATE_SET].sort_values("id").head(SAMPLES).itertuples()
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
 from loraflow.data.chats import GATE_SET, ChatRecord, Message
-from loraflow.data.row_key import row_key
+from loraflow.data.split import row_key
 from loraflow.execution.cache import look_up
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure

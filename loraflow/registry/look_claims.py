@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from loraflow.data.row_key import row_key as row_key
+from loraflow.data.split import row_key as row_key
 from loraflow.frozen import StoredModel
 from loraflow.identity import canonical
 from loraflow.registry.anchor import FOLDER as ANCHORS

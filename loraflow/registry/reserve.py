@@ -15,8 +15,7 @@ from collections.abc import Iterable, Sequence, Set
 from typing import NamedTuple
 
 from loraflow.data.chats import GATE_SET
-from loraflow.data.row_key import row_key
-from loraflow.data.split import draw
+from loraflow.data.split import draw, row_key
 from loraflow.failures import BadConfig
 from loraflow.frozen import StoredModel
 

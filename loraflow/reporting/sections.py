@@ -62,7 +62,7 @@ def learned_lines(learned: Learned, sparkline: Callable[[Sequence[float]], str],
         yield from _lengths(lengths, sparkline, image=image)
     for number, row in enumerate(learned.report.samples):
         if not number:
-            yield from ("The first training rows as the model reads them. What is learned is in ⟦ ⟧:", "")
+            yield from ("Training rows, drawn at random, as the model reads them. What is learned is in ⟦ ⟧:", "")
         yield from _sample(row)
 
 

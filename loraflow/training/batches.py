@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from loraflow.data.common_prefix import common_prefix_length
+from loraflow.data.packing import common_prefix_length
 from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_rows import Document, TokenRows
 from loraflow.hardware.process_group import ProcessGroup

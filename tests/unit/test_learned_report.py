@@ -122,7 +122,7 @@ def test_tokenize_reports_the_lengths_that_transformers_counts_with_the_rows_tha
     monkeypatch.setattr(segments, "MAX_ROWS", 8)
     monkeypatch.setattr(chunk_encoder, "ONE_PROCESS_BYTES", 1)
     chats = [chat(n)["messages"] for n in range(30)]
-    chats[17] = [{"role": "user", "content": "so long " * 80}, {"role": "assistant", "content": "yes"}]
+    chats[17] = [{"role": "user", "content": "so long " * 70}, {"role": "assistant", "content": "yes"}]
     rows, out = tmp_path / "rows", tmp_path / "out"
     rows.mkdir(), out.mkdir()
     records = [{"id": str(n), "set": "train", "place": f"x:{n}", "messages": c} for n, c in enumerate(chats)]
@@ -137,8 +137,11 @@ def test_tokenize_reports_the_lengths_that_transformers_counts_with_the_rows_tha
     assert found.lengths == lengths_of(counted)
     assert found.lengths.longest[0] == LongRow(place="x:17", tokens=counted[17])
     assert summary.figures["rows_too_long"] == found.lengths.too_long_rows >= 1
-    assert [sample.place for sample in found.samples] == ["x:0", "x:1", "x:2"]
-    for sample, messages, count in zip(found.samples, chats, counted, strict=False):
+    drawn = [int(sample.place.removeprefix("x:")) for sample in found.samples]
+    assert len(set(drawn)) == 3 and drawn == sorted(drawn) != [0, 1, 2]
+    for sample, messages, count in (
+        (sample, chats[n], counted[n]) for sample, n in zip(found.samples, drawn, strict=True)
+    ):
         learned = "".join(text for text, weight in sample.parts if weight)
         assert messages[-1]["content"] in learned and messages[0]["content"] not in learned
         assert "".join(text for text, _ in sample.parts) == tokenizer.decode(

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,10 @@ GLAIVE = (
     "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
     + json.dumps(FUNCTION, indent=4)
 )
+PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+VICUNA = "A chat between a curious user and an artificial intelligence assistant."
 SHAPES = {
     # trees and transcripts
     "OpenAssistant tree": (
@@ -85,7 +90,30 @@ SHAPES = {
     "ChatML with line ends of Windows": ([{"text": "<|im_start|>user\r\nq<|im_end|>\r\n<|im_start|>assistant\r\na<|im_end|>\r\n"}], [QA]),
     "a prompt about a dialogue": ([{"prompt": "Human: hi\n\nAssistant: hello\n\nWho spoke first?", "completion": "a"}],
                                   [["u: Human: hi\n\nAssistant: hello\n\nWho spoke first?", "a: a"]]),
-    "rendered by Llama 2": ([{"text": "<s>[INST] q [/INST] a </s>"}], [REFUSED]),
+    # rendered by a template
+    "Llama 2": (
+        [{"text": "<s>[INST] q [/INST] a </s><s>[INST] r [/INST] b </s>"}, {"text": "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nq [/INST] a </s>"},
+         {"prompt": "<s>[INST] q [/INST]", "completion": "a</s>"}, {"prompt": "[INST]q[/INST]", "completion": "a"}, {"text": "[INST] q [/INST]"},
+         {"text": "[INST] q [/INST] a </s> x [INST] r [/INST] b"}, {"text": "Why [INST] and [/INST]?"}],
+        [TWO, ["s: s", *QA], QA, QA, REFUSED, REFUSED, REFUSED]),
+    "Alpaca's template": (
+        [{"text": f"{PREAMBLE}### Instruction:\ni\n\n### Input:\nq\n\n### Response:\na{end}"} for end in ("", "</s>", "\n\n### End")]
+        + [{"text": "### Instruction:\nq\n\n### Response:\na"}, {"prompt": f"{PREAMBLE}### Instruction:\nq\n\n### Response:\n", "completion": "a"},
+           {"prompt": "### Instruction:\nq", "completion": "### Response:\na"}, {"text": "Answer.\n\n### Instruction:\nq\n\n### Response:\na"},
+           {"text": "### Instruction:\nq\n\n### Response:\na\n### Input:\nx\n### Response:\nb"}, {"prompt": "### Instruction:\nq", "completion": "a"}],
+        [[f"s: {PREAMBLE.strip()}", "u: i\n\nq", "a: a"]] * 3 + [QA, [f"s: {PREAMBLE.strip()}", *QA], QA, REFUSED, REFUSED, ["u: ### Instruction:\nq", "a: a"]]),
+    "Vicuna's template": (
+        [{"text": f"{VICUNA} USER: q ASSISTANT: a</s>USER: r ASSISTANT: b</s>"}, {"prompt": f"{VICUNA} USER: q ASSISTANT:", "completion": "a"}],
+        [[f"s: {VICUNA}", *TWO], [f"s: {VICUNA}", *QA]]),
+    "Zephyr": ([{"text": "<|system|>\ns</s>\n<|user|>\nq</s>\n<|assistant|>\na</s>\n"}, {"text": "<|system|>\n</s>\n<|user|>\nq</s>\n<|assistant|>\na"},
+                {"prompt": "<|user|>\nq</s>\n<|assistant|>\n", "completion": "a</s>"}], [["s: s", *QA], ["s: ", *QA], QA]),
+    "a prompt whose template opens the reasoning": (
+        [{"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n", "completion": "t\n</think>\n\na<|im_end|>"}],
+        [["u: q", "a: <think>\nt\n</think>\n\na"]]),
+    "a completion that begins with its label": (
+        [{"prompt": "<|im_start|>user\nq<|im_end|>\n", "completion": "<|im_start|>assistant\na<|im_end|>"}], [QA]),
+    "a rendered prompt beside a system column": ([{"prompt": "<|system|>\ns<|end|>\n<|user|>\nq<|end|>\n<|assistant|>\n", "completion": "a", "system": system}
+                                                  for system in ("s", "t")], [["s: s", *QA], REFUSED]),
     # lists of pairs and texts
     "Capybara": ([{"source": "x", "conversation": [{"input": "q", "output": "a"}, {"input": "r", "output": "b"}]}], [TWO]),
     "xtuner": ([{"conversation": [{"system": "s", "input": "q", "output": "a", "output_with_loss": False}, {"input": "r", "output": "b"}]}],
@@ -111,6 +139,25 @@ SHAPES = {
     "ShareGPT with a bot": ([{"conversations": [human("q"), {"from": "bot", "value": "a"}]}], [QA]),
     "Llama's role of results": ([{"messages": [user("q"), answer("a"), {"role": "ipython", "content": "1"}, answer("b")]}],
                                 [["u: q", "a: a", "t: 1", "a: b"]]),
+    "Olmo": (
+        [{"messages": [{"role": "system", "content": "s", "functions": json.dumps([FUNCTION]), "function_calls": None}, user("q"),
+                       {"role": "assistant", "content": said, "function_calls": calls}, {"role": "environment", "content": "1"}, answer("a")]}
+         for said, calls in ((None, json.dumps([CALL])), (None, "f(x=1)"), ("b", "f(x=1)"), (None, json.dumps([{"name": "g", "arguments": {}}])))],
+        [["s: s", "u: q", "a: ", "t: 1", "a: a"], REFUSED, REFUSED, REFUSED]),
+    "GLM": ([{"messages": [{"role": "system", "content": "", "tools": [{"type": "function", "function": FUNCTION}]}, user("q"),
+                           {"role": "assistant", "tool_calls": [CALL]}]},
+             {"messages": [{"role": "system", "content": "s", "tools": ["f"]}, user("q"), answer("a")]}], [["s: ", "u: q", "a: "], ["s: s", *QA]]),
+    "turns of speakers": (
+        [{"turns": [{"speaker": "customer", "utterance": "q"}, {"speaker": "Agent", "utterance": "a"}], "topic": "t"},
+         {"turns": [{"speaker": "user", "utterance": "q"}, {"speaker": "Robo", "utterance": "a"}]}], [QA, REFUSED]),
+    "earlier turns with roles": ([{"chat_history": [user("q"), answer("a")], "message": "r", "response": "b"}, {"history": [user("q"), answer("a")]}],
+                                 [REFUSED, REFUSED]),
+    "turns in a history": ([{"history": [user("q"), answer("a")], "id": 1}], [QA]),
+    "turns of senders": ([{"turns": [{"sender": "user", "text": "q", "x": None}, {"sender": "assistant", "text": "a", "x": 1}]}], [QA]),
+    "turns with texts": ([{"turns": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}]}], [QA]),
+    "messages, one in a row": ([{"conversation_id": 1, "role": "user", "content": "q", "topic": "x"},
+                                {"conversation_id": 1, "role": "assistant", "content": "a", "topic": "x"}], [REFUSED] * 2),
+    "texts with a class and an author": ([{"author": "x", "text": "q", "category": "a"}], [QA]),
     # tools
     "xLAM": ([{"id": 0, "query": "q", "answers": json.dumps([CALL]), "tools": json.dumps([FUNCTION])},
               {"query": "q", "answers": "[]", "tools": json.dumps([FUNCTION])},
@@ -301,6 +348,7 @@ LONG = 100_000
 SLOW = [
     {"text": f"Human: hi\n\nAssistant: a{chr(10) * LONG}b"}, {"text": f"### Human: hi### Assistant: a{' ' * LONG}b"},
     {"text": f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\na{chr(10) * LONG}b<|im_end|>"}, {"text": f"Human: q{chr(10) * LONG}"},
+    {"text": f"<s>[INST] q [/INST] a{' ' * LONG}b{'</s> ' * LONG}"}, {"text": f"A chat between a curious user{' ' * LONG}USER: q ASSISTANT: a"},
     {"prompt": f"### Human: hi{chr(10) * LONG}x", "completion": "a"}, {"system": "s", "chat": f"USER: q{chr(10) * LONG}x"},
     {"system": "s", "chat": 'USER: q\n\n\nASSISTANT: <functioncall> {"name": "f", "arguments": ' + " " * LONG + "x"},
     {"system": "{}" * LONG, "chat": "USER: q\n\n\nASSISTANT: a"}, {"prompt": "q", "completion": "a", "context": "a." * LONG},
@@ -315,6 +363,56 @@ def test_long_runs_of_white_space_and_signs_are_read_in_linear_time(row):
     with contextlib.suppress(BadRow):
         read_chat(row)
     assert time.process_time() - begin < 2, "quadratic: more than a minute"
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma", "gemma4", "glm4moe", "lfm2", "llama3", "phi3", "phi3_5", "qwen3_5_think", "qwen3_instruct_2507", "qwen3_vl"]
+)  # fmt: skip
+def test_a_chat_that_a_template_of_trl_rendered_is_read_as_its_messages(name):
+    import trl
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    options = {"chat_template": template, "bos_token": "<s>" if name == "phi3" else "<bos>", "eos_token": "</s>"}
+    system = [] if name == "gemma" else [{"role": "system", "content": "Be [INST] brief."}]
+    chat = [*system, user("Is it\n\n### Response:?"), answer("It is:\n* 4"), user("USER: r"), answer("Human: b")]
+    reasoning = (
+        "<think>\n\n</think>\n\n" if name == "qwen3_5_think" else "<think></think>\n" if name == "glm4moe" else ""
+    )
+    expected = [*chat[:-1], answer(reasoning + chat[-1]["content"])]
+    (text,), _ = render_jinja_template([chat], **options)
+    assert read_chat({"text": text}).messages[-1] == expected[-1]
+    for cut in (len(text), len(text.rstrip())):
+        assert read_chat({"text": text[:cut]}).messages[:-1] == read_chat({"text": text}).messages[:-1]
+    (prompt,), _ = render_jinja_template([chat[:-1]], add_generation_prompt=True, **options)
+    if not reasoning:
+        assert read_chat({"text": text}).messages == chat
+        assert read_chat({"prompt": prompt, "completion": text.removeprefix(prompt)}).messages == chat
+    assert read_chat({"prompt": prompt, "completion": "b"}).messages[:-1] == read_chat({"text": text}).messages[:-1]
+
+
+def test_tools_and_calls_in_messages_are_those_of_the_chat(tmp_path):
+    for rows in (SHAPES["Olmo"][0][:1], SHAPES["GLM"][0][:1]):
+        (row,) = read(tmp_path, rows)
+        assert row.messages[0]["tools"] == [{"type": "function", "function": FUNCTION}]
+        assert row.messages[2]["tool_calls"][0]["function"] == CALL
+        assert row.unused_keys == ()
+    (row,) = read(tmp_path, SHAPES["GLM"][0][1:])
+    assert row.unused_keys == ("messages.tools",)
+
+
+def test_a_text_beside_the_content_of_a_message_is_named(tmp_path):
+    (row,) = read(tmp_path, [{"messages": [user("q"), {**answer("a"), "text": "another", "sender": "x"}]}])
+    assert outcome(row) == QA
+    assert row.unused_keys == ("messages.text", "messages.sender")
+
+
+@pytest.mark.parametrize(
+    "messages", [SHAPES[name][0][0]["turns"] for name in ("turns of speakers", "turns of senders", "turns with texts")]
+)
+def test_a_prompt_of_turns_has_no_answer(messages):
+    assert to_prompt({"messages": messages}) == [user("q")]
+    assert to_prompt({"messages": messages[:1]}) == [user("q")]
 
 
 @pytest.mark.parametrize("as_text", [False, True])

@@ -184,6 +184,11 @@ def test_tables_are_read(tmp_path):
         ("x.json", b"{}", "not contain a list"),
         ("x.json", b"", "an empty file"),
         ("x y.json", b'{"data": [{}]}', "jq -c '.[\"data\"][]' 'x y.json' > 'x y.jsonl'"),
+        (
+            "x.json",
+            b'{"features": [{"name": "q"}], "rows": [{"row_idx": 0, "row": {}}]}',
+            "jq -c '.[\"rows\"][].row' x.json > x.jsonl",
+        ),
         ("x.parquet", b"PAR1garbage", "Parquet"),
         ("x.xlsx", b"", "not supported"),
         ("x.jsonl.gz", b"", "gunzip --keep x.jsonl.gz"),

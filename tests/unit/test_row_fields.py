@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraflow.data import json_reader
-from loraflow.data.chat_formats import read_chat, to_messages, to_prompt
+from loraflow.data.chat_formats import read_chat, to_messages
 from loraflow.data.chats import BadRow
 from loraflow.data.readers import read_rows
 from loraflow.failures import BadData
@@ -125,14 +125,11 @@ def write(folder: Path, name: str, content: bytes) -> list:
     return list(read_rows(folder, [name], "auto"))
 
 
-def test_a_bare_list_of_messages_is_named_with_what_would_be_right(tmp_path):
-    line = json.dumps([QUESTION, ANSWER]).encode()
-    (row,) = write(tmp_path, "x.jsonl", line)
-    assert row.place == "x.jsonl:1" and 'jq -c "{messages: .}"' in row.problem
-    (row,) = write(tmp_path, "x.json", b"[" + line + b"]")
-    assert "a bare list of messages" in row.problem
-    with pytest.raises(BadRow, match="bare list"):
-        to_prompt([QUESTION])
+def test_a_row_that_is_a_list_of_messages_is_its_chat(tmp_path):
+    line = json.dumps([QUESTION, {**ANSWER, "id": 1}]).encode()
+    for name, content in (("x.jsonl", line), ("x.json", b"[" + line + b"]")):
+        (row,) = write(tmp_path, name, content)
+        assert row.messages == [QUESTION, ANSWER] and row.unused_keys == ("messages.id",)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,18 @@ def test_a_key_of_metadata_is_asked_about_and_one_that_is_read_is_not(tmp_path):
     assert "data.ignore" in line and "data.columns" not in line
 
 
+def test_a_key_of_the_messages_of_a_chat_is_asked_about(tmp_path):
+    chats = [
+        {"chat": [{"role": "user", "content": "q", "toxic": True}, {"role": "assistant", "content": "a", "toxic": toxic, "turn": 1}]}
+        for toxic in (True, False)
+    ]  # fmt: skip
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    rows = list(read_rows(tmp_path, ["t.jsonl"], "auto", {"messages": "chat"}))
+    assert doubtful(counted([row.told for row in rows]), {"chat.toxic": 2, "chat.turn": 2}) == {
+        "chat.toxic": {"true": 1, "false": 1}
+    }
+
+
 def test_at_most_five_columns_are_asked_about_in_full():
     lines = questions({f"c{n}": {"true": 1, "false": 1} for n in range(8)})
     assert len(lines) == 6 and lines[-1] == "3 more columns like these: c5, c6, c7"
