@@ -357,7 +357,7 @@ def summarise(table: pd.DataFrame, confidence: float, seed: int, *, with_labels:
     for name in score_columns(table):
         weights = table["reference_tokens"].to_numpy(dtype=float) if name == "token_loss" else None
         largest = RANGES.get(name, 1.0)
-        interval = mean_interval(table[name].to_numpy(dtype=float), confidence, seed, weights, groups, largest)
+        interval = mean_interval(table[name].to_numpy(dtype=float), confidence, weights, groups, largest)
         scores[name] = _metric_value(interval, table)
         if name == "token_loss":
             scores["perplexity"] = _metric_value(Interval(*(float(np.exp(bound)) for bound in interval)), table)
@@ -365,7 +365,7 @@ def summarise(table: pd.DataFrame, confidence: float, seed: int, *, with_labels:
         answers, references = table["answer"].tolist(), table["reference"].tolist()
         scores["macro_f1"] = _metric_value(macro_f1(answers, references, groups, confidence, seed), table)
     stops = (table["finish"] == "stop").to_numpy(dtype=float)
-    scores["stops"] = _metric_value(mean_interval(stops, confidence, seed, groups=groups), table)
+    scores["stops"] = _metric_value(mean_interval(stops, confidence, groups=groups), table)
     return scores
 
 
