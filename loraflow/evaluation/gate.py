@@ -157,9 +157,7 @@ def decide(
     return _decision(tests, 1 - confidence, look)
 
 
-def _test(
-    rule: _Rule, against: str, evidence: Evidence, reported: float, confidence: float, level: float
-) -> _Test:
+def _test(rule: _Rule, against: str, evidence: Evidence, reported: float, confidence: float, level: float) -> _Test:
     bounds, interval = evidence.bounds(confidence), evidence.interval(confidence)
     return _Test(rule, against, evidence, reported, bounds, interval, confidence, level)
 

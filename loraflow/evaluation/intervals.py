@@ -16,7 +16,9 @@ from scipy import optimize, stats
 if TYPE_CHECKING:
     import pandas as pd
 
-_SKEWNESS = 1 / 3  # of Hall's correction; with all of it, 0.99 where 9 of 10 scores are 1 (benchmarks/gate_intervals.py)
+_SKEWNESS = (
+    1 / 3
+)  # of Hall's correction; with all of it, 0.99 where 9 of 10 scores are 1 (benchmarks/gate_intervals.py)
 
 
 class Interval(NamedTuple):

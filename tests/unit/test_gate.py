@@ -311,7 +311,7 @@ def test_a_model_that_the_report_shows_as_worse_is_never_promoted(metric):
             better = theirs[metric] * 0.5 if metric == "token_loss" else theirs[metric] * 0.5 + 0.5
             ours = theirs.assign(**{metric: better})
             ours.loc[tokens.argmax(), metric] = 600.0 if metric == "token_loss" else 0.0
-        reported = [summarise(part, 0.95, 0)[metric].value for part in (ours, theirs)]
+        reported = [summarise(part, 0.95)[metric].value for part in (ours, theirs)]
         worse = reported[0] >= reported[1] if metric == "token_loss" else reported[0] <= reported[1]
         decision = gate(ours, theirs, primary=metric, level=0.5)
         assert not (worse and decision.verdict == "promote"), (reported, decision)
