@@ -2,7 +2,7 @@
 
     python benchmarks/gate.py            # all tables; some minutes on one core
     python benchmarks/gate.py --short    # a twentieth of the repetitions
-    python benchmarks/gate.py --table budget    # or looks, reserve, nights, groups, tails, power, coverage, speed
+    python benchmarks/gate.py --table budget    # or looks, reserve, nights, groups, tails, power, speed
 
 Only counts of wins and losses are simulated for long streams of nights; `exact_p_value` and `share_of_error` decide them
 as in a run. The tables about groups, catastrophes and speed call `decide` on score tables.
@@ -22,9 +22,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from loraflow.evaluation.evidence import Evidence, exact_p_value
+from loraflow.evaluation.evidence import exact_p_value
 from loraflow.evaluation.gate import decide
-from loraflow.evaluation.intervals import mean_interval
 from loraflow.registry.budget import FOLLOWERS, passed_on, share_of_error, share_of_following
 from loraflow.registry.reserve import ReserveRow, deal, rows_of_a_look
 
@@ -349,56 +348,6 @@ def catastrophes(rng: np.random.Generator, n: int, metric: str) -> tuple[pd.Data
     return pd.DataFrame({"id": ids, metric: ours}), pd.DataFrame({"id": ids, metric: theirs}), metric
 
 
-def coverage(rng: np.random.Generator, times: int) -> Iterator[tuple[str, float]]:
-    """Yield the coverage of the reported 95 % intervals, and of the 90 % between two one-sided bounds."""
-    for n in (100, 500):
-        rates = np.linspace(0.02, 0.98, 49)
-        hits = [
-            low <= rate <= high
-            for rate in rates
-            for scores in (rng.random((max(times // 20, 2), n)) < rate).astype(float)
-            for _, low, high in [mean_interval(scores, 0.95, 0)]
-        ]
-        yield f"0/1 metric, n = {n}, mean over rates 0.02 to 0.98", float(np.mean(hits))
-        for name, draw in SCORES.items():
-            inside, repeated = 0, 5 * times if name == "token-weighted loss" else times  # this one is quick
-            for _ in range(repeated):
-                scores, tokens, truth = draw(rng, n)
-                _, low, high = mean_interval(scores, 0.95, 0, tokens)
-                inside += bool(low <= truth <= high)
-            yield f"{name}, n = {n}", inside / repeated
-
-
-@functools.cache
-def _true_loss() -> float:
-    tokens = np.ceil(np.random.default_rng(0).lognormal(3.5, 0.8, 4_000_000))
-    return float(np.exp(0.18) * (tokens**0.8).sum() / tokens.sum())
-
-
-def _losses(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Losses that fall with the length of the answer: E[loss·tokens] / E[tokens] is known."""
-    tokens = np.ceil(rng.lognormal(3.5, 0.8, n))
-    return rng.lognormal(0.0, 0.6, n) * tokens**-0.2, tokens, _true_loss()
-
-
-SCORES: dict[str, Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray | None, float]]] = {
-    "token-weighted loss": _losses,
-    "graded metric, beta(2, 1)": lambda rng, n: (rng.beta(2, 1, n), None, 2 / 3),
-}
-
-
-def coverage_of_differences(rng: np.random.Generator, times: int) -> Iterator[tuple[str, float]]:
-    """Yield how often a difference is between its two one-sided 95 % bounds (nominal: 90 %)."""
-    for n in (100, 500):
-        for name, binary in (("0/1 metric, disagreement 0.2", True), ("graded metric, sd 0.2", False)):
-            inside = 0
-            for _ in range(times):
-                values = rng.choice([1.0, -1.0, 0.0], n, p=[0.12, 0.08, 0.8]) if binary else rng.normal(0.04, 0.2, n)
-                _, low, high = Evidence(values, np.ones(n), 1.0, binary, n).bounds(0.95)
-                inside += low <= 0.04 <= high
-            yield f"difference, {name}, n = {n}", inside / times
-
-
 def seconds_of_ten_metrics(rng: np.random.Generator, n: int = 5000) -> float:
     """Return the time of a decision with ten graded and 0/1 metrics, against base and champion."""
     metrics = ["exact_match", "json_valid", "token_f1", "field_f1", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf"]
@@ -501,13 +450,6 @@ def power_table(rng: np.random.Generator, part: int) -> None:
         print(f"| later look, {n} rows, disagreement 0.1 | {power(rng, n, 0.1, 0.05, level_of(2), 4000 // part):.1%} |")
 
 
-def coverage_table(rng: np.random.Generator, part: int) -> None:
-    """Print the coverage of all intervals."""
-    print("| interval | covers |\n|---|---:|")
-    for what, share in (*coverage(rng, 2000 // part), *coverage_of_differences(rng, 2000 // part)):
-        print(f"| {what} | {share:.1%} |", flush=True)
-
-
 def speed_table(rng: np.random.Generator, part: int) -> None:
     """Print the time of a decision with ten metrics."""
     print(f"ten metrics, 5,000 rows, base and champion: {seconds_of_ten_metrics(rng):.2f} s")
@@ -521,7 +463,6 @@ TABLES = {
     "groups": groups_table,
     "tails": tails_table,
     "power": power_table,
-    "coverage": coverage_table,
     "speed": speed_table,
 }
 

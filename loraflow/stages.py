@@ -201,7 +201,8 @@ EVALUATE = Stage(
     # 5: answers one at a time where padding changes them; logits as untested architectures compute them; the sample of
     # max_rows is spread over groups or labels
     # 6: no shared prefix for an architecture whose answers change with the padding behind it
-    version=6,
+    # 7: intervals of graded scores are corrected for skewness
+    version=7,
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, DEAL_ROWS, part="heldout")},
@@ -225,7 +226,7 @@ CHECK_GENERAL = Stage(
 
 SCORE_GENERAL = Stage(
     name="score_general",
-    version=1,
+    version=2,  # intervals of losses differ in their last digits
     module="loraflow.evaluation.general",
     config=configs.ScoreGeneralConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "general": _from(CHECK_GENERAL, part="general")},

@@ -79,8 +79,8 @@ def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:
         log.warning("the scores of slices are missing. %s", failure)
         return []
     guarded = [name for margins in gate.slices.values() for name in margins]
-    metrics, settings = list(dict.fromkeys([gate.primary, *gate.guards, *guarded])), recipe.evaluation
-    return slice_scores(tables, by, metrics, confidence=settings.confidence, seed=settings.seed, fields=fields)
+    metrics = list(dict.fromkeys([gate.primary, *gate.guards, *guarded]))
+    return slice_scores(tables, by, metrics, confidence=recipe.evaluation.confidence, fields=fields)
 
 
 def read_general_guards(workspace: Workspace, result: PipelineResult) -> list[GeneralGuard]:

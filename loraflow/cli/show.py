@@ -308,8 +308,8 @@ def run_memory_lines(store: Store, stages: Iterable[StageRun]) -> Iterator[str]:
 def compare(models: tuple[str, ...], html: str | None, store: str, as_json: bool) -> None:
     """Compare the models of two or three runs, or `champion`: B and C against A, on the held-out rows that both have.
 
-    Shown are the scores, paired differences with bounds, changed settings, and the rows that changed most. No look at the
-    held-out rows is counted, so do not choose a model by it: that is what the gate is for.
+    Shown are the scores, paired differences with intervals and bounds, changed settings, and the rows that changed most.
+    No look at the held-out rows is counted, so do not choose a model by it: that is what the gate is for.
     """
     quiet_logging()
     if not 2 <= len(models) <= 3:

@@ -44,7 +44,7 @@ class Evaluation(FrozenModel):
         "and champion are scored on them: the loss of the chats' last answers, and the share of questions that are right.",
     )
     samples: Annotated[int, Field(ge=0)] = Field(5, description="Number of answers shown in the run's report.")
-    seed: int = Field(0, description="Seed of the bootstrap and of the sample of max_rows.")
+    seed: int = Field(0, description="Seed of the sample of max_rows.")
     slices: list[SliceBy] = Field(
         [],
         description="Show the gate's scores for parts of the held-out rows. `length`: quarters by the reference's tokens; "

@@ -1,4 +1,4 @@
-"""Compare two score tables for a person: paired differences with bounds, and the rows on which the models differ most."""
+"""Compare two score tables for a person: paired differences, and the rows on which the models differ most."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraflow.evaluation.intervals import Bounds
+from loraflow.evaluation.intervals import Bounds, Interval
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.pairing import NO_RANGES, pair, rows_with_other_tokens, scores, token_weights
 from loraflow.evaluation.score import score_columns
@@ -40,7 +40,8 @@ class Difference:
     metric: str
     first: float
     second: float
-    bounds: Bounds  # the second model against the first, positive where the second is better; each one-sided
+    interval: Interval  # the second model against the first, positive where the second is better; two-sided
+    bounds: Bounds  # each one-sided, as the gate's
     better: tuple[ChangedRow, ...]  # the rows on which the second is better, those that changed most first
     worse: tuple[ChangedRow, ...]
     better_rows: int
@@ -73,7 +74,7 @@ def compare_tables(
     Args:
         first: a table with columns id, prompt and metrics, of one set.
         second: another one.
-        confidence: one-sided, of each bound.
+        confidence: of the intervals, and of each bound.
         lower_is_better: metrics, in addition to loraflow's own, where lower is better.
         ranges: the smallest and the largest value of scores of the user's metrics. Unlike the gate, a comparison does
             not use a range that a score is outside of.
@@ -140,6 +141,7 @@ def _difference(
         metric,
         _mean(first, metric, before),
         _mean(second, metric, after),
+        evidence.interval(confidence),
         evidence.bounds(confidence),
         tuple(_row(first, second, metric, before, after, i) for i in better),
         tuple(_row(first, second, metric, before, after, i) for i in worse),

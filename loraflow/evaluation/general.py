@@ -158,7 +158,7 @@ def _value(
     table: pd.DataFrame, name: str, config: ScoreGeneralConfig, weights: np.ndarray | None = None
 ) -> MetricValue:
     scores = table[name].to_numpy(dtype=float)
-    interval = mean_interval(scores, config.confidence, config.seed, weights)
+    interval = mean_interval(scores, config.confidence, weights)
     return MetricValue(value=interval.value, low=interval.low, high=interval.high, n=len(table))
 
 

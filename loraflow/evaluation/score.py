@@ -80,7 +80,7 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
     _require_finite(table)
     table.to_parquet(out / "scores.parquet", index=False)
     scores = {
-        str(name): summarise(part, config.confidence, config.seed, with_labels="labels" in config.metrics)
+        str(name): summarise(part, config.confidence, with_labels="labels" in config.metrics)
         for name, part in table.groupby("set")
     }
     text = json.dumps(scores_to_dict(scores), indent=1, sort_keys=True) + "\n"
@@ -351,21 +351,21 @@ def score_columns(table: pd.DataFrame) -> list[str]:
     return [name for name in table.columns if name not in ROW_COLUMNS]
 
 
-def summarise(table: pd.DataFrame, confidence: float, seed: int, *, with_labels: bool = False) -> SetScores:
+def summarise(table: pd.DataFrame, confidence: float, *, with_labels: bool = False) -> SetScores:
     """Return the value of each metric on one set's rows."""
     scores, groups = {}, group_labels(table)
     for name in score_columns(table):
         weights = table["reference_tokens"].to_numpy(dtype=float) if name == "token_loss" else None
         largest = RANGES.get(name, 1.0)
-        interval = mean_interval(table[name].to_numpy(dtype=float), confidence, seed, weights, groups, largest)
+        interval = mean_interval(table[name].to_numpy(dtype=float), confidence, weights, groups, largest)
         scores[name] = _metric_value(interval, table)
         if name == "token_loss":
             scores["perplexity"] = _metric_value(Interval(*(float(np.exp(bound)) for bound in interval)), table)
     if with_labels:
         answers, references = table["answer"].tolist(), table["reference"].tolist()
-        scores["macro_f1"] = _metric_value(macro_f1(answers, references, groups, confidence, seed), table)
+        scores["macro_f1"] = _metric_value(macro_f1(answers, references, groups, confidence), table)
     stops = (table["finish"] == "stop").to_numpy(dtype=float)
-    scores["stops"] = _metric_value(mean_interval(stops, confidence, seed, groups=groups), table)
+    scores["stops"] = _metric_value(mean_interval(stops, confidence, groups=groups), table)
     return scores
 
 

@@ -73,7 +73,6 @@ def slice_scores(
     metrics: Sequence[str],
     *,
     confidence: float,
-    seed: int,
     fields: FieldValues = NO_FIELDS,
 ) -> list[Slice]:
     """Return the scores of each slice of the rows.
@@ -83,7 +82,6 @@ def slice_scores(
         by: what the rows are divided by: `length`, `script`, or a field.
         metrics: the scores that are returned, where a table has them.
         confidence: the two-sided level of the intervals.
-        seed: the seed of the bootstrap.
         fields: the values of the rows' fields.
     """
     first = next(iter(tables.values()))
@@ -91,7 +89,7 @@ def slice_scores(
     for kind in by:
         for part in divide(first, kind, fields):
             rows = {model: table[table["id"].isin(part.ids)] for model, table in tables.items()}
-            values = {model: _chosen(summarise(one, confidence, seed), metrics) for model, one in rows.items()}
+            values = {model: _chosen(summarise(one, confidence), metrics) for model, one in rows.items()}
             found.append(Slice(by=kind, name=part.name, rows=len(part.ids), values=values))
     return found
 

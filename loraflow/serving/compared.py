@@ -156,7 +156,7 @@ def terminal_lines(comparison: ModelComparison) -> Iterator[str]:
         yield f"{letter} against A on {_rows(pairing)}"
         if pairing.same_model:
             yield "  the same model"
-        table = [["", "A", letter, "difference", _bounds_name(comparison.confidence), "rows better, worse"]]
+        table = [["", *_head(letter, comparison.confidence)]]
         table += [_cells(difference) for difference in pairing.scores.differences]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:
@@ -180,7 +180,7 @@ def html_page(comparison: ModelComparison) -> str:
     for letter, pairing in zip("BC", comparison.pairings, strict=False):
         body += [f"<h2>{letter} ({escape(pairing.name)}) against A</h2>", f"<p>On {_rows(pairing)}.</p>"]
         body += ["<p>The same model.</p>"] if pairing.same_model else []
-        head = ("metric", "A", letter, "difference", _bounds_name(comparison.confidence), "rows better, worse")
+        head = "metric", *_head(letter, comparison.confidence)
         rows = map(_cells, pairing.scores.differences)
         body += _table(head, ([_text(cell, number=i > 0) for i, cell in enumerate(row)] for row in rows))
         body += ["<h3>Settings that differ</h3>", *_settings(pairing), *_changed_rows(pairing, letter)]
@@ -221,17 +221,19 @@ def _count(rows: int, kind: str = "") -> str:
     return f"{rows} {kind}{'row' if rows == 1 else 'rows'}"
 
 
-def _bounds_name(confidence: float) -> str:
-    return f"one-sided {100 * confidence:g} % bounds"
+def _head(letter: str, confidence: float) -> tuple[str, ...]:
+    level = f"{100 * confidence:g} %"
+    return "A", letter, "difference", f"{level} interval", f"one-sided {level} bounds", "rows better, worse"
 
 
 def _cells(difference: Difference) -> list[str]:
-    bounds = difference.bounds
+    bounds, (_, low, high) = difference.bounds, difference.interval
     return [
         difference.metric,
         f"{difference.first:.4f}",
         f"{difference.second:.4f}",
         f"{bounds.mean:+.4f}",
+        f"[{low:+.4f}, {high:+.4f}]",
         f"[{bounds.lower:+.4f}, {bounds.upper:+.4f}]",
         f"{difference.better_rows}, {difference.worse_rows}",
     ]

@@ -105,7 +105,7 @@ def test_scores_of_each_value_are_those_of_its_rows_and_the_rest_is_a_part_of_it
     hits = [1] * 30 + [0] * 20 + [1, 0] * 5
     found = slice_scores(
         {"base": table(np.zeros(60)), "tuned": table(hits)}, ["language"], ["exact_match"],
-        confidence=0.95, seed=0, fields=languages(30, 20),
+        confidence=0.95, fields=languages(30, 20),
     )  # fmt: skip
     shown = [(item.name, item.rows, item.values["tuned"]["exact_match"].value) for item in found]
     assert shown == [("de", 30, 1.0), ("en", 20, 0.0), (NO_VALUE, 10, 0.5)]
