@@ -69,7 +69,7 @@ class Project:
     retrains: tuple[str, ...]  # names of its deployments of the flow `retrain`
 
 
-def wanted_automations(
+def automations_of(
     client: SyncPrefectClient, notifications: Notifications, project: Project | None = None
 ) -> Iterator[AutomationCore]:
     """Yield the automations that the server should have.

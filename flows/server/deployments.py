@@ -21,7 +21,7 @@ from pydantic import JsonValue
 
 from loraflow.config.project import PROJECT_ID, id_of
 from loraflow.failures import BadConfig
-from loraflow.flows.server.automations import Notifications, Project, wanted_automations
+from loraflow.flows.server.automations import Notifications, Project, automations_of
 from loraflow.flows.server.connection import require_server
 from loraflow.flows.server.deployed_parameters import refuse_ignored_job_variables
 from loraflow.flows.server.deployment_spec import DeploymentSpec, automation_of, is_trigger_of, project_of, starts
@@ -74,7 +74,7 @@ class Deployer:
             self.changes.append("limit of one GPU stage at a time on this host created")
         for spec in specs:
             self.deploy(spec)
-        for automation in wanted_automations(self.client, notifications, project):
+        for automation in automations_of(self.client, notifications, project):
             self.deploy_automation(automation)
         self.warn_of_old_deployments()
         return self.changes
@@ -152,7 +152,7 @@ class Deployer:
             automation_of(trigger, number, name, deployment_id) for number, trigger in enumerate(triggers, 1)
         ]
         for automation in automations:
-            self._deploy_automation(automation, self._find_trigger(automation.name, deployment_id))
+            self.deploy_automation(automation, self._find_trigger(automation.name, deployment_id))
         names = {automation.name for automation in automations}
         for found in self.client.read_resource_related_automations(f"prefect.deployment.{deployment_id}"):
             if is_trigger_of(found, name, deployment_id) and found.name not in names:
@@ -277,12 +277,11 @@ class Deployer:
             yield from page
             offset += len(page)
 
-    def deploy_automation(self, automation: AutomationCore) -> None:
-        """Create an automation, or update it. It stays enabled or disabled as a person left it in the UI."""
-        self._deploy_automation(automation)
+    def deploy_automation(self, automation: AutomationCore, found: list[Automation] | None = None) -> None:
+        """Create or update an automation: `found`, or by default the one of its name.
 
-    def _deploy_automation(self, automation: AutomationCore, found: list[Automation] | None = None) -> None:
-        """Create or update an automation: `found`, or by default the one of its name."""
+        It stays enabled or disabled as a person left it in the UI.
+        """
         if found is None:
             found = self.client.read_automations_by_name(automation.name)
         if not found:

@@ -14,9 +14,9 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
-from pydantic import AliasPath, Field
+from pydantic import Field
 
 from loraflow.failures import DamagedLog
 from loraflow.frozen import StoredModel
@@ -138,8 +138,9 @@ def anchored_models(store: Store) -> set[str]:
 
 def models_of_runs(store: Store) -> set[str]:
     """Return the names of the models of which a run record names an entry."""
-    runs = (_Run.parse(name, data) for name, data in store.read_documents(RUNS, ".json").items())
-    return {run.model for run in runs if run is not None and run.head.seq}
+    documents = store.read_documents(RUNS, ".json").items()
+    runs = (_parse(name, data) for name, data in documents)
+    return {run.resolved.register_.model for run in runs if run is not None and run.head.seq}
 
 
 def damaged_log(store: Store, model: str, where: str, *, got: str, expected: str = "", intact: int) -> DamagedLog:
@@ -162,34 +163,43 @@ def _anchor_name(model: str) -> str:
     return f"{FOLDER}/{model}/head.json"
 
 
-class RunOfModel(StoredModel):
-    """The part of a run record that names its model: much smaller than the record."""
-
-    model: str = Field("", validation_alias=AliasPath("resolved", "register", "model"))
-
-    @classmethod
-    def parse(cls, name: str, data: bytes) -> Self | None:
-        """Return the part; None if the document is no run record, or a damaged one, which `loraflow verify` reports."""
-        try:
-            return cls.model_validate_json(check_document(name, data))
-        except ValueError:
-            return None
+class _Register(StoredModel):
+    model: str = ""
 
 
-class _Run(RunOfModel):
-    registered: int | None = Field(None, validation_alias=AliasPath("summary", "registered"))
+class _Resolved(StoredModel):
+    register_: _Register = Field(_Register(), alias="register")
+
+
+class _Summary(StoredModel):
+    registered: int | None = None
+
+
+class _Run(StoredModel):
+    """The part of a run record that is about the promotion log: much smaller than the record."""
+
+    resolved: _Resolved = _Resolved()
+    summary: _Summary | None = None
     promotion_head: LogHead | None = None
 
     @property
     def head(self) -> LogHead:
         """The last entry that the run knew. Records of earlier versions have only the number of the entry they wrote."""
-        return self.promotion_head or LogHead(seq=self.registered or 0)
+        registered = self.summary.registered if self.summary else None
+        return self.promotion_head or LogHead(seq=registered or 0)
+
+
+def _parse(name: str, data: bytes) -> _Run | None:
+    try:
+        return _Run.model_validate_json(check_document(name, data))
+    except ValueError:  # not a run record, or a damaged one, which `loraflow verify` reports
+        return None
 
 
 def _claims_of_runs(model: str, documents: Iterable[tuple[str, bytes]]) -> Iterator[Claim]:
     for name, data in documents:
-        run = _Run.parse(name, data)
-        if run is not None and run.model == model:
+        run = _parse(name, data)
+        if run is not None and run.resolved.register_.model == model:
             yield Claim(run.head, name)
 
 
@@ -200,7 +210,11 @@ def _newest_claim(store: Store, model: str, newest: int | None) -> Iterator[Clai
     """
     for run in run_ids(store)[::-1][:newest]:
         name = f"{RUNS}{run}.json"
-        parsed = _Run.parse(name, store.read_document(name) or b"")
-        if parsed is not None and parsed.model == model and (parsed.promotion_head or parsed.head.seq):
+        parsed = _parse(name, store.read_document(name) or b"")
+        if (
+            parsed is not None
+            and parsed.resolved.register_.model == model
+            and (parsed.promotion_head or parsed.head.seq)
+        ):
             yield Claim(parsed.head, name)
             return

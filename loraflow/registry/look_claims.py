@@ -12,13 +12,13 @@ import hashlib
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from loraflow.data.split import row_key as row_key
 from loraflow.frozen import StoredModel
 from loraflow.identity import canonical
 from loraflow.registry.anchor import FOLDER as ANCHORS
-from loraflow.registry.anchor import Claim, RunOfModel, create_numbered
+from loraflow.registry.anchor import Claim, create_numbered
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.registry.runs import LogHead, run_ids
 from loraflow.store import Store
@@ -73,7 +73,18 @@ def write_loss(store: Store, model: str, loss: LostLooks) -> None:
     create_numbered(store, f"{ANCHORS}/{model}/looks-accepted-", json_bytes(loss.model_dump()))
 
 
-class _Run(RunOfModel):
+class _Register(StoredModel):
+    model: str = ""
+
+
+class _Resolved(StoredModel):
+    register_: _Register = Field(_Register(), alias="register")
+
+
+class _Run(StoredModel):
+    """The part of a run record that is about looks."""
+
+    resolved: _Resolved = _Resolved()
     looks_head: LogHead | None = None
 
 
@@ -90,8 +101,11 @@ def newest_claim(store: Store, model: str) -> Claim | None:
 
 def _claims(model: str, documents: Iterable[tuple[str, bytes]]) -> Iterator[Claim]:
     for name, data in documents:
-        run = _Run.parse(name, data)
-        if run is not None and run.looks_head is not None and run.model == model:
+        try:
+            run = _Run.model_validate_json(check_document(name, data))
+        except ValueError:  # not a run record, or a damaged one, which `loraflow verify` reports
+            continue
+        if run.looks_head is not None and run.resolved.register_.model == model:
             yield Claim(run.looks_head, name)
 
 

@@ -40,7 +40,7 @@ def run_with_states(client, deployment, *states):
 
 
 @pytest.mark.parametrize(
-    ("states", "wanted"),
+    ("states", "final_state"),
     [
         ([Pending(name="Submitting")], StateType.CRASHED),
         ([Pending(), Running()], StateType.CRASHED),
@@ -48,7 +48,7 @@ def run_with_states(client, deployment, *states):
     ],
     ids=["submitting", "running", "cancelling"],
 )
-def test_an_abandoned_run_ends_and_frees_its_slot(client, nightly, states, wanted):
+def test_an_abandoned_run_ends_and_frees_its_slot(client, nightly, states, final_state):
     from loraflow.flows.server.automations import end_abandoned
 
     left = run_with_states(client, nightly, *states)
@@ -56,7 +56,7 @@ def test_an_abandoned_run_ends_and_frees_its_slot(client, nightly, states, wante
     assert waiting.state.name == "AwaitingConcurrencySlot", "the abandoned run has the only slot"
     [line] = end_abandoned(["abandoned"])
     assert f"was left {states[-1].name}" in line
-    assert client.read_flow_run(left).state.type == wanted
+    assert client.read_flow_run(left).state.type == final_state
     assert client.read_flow_run(run_with_states(client, nightly, Pending())).state.type == StateType.PENDING
     assert len(end_abandoned(["abandoned"])) == 1 and end_abandoned(["abandoned"]) == []
 
