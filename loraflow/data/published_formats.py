@@ -10,9 +10,8 @@ from collections.abc import Mapping
 
 from pydantic import JsonValue
 
-from loraflow.data.cell_values import parsed_list
+from loraflow.data.cell_values import parsed_list, strict_json
 from loraflow.data.chats import BadRow
-from loraflow.data.container_text import strict_json
 from loraflow.data.marks import MarkedFalse, excludes
 from loraflow.data.question_parts import question_parts
 from loraflow.data.row_fields import ASSISTANT, RawRow, RowFields, Turn, has_value, normal_role, objects
