@@ -131,7 +131,7 @@ TRAIN = (
     "loraflow.training.loss_head",
     "loraflow.training.loss_kernel",
     "loraflow.training.slope_kernel",
-    "loraflow.data.token_rows",
+    "loraflow.data.token_files",
     "loraflow.data.packing",
     "loraflow.hardware.process_group",
     *_TEMPLATE,
@@ -188,7 +188,7 @@ MERGE = (
     "loraflow.adapters.logits",
     "loraflow.base.load",
     *_HARDWARE,
-    "loraflow.data.token_rows",
+    "loraflow.data.token_files",
     "loraflow.data.packing",
     *_TEMPLATE,
 )
