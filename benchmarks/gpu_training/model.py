@@ -164,7 +164,7 @@ def flops_per_token(shape: Shape, lengths: np.ndarray, target_share: float) -> f
 
 def step_tokens(work: Path, case: Case) -> np.ndarray:
     """Return the number of tokens in each step of a case."""
-    from loraflow.data.token_rows import TokenRows
+    from loraflow.data.token_files import TokenRows
     from loraflow.training.setup import row_order
 
     rows = TokenRows(work / "tokens" / "train", work / "tokens" / "packing.parquet")

@@ -232,6 +232,7 @@ def measure_drift(before: CheckedRows, after: CheckedRows) -> DataDrift:
     """Compare the champion's training rows with new ones."""
     found = changes(all_rows(before.version), all_rows(after.version))
     largest = max(_shifts(before, after), default=_Shift(0.0, ""))
+    drawn = {"the champion's rows": before.version.answers, "the rows of this run": after.version.answers}
     return DataDrift(
         before=found.before,
         after=found.after,
@@ -246,7 +247,14 @@ def measure_drift(before: CheckedRows, after: CheckedRows) -> DataDrift:
             *_report_lines(before.report, after.report),
             *([f"largest shift: {largest.size:.3f} ({largest.what})"] if largest.size else []),
         ],
+        lengths={name: _shares_up_to(found) for name, found in drawn.items() if found},
     )
+
+
+def _shares_up_to(lengths: Sequence[int]) -> list[tuple[float, float]]:
+    """Return points of a curve: a length, and the share of the rows that are at most as long."""
+    shares = np.linspace(0, 0.95, 20)  # few very long answers would press the others together
+    return list(zip(np.quantile(lengths, shares).tolist(), shares.tolist(), strict=True))
 
 
 def _shifts(before: CheckedRows, after: CheckedRows) -> Iterator[_Shift]:

@@ -21,6 +21,9 @@ class DataDrift(StoredModel):
     shift: float = 0.0  # the largest one, from 0 to 1
     shifted: str = ""  # what has it
     lines: list[str] = []  # for people
+    lengths: dict[
+        str, list[tuple[float, float]]
+    ] = {}  # of answers, before and now: characters, and the share up to them
 
     @property
     def changed(self) -> int:

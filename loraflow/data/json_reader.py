@@ -11,9 +11,9 @@ from typing import IO, NamedTuple
 
 from pydantic import JsonValue
 
+from loraflow.data.cell_values import strict_json
 from loraflow.data.chat_formats import has_known_keys, is_bare_chat
 from loraflow.data.chats import BadRow
-from loraflow.data.container_text import strict_json
 from loraflow.failures import BadData
 
 MAX_ROW_BYTES = 50_000_000

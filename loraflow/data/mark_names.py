@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from loraflow.data.container_text import Unreadable, parsed_text
+from loraflow.data.cell_values import Unreadable, parsed_text
 from loraflow.data.labels import Labels, plain
 
 # Keys in lower case with underscores. Of these, 0 and false exclude an answer; other numbers multiply its loss.

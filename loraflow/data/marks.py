@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
+from loraflow.data.cell_values import Unreadable, parsed_text
 from loraflow.data.chats import BadRow
-from loraflow.data.container_text import Unreadable, parsed_text
 from loraflow.data.judgements import label_inside, opinion, part_of_dataset, rejected_of_pair, unclear_verdict, verdict
 from loraflow.data.labels import Labels, as_number, is_absent, judges_badly, label_side, reads_like_a_judgement
 from loraflow.data.mark_names import (

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 
 from pydantic import JsonValue
 
-from loraflow.data.cell_values import parsed_list
+from loraflow.data.cell_values import parsed_list, strict_json
 from loraflow.data.chats import BadRow
-from loraflow.data.container_text import strict_json
 from loraflow.data.marks import MarkedFalse, excludes
 from loraflow.data.question_parts import question_parts
-from loraflow.data.row_fields import ASSISTANT, RawRow, RowFields, Turn, has_value, normal_role, objects
+from loraflow.data.row_fields import ASSISTANT, TOOL, RawRow, RowFields, Turn, has_value, normal_role, objects
 from loraflow.data.tools import read_calls
 from loraflow.data.transcripts import is_transcript
 
@@ -283,8 +282,9 @@ def _keys_of_message(row: Mapping[str, JsonValue]) -> list[str | None]:
 
 
 def is_one_message(row: Mapping[str, JsonValue]) -> bool:
-    """Tell whether a row is one message of a chat: it has the chat's id, the message's role and its text."""
-    return all(_keys_of_message(row))
+    """Tell whether a row is one message of a chat: it has the chat's id, a role that is known, and a text."""
+    chat, role, said = _keys_of_message(row)
+    return bool(chat and role and said) and normal_role(row[str(role)]) in ("user", ASSISTANT, "system", TOOL)
 
 
 def hint_to_choose(row: Mapping[str, JsonValue]) -> str:

@@ -302,9 +302,7 @@ def _are_equal(calls: Sequence[ToolCall], others: Sequence[ToolCall]) -> bool:
 
 
 def _may_be_tools(value: JsonValue) -> bool:
-    return bool(objects(value)) or (
-        isinstance(value, str) and value.lstrip()[:1] in ("[", "{") and value not in _EMPTY_TEXTS
-    )
+    return bool(objects(value)) or (isinstance(value, str) and value != "{}" and value.lstrip("[ \n").startswith("{"))
 
 
 def without_answer(items: list[RawRow]) -> list[RawRow]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 
 from pydantic import JsonValue
 
+from loraflow.data.cell_values import strict_json
 from loraflow.data.chats import BadRow, Function, Tool, ToolCall
-from loraflow.data.container_text import strict_json
 from loraflow.failures import BadData
 
 if TYPE_CHECKING:

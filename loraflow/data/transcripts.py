@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
+from loraflow.data.cell_values import strict_json
 from loraflow.data.chats import BadRow
-from loraflow.data.container_text import strict_json
 from loraflow.data.row_fields import ASSISTANT, TOOL, RowFields, Turn, normal_role
 from loraflow.data.tools import read_calls
 

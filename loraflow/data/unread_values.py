@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from loraflow.data.container_text import Unreadable, parsed_text
+from loraflow.data.cell_values import Unreadable, parsed_text
 from loraflow.data.judgements import is_bad_word
 from loraflow.data.labels import FALSE, TRUE, is_absent, plain
 from loraflow.data.mark_names import CONTAINERS, is_object_text, normal_name

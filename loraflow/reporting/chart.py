@@ -107,12 +107,12 @@ LEGEND_LINE = 16  # pixels
 MAX_LABEL = 90  # characters that fit into the width
 
 
-def curves_image(curves: Sequence[Curve], title: str) -> str:
-    """Return markdown with several curves of (step, loss) points in one image. Each needs a point."""
-    return embedded(curves_svg(curves, title), title)
+def curves_image(curves: Sequence[Curve], title: str, across: str = "step") -> str:
+    """Return markdown with several curves in one image. Each needs a point; `across` names what the first numbers are."""
+    return embedded(curves_svg(curves, title, across), title)
 
 
-def curves_svg(curves: Sequence[Curve], title: str) -> str:
+def curves_svg(curves: Sequence[Curve], title: str, across: str = "step") -> str:
     """Draw several curves with common axes, and a legend below them."""
     axes = _Axes.around([point for curve in curves for point in curve.points])
     height = HEIGHT + LEGEND_LINE * len(curves) + 8
@@ -139,6 +139,6 @@ def curves_svg(curves: Sequence[Curve], title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
         ' font-family="sans-serif" font-size="11" fill="#444">'
         f'<title>{escape(title)}</title><rect width="{WIDTH}" height="{height}" fill="white"/>{axes.ticks()}'
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>'
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">{across}</text>'
         f"{drawn_lines}{''.join(legend)}</svg>"
     )

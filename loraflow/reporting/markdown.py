@@ -102,7 +102,7 @@ def run_report(report: RunReport, *, image: bool = False) -> str:
     lines += _behaviour(decision)
     lines += history_lines(report.history) if report.history else []
     lines += _rows(report.rows)
-    lines += drift_lines(report.drift)
+    lines += drift_lines(report.drift, image=image)
     lines += learned_lines(report.learned, sparkline, image=image) if report.learned else []
     lines += _training_loss(report.losses, image=image)
     lines += _confusions(report.confusions)
@@ -285,12 +285,18 @@ def quote(text: str) -> str:
     return flat if len(flat) <= QUOTED else flat[: QUOTED - 1] + "…"
 
 
-def drift_lines(drift: DataDrift | None) -> Iterator[str]:
+def drift_lines(drift: DataDrift | None, *, image: bool = False) -> Iterator[str]:
     """Yield what changed since the champion's training rows, as markdown; nothing if it was not measured."""
     if drift is not None:
         yield from ("## Training rows since the champion", "")
         yield from (f"- {line.replace('|', chr(92) + '|')}" for line in drift.lines)
         yield ""
+        if image and drift.changed and len(drift.lengths) > 1:
+            curves = [chart.Curve(name, points) for name, points in drift.lengths.items()]
+            yield from (
+                chart.curves_image(curves, "share of the answers up to a length", "characters of an answer"),
+                "",
+            )
 
 
 def seed_lines(found: Sequence[SeedScores]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraflow.data.token_rows import TokenRows
+from loraflow.data.token_files import TokenRows
 from loraflow.failures import BadConfig
 from loraflow.hardware.attention import DOCUMENTS, Attention
 from loraflow.hardware.process_group import ProcessGroup

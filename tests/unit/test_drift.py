@@ -1,6 +1,8 @@
 """How the training rows changed since the champion: what is counted, the largest shift, and when a retraining waits."""
 
+import base64
 import json
+import re
 import sqlite3
 from contextlib import closing, contextmanager
 from types import SimpleNamespace
@@ -118,6 +120,20 @@ def test_the_report_lists_what_changed():
     lines = list(drift_lines(measure_drift(checked([("q|1", "a")]), checked([("q", "a")]))))
     assert lines[0] == "## Training rows since the champion" and lines[2].startswith("- training rows: 1 → 1 rows")
     assert not list(drift_lines(None))
+
+
+def test_the_report_draws_the_lengths_of_the_answers_before_and_now():
+    old = [(f"q{n}", "a" * n) for n in range(1, 101)]
+    drift = measure_drift(checked(old), checked([(prompt, said * 2) for prompt, said in old]))
+    was, now = drift.lengths.values()
+    assert was[10] == (pytest.approx(1 + 99 * 0.5), pytest.approx(0.5))
+    assert [x for x, _ in now] == pytest.approx([2 * x for x, _ in was])
+    stored = DataDrift.model_validate_json(drift.model_dump_json())
+    drawing = base64.b64decode(re.search(r"base64,([^)]*)", "".join(drift_lines(stored, image=True)))[1]).decode()
+    assert (
+        drawing.count("<polyline") == 2 and "characters of an answer" in drawing and "the rows of this run" in drawing
+    )
+    assert "base64" not in "".join(drift_lines(measure_drift(checked(old), checked(old)), image=True))
 
 
 def check(workspace):

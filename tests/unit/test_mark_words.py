@@ -5,10 +5,10 @@ import json
 import pandas as pd
 import pytest
 
+from loraflow.data.cell_values import Unreadable, parsed_text
 from loraflow.data.chat_formats import read_chat
 from loraflow.data.chats import BadRow
 from loraflow.data.check_report import CheckReport, SplitCounts
-from loraflow.data.container_text import Unreadable, parsed_text
 from loraflow.data.mark_names import named_marks, without_marks
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.readers import read_rows

@@ -146,7 +146,8 @@ SHAPES = {
         [["s: s", "u: q", "a: ", "t: 1", "a: a"], REFUSED, REFUSED, REFUSED]),
     "GLM": ([{"messages": [{"role": "system", "content": "", "tools": [{"type": "function", "function": FUNCTION}]}, user("q"),
                            {"role": "assistant", "tool_calls": [CALL]}]},
-             {"messages": [{"role": "system", "content": "s", "tools": ["f"]}, user("q"), answer("a")]}], [["s: ", "u: q", "a: "], ["s: s", *QA]]),
+             *({"messages": [{"role": "system", "content": "s", "tools": tools}, user("q"), answer("a")]} for tools in (["f"], "f, g", "[f] and g"))],
+            [["s: ", "u: q", "a: "], *[["s: s", *QA]] * 3]),
     "turns of speakers": (
         [{"turns": [{"speaker": "customer", "utterance": "q"}, {"speaker": "Agent", "utterance": "a"}], "topic": "t"},
          {"turns": [{"speaker": "user", "utterance": "q"}, {"speaker": "Robo", "utterance": "a"}]}], [QA, REFUSED]),
@@ -157,6 +158,7 @@ SHAPES = {
     "turns with texts": ([{"turns": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}]}], [QA]),
     "messages, one in a row": ([{"conversation_id": 1, "role": "user", "content": "q", "topic": "x"},
                                 {"conversation_id": 1, "role": "assistant", "content": "a", "topic": "x"}], [REFUSED] * 2),
+    "utterances with a class": ([{"dialogue_id": 1, "speaker": "Anna", "utterance": "q", "sentiment": "a"}], [QA]),
     "texts with a class and an author": ([{"author": "x", "text": "q", "category": "a"}], [QA]),
     # tools
     "xLAM": ([{"id": 0, "query": "q", "answers": json.dumps([CALL]), "tools": json.dumps([FUNCTION])},
@@ -397,8 +399,7 @@ def test_tools_and_calls_in_messages_are_those_of_the_chat(tmp_path):
         assert row.messages[0]["tools"] == [{"type": "function", "function": FUNCTION}]
         assert row.messages[2]["tool_calls"][0]["function"] == CALL
         assert row.unused_keys == ()
-    (row,) = read(tmp_path, SHAPES["GLM"][0][1:])
-    assert row.unused_keys == ("messages.tools",)
+    assert [row.unused_keys for row in read(tmp_path, SHAPES["GLM"][0][1:])] == [("messages.tools",)] * 3
 
 
 def test_a_text_beside_the_content_of_a_message_is_named(tmp_path):

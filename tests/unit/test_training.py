@@ -16,7 +16,7 @@ from loraflow.config import parse_recipe
 from loraflow.config.stage_configs import FingerprintedTraining
 from loraflow.config.training import BestCheckpoint
 from loraflow.data import tokenization as tokens
-from loraflow.data.token_rows import TokenRows
+from loraflow.data.token_files import TokenRows
 from loraflow.failures import BadConfig, NonFiniteLoss, Preempted
 from loraflow.job import Inputs, Progress
 from loraflow.store import Ref
