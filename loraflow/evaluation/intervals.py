@@ -82,7 +82,8 @@ def ratio_interval(
 ) -> Interval:
     """Return the interval of sum(sums) / sum(weights) over independent groups, by leaving out one group after the other.
 
-    It is the t interval, with the part `skewness` of what Hall's (1992, JRSS B 54:221) adds to each end.
+    It is the t interval, with the part `skewness` of what Hall's (1992, JRSS B 54:221) adds to each end. The error is
+    n / (n - 1) times the jackknife's, for few groups.
 
     Args:
         sums: [groups].
