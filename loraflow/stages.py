@@ -194,15 +194,7 @@ DEAL_ROWS = Stage(
 
 EVALUATE = Stage(
     name="evaluate",
-    # 2: the common prefix of the prompts is computed once; the last bits of a loss may differ
-    # 3: evaluation.max_rows is a seeded sample; intervals of token-weighted means, and of rows in groups; only the token
-    # that closes an answer ends it
-    # 4: attention logits are capped with transformers 5.17 too (Gemma 2)
-    # 5: answers one at a time where padding changes them; logits as untested architectures compute them; the sample of
-    # max_rows is spread over groups or labels
-    # 6: no shared prefix for an architecture whose answers change with the padding behind it
-    # 7: intervals of graded scores are corrected for skewness
-    version=7,
+    version=7,  # 7: intervals of graded scores are corrected for skewness; macro-F1's by the delta method
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, DEAL_ROWS, part="heldout")},

@@ -249,8 +249,8 @@ def _worse(
             str(ours.index[i]),
             float(mine[i]),
             float(other[i]),
-            question(_text(ours, "prompt", int(i))),
-            cut(_text(ours, "answer", int(i))),
+            question(text_of(ours, "prompt", int(i))),
+            cut(text_of(ours, "answer", int(i))),
         )
         for i in order[: min(count, LISTED)]
     ]
@@ -263,10 +263,15 @@ def _worse(
 
 def question(prompt: str) -> str:
     """Return the last message of a prompt, which is a JSON list of messages; cut."""
+    return cut(last_message(prompt))
+
+
+def last_message(prompt: str) -> str:
+    """Return the last message of a prompt, which is a JSON list of messages."""
     try:
-        return cut(str(json.loads(prompt)[-1]["content"]))
+        return str(json.loads(prompt)[-1]["content"])
     except (ValueError, TypeError, KeyError, IndexError):
-        return cut(prompt)
+        return prompt
 
 
 def cut(text: str) -> str:
@@ -274,5 +279,6 @@ def cut(text: str) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
-def _text(table: pd.DataFrame, column: str, row: int) -> str:
+def text_of(table: pd.DataFrame, column: str, row: int) -> str:
+    """Return a text of a row by its position; nothing if there is no such column."""
     return str(table[column].iloc[row]) if column in table else ""

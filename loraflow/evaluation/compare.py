@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loraflow.evaluation.behaviour import last_message, text_of
 from loraflow.evaluation.intervals import Bounds, Interval
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.pairing import NO_RANGES, pair, rows_with_other_tokens, scores, token_weights
@@ -165,20 +165,8 @@ def _row(
         metric,
         float(before[i]),
         float(after[i]),
-        _question(_text(first, "prompt", i)),
-        _text(first, "reference", i),
-        _text(first, "answer", i),
-        _text(second, "answer", i),
+        last_message(text_of(first, "prompt", i)),
+        text_of(first, "reference", i),
+        text_of(first, "answer", i),
+        text_of(second, "answer", i),
     )
-
-
-def _question(prompt: str) -> str:
-    """Return the last message of a prompt, which is a JSON list of messages."""
-    try:
-        return str(json.loads(prompt)[-1]["content"])
-    except (ValueError, TypeError, KeyError, IndexError):
-        return prompt
-
-
-def _text(table: pd.DataFrame, column: str, row: int) -> str:
-    return str(table[column].iloc[row]) if column in table else ""

@@ -82,7 +82,8 @@ def ratio_interval(
 ) -> Interval:
     """Return the interval of sum(sums) / sum(weights) over independent groups, by leaving out one group after the other.
 
-    It is the t interval, with the part `skewness` of what Hall's (1992, JRSS B 54:221) adds to each end.
+    It is the t interval, with the part `skewness` of what Hall's (1992, JRSS B 54:221) adds to each end. The error is
+    n / (n - 1) times the jackknife's, for few groups.
 
     Args:
         sums: [groups].
@@ -104,13 +105,10 @@ def ratio_interval(
     t = float(stats.t.ppf((1 + confidence) / 2, effective - 1))
     skew = float((moved**3).sum()) / variance**1.5  # of the value
     error = scale * float(np.sqrt(variance * n / (n - 1)))
-    further = [max(_hall(end * t, skew) * end - t, 0.0) * skewness for end in (1, -1)]
+    ends = np.array([t, -t])
+    hall = 3 / skew * (np.cbrt(1 + skew * (ends - skew / 6)) - 1) if abs(skew) > 1e-6 else ends
+    further = np.maximum(np.abs(hall) - t, 0.0) * skewness
     return Interval(value, value - error * (t + further[0]), value + error * (t + further[1]))
-
-
-def _hall(t: float, skew: float) -> float:
-    """Return the t value of which Hall's transformation of a mean with this skewness is `t`."""
-    return 3 / skew * (float(np.cbrt(1 + skew * (t - skew / 6))) - 1) if abs(skew) > 1e-6 else t
 
 
 def tango_bound(wins: int, losses: int, n: int, confidence: float) -> float:
