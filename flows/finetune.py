@@ -107,9 +107,11 @@ def repairs(run: Run) -> Iterator[Attempt]:
     """Yield attempts until one succeeds. Each recomputes the artifacts that the one before it found damaged.
 
     Raises:
+        DamagedLog: the promotion log is damaged, or gone since the attempt before.
         Failure: artifacts were damaged again and again.
     """
     for _ in range(MAX_REPAIRS):
+        run.workspace.log.entries()  # a damaged log, or a store that is gone, is reported before hours of training
         attempt = Attempt()
         yield attempt
         if attempt.succeeded:

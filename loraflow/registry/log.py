@@ -22,6 +22,7 @@ from loraflow.failures import BadConfig, DamagedLog, Failure
 from loraflow.identity import short
 from loraflow.registry.anchor import (
     Acceptance,
+    Claim,
     Known,
     anchored_models,
     damaged_log,
@@ -114,6 +115,8 @@ class PromotionLog:
 
     def _checked_entries(self, all_runs: bool) -> list[Entry]:
         known = self._known(all_runs)  # read before the log, which may only be ahead of it
+        if self.last_seen and not known.accepted:  # the store's disk may be gone by now, and leave an empty folder
+            known.from_runs.append(Claim(self.last_seen, "the log that this process read before"))
         read = self._read()
         intact = len(read.entries)
         if read.rest:

@@ -271,6 +271,8 @@ class LookRecord:
         accepted = self._acceptances()
         if anchor is not None and anchor.accepted > len(accepted):
             raise self._damaged(f"{ANCHORS}/{self.model}", f"accepted losses: {anchor.accepted}", str(len(accepted)))
+        if self.last_seen and not accepted:  # the store's disk may be gone by now, and leave an empty folder
+            claims.append(Claim(self.last_seen, "the record that this process read before"))
         read = self._read()
         if read.rest:
             raise self._damaged(next(iter(read.rest)), "", read.problem)
