@@ -104,8 +104,7 @@ def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
 
 def write_anchor(store: Store, model: str, head: LogHead, name: str = "") -> None:
     """Name the last entry of a model's log, or of the record whose anchor has this name."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    name, document = name or _anchor_name(model), json_bytes({**head.model_dump(), "model": model, "time": now})
+    name, document = name or _anchor_name(model), json_bytes({**head.model_dump(), "model": model, "time": now()})
     store.write_document(name, add_checksum(name, document))
 
 
@@ -117,6 +116,11 @@ def read_anchor(store: Store, name: str) -> LogHead | None:
     """
     data = store.read_document(name)
     return None if data is None else LogHead.model_validate_json(check_document(name, data))
+
+
+def now() -> str:
+    """Return the time as documents have it: UTC, in seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def write_acceptance(store: Store, model: str, acceptance: Acceptance) -> None:
@@ -139,8 +143,8 @@ def anchored_models(store: Store) -> set[str]:
 def models_of_runs(store: Store) -> set[str]:
     """Return the names of the models of which a run record names an entry."""
     documents = store.read_documents(RUNS, ".json").items()
-    runs = (_parse(name, data) for name, data in documents)
-    return {run.resolved.register_.model for run in runs if run is not None and run.head.seq}
+    runs = (parse_run(name, data) for name, data in documents)
+    return {run.model for run in runs if run is not None and run.head.seq}
 
 
 def damaged_log(store: Store, model: str, where: str, *, got: str, expected: str = "", intact: int) -> DamagedLog:
@@ -175,12 +179,18 @@ class _Summary(StoredModel):
     registered: int | None = None
 
 
-class _Run(StoredModel):
-    """The part of a run record that is about the promotion log: much smaller than the record."""
+class RunHeads(StoredModel):
+    """The part of a run record that is about promotion log and looks: much smaller than the record."""
 
     resolved: _Resolved = _Resolved()
     summary: _Summary | None = None
     promotion_head: LogHead | None = None
+    looks_head: LogHead | None = None
+
+    @property
+    def model(self) -> str:
+        """The name that the run's model is registered under."""
+        return self.resolved.register_.model
 
     @property
     def head(self) -> LogHead:
@@ -189,17 +199,18 @@ class _Run(StoredModel):
         return self.promotion_head or LogHead(seq=registered or 0)
 
 
-def _parse(name: str, data: bytes) -> _Run | None:
+def parse_run(name: str, data: bytes) -> RunHeads | None:
+    """Return what a run record says; None for other documents and damaged ones, which `loraflow verify` reports."""
     try:
-        return _Run.model_validate_json(check_document(name, data))
-    except ValueError:  # not a run record, or a damaged one, which `loraflow verify` reports
+        return RunHeads.model_validate_json(check_document(name, data))
+    except ValueError:
         return None
 
 
 def _claims_of_runs(model: str, documents: Iterable[tuple[str, bytes]]) -> Iterator[Claim]:
     for name, data in documents:
-        run = _parse(name, data)
-        if run is not None and run.resolved.register_.model == model:
+        run = parse_run(name, data)
+        if run is not None and run.model == model:
             yield Claim(run.head, name)
 
 
@@ -210,11 +221,7 @@ def _newest_claim(store: Store, model: str, newest: int | None) -> Iterator[Clai
     """
     for run in run_ids(store)[::-1][:newest]:
         name = f"{RUNS}{run}.json"
-        parsed = _parse(name, store.read_document(name) or b"")
-        if (
-            parsed is not None
-            and parsed.resolved.register_.model == model
-            and (parsed.promotion_head or parsed.head.seq)
-        ):
+        parsed = parse_run(name, store.read_document(name) or b"")
+        if parsed is not None and parsed.model == model and (parsed.promotion_head or parsed.head.seq):
             yield Claim(parsed.head, name)
             return

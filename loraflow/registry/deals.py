@@ -12,25 +12,23 @@ may have seen their scores.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from loraflow.failures import DamagedLog
 from loraflow.frozen import StoredModel
 from loraflow.identity import canonical
 from loraflow.registry.anchor import FOLDER as ANCHORS
-from loraflow.registry.anchor import read_anchor, write_anchor
+from loraflow.registry.anchor import now, read_anchor, write_anchor
 from loraflow.registry.entry import JSON_OBJECT
+from loraflow.registry.look_claims import digest_of, keys_of
 from loraflow.registry.reserve import ReserveRow, ReserveState, deal, rows_of_a_look, state
 from loraflow.registry.runs import LogHead
 from loraflow.store import Store
 from loraflow.store.checksum import first_problem
 from loraflow.store.files import json_bytes
-
-_KEYS = TypeAdapter(list[str])
 
 
 class Deal(StoredModel):
@@ -115,7 +113,7 @@ class DealRecord:
                 rows=digest,
                 is_fresh=found.state.is_fresh,
                 actor=actor,
-                time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                time=now(),
             )
             if self._store.create_document(self._name(new.seq), json_bytes({**new.model_dump(), "hash": new.hash})):
                 self._write_anchor([*entries, new])
@@ -197,11 +195,8 @@ class DealRecord:
     def _keys(self, digest: str, stored: Mapping[str, bytes]) -> frozenset[str]:
         name = f"{self._rows}{digest}.json"
         data = stored.get(name) or self._store.read_document(name)  # a listing can miss a new file
-        try:
-            keys = _KEYS.validate_json(data or b"")
-        except ValidationError:
-            keys = []
-        if _digest(keys) != digest:
+        keys = keys_of(digest, data)
+        if keys is None:
             raise self._damaged(name, f"row keys with the hash {digest[:12]}", "others" if data else "nothing")
         return frozenset(keys)
 
@@ -218,7 +213,7 @@ class DealRecord:
             entries = self._read()[0]
 
     def _write_rows(self, keys: frozenset[str]) -> str:
-        digest = _digest(sorted(keys))
+        digest = digest_of(sorted(keys))
         self._store.create_document(f"{self._rows}{digest}.json", json_bytes(sorted(keys)))
         return digest
 
@@ -272,11 +267,7 @@ def _sizes(entries: Sequence[Deal], rows: Sequence[ReserveRow], request: DealReq
 
 def _head(entries: Sequence[Deal]) -> LogHead:
     """Return the number of deals, and a hash of all of them."""
-    return LogHead(seq=len(entries), hash=_digest([entry.hash for entry in entries])) if entries else LogHead()
-
-
-def _digest(keys: list[str]) -> str:
-    return hashlib.sha256(canonical(keys)).hexdigest()
+    return LogHead(seq=len(entries), hash=digest_of([entry.hash for entry in entries])) if entries else LogHead()
 
 
 def models_with_deals(store: Store) -> list[str]:

@@ -11,7 +11,6 @@ import getpass
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +26,7 @@ from loraflow.registry.anchor import (
     anchored_models,
     damaged_log,
     models_of_runs,
+    now,
     read_known,
     write_acceptance,
     write_anchor,
@@ -197,7 +197,7 @@ class PromotionLog:
         acceptance = Acceptance(
             reason=reason,
             actor=actor,
-            time=_now(),
+            time=now(),
             problem=read.problem or known.problem,
             kept=kept,
             lost=sorted(lost, key=lambda head: (head.seq, head.hash)),
@@ -243,7 +243,7 @@ class PromotionLog:
             inputs=dict(inputs),
             reasons=list(reasons),
             actor=actor,
-            time=_now(),
+            time=now(),
         )
         document = json_bytes({**entry.model_dump(), "hash": entry.hash})
         if not self.store.create_document(f"{self.folder}/log/{entry.seq:06d}.json", document):
@@ -381,7 +381,3 @@ class PromotionLog:
 
 def _head(entries: Sequence[Entry]) -> LogHead:
     return LogHead(seq=entries[-1].seq, hash=entries[-1].hash) if entries else LogHead()
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -12,14 +12,13 @@ whatever rows; `budget.py` deals it out.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
 from loraflow.failures import DamagedLog
 from loraflow.registry.anchor import FOLDER as ANCHORS
-from loraflow.registry.anchor import Claim
+from loraflow.registry.anchor import Claim, now
 from loraflow.registry.budget import Look as Look
 from loraflow.registry.budget import NextLook, next_look
 from loraflow.registry.entry import JSON_OBJECT, Entry
@@ -136,7 +135,7 @@ class LookRecord:
                 horizon=horizon,
                 error=error,
                 actor=actor,
-                time=_now(),
+                time=now(),
                 **following._asdict(),
             )
             if self.store.create_document(self._name(look.seq), json_bytes({**look.stored(), "hash": look.hash})):
@@ -249,7 +248,7 @@ class LookRecord:
         acceptance = LostLooks(
             reason=reason,
             actor=actor,
-            time=_now(),
+            time=now(),
             kept=_head(read.looks),
             lost=max(lost, 1) if has_lost_looks else 0,
             lost_heads=[claim.head for claim in claims],
@@ -354,7 +353,7 @@ class LookRecord:
 
     def _write_anchor(self, head: LogHead, digests: Collection[str]) -> None:
         accepted = len(read_losses(self.store, self.model).intact)
-        values = {**head.model_dump(), "digests": sorted(digests), "accepted": accepted, "time": _now()}
+        values = {**head.model_dump(), "digests": sorted(digests), "accepted": accepted, "time": now()}
         self.store.write_document(self._anchor_name, add_checksum(self._anchor_name, json_bytes(values)))
 
     def _damaged(self, where: str, expected: str, got: str) -> DamagedLog:
@@ -406,7 +405,3 @@ def _unmet(claims: Sequence[Claim], looks: Sequence[Look], accepted: Sequence[Lo
 
 def _head(looks: Sequence[Look]) -> LogHead:
     return LogHead(seq=looks[-1].seq, hash=looks[-1].hash) if looks else LogHead()
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
