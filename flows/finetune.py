@@ -111,7 +111,7 @@ def repairs(run: Run) -> Iterator[Attempt]:
         Failure: artifacts were damaged again and again.
     """
     for _ in range(MAX_REPAIRS):
-        run.workspace.log.entries()  # a damaged log, or a store that is gone, is reported before hours of training
+        run.workspace.log.entries()  # before hours of training; the store may be gone since
         attempt = Attempt()
         yield attempt
         if attempt.succeeded:

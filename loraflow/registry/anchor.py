@@ -108,14 +108,14 @@ def write_anchor(store: Store, model: str, head: LogHead, name: str = "") -> Non
     store.write_document(name, add_checksum(name, document))
 
 
-def read_anchor(store: Store, name: str) -> LogHead | None:
-    """Return what the anchor of this name says; None if there is none.
+def read_anchor(store: Store, name: str) -> LogHead:
+    """Return what the anchor of this name says: number 0 if there is none.
 
     Raises:
         ValueError: it is damaged.
     """
     data = store.read_document(name)
-    return None if data is None else LogHead.model_validate_json(check_document(name, data))
+    return LogHead() if data is None else LogHead.model_validate_json(check_document(name, data))
 
 
 def now() -> str:
@@ -138,6 +138,12 @@ def create_numbered(store: Store, prefix: str, document: bytes) -> None:
 def anchored_models(store: Store) -> set[str]:
     """Return the names of the models whose logs have an anchor."""
     return {name.split("/")[1] for name in store.documents(f"{FOLDER}/") if name.count("/") > 1}
+
+
+def models_with(record: str, store: Store) -> list[str]:
+    """Return the names of the models that have, or had, a record (`looks` or `deals`), sorted."""
+    paths = [name.split("/") for folder in ("registry/", f"{FOLDER}/") for name in store.documents(folder)]
+    return sorted({path[1] for path in paths if path[2:3] in ([record], [f"{record}.json"])})
 
 
 def models_of_runs(store: Store) -> set[str]:
@@ -200,7 +206,7 @@ class RunHeads(StoredModel):
 
 
 def parse_run(name: str, data: bytes) -> RunHeads | None:
-    """Return what a run record says; None for other documents and damaged ones, which `loraflow verify` reports."""
+    """Return what a run record says; None for damaged ones, which `loraflow verify` reports."""
     try:
         return RunHeads.model_validate_json(check_document(name, data))
     except ValueError:

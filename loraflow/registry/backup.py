@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.registry.anchor import FOLDER as ANCHORS
+from loraflow.registry.anchor import models_with
 from loraflow.registry.champions import missing_models
-from loraflow.registry.deals import DealRecord, models_with_deals
+from loraflow.registry.deals import DealRecord
 from loraflow.registry.log import PromotionLog, models
-from loraflow.registry.looks import LookRecord, models_with_looks
+from loraflow.registry.looks import LookRecord
 from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.store import LocalStore, Ref, Store, hash_memo
@@ -85,9 +86,9 @@ def _read_consistently(store: Store) -> _Documents:
         anchors = store.read_documents(f"{ANCHORS}/")
         for model in models(store, of_runs=True):
             PromotionLog(store, model).entries(all_runs=True)
-        for model in models_with_looks(store):
+        for model in models_with("looks", store):
             LookRecord(store, model).entries(all_runs=True)
-        for model in models_with_deals(store):
+        for model in models_with("deals", store):
             DealRecord(store, model).check()
         registry = _read_registry(store)
         if _accepted(store.documents(f"{ANCHORS}/")) == _accepted(anchors):

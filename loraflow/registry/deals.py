@@ -93,7 +93,7 @@ class DealRecord:
 
         Raises:
             BadConfig: no row is left for a look.
-            DamagedLog: a deal was changed or lost, or its rows are missing.
+            DamagedLog: a deal or its rows are missing or were changed.
         """
         while True:
             entries, dealt = self._read()
@@ -126,7 +126,7 @@ class DealRecord:
 
         Raises:
             BadConfig: no row is left for a look.
-            DamagedLog: a deal was changed or lost, or its rows are missing.
+            DamagedLog: a deal or its rows are missing or were changed.
         """
         entries, dealt = self._read()
         return _find(entries, dealt, challenger, rows, scored, request)
@@ -137,7 +137,7 @@ class DealRecord:
         None if no rows were dealt, or some of them are not in the dataset any more.
 
         Raises:
-            DamagedLog: a deal was changed or lost, or its rows are missing.
+            DamagedLog: a deal or its rows are missing or were changed.
         """
         entries, dealt = self._read()
         present = {row.key for row in rows}
@@ -149,7 +149,7 @@ class DealRecord:
         """Return the keys of the rows that a model was dealt last with this reserve; None if it was dealt none.
 
         Raises:
-            DamagedLog: a deal was changed or lost, or its rows are missing.
+            DamagedLog: a deal or its rows are missing or were changed.
         """
         entries, dealt = self._read()
         own = [entry for entry in entries if (entry.challenger, entry.reserve) == (challenger, reserve)]
@@ -159,7 +159,7 @@ class DealRecord:
         """Read all deals and their rows.
 
         Raises:
-            DamagedLog: a deal was changed or lost, or its rows are missing.
+            DamagedLog: a deal or its rows are missing or were changed.
         """
         self._read()
 
@@ -202,12 +202,12 @@ class DealRecord:
 
     def _read_anchor(self) -> LogHead:
         try:
-            return read_anchor(self._store, self._anchor) or LogHead()
+            return read_anchor(self._store, self._anchor)
         except ValueError as error:  # pydantic's error is one, too
             raise self._damaged(self._anchor, "number and hash of all deals", first_problem(error)) from error
 
     def _write_anchor(self, entries: Sequence[Deal]) -> None:
-        """Bring the anchor up to date. Whoever writes last names the last deal, also if several processes write."""
+        """Bring the anchor up to date: whoever writes last names the last deal."""
         while self._read_anchor().seq < len(entries):
             write_anchor(self._store, self._model, _head(entries), self._anchor)
             entries = self._read()[0]
@@ -266,11 +266,5 @@ def _sizes(entries: Sequence[Deal], rows: Sequence[ReserveRow], request: DealReq
 
 
 def _head(entries: Sequence[Deal]) -> LogHead:
-    """Return the number of deals, and a hash of all of them."""
+    """Return the number and the hash of all deals."""
     return LogHead(seq=len(entries), hash=digest_of([entry.hash for entry in entries])) if entries else LogHead()
-
-
-def models_with_deals(store: Store) -> list[str]:
-    """Return the names of the models of which a deal is recorded, or known to have been, sorted."""
-    paths = [name.split("/") for folder in ("registry/", f"{ANCHORS}/") for name in store.documents(folder)]
-    return sorted({path[1] for path in paths if path[2:3] in (["deals"], ["deals.json"])})

@@ -115,8 +115,8 @@ class PromotionLog:
 
     def _checked_entries(self, all_runs: bool) -> list[Entry]:
         known = self._known(all_runs)  # read before the log, which may only be ahead of it
-        if self.last_seen and not known.accepted:  # the store's disk may be gone by now, and leave an empty folder
-            known.from_runs.append(Claim(self.last_seen, "the log that this process read before"))
+        if self.last_seen and not known.accepted:  # the store's disk may be gone, and leave an empty folder
+            known.from_runs.append(Claim(self.last_seen, "what this process read before"))
         read = self._read()
         intact = len(read.entries)
         if read.rest:

@@ -270,8 +270,8 @@ class LookRecord:
         accepted = self._acceptances()
         if anchor is not None and anchor.accepted > len(accepted):
             raise self._damaged(f"{ANCHORS}/{self.model}", f"accepted losses: {anchor.accepted}", str(len(accepted)))
-        if self.last_seen and not accepted:  # the store's disk may be gone by now, and leave an empty folder
-            claims.append(Claim(self.last_seen, "the record that this process read before"))
+        if self.last_seen and not accepted:  # the store's disk may be gone, and leave an empty folder
+            claims.append(Claim(self.last_seen, "what this process read before"))
         read = self._read()
         if read.rest:
             raise self._damaged(next(iter(read.rest)), "", read.problem)
@@ -372,13 +372,6 @@ class LookRecord:
     @property
     def _anchor_name(self) -> str:
         return f"{ANCHORS}/{self.model}/looks.json"
-
-
-def models_with_looks(store: Store) -> set[str]:
-    """Return the names of the models of which a look is recorded, or known to have been."""
-    recorded = {name.split("/")[1] for name in store.documents("registry/") if name.split("/")[2:3] == ["looks"]}
-    anchored = {name.split("/")[1] for name in store.documents(f"{ANCHORS}/") if name.endswith("/looks.json")}
-    return recorded | anchored
 
 
 def _is_met(anchor: LogHead, looks: Sequence[Look]) -> bool:

@@ -13,10 +13,11 @@ from loraflow.cli import cli
 from loraflow.failures import DamagedLog
 from loraflow.identity import canonical
 from loraflow.registry import Entry, PromotionLog
+from loraflow.registry.anchor import models_with
 from loraflow.registry.backup import back_up
 from loraflow.registry.budget import Look, next_look
 from loraflow.registry.look_claims import ScoredRows, Sets
-from loraflow.registry.looks import LookRecord, models_with_looks, row_key
+from loraflow.registry.looks import LookRecord, row_key
 from loraflow.store import LocalStore, Ref
 from tests.promoted_models import add_model
 
@@ -341,7 +342,7 @@ def test_a_backup_has_the_record_and_refuses_a_damaged_one(store, record, tmp_pa
     take(record, "a")
     list(back_up(store, tmp_path / "copy"))
     assert LookRecord(LocalStore(tmp_path / "copy"), "tickets").entries() == record.entries()
-    assert models_with_looks(store) == {"tickets"}
+    assert models_with("looks", store) == ["tickets"]
     HARMS["all looks deleted"](store.root)
     with pytest.raises(DamagedLog):
         list(back_up(store, tmp_path / "copy"))
