@@ -78,8 +78,7 @@ class Known:
 def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
     """Read what is known about a model's log.
 
-    The run records are read, the newest first, until one knows the log: at most ten of them if there is an anchor. With
-    `all_runs`, all of them are read.
+    Run records are read, the newest first, until one knows the log: at most ten if there is an anchor; all with `all_runs`.
     """
     accepted, anchor, problem = [], None, ""
     for name, data in store.read_documents(f"{FOLDER}/{model}/", ".json").items():
@@ -200,7 +199,7 @@ class RunHeads(StoredModel):
 
     @property
     def head(self) -> LogHead:
-        """The last entry that the run knew. Records of earlier versions have only the number of the entry they wrote."""
+        """The last entry that the run knew; of earlier versions, the number of the one it wrote."""
         registered = self.summary.registered if self.summary else None
         return self.promotion_head or LogHead(seq=registered or 0)
 

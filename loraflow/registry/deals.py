@@ -5,8 +5,7 @@
     anchors/<model>/deals.json            number and hash of all deals, so that lost and edited ones are noticed
 
 A deal is recorded before a model is scored. The same model gets the same rows again, so a repeated run is cached, and of
-several processes each gets rows of its own. Rows of a deal are no longer fresh, whether or not a look followed: somebody
-may have seen their scores.
+several processes each gets rows of its own. Rows of a deal are no longer fresh, whether or not a look followed.
 """
 
 from __future__ import annotations
@@ -227,8 +226,7 @@ class DealRecord:
             expected=expected,
             got=got,
             next_step="restore it from a backup of the store (docs/backup.md). Without a backup, remove the folders "
-            f"{self._folder} and {self._rows}, and {self._anchor}: models are then dealt other rows. "
-            "Rows of a look stay known as scored",
+            f"{self._folder} and {self._rows}, and {self._anchor}: models are then dealt other rows",
         )
 
 

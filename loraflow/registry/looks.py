@@ -335,11 +335,7 @@ class LookRecord:
         return _Anchor(seq=claim.head.seq, hash=claim.head.hash) if claim is not None else None
 
     def _anchor(self, head: LogHead, digests: Collection[str]) -> None:
-        """Write the anchor, unless another process has recorded a look since.
-
-        Another process may do that between the look at its anchor and the write of this one. So the record is read again
-        afterwards: whoever writes last names the last look.
-        """
+        """Write the anchor, unless another process has recorded a look since: whoever writes last names the last look."""
         rows = set(digests)
         while True:
             anchor = self._read_anchor()
