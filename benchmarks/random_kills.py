@@ -26,7 +26,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO, NoReturn
 
 from measure import print_row
@@ -34,7 +33,10 @@ from measure import print_row
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from loraflow.config import load_recipe
 from loraflow.execution import worker, worker_process
+from loraflow.execution.device_group import PARENT
+from loraflow.execution.job_file import JobFile
 from loraflow.execution.launcher import run_job
+from loraflow.execution.outcome import PIPE
 from loraflow.execution.plan import STEPS, inputs_of
 from loraflow.execution.workspace import Workspace
 from loraflow.registry.log import actor
@@ -122,17 +124,20 @@ class Fork:
         return code
 
 
-def fork_worker(command: list[str], *, stdout: IO[bytes], env: Mapping[str, str], **_: object) -> Fork:
-    """Start a worker, as `subprocess.Popen` does for the launcher."""
-    return Fork(lambda: worker.main([command[-1]]), stdout, env)
+def fork_worker(_: list[str], file: JobFile, environment: dict[str, str], log_file: int, outcome: int) -> Fork:
+    """Start a worker, as `start_worker` does for the launcher."""
+    job_file = str(file.write())
+    with os.fdopen(log_file, "wb", closefd=False) as output:
+        return Fork(
+            lambda: worker.main([job_file]), output, environment | {PIPE: str(outcome), PARENT: str(os.getpid())}
+        )
 
 
 def run_in_fork(recipe: Path, output: IO[bytes]) -> Fork:
     """Start a run."""
 
     def main() -> int:
-        names = {"Popen": fork_worker, "DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
-        vars(worker_process)["subprocess"] = SimpleNamespace(**names)
+        vars(worker_process)["start_worker"] = fork_worker
         run_pipeline(str(recipe))
         return 0
 

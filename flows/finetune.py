@@ -107,9 +107,11 @@ def repairs(run: Run) -> Iterator[Attempt]:
     """Yield attempts until one succeeds, as tenacity does. Each recomputes what the one before it found damaged.
 
     Raises:
+        DamagedLog: the promotion log is damaged, or gone since the attempt before.
         Failure: artifacts were damaged again and again.
     """
     for _ in range(MAX_REPAIRS):
+        run.workspace.log.entries()  # before hours of training; the store may be gone since
         attempt = Attempt()
         yield attempt
         if attempt.succeeded:

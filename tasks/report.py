@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import task
@@ -20,6 +20,7 @@ from loraflow.failures import CorruptArtifact
 from loraflow.registry.runs import RunRecord, RunSummary, read_run, run_ids, write_report
 from loraflow.reporting.markdown import RunReport, drift_lines, run_report, scores_report
 from loraflow.reporting.sections import History, Learned, TrialCurves
+from loraflow.serving.lineage import logged_losses
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
 from loraflow.tasks.run import Run
@@ -118,14 +119,12 @@ def _learned(run: Run, tokens: Ref) -> Learned:
     return Learned(manifest.figures, TokenReport.model_validate(manifest.report))
 
 
-def _losses(run: Run, adapter: Ref) -> list[tuple[float, float]]:
-    """Return (step, training loss) as training logged them; nothing if the log is damaged, since the model is not."""
+def _losses(run: Run, adapter: Ref) -> Sequence[tuple[float, float]]:
     try:
-        lines = run.workspace.store.read(adapter, "telemetry/curves.jsonl").decode().splitlines()
+        return logged_losses(run.workspace.store, adapter)
     except CorruptArtifact as failure:  # the model is registered by now
         log.warning("the report has no training loss. %s", failure)
-        return []
-    return [(row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row]
+        return ()
 
 
 def _trial_curves(run: Run) -> dict[str, TrialCurves]:

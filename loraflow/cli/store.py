@@ -80,8 +80,7 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
             checked += 1
             problems = opened.verify(ref) if deep else opened.check(ref)
             if problems and not result_problems(problems):
-                next_step = f"`loraflow run … --force {ref.stage}` computes it again"
-                click.echo(f"damaged  {ref}: {'; '.join(problems)}; no result depends on it: {next_step}", err=True)
+                click.echo(f"damaged  {ref}: {'; '.join(problems)}; no result depends on it", err=True)
             elif problems:
                 quarantined = opened.quarantine(ref, problems)
                 if quarantined is None:
@@ -125,10 +124,11 @@ def _check_signature(log: PromotionLog, signers: Path) -> None:
 
 def _missing_champions(store: Store, signers: Path | None) -> str:
     """Report damaged promotion logs and missing champions; return the next step for the first that is needed."""
+    from loraflow.registry.anchor import models_with
     from loraflow.registry.champions import missing_models
-    from loraflow.registry.deals import DealRecord, models_with_deals
+    from loraflow.registry.deals import DealRecord
     from loraflow.registry.log import models
-    from loraflow.registry.looks import LookRecord, models_with_looks
+    from loraflow.registry.looks import LookRecord
     from loraflow.registry.rebuild import how_to_rebuild
     from loraflow.registry.runs import damaged_runs
     from loraflow.registry.signature import signed_models, verified_models
@@ -155,8 +155,8 @@ def _missing_champions(store: Store, signers: Path | None) -> str:
         except CorruptArtifact as failure:
             click.echo(f"damaged  promotion log of {model}: {failure.got or failure.what}", err=True)
             steps.append(failure.next_step)
-    looks = [("looks", name, LookRecord(store, name).check) for name in sorted(models_with_looks(store))]
-    deals = [("deals", name, DealRecord(store, name).check) for name in models_with_deals(store)]
+    looks = [("looks", name, LookRecord(store, name).check) for name in models_with("looks", store)]
+    deals = [("deals", name, DealRecord(store, name).check) for name in models_with("deals", store)]
     for kind, model, check in looks + deals:
         try:
             check()

@@ -78,8 +78,7 @@ class Known:
 def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
     """Read what is known about a model's log.
 
-    The run records are read, the newest first, until one knows the log: at most ten of them if there is an anchor. With
-    `all_runs`, all of them are read.
+    Run records are read, the newest first, until one knows the log: at most ten if there is an anchor; all with `all_runs`.
     """
     accepted, anchor, problem = [], None, ""
     for name, data in store.read_documents(f"{FOLDER}/{model}/", ".json").items():
@@ -104,19 +103,23 @@ def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
 
 def write_anchor(store: Store, model: str, head: LogHead, name: str = "") -> None:
     """Name the last entry of a model's log, or of the record whose anchor has this name."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    name, document = name or _anchor_name(model), json_bytes({**head.model_dump(), "model": model, "time": now})
+    name, document = name or _anchor_name(model), json_bytes({**head.model_dump(), "model": model, "time": now()})
     store.write_document(name, add_checksum(name, document))
 
 
-def read_anchor(store: Store, name: str) -> LogHead | None:
-    """Return what the anchor of this name says; None if there is none.
+def read_anchor(store: Store, name: str) -> LogHead:
+    """Return what the anchor of this name says: number 0 if there is none.
 
     Raises:
         ValueError: it is damaged.
     """
     data = store.read_document(name)
-    return None if data is None else LogHead.model_validate_json(check_document(name, data))
+    return LogHead() if data is None else LogHead.model_validate_json(check_document(name, data))
+
+
+def now() -> str:
+    """Return the time as documents have it: UTC, in seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def write_acceptance(store: Store, model: str, acceptance: Acceptance) -> None:
@@ -136,11 +139,17 @@ def anchored_models(store: Store) -> set[str]:
     return {name.split("/")[1] for name in store.documents(f"{FOLDER}/") if name.count("/") > 1}
 
 
+def models_with(record: str, store: Store) -> list[str]:
+    """Return the names of the models that have, or had, a record (`looks` or `deals`), sorted."""
+    paths = [name.split("/") for folder in ("registry/", f"{FOLDER}/") for name in store.documents(folder)]
+    return sorted({path[1] for path in paths if path[2:3] in ([record], [f"{record}.json"])})
+
+
 def models_of_runs(store: Store) -> set[str]:
     """Return the names of the models of which a run record names an entry."""
     documents = store.read_documents(RUNS, ".json").items()
-    runs = (_parse(name, data) for name, data in documents)
-    return {run.resolved.register_.model for run in runs if run is not None and run.head.seq}
+    runs = (parse_run(name, data) for name, data in documents)
+    return {run.model for run in runs if run is not None and run.head.seq}
 
 
 def damaged_log(store: Store, model: str, where: str, *, got: str, expected: str = "", intact: int) -> DamagedLog:
@@ -175,31 +184,38 @@ class _Summary(StoredModel):
     registered: int | None = None
 
 
-class _Run(StoredModel):
-    """The part of a run record that is about the promotion log: much smaller than the record."""
+class RunHeads(StoredModel):
+    """The part of a run record that is about promotion log and looks: much smaller than the record."""
 
     resolved: _Resolved = _Resolved()
     summary: _Summary | None = None
     promotion_head: LogHead | None = None
+    looks_head: LogHead | None = None
+
+    @property
+    def model(self) -> str:
+        """The name that the run's model is registered under."""
+        return self.resolved.register_.model
 
     @property
     def head(self) -> LogHead:
-        """The last entry that the run knew. Records of earlier versions have only the number of the entry they wrote."""
+        """The last entry that the run knew; of earlier versions, the number of the one it wrote."""
         registered = self.summary.registered if self.summary else None
         return self.promotion_head or LogHead(seq=registered or 0)
 
 
-def _parse(name: str, data: bytes) -> _Run | None:
+def parse_run(name: str, data: bytes) -> RunHeads | None:
+    """Return what a run record says; None for damaged ones, which `loraflow verify` reports."""
     try:
-        return _Run.model_validate_json(check_document(name, data))
-    except ValueError:  # not a run record, or a damaged one, which `loraflow verify` reports
+        return RunHeads.model_validate_json(check_document(name, data))
+    except ValueError:
         return None
 
 
 def _claims_of_runs(model: str, documents: Iterable[tuple[str, bytes]]) -> Iterator[Claim]:
     for name, data in documents:
-        run = _parse(name, data)
-        if run is not None and run.resolved.register_.model == model:
+        run = parse_run(name, data)
+        if run is not None and run.model == model:
             yield Claim(run.head, name)
 
 
@@ -210,11 +226,7 @@ def _newest_claim(store: Store, model: str, newest: int | None) -> Iterator[Clai
     """
     for run in run_ids(store)[::-1][:newest]:
         name = f"{RUNS}{run}.json"
-        parsed = _parse(name, store.read_document(name) or b"")
-        if (
-            parsed is not None
-            and parsed.resolved.register_.model == model
-            and (parsed.promotion_head or parsed.head.seq)
-        ):
+        parsed = parse_run(name, store.read_document(name) or b"")
+        if parsed is not None and parsed.model == model and (parsed.promotion_head or parsed.head.seq):
             yield Claim(parsed.head, name)
             return

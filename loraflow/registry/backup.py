@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.registry.anchor import FOLDER as ANCHORS
+from loraflow.registry.anchor import models_with
 from loraflow.registry.champions import missing_models
-from loraflow.registry.deals import DealRecord, models_with_deals
+from loraflow.registry.deals import DealRecord
 from loraflow.registry.log import PromotionLog, models
-from loraflow.registry.looks import LookRecord, models_with_looks
+from loraflow.registry.looks import LookRecord
 from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.store import LocalStore, Ref, Store, hash_memo
@@ -45,8 +46,8 @@ class Copied(NamedTuple):
 def back_up(store: Store, target: Path) -> Iterator[Copied]:
     """Copy artifacts, promotion logs, anchors and run records to a folder; yield each artifact that is new there.
 
-    The folder is a store itself. A second backup to the same folder copies what is new. Artifacts that the store no longer
-    has stay in the copy. What was damaged in the copy is copied again. Unfinished work and the quarantine are not copied.
+    The folder is a store itself. A second backup to it copies what is new, and what was damaged there. Artifacts that the
+    store no longer has stay in it. Unfinished work and the quarantine are not copied.
 
     Raises:
         BadConfig: the folder has other files, or a copy of another store.
@@ -85,9 +86,9 @@ def _read_consistently(store: Store) -> _Documents:
         anchors = store.read_documents(f"{ANCHORS}/")
         for model in models(store, of_runs=True):
             PromotionLog(store, model).entries(all_runs=True)
-        for model in models_with_looks(store):
+        for model in models_with("looks", store):
             LookRecord(store, model).entries(all_runs=True)
-        for model in models_with_deals(store):
+        for model in models_with("deals", store):
             DealRecord(store, model).check()
         registry = _read_registry(store)
         if _accepted(store.documents(f"{ANCHORS}/")) == _accepted(anchors):
@@ -95,16 +96,15 @@ def _read_consistently(store: Store) -> _Documents:
 
 
 def _accepted(names: Iterable[str]) -> list[str]:
-    """Return those of the documents that say that a person accepted a loss. They are written first, and never removed."""
+    """Return the documents that say that a person accepted a loss. They are written first, and never removed."""
     return sorted(name for name in names if "accepted-" in name.rsplit("/", 1)[1])
 
 
 def _read_registry(store: Store) -> dict[str, bytes]:
     """Read the registry's documents, as they were at one moment.
 
-    The listing of a folder may lack a file that is written meanwhile, and have a later one; and one folder is listed before
-    another. So all are read twice: the second time has all that the first one names, and all that this refers to. Entries,
-    looks and deals that are newer than the first time are left out.
+    A listing may lack a file that is written meanwhile, and have a later one. So all are read twice: the second time has all
+    that the first one names and refers to. Entries, looks and deals that are newer than the first time are left out.
     """
     last = dict[str, int]()
     for name in store.documents(_REGISTRY):
@@ -182,10 +182,7 @@ def _copy_each(store: Store, copy: LocalStore, memo: HashMemo) -> Iterator[Copie
 
 
 def _has_intact_copy(store: Store, copy: LocalStore, ref: Ref, memo: HashMemo) -> bool:
-    """Tell whether the copy has an artifact with the store's manifest and the bytes that it names.
-
-    Files that changed since they were hashed are hashed.
-    """
+    """Tell whether the copy has an artifact with the store's manifest and the bytes that it names."""
     try:
         return not result_problems(copy.check_changed(ref, memo)) and copy.manifest(ref) == store.manifest(ref)
     except CorruptArtifact:

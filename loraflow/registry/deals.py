@@ -5,32 +5,29 @@
     anchors/<model>/deals.json            number and hash of all deals, so that lost and edited ones are noticed
 
 A deal is recorded before a model is scored. The same model gets the same rows again, so a repeated run is cached, and of
-several processes each gets rows of its own. Rows of a deal are no longer fresh, whether or not a look followed: somebody
-may have seen their scores.
+several processes each gets rows of its own. Rows of a deal are no longer fresh, whether or not a look followed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from loraflow.failures import DamagedLog
 from loraflow.frozen import StoredModel
 from loraflow.identity import canonical
 from loraflow.registry.anchor import FOLDER as ANCHORS
-from loraflow.registry.anchor import read_anchor, write_anchor
+from loraflow.registry.anchor import now, read_anchor, write_anchor
 from loraflow.registry.entry import JSON_OBJECT
+from loraflow.registry.look_claims import digest_of, keys_of
 from loraflow.registry.reserve import ReserveRow, ReserveState, deal, rows_of_a_look, state
 from loraflow.registry.runs import LogHead
 from loraflow.store import Store
 from loraflow.store.checksum import first_problem
 from loraflow.store.files import json_bytes
-
-_KEYS = TypeAdapter(list[str])
 
 
 class Deal(StoredModel):
@@ -95,7 +92,7 @@ class DealRecord:
 
         Raises:
             BadConfig: no row is left for a look.
-            DamagedLog: a deal was changed or lost, or its rows are missing.
+            DamagedLog: a deal or its rows are missing or were changed.
         """
         while True:
             entries, dealt = self._read()
@@ -115,7 +112,7 @@ class DealRecord:
                 rows=digest,
                 is_fresh=found.state.is_fresh,
                 actor=actor,
-                time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                time=now(),
             )
             if self._store.create_document(self._name(new.seq), json_bytes({**new.model_dump(), "hash": new.hash})):
                 self._write_anchor([*entries, new])
@@ -128,7 +125,7 @@ class DealRecord:
 
         Raises:
             BadConfig: no row is left for a look.
-            DamagedLog: a deal was changed or lost, or its rows are missing.
+            DamagedLog: a deal or its rows are missing or were changed.
         """
         entries, dealt = self._read()
         return _find(entries, dealt, challenger, rows, scored, request)
@@ -139,7 +136,7 @@ class DealRecord:
         None if no rows were dealt, or some of them are not in the dataset any more.
 
         Raises:
-            DamagedLog: a deal was changed or lost, or its rows are missing.
+            DamagedLog: a deal or its rows are missing or were changed.
         """
         entries, dealt = self._read()
         present = {row.key for row in rows}
@@ -151,7 +148,7 @@ class DealRecord:
         """Return the keys of the rows that a model was dealt last with this reserve; None if it was dealt none.
 
         Raises:
-            DamagedLog: a deal was changed or lost, or its rows are missing.
+            DamagedLog: a deal or its rows are missing or were changed.
         """
         entries, dealt = self._read()
         own = [entry for entry in entries if (entry.challenger, entry.reserve) == (challenger, reserve)]
@@ -161,7 +158,7 @@ class DealRecord:
         """Read all deals and their rows.
 
         Raises:
-            DamagedLog: a deal was changed or lost, or its rows are missing.
+            DamagedLog: a deal or its rows are missing or were changed.
         """
         self._read()
 
@@ -197,28 +194,25 @@ class DealRecord:
     def _keys(self, digest: str, stored: Mapping[str, bytes]) -> frozenset[str]:
         name = f"{self._rows}{digest}.json"
         data = stored.get(name) or self._store.read_document(name)  # a listing can miss a new file
-        try:
-            keys = _KEYS.validate_json(data or b"")
-        except ValidationError:
-            keys = []
-        if _digest(keys) != digest:
+        keys = keys_of(digest, data)
+        if keys is None:
             raise self._damaged(name, f"row keys with the hash {digest[:12]}", "others" if data else "nothing")
         return frozenset(keys)
 
     def _read_anchor(self) -> LogHead:
         try:
-            return read_anchor(self._store, self._anchor) or LogHead()
+            return read_anchor(self._store, self._anchor)
         except ValueError as error:  # pydantic's error is one, too
             raise self._damaged(self._anchor, "number and hash of all deals", first_problem(error)) from error
 
     def _write_anchor(self, entries: Sequence[Deal]) -> None:
-        """Bring the anchor up to date. Whoever writes last names the last deal, also if several processes write."""
+        """Bring the anchor up to date: whoever writes last names the last deal."""
         while self._read_anchor().seq < len(entries):
             write_anchor(self._store, self._model, _head(entries), self._anchor)
             entries = self._read()[0]
 
     def _write_rows(self, keys: frozenset[str]) -> str:
-        digest = _digest(sorted(keys))
+        digest = digest_of(sorted(keys))
         self._store.create_document(f"{self._rows}{digest}.json", json_bytes(sorted(keys)))
         return digest
 
@@ -232,8 +226,7 @@ class DealRecord:
             expected=expected,
             got=got,
             next_step="restore it from a backup of the store (docs/backup.md). Without a backup, remove the folders "
-            f"{self._folder} and {self._rows}, and {self._anchor}: models are then dealt other rows. "
-            "Rows of a look stay known as scored",
+            f"{self._folder} and {self._rows}, and {self._anchor}: models are then dealt other rows",
         )
 
 
@@ -271,15 +264,5 @@ def _sizes(entries: Sequence[Deal], rows: Sequence[ReserveRow], request: DealReq
 
 
 def _head(entries: Sequence[Deal]) -> LogHead:
-    """Return the number of deals, and a hash of all of them."""
-    return LogHead(seq=len(entries), hash=_digest([entry.hash for entry in entries])) if entries else LogHead()
-
-
-def _digest(keys: list[str]) -> str:
-    return hashlib.sha256(canonical(keys)).hexdigest()
-
-
-def models_with_deals(store: Store) -> list[str]:
-    """Return the names of the models of which a deal is recorded, or known to have been, sorted."""
-    paths = [name.split("/") for folder in ("registry/", f"{ANCHORS}/") for name in store.documents(folder)]
-    return sorted({path[1] for path in paths if path[2:3] in (["deals"], ["deals.json"])})
+    """Return the number and the hash of all deals."""
+    return LogHead(seq=len(entries), hash=digest_of([entry.hash for entry in entries])) if entries else LogHead()

@@ -11,7 +11,6 @@ import getpass
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +21,12 @@ from loraflow.failures import BadConfig, DamagedLog, Failure
 from loraflow.identity import short
 from loraflow.registry.anchor import (
     Acceptance,
+    Claim,
     Known,
     anchored_models,
     damaged_log,
     models_of_runs,
+    now,
     read_known,
     write_acceptance,
     write_anchor,
@@ -114,6 +115,8 @@ class PromotionLog:
 
     def _checked_entries(self, all_runs: bool) -> list[Entry]:
         known = self._known(all_runs)  # read before the log, which may only be ahead of it
+        if self.last_seen and not known.accepted:  # the store's disk may be gone, and leave an empty folder
+            known.from_runs.append(Claim(self.last_seen, "what this process read before"))
         read = self._read()
         intact = len(read.entries)
         if read.rest:
@@ -194,7 +197,7 @@ class PromotionLog:
         acceptance = Acceptance(
             reason=reason,
             actor=actor,
-            time=_now(),
+            time=now(),
             problem=read.problem or known.problem,
             kept=kept,
             lost=sorted(lost, key=lambda head: (head.seq, head.hash)),
@@ -240,7 +243,7 @@ class PromotionLog:
             inputs=dict(inputs),
             reasons=list(reasons),
             actor=actor,
-            time=_now(),
+            time=now(),
         )
         document = json_bytes({**entry.model_dump(), "hash": entry.hash})
         if not self.store.create_document(f"{self.folder}/log/{entry.seq:06d}.json", document):
@@ -378,7 +381,3 @@ class PromotionLog:
 
 def _head(entries: Sequence[Entry]) -> LogHead:
     return LogHead(seq=entries[-1].seq, hash=entries[-1].hash) if entries else LogHead()
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -12,13 +12,13 @@ import hashlib
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from loraflow.data.split import row_key as row_key
 from loraflow.frozen import StoredModel
 from loraflow.identity import canonical
 from loraflow.registry.anchor import FOLDER as ANCHORS
-from loraflow.registry.anchor import Claim, create_numbered
+from loraflow.registry.anchor import Claim, create_numbered, parse_run
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.registry.runs import LogHead, run_ids
 from loraflow.store import Store
@@ -73,21 +73,6 @@ def write_loss(store: Store, model: str, loss: LostLooks) -> None:
     create_numbered(store, f"{ANCHORS}/{model}/looks-accepted-", json_bytes(loss.model_dump()))
 
 
-class _Register(StoredModel):
-    model: str = ""
-
-
-class _Resolved(StoredModel):
-    register_: _Register = Field(_Register(), alias="register")
-
-
-class _Run(StoredModel):
-    """The part of a run record that is about looks."""
-
-    resolved: _Resolved = _Resolved()
-    looks_head: LogHead | None = None
-
-
 def claims_of_runs(store: Store, model: str) -> list[Claim]:
     """Return the last looks that all run records of a model name."""
     return list(_claims(model, store.read_documents(RUNS, ".json").items()))
@@ -101,11 +86,8 @@ def newest_claim(store: Store, model: str) -> Claim | None:
 
 def _claims(model: str, documents: Iterable[tuple[str, bytes]]) -> Iterator[Claim]:
     for name, data in documents:
-        try:
-            run = _Run.model_validate_json(check_document(name, data))
-        except ValueError:  # not a run record, or a damaged one, which `loraflow verify` reports
-            continue
-        if run.looks_head is not None and run.resolved.register_.model == model:
+        run = parse_run(name, data)
+        if run is not None and run.looks_head is not None and run.model == model:
             yield Claim(run.looks_head, name)
 
 
@@ -130,7 +112,7 @@ class ScoredRows:
     def add(self, rows: Collection[str]) -> tuple[str, bool]:
         """Store the keys of rows in both places. Return their digest, and whether neither place had them."""
         keys = sorted(set(rows))
-        digest = _digest(keys)
+        digest = digest_of(keys)
         created = [self._store.create_document(f"{folder}{digest}.json", json_bytes(keys)) for folder in self._folders]
         return digest, all(created)
 
@@ -141,7 +123,7 @@ class ScoredRows:
             for name, data in self._store.read_documents(folder, ".json").items():
                 found.documents.add(name)
                 digest = name.removeprefix(folder).removesuffix(".json")
-                keys = _keys(digest, data)
+                keys = keys_of(digest, data)
                 if keys is None:
                     found.damaged.add(digest)
                 else:
@@ -159,7 +141,7 @@ class ScoredRows:
     def find(self, digest: str) -> set[str] | None:
         """Return the keys of a set; None if it is in neither place. A listing can miss a new file, this does not."""
         for folder in self._folders:
-            keys = _keys(digest, self._store.read_document(f"{folder}{digest}.json"))
+            keys = keys_of(digest, self._store.read_document(f"{folder}{digest}.json"))
             if keys is not None:
                 return keys
         return None
@@ -174,19 +156,21 @@ class ScoredRows:
             keys = self.find(digest)
             for folder in self._folders:
                 name = f"{folder}{digest}.json"
-                if _keys(digest, self._store.read_document(name)) is None:
+                if keys_of(digest, self._store.read_document(name)) is None:
                     self._store.remove_document(name)
                     if keys is not None:
                         self._store.create_document(name, json_bytes(sorted(keys)))
 
 
-def _keys(digest: str, data: bytes | None) -> set[str] | None:
+def keys_of(digest: str, data: bytes | None) -> set[str] | None:
+    """Return the keys of rows in a document; None if they do not have the digest."""
     try:
         keys = _ROWS.validate_json(data or b"")
     except ValidationError:
         return None
-    return set(keys) if _digest(keys) == digest else None
+    return set(keys) if digest_of(keys) == digest else None
 
 
-def _digest(keys: list[str]) -> str:
+def digest_of(keys: list[str]) -> str:
+    """Return the digest of sorted keys of rows, or of other texts."""
     return hashlib.sha256(canonical(keys)).hexdigest()

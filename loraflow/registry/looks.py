@@ -12,14 +12,13 @@ whatever rows; `budget.py` deals it out.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
 from loraflow.failures import DamagedLog
 from loraflow.registry.anchor import FOLDER as ANCHORS
-from loraflow.registry.anchor import Claim
+from loraflow.registry.anchor import Claim, now
 from loraflow.registry.budget import Look as Look
 from loraflow.registry.budget import NextLook, next_look
 from loraflow.registry.entry import JSON_OBJECT, Entry
@@ -136,7 +135,7 @@ class LookRecord:
                 horizon=horizon,
                 error=error,
                 actor=actor,
-                time=_now(),
+                time=now(),
                 **following._asdict(),
             )
             if self.store.create_document(self._name(look.seq), json_bytes({**look.stored(), "hash": look.hash})):
@@ -249,7 +248,7 @@ class LookRecord:
         acceptance = LostLooks(
             reason=reason,
             actor=actor,
-            time=_now(),
+            time=now(),
             kept=_head(read.looks),
             lost=max(lost, 1) if has_lost_looks else 0,
             lost_heads=[claim.head for claim in claims],
@@ -271,6 +270,8 @@ class LookRecord:
         accepted = self._acceptances()
         if anchor is not None and anchor.accepted > len(accepted):
             raise self._damaged(f"{ANCHORS}/{self.model}", f"accepted losses: {anchor.accepted}", str(len(accepted)))
+        if self.last_seen and not accepted:  # the store's disk may be gone, and leave an empty folder
+            claims.append(Claim(self.last_seen, "what this process read before"))
         read = self._read()
         if read.rest:
             raise self._damaged(next(iter(read.rest)), "", read.problem)
@@ -334,11 +335,7 @@ class LookRecord:
         return _Anchor(seq=claim.head.seq, hash=claim.head.hash) if claim is not None else None
 
     def _anchor(self, head: LogHead, digests: Collection[str]) -> None:
-        """Write the anchor, unless another process has recorded a look since.
-
-        Another process may do that between the look at its anchor and the write of this one. So the record is read again
-        afterwards: whoever writes last names the last look.
-        """
+        """Write the anchor, unless another process has recorded a look since: whoever writes last names the last look."""
         rows = set(digests)
         while True:
             anchor = self._read_anchor()
@@ -352,7 +349,7 @@ class LookRecord:
 
     def _write_anchor(self, head: LogHead, digests: Collection[str]) -> None:
         accepted = len(read_losses(self.store, self.model).intact)
-        values = {**head.model_dump(), "digests": sorted(digests), "accepted": accepted, "time": _now()}
+        values = {**head.model_dump(), "digests": sorted(digests), "accepted": accepted, "time": now()}
         self.store.write_document(self._anchor_name, add_checksum(self._anchor_name, json_bytes(values)))
 
     def _damaged(self, where: str, expected: str, got: str) -> DamagedLog:
@@ -371,13 +368,6 @@ class LookRecord:
     @property
     def _anchor_name(self) -> str:
         return f"{ANCHORS}/{self.model}/looks.json"
-
-
-def models_with_looks(store: Store) -> set[str]:
-    """Return the names of the models of which a look is recorded, or known to have been."""
-    recorded = {name.split("/")[1] for name in store.documents("registry/") if name.split("/")[2:3] == ["looks"]}
-    anchored = {name.split("/")[1] for name in store.documents(f"{ANCHORS}/") if name.endswith("/looks.json")}
-    return recorded | anchored
 
 
 def _is_met(anchor: LogHead, looks: Sequence[Look]) -> bool:
@@ -404,7 +394,3 @@ def _unmet(claims: Sequence[Claim], looks: Sequence[Look], accepted: Sequence[Lo
 
 def _head(looks: Sequence[Look]) -> LogHead:
     return LogHead(seq=looks[-1].seq, hash=looks[-1].hash) if looks else LogHead()
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 
@@ -18,6 +18,7 @@ from loraflow.identity import short
 from loraflow.registry.runs import RunRecord, changes, find_named_run, find_run
 from loraflow.reporting.chart import svg
 from loraflow.reporting.markdown import quote
+from loraflow.serving.lineage import logged_losses
 from loraflow.serving.models import champion_entry, only_model
 from loraflow.store import Ref, Store, read_intact
 
@@ -114,20 +115,12 @@ def _find(store: Store, name: str) -> Compared:
         raise BadConfig("This run did not score a model.", where=name, next_step="`loraflow runs` lists the runs")
     ref = Ref(stage="evaluate", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
     table = pd.read_parquet(io.BytesIO(read_intact(store, ref, "scores.parquet")))
-    return Compared(name, record, heldout_rows(table, store.location(ref)), _losses(store, record))
-
-
-def _losses(store: Store, record: RunRecord) -> tuple[tuple[float, float], ...]:
-    """Return the training losses that were logged; nothing if the adapter is gone."""
-    stage = record.stage("train")
-    if stage is None:
-        return ()
-    ref = Ref(stage="train", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
-    try:
-        lines = store.read(ref, "telemetry/curves.jsonl").decode().splitlines()
-    except CorruptArtifact:  # cleanup removes adapters before scores
-        return ()
-    return tuple((row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row)
+    losses, trained = (), record.stage("train")
+    if trained is not None:
+        adapter = Ref(stage="train", fingerprint=trained.fingerprint, digest=trained.digest, uri=store.uri)
+        with suppress(CorruptArtifact):  # cleanup removes adapters before scores
+            losses = logged_losses(store, adapter)
+    return Compared(name, record, heldout_rows(table, store.location(ref)), losses)
 
 
 def _digest(record: RunRecord) -> str | None:

@@ -25,7 +25,6 @@ Modules, from the bottom up:
 - `s3` combines them into `S3Store`, and removes what interrupted work left
 """
 
-import errno
 import os
 from functools import cache
 from pathlib import Path
@@ -79,11 +78,19 @@ def open_store(uri: str) -> Store:
 
 
 def _refuse_file_in_path(folder: Path) -> None:
-    """Refuse a store at or below a file: every lookup would be a miss, and the first write would fail."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir():
-        error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
-        raise from_os_error(error, str(folder)) or error
+    """Refuse a store at or below a file, or a link to a disk that is not there: every lookup would be a miss."""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        os.stat(f"{existing}/.")  # noqa: PTH116 - Path drops the dot
+    except FileNotFoundError as error:
+        raise BadConfig(
+            "The store is a link to a folder that does not exist.",
+            where=str(existing),
+            next_step="mount its disk, or correct the link",
+        ) from error
+    except OSError as error:
+        error.filename = str(existing)
+        raise from_os_error(error, str(folder)) or error from error
 
 
 def _is_bucket_setting(variable: str) -> bool:

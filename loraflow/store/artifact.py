@@ -289,10 +289,7 @@ def build_manifest(
 
 
 def compare_sizes(found: Mapping[str, int], manifest: Manifest) -> list[str]:
-    """Compare the names and sizes of an artifact's files with its manifest; return the problems, a line each.
-
-    Telemetry is hashed with the contents: what is wrong with it harms no result (`result_problems`).
-    """
+    """Compare names and sizes of files, but for telemetry, with the manifest; return the problems, a line each."""
     problems = []
     for name, entry in manifest.files.items():
         if name.startswith(TELEMETRY):
@@ -330,7 +327,7 @@ def check_folder(folder: Path, manifest: Manifest, *, contents: bool, has_hash: 
 
 
 def result_problems(problems: list[str]) -> list[str]:
-    """Return the problems that make an artifact unusable: those of telemetry do not. Whoever reads telemetry hashes it."""
+    """Return the problems without those of telemetry, on which no result depends. Whoever reads telemetry hashes it."""
     return [problem for problem in problems if not problem.startswith(TELEMETRY)]
 
 

@@ -217,9 +217,7 @@ def _require(store: Store, ref: Ref, check: Callable[[], list[str]], memo: HashM
     if result_problems(problems):
         raise damaged_artifact(ref, where or store.location(ref), problems)
     if problems:
-        log.warning(
-            "%s is used, although it is damaged where no result depends on it: %s", ref, "; ".join(problems[:3])
-        )
+        log.warning("%s is used, although its telemetry is damaged: %s", ref, "; ".join(problems[:3]))
 
 
 def read_intact(store: Store, ref: Ref, name: str) -> bytes:

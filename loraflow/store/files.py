@@ -117,7 +117,7 @@ def read_file(path: Path) -> bytes:
     """Return a file's content.
 
     Raises:
-        OSError: it cannot be read, or is no regular file: reading a pipe or a device may never end.
+        OSError: it cannot be read, or is no regular file: a pipe may never end.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))

@@ -257,12 +257,15 @@ FAULTS = (
           "found, and refused or dropped as the recipe says",
           ("unit/test_loss_mask.py::test_control_tokens_in_a_message_are_found",
            "unit/test_chat.py::test_a_control_token_in_a_message_is_reported")),
-    Fault(51, "Links, FIFOs, devices in a dataset", "data add", "links and special files",
-          "refused before DVC reads them, but for DVC's own links into its cache",
+    Fault(51, "Links, FIFOs, devices in a dataset or a store", "data add, store", "links and special files; a dead link to a store",
+          "refused before DVC reads them, but for DVC's own links into its cache; in a store, a miss or damage",
           ("unit/test_dvc.py::test_links_in_a_dataset_are_refused",
            "unit/test_dvc_links.py::test_every_other_link_is_refused",
            "unit/test_dvc_links.py::test_a_byte_written_through_a_link_is_named_as_a_changed_object_of_the_cache",
-           "unit/test_store.py::test_a_link_in_an_artifact_is_refused")),
+           "unit/test_store.py::test_a_link_in_an_artifact_is_refused",
+           "unit/test_store.py::"
+           "test_a_pipe_or_a_device_in_the_place_of_a_manifest_or_pointer_is_not_read_for_ever",
+           "unit/test_store_faults.py::test_a_store_on_a_disk_that_is_not_mounted_is_no_empty_store")),
     Fault(52, "Names that leave their folder", "pull, merge, bucket, backup",
           "`..`, absolute, NUL, case clashes in lists, indexes, manifests and other documents of a store",
           "refused before anything is written",
@@ -337,7 +340,7 @@ FAULTS = (
           ("unit/test_registry.py::test_one_of_many_concurrent_writers_wins",
            "unit/test_store_states.py::test_store_and_log_do_what_dictionaries_do")),
     Fault(69, "A changed log, decision or other document", "register, store",
-          "entries edited, deleted and added; the whole log deleted; older copies of log, looks, anchors and signature; each "
+          "entries edited, deleted and added; the whole log deleted; the whole store gone during a run; older copies of log, looks, anchors and signature; each "
           "value of each document in a store edited",
           "noticed by checksums, the chain, the anchor and run records, and by a signature if all of them were rewritten",
           ("unit/test_registry.py::test_a_changed_log_is_refused",
@@ -350,7 +353,10 @@ FAULTS = (
            "unit/test_signature.py::test_whoever_rewrites_log_anchor_and_run_records_together_is_noticed",
            "unit/test_signature.py::"
            "test_an_older_log_with_its_own_older_signature_is_refused_after_the_newer_one_was_verified",
-           "unit/test_value_edits.py::test_an_edited_value_of_a_document_is_noticed_or_changes_nothing")),
+           "unit/test_value_edits.py::test_an_edited_value_of_a_document_is_noticed_or_changes_nothing",
+           "unit/test_reserve.py::test_lost_or_edited_deals_are_noticed_and_their_rows_are_not_dealt_again",
+           "flows/test_register.py::"
+           "test_a_store_that_is_gone_during_a_run_promotes_nothing_in_the_empty_folder_that_is_left")),
     Fault(70, "Cleanup during a run", "gc", "cleanup while a run, here or on another machine, reads",
           "cleanup stops; what a rollback needs stays",
           ("unit/test_store.py::test_cleanup_keeps_the_newest_and_stops_while_a_run_reads",

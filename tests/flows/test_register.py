@@ -87,7 +87,25 @@ def test_a_damaged_promotion_log_stops_the_run_at_once_with_its_own_message(reci
             with attempt:
                 attempts.append(1)
                 workspace.champion()
-    assert attempts == [1] and "entry 1" in caught.value.expected and "registry accept" in caught.value.next_step
+    assert attempts == [] and "entry 1" in caught.value.expected and "registry accept" in caught.value.next_step
+
+
+def test_a_store_that_is_gone_during_a_run_promotes_nothing_in_the_empty_folder_that_is_left(recipe):
+    """The disk of the store is not mounted any more: the next attempt would compute all of it again, as a first run."""
+    workspace, attempts = Workspace(load_recipe(recipe)), []
+    promote(workspace, model(workspace, "a"))
+    workspace.looks.take("k", challenger="b", rows=["r"], error=0.05, horizon=9, promotions=[], actor="me")
+    with pytest.raises(DamagedLog, match="entry 1 with hash .* this process read before"):
+        for attempt in repairs(SimpleNamespace(workspace=workspace)):
+            with attempt:
+                attempts.append(1)
+                workspace.store.root.rename(workspace.store.root.with_name("away"))
+                raise CorruptArtifact("an artifact is missing")
+    assert attempts == [1]
+    with pytest.raises(DamagedLog):
+        workspace.champion()
+    with pytest.raises(DamagedLog, match="this process read before"):
+        workspace.looks.preview(["r"], error=0.05, horizon=9, promotions=[])
 
 
 def test_a_damaged_artifact_starts_the_pipeline_again_at_most_five_times(recipe):

@@ -8,9 +8,10 @@ from click.testing import CliRunner
 
 from loraflow.cli import cli
 from loraflow.failures import DamagedLog
+from loraflow.registry.anchor import models_with
 from loraflow.registry.backup import back_up
 from loraflow.registry.look_claims import ScoredRows, Sets
-from loraflow.registry.looks import LookRecord, models_with_looks
+from loraflow.registry.looks import LookRecord
 from loraflow.store import LocalStore
 from tests.looks import ROWS, take
 
@@ -75,7 +76,7 @@ def test_a_backup_has_the_record_and_refuses_a_damaged_one(store, record, tmp_pa
     take(record, "a")
     list(back_up(store, tmp_path / "copy"))
     assert LookRecord(LocalStore(tmp_path / "copy"), "tickets").entries() == record.entries()
-    assert models_with_looks(store) == {"tickets"}
+    assert models_with("looks", store) == ["tickets"]
     HARMS["all looks deleted"](store.root)
     with pytest.raises(DamagedLog):
         list(back_up(store, tmp_path / "copy"))

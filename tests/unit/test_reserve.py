@@ -14,8 +14,9 @@ from loraflow.execution.plan import gate_power, plan
 from loraflow.execution.plan_notes import slice_power_lines
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, DamagedLog
+from loraflow.registry.anchor import models_with
 from loraflow.registry.backup import back_up
-from loraflow.registry.deals import Deal, DealRecord, DealRequest, models_with_deals
+from loraflow.registry.deals import Deal, DealRecord, DealRequest
 from loraflow.registry.looks import LookRecord
 from loraflow.registry.reserve import ReserveRow, deal, together
 from loraflow.registry.runs import StageRun
@@ -251,7 +252,7 @@ def test_lost_or_edited_deals_are_noticed_and_their_rows_are_not_dealt_again(rec
         store.remove_document(name)
     with pytest.raises(DamagedLog, match="3 deals, as anchors/tickets/deals.json says"):
         take(record, "m3")
-    assert models_with_deals(store) == ["tickets"], "`loraflow verify` reads the record"
+    assert models_with("deals", store) == ["tickets"], "`loraflow verify` reads the record"
     with pytest.raises(DamagedLog):
         back_up_all(store, tmp_path / "copy")
     copy = LocalStore(tmp_path / "copy")

@@ -274,6 +274,19 @@ def test_a_store_below_a_file_is_refused_when_it_is_opened(tmp_path):
     assert open_store(str(tmp_path / "not yet" / "store")).find("tokenize", FP) is None
 
 
+def test_a_store_on_a_disk_that_is_not_mounted_is_no_empty_store(tmp_path):
+    """`loraflow runs` would say that there are no runs, and `plan` that all stages run."""
+    (tmp_path / "store").symlink_to(tmp_path / "disk")
+    for folder in ("store", "store/team"):
+        with pytest.raises(Failure, match="link to a folder that does not exist"):
+            open_store(str(tmp_path / folder))
+    (tmp_path / "disk").mkdir()
+    assert open_store(str(tmp_path / "store" / "team")).find("tokenize", FP) is None
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(Failure, match="too many symbolic links"):
+        open_store(str(tmp_path / "circle"))
+
+
 def test_a_link_in_the_place_of_a_lock_is_refused_and_its_target_is_not_overwritten(tmp_path):
     """The folder of locks may be the system's folder for temporary files, or belong to a team."""
     target = tmp_path / "of a person"
