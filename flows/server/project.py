@@ -82,21 +82,23 @@ def import_own_flow(entrypoint: str) -> None:
 
 
 def refuse_shadowed_modules(folder: Path) -> None:
-    """Refuse a project with a module whose name is that of a module that this process has imported from elsewhere.
+    """Refuse a project with a file that has the name of a module of Python or a library which this process has imported.
 
     Prefect starts each run with the project's folder in PYTHONPATH, in front of Python's own modules.
 
     Raises:
-        BadConfig: there is one: each run would crash, or use it in place of a library.
+        BadConfig: there is one: each run would crash, or use it in place of the module.
     """
+    python = Path(os.__file__).resolve().parent
     for file in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
         name = file.parent.name if file.stem == "__init__" else file.stem
         spec = getattr(sys.modules.get(name), "__spec__", None)
         if spec is None or not spec.has_location or name in ("loraflow", "__main__"):  # os, sys, …: never replaced
             continue
-        if Path(spec.origin).resolve() != file.resolve():
+        origin = Path(spec.origin).resolve()
+        if origin.is_relative_to(python) or {"site-packages", "dist-packages"} & {*origin.parts}:
             raise BadConfig(
-                f"Runs would import this file in place of the module {name} of Python or a library.",
+                f"Runs would import this file in place of the module {name}.",
                 where=str(file),
                 next_step="rename it: Prefect starts runs with the project's folder in PYTHONPATH",
             )
