@@ -75,7 +75,7 @@ def without_gradient(model: PreTrainedModel, modules: list[str], tokens: int) ->
     """Return those of the modules that training does not call or reach with a gradient, so that their adapters stay 0.
 
     Args:
-        model: on the meta device; its dtype is changed. If its code needs values (many recurrent layers do), no module
+        model: on the meta device, with eager attention; its dtype is changed. If its code needs values (many recurrent layers do), no module
             is returned, and the training names them when it ends.
         modules: full names.
         tokens: of the row that is computed.
