@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
-_TOKENS = 512  # of a row; DeepSeek-V4 compresses blocks of 128 tokens, in modules that shorter rows do not call
-_STEPS = 16  # the same, where each token is a step of a loop, as in Mamba
+_TOKENS = 512  # of a row; modules of DeepSeek-V4 compress 128
+_STEPS = 16  # the same, where each token is a step (Mamba)
 
 
 def preview(base: Path, recipe: Recipe) -> list[str]:
@@ -75,10 +75,10 @@ def without_gradient(model: PreTrainedModel, modules: list[str], tokens: int) ->
     """Return those of the modules that training does not call or reach with a gradient, so that their adapters stay 0.
 
     Args:
-        model: on the meta device, with eager attention; its dtype is changed. If its code needs values (many recurrent layers do), no module
-            is returned, and the training names them when it ends.
+        model: on the meta device, with eager attention; its dtype is changed. No module is returned if its code needs
+            values (many recurrent layers).
         modules: full names.
-        tokens: of the row that is computed.
+        tokens: of the row.
     """
     import torch
 
