@@ -38,12 +38,12 @@ class Targets:
 
     def summary(self) -> str:
         """Return what is adapted and what is not, in one line."""
-        parts = [f"adapted: {_counted([*self.modules, *self.parameters])}"]
+        parts = [f"adapted: {counted([*self.modules, *self.parameters])}"]
         for reason in sorted(set(self.left_out.values())):
-            parts.append(f"left out ({reason}): {_counted([n for n, why in self.left_out.items() if why == reason])}")
+            parts.append(f"left out ({reason}): {counted([n for n, why in self.left_out.items() if why == reason])}")
         if self.experts:
             parts.append(
-                f"experts without an adapter: {_counted(self.experts)}; peft_config.target_parameters adapts what it names"
+                f"experts without an adapter: {counted(self.experts)}; peft_config.target_parameters adapts what it names"
             )
         return "; ".join(parts)
 
@@ -94,14 +94,18 @@ def linear_names(model: PreTrainedModel) -> list[str] | str:
 def not_adapted_by_all_linear(model: PreTrainedModel) -> dict[str, str]:
     """Return the linear modules, other than the head, that all-linear leaves out, with the reason."""
     text = model.config.get_text_config()
-    decoder = "" if text is model.config else _name_of(model, model.get_decoder())
+    decoder = "" if text is model.config else f"{_name_of(model, model.get_decoder())}."
+    # Models in it that read no text, in architectures without a config of their own for the text (GIT, Phi-4 multimodal).
+    towers = tuple(
+        f"{n}." for n, part in model.named_modules() if "text" not in getattr(part, "input_modalities", "text")
+    )
     routed = has_experts(model.config)
     experts = names_of_experts(model)
     found = {}
     for name, module in model.named_modules():
         if not is_linear(model, module):
             continue
-        if decoder and not name.startswith(f"{decoder}."):
+        if not name.startswith(decoder) or name.startswith(towers):
             found[name] = "not the language model"
         elif routed and not _ROUTERS.isdisjoint(name.split(".")):
             found[name] = "router"
@@ -203,7 +207,7 @@ def _name_of(model: PreTrainedModel, module: nn.Module | None) -> str:
     return next((name for name, candidate in model.named_modules() if candidate is module), "")
 
 
-def _counted(names: list[str]) -> str:
+def counted(names: list[str]) -> str:
     """Return the last parts of names, each once, with how many modules have it."""
     counts: dict[str, int] = {}
     for name in names:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from loraflow.adapters import variants
 from loraflow.adapters.lora_config import check_targets, check_trainable
-from loraflow.adapters.targets import find_targets
-from loraflow.base.architecture import is_tested, obstacle_to_fast_engine, obstacle_to_packing, obstacle_to_quantization
+from loraflow.adapters.targets import Targets, counted, find_targets
+from loraflow.base.architecture import (
+    is_tested,
+    obstacle_to_fast_engine,
+    obstacle_to_packing,
+    obstacle_to_quantization,
+    stateful_layers,
+)
 from loraflow.base.stored_weights import model_without_weights
 from loraflow.config.lora import PeftConfig
 from loraflow.config.recipe import Recipe
@@ -18,7 +25,11 @@ from loraflow.failures import BadConfig
 from loraflow.hardware.attention import attention_with_mask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
+_TOKENS = 512  # of a row; modules of DeepSeek-V4 compress 128
+_STEPS = 16  # the same, where each token is a step (Mamba)
 
 
 def preview(base: Path, recipe: Recipe) -> list[str]:
@@ -38,7 +49,7 @@ def preview(base: Path, recipe: Recipe) -> list[str]:
     check_targets(model, recipe.peft_config)
     check_trainable(model, recipe.peft_config)
     variants.check(model, recipe.peft_config)
-    return [*_lines(base, model.config), f"  {find_targets(model, recipe.peft_config).summary()}"]
+    return [*_lines(base, model.config), f"  {_summary(base, model, find_targets(model, recipe.peft_config))}"]
 
 
 def describe(base: Path) -> list[str]:
@@ -48,8 +59,40 @@ def describe(base: Path) -> list[str]:
         BadModel: the base's model cannot be built from its config.
     """
     model = model_without_weights(base)
-    targets = find_targets(model, PeftConfig())
-    return [*_lines(base, model.config), f"  all-linear: {targets.summary()}"]
+    return [*_lines(base, model.config), f"  all-linear: {_summary(base, model, find_targets(model, PeftConfig()))}"]
+
+
+def _summary(base: Path, model: PreTrainedModel, targets: Targets) -> str:
+    tokens = _STEPS if "linear_attention" in stateful_layers(model.config) else _TOKENS
+    tokens = min(tokens, Positions.of_folder(base).limit or tokens)
+    untrained = [] if is_tested(model.config) else without_gradient(model, targets.modules, tokens)
+    return targets.summary() + (
+        f"; no gradient reaches {counted(untrained)}: their adapters change nothing" if untrained else ""
+    )
+
+
+def without_gradient(model: PreTrainedModel, modules: list[str], tokens: int) -> list[str]:
+    """Return those of the modules that training does not call or reach with a gradient, so that their adapters stay 0.
+
+    Args:
+        model: on the meta device, with eager attention; its dtype is changed. No module is returned if its code needs
+            values (many recurrent layers).
+        modules: full names.
+        tokens: of the row.
+    """
+    import torch
+
+    called: set[str] = set()
+    for name in modules:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+    ids = torch.ones(1, tokens, dtype=torch.long, device="meta")
+    try:
+        computed = model.eval().to(torch.bfloat16)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        computed.logits.sum().backward()
+    except Exception as error:  # code of an architecture may fail in any way
+        log.info("Which modules a gradient reaches is not known before the training: %s", error)
+        return []
+    return [name for name in modules if name not in called or model.get_submodule(name).weight.grad is None]
 
 
 def _lines(base: Path, config: PreTrainedConfig) -> list[str]:

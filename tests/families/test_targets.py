@@ -7,8 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loraflow.adapters.lora_config import check_targets, check_trainable, lora_config
 from loraflow.adapters.targets import find_targets
+from loraflow.base.stored_weights import model_without_weights
 from loraflow.config.lora import PeftConfig
 from loraflow.failures import BadConfig
+from loraflow.training.preview import describe, without_gradient
 from tests.families.tiny import COMMON, tiny_config
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -67,6 +69,50 @@ def test_all_linear_leaves_the_vision_tower_untouched():
     targets = find_targets(model, recipe)
     assert tower and tower == set(targets.left_out)
     assert adapted(model, recipe) == set(targets.modules) == linear - tower - {"lm_head"}
+
+
+TOWER = {**dict.fromkeys(("hidden_size", "intermediate_size", "image_size"), 32), "num_hidden_layers": 1,
+         "num_attention_heads": 2, "patch_size": 16}  # fmt: skip
+
+
+def test_all_linear_leaves_out_a_tower_of_a_model_whose_config_is_that_of_its_text():
+    model = on_meta(AutoConfig.for_model("git", **COMMON, vision_config=TOWER))
+    targets = find_targets(model, PeftConfig())
+    tower = {name for name in targets.left_out if ".image_encoder." in name}
+    assert tower and tower == set(targets.left_out) and adapted(model, PeftConfig()) == set(targets.modules)
+
+
+BART = {"vocab_size": 300, "d_model": 64, "decoder_attention_heads": 4, "decoder_ffn_dim": 96, "decoder_layers": 2,
+        "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 2, "is_decoder": True,
+        "is_encoder_decoder": False}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "part"), [("mamba", {"state_size": 8}, "dt_proj"), ("bart", BART, "encoder_attn")]
+)
+def test_modules_that_training_does_not_reach_are_named_before_it(family, options, part, tmp_path):
+    """The oracle is the gradient of real weights."""
+    config = AutoConfig.for_model(family, **(COMMON if family == "mamba" else {}), **options)
+    model, names = AutoModelForCausalLM.from_config(config).eval(), find_targets(on_meta(config), PeftConfig()).modules
+    outputs = {}
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: outputs.update({name: out}))
+    model(input_ids=torch.arange(3, 19)[None], use_cache=False).logits.sum().backward()
+    expected = [name for name in names if name not in outputs]
+    assert expected and all(part in name for name in expected)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(tmp_path)
+    assert without_gradient(model_without_weights(tmp_path), names, 16) == expected
+    assert any(
+        f"no gradient reaches {len(expected) if family == 'mamba' else 2} " in line for line in describe(tmp_path)
+    )
+
+
+def test_a_model_whose_code_needs_values_names_no_module_before_training(caplog):
+    caplog.set_level("INFO")
+    model = on_meta(tiny_config("lfm2"))
+    assert without_gradient(model, find_targets(model, PeftConfig()).modules, 16) == []
+    assert "not known before the training: Tensor.item()" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "lfm2", "granitemoehybrid", "gemma2"])

@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cohere2": SLIDING,
     "bert": {"is_decoder": False},
     "deepseek_v3": {  # latent attention: keys and values are made from a few numbers of each token
-        "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+        "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
         "num_key_value_heads": 4, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
         "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 32, "n_shared_experts": 1,
         "mlp_layer_types": ["dense", "sparse"],
@@ -40,7 +40,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_text": SLIDING,
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "gpt_oss": {**SLIDING, **EXPERTS},
-    "granite": {"logits_scaling": 8.0, "residual_multiplier": 0.2, "embedding_multiplier": 12.0, "attention_multiplier": 0.1},
+    "granite": {  # real ones divide logits by 8 and add 0.22 of a layer: for a width of 2048 and 40 layers
+        "logits_scaling": 1 / 12, "residual_multiplier": 0.5, "embedding_multiplier": 12.0, "attention_multiplier": 0.1,
+    },
     "granitemoe": EXPERTS,
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention"], **MAMBA, "num_local_experts": 0, "shared_intermediate_size": 64,
