@@ -4,8 +4,7 @@
     registry/<model>/dealt/<digest>.json  the keys of these rows
     anchors/<model>/deals.json            number and hash of all deals, so that lost and edited ones are noticed
 
-A deal is recorded before a model is scored. The same model gets the same rows again, so a repeated run is cached, and of
-several processes each gets rows of its own. Rows of a deal are no longer fresh, whether or not a look followed.
+A deal is recorded before a model is scored. The same model gets the same rows again, so a repeated run is cached. Rows of a deal are no longer fresh, whether or not a look followed.
 """
 
 from __future__ import annotations
@@ -264,5 +263,4 @@ def _sizes(entries: Sequence[Deal], rows: Sequence[ReserveRow], request: DealReq
 
 
 def _head(entries: Sequence[Deal]) -> LogHead:
-    """Return the number and the hash of all deals."""
     return LogHead(seq=len(entries), hash=digest_of([entry.hash for entry in entries])) if entries else LogHead()

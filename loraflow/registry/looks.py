@@ -270,7 +270,7 @@ class LookRecord:
         accepted = self._acceptances()
         if anchor is not None and anchor.accepted > len(accepted):
             raise self._damaged(f"{ANCHORS}/{self.model}", f"accepted losses: {anchor.accepted}", str(len(accepted)))
-        if self.last_seen and not accepted:  # the store's disk may be gone, and leave an empty folder
+        if self.last_seen and not accepted:  # the store's disk may be gone
             claims.append(Claim(self.last_seen, "what this process read before"))
         read = self._read()
         if read.rest:

@@ -115,7 +115,8 @@ def _find(store: Store, name: str) -> Compared:
         raise BadConfig("This run did not score a model.", where=name, next_step="`loraflow runs` lists the runs")
     ref = Ref(stage="evaluate", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
     table = pd.read_parquet(io.BytesIO(read_intact(store, ref, "scores.parquet")))
-    losses, trained = (), record.stage("train")
+    losses: tuple[tuple[float, float], ...] = ()
+    trained = record.stage("train")
     if trained is not None:
         adapter = Ref(stage="train", fingerprint=trained.fingerprint, digest=trained.digest, uri=store.uri)
         with suppress(CorruptArtifact):  # cleanup removes adapters before scores

@@ -81,7 +81,7 @@ def _refuse_file_in_path(folder: Path) -> None:
     """Refuse a store at or below a file, or a link to a disk that is not there: every lookup would be a miss."""
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        os.stat(f"{existing}/.")  # noqa: PTH116 - Path drops the dot
+        os.stat(f"{existing}/.")  # noqa: PTH116
     except FileNotFoundError as error:
         raise BadConfig(
             "The store is a link to a folder that does not exist.",

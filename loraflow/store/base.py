@@ -207,7 +207,7 @@ def require_unchanged(store: Store, ref: Ref, memo: HashMemo) -> None:
 
 
 def _require(store: Store, ref: Ref, check: Callable[[], list[str]], memo: HashMemo | None) -> None:
-    """Check an artifact; quarantine it if it is damaged. One that was recomputed meanwhile is checked again."""
+    """Check an artifact; quarantine it if it is damaged."""
     problems = check()
     where = _quarantine(store, ref, problems) if result_problems(problems) else None
     if result_problems(problems) and where is None:
