@@ -1,5 +1,6 @@
 """The prefect.yaml that `loraflow init`, `up` and `deploy` write for a project."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from loraflow.flows.server.new_prefect_yaml import slug, write_prefect_yaml
 from loraflow.flows.server.prefect_yaml import find_prefect_yaml, read_all
 from tests.conftest import write_chats
 from tests.unit.test_git_branch import git
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("folder", ["tickets", "Meine Tickets ü", "2026", "on", "Prefect demo", "日本"])
@@ -67,3 +70,49 @@ def test_init_takes_a_name_of_the_project(tmp_path, monkeypatch, phi3):
     assert isinstance(both, BadConfig) and both.where == "--template gpu-team --project b"
     assert both.next_step.startswith("omit --template and --project, or")
     assert Path("README.md").read_text().startswith("# team-a\n")
+
+
+@pytest.mark.parametrize("first", ["master", "main"])
+def test_a_new_project_is_retrained_from_the_branch_that_its_repository_has(tmp_path, monkeypatch, caplog, first):
+    """git calls the first branch master, where nothing else is configured: the nightly run failed each night."""
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.yaml").write_text("name: tiny\nbase: {model: x}\ndata: {train: [a.jsonl]}\n")
+    git(tmp_path, "init", "-q", "-b", first)  # `loraflow init` comes before the first commit, or after it
+    write_prefect_yaml(tmp_path)
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "one")
+    retrains = [spec for spec in read_all(tmp_path / "prefect.yaml")[0] if spec.flow_name == "retrain"]
+    assert [spec.parameters.get("branch", "main") for spec in retrains] == [first] * 2
+    assert not caplog.records
+    git(tmp_path, "branch", "-q", "-m", "trunk")
+    read_all(tmp_path / "prefect.yaml")
+    assert caplog.records[0].message.endswith(
+        f"parameters: the repository has no branch {first}, so this retraining will fail; it has: trunk "
+        "(next: `branch: trunk` there)"
+    )
+
+
+def test_the_gpu_team_template_is_deployable_and_its_commented_settings_are_a_valid_recipe(tmp_path, monkeypatch):
+    """The names in the recipe are those of the file, and no flow waits for a stage in its own pool."""
+    from loraflow.config.load import load_recipe
+    from loraflow.flows.server.new_prefect_yaml import team_recipe_lines
+
+    project_folder = tmp_path / "my team ü"
+    (project_folder / "configs").mkdir(parents=True)
+    monkeypatch.chdir(project_folder)
+    text = re.sub(r"^runtime:.*?(?=^\S|\Z)", "", (ROOT / "configs/quickstart.yaml").read_text(), flags=re.M | re.S)
+    lines = team_recipe_lines("my-team-u")
+    Path("configs/chats.yaml").write_text(text + lines)
+    unchanged = load_recipe(Path("configs/chats.yaml")).runtime
+    assert unchanged.placement == {}, "commented out"
+    settings = re.sub(r"^# (?=runtime:|  )", "", lines, flags=re.M)
+    Path("configs/chats.yaml").write_text(text + settings)
+    runtime = load_recipe(Path("configs/chats.yaml")).runtime
+    file = write_prefect_yaml(Path(), "chats", "gpu-team")
+    specs = {spec.full_name: spec for spec in read_all(file)[0]}
+    assert str(runtime.store).startswith("s3://") and set(runtime.placement) == {"train", "evaluate"}
+    pools = {specs[f"stage/{name}"].work_pool.name for name in runtime.placement.values()}
+    assert not pools & {spec.work_pool.name for spec in specs.values() if spec.flow_name != "stage"}
+    assert {spec.project for spec in specs.values()} == {"my-team-u"}
