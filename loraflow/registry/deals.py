@@ -4,8 +4,8 @@
     registry/<model>/dealt/<digest>.json  the keys of these rows
     anchors/<model>/deals.json            number and hash of all deals, so that lost and edited ones are noticed
 
-A deal is recorded before a model is scored. The same model gets the same rows again, so a repeated run is cached. Rows of a
-deal are no longer fresh, whether or not a look followed.
+A deal is recorded before a model is scored. The same model gets the same rows again, so a repeated run is cached.
+Rows of a deal are no longer fresh, whether or not a look followed.
 """
 
 from __future__ import annotations
