@@ -29,8 +29,7 @@ from loraflow.registry.runs import RunSummary
 from loraflow.tasks.approval import ask_for_approval, refuse_without_deployment
 from loraflow.tasks.events import announce_decision
 from loraflow.tasks.gate import gate
-from loraflow.tasks.publish import publish
-from loraflow.tasks.register import register
+from loraflow.tasks.register import publish, register
 from loraflow.tasks.report import publish_report
 from loraflow.tasks.run import Run, open_run, run_name
 from loraflow.tasks.run_record import set_publication, set_summary

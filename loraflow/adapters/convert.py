@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.fit_to_base import BaseShapes, fit
 from loraflow.adapters.lora_updates import (
     FUSED_NAMES,
@@ -23,7 +22,7 @@ from loraflow.adapters.lora_updates import (
 )
 from loraflow.adapters.peft_folder import read_peft, refuse_unconvertible, write_peft
 from loraflow.adapters.tokenizer_files import copy_tokenizer_files
-from loraflow.adapters.validation import check_finite
+from loraflow.adapters.validation import check_adapter, check_finite
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from typing import Literal, NotRequired, TypedDict
 from pydantic import JsonValue
 
 from loraflow.adapters import validation
-from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.merge_plan import MergePlan, fits, plan_merge
 from loraflow.adapters.merge_with_peft import merge_with_peft
@@ -25,6 +24,7 @@ from loraflow.adapters.nf4 import Nf4, quantized_names
 from loraflow.adapters.origin import ORIGIN, check_origin, template_hash, write_origin
 from loraflow.adapters.streaming_merge import merge_streaming
 from loraflow.adapters.tokenizer_files import copy_tokenizer_files, has_own, tokenizer_files, write_tokenizer
+from loraflow.adapters.validation import check_adapter
 from loraflow.adapters.vocabulary import embedding_names, is_tied
 from loraflow.base.stored_weights import TensorEntry, model_entries, model_without_weights, refuse_pickles
 from loraflow.base.weight_checks import check_fits_config

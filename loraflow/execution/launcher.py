@@ -24,8 +24,7 @@ from loraflow.config.stage_configs import StageConfig
 from loraflow.execution.cache import look_up
 from loraflow.execution.classify import storage_failure
 from loraflow.execution.code_digest import code_digest
-from loraflow.execution.job_file import JobFile
-from loraflow.execution.memory_record import read_memory
+from loraflow.execution.job_file import JobFile, read_memory
 from loraflow.execution.start_worker import WORKER
 from loraflow.execution.worker import stage_function
 from loraflow.execution.worker_process import OnProgress, check_budget, run_in_worker_process

@@ -27,8 +27,7 @@ from loraflow.config.stage_configs import StageConfig
 from loraflow.credentials import format_masked, protect_output, protect_streams
 from loraflow.execution.classify import classify
 from loraflow.execution.device_group import PARENT, needs_group, node, run_in_group
-from loraflow.execution.job_file import JobFile
-from loraflow.execution.memory_record import record_peak
+from loraflow.execution.job_file import JobFile, record_peak
 from loraflow.execution.outcome import FILE, report_outcome, take_pipe
 from loraflow.execution.parent_death import end_group_with_parent
 from loraflow.execution.stall_watch import write_stacks_on_request

@@ -17,9 +17,8 @@ from pydantic import JsonValue
 from loraflow import failures
 from loraflow.config.locations import HubOrigin
 from loraflow.config.stage_configs import StageConfig
-from loraflow.execution.job_file import JobFile
+from loraflow.execution.job_file import JobFile, clear_memory
 from loraflow.execution.log_file import LOGS, ProgressReader, limit_log, mask_log
-from loraflow.execution.memory_record import clear_memory
 from loraflow.execution.outcome import FILE, read_outcome
 from loraflow.execution.stall_watch import AwakeClock, StallWatch, remove_stacks
 from loraflow.execution.start_worker import WorkerProcess, start_worker

@@ -295,7 +295,7 @@ def check_unmerged(model: Model) -> None:
     Raises:
         BadModel: see `check_adapter`.
     """
-    from loraflow.adapters.adapter_check import check_adapter
+    from loraflow.adapters.validation import check_adapter
 
     if model.unmerged_adapter is not None:
         check_adapter(

@@ -2,8 +2,9 @@
 
 - What to train: `setup` (all inputs of a training: steps and order of rows, trl's SFTConfig).
 - How to train on this machine: `engine` builds the trainer with `choices` (attention, sharding, engine), `memory` (size of
-  micro-batches, recomputation), `base_model` (load the base, initialise the adapter), `fast_engine` or `stock_engine`.
+  micro-batches, recomputation, what a retry lowers), `base_model` (load the base, initialise the adapter), `fast_engine` or
+  `stock_engine`.
 - The loop: transformers' own. It calls `trainer.FastTrainer.training_step`, which reads `batches.StepDataset` (rows to
-  micro-batches, with `collation`). `callbacks` log, check and save; `out_of_memory` proposes a retry.
+  micro-batches, with `collation`). `callbacks` log, check and save.
 - The computation: `attention` and `flash4`, `lora_kernels` and `frozen_linear`, `loss_head`, `layers` (compile, recompute).
 """

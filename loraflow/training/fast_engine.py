@@ -34,8 +34,7 @@ from loraflow.training.cuda_graphs import (
 )
 from loraflow.training.layers import prepare_layers
 from loraflow.training.lora_kernels import accelerate_loras, to_fp8
-from loraflow.training.memory import ENOUGH_TOKENS, MemoryFit, Recompute, fit_memory
-from loraflow.training.out_of_memory import MicroBatchSize
+from loraflow.training.memory import ENOUGH_TOKENS, MemoryFit, MicroBatchSize, Recompute, fit_memory
 from loraflow.training.setup import BatchSettings, TrainingSetup, trainer_arguments
 from loraflow.training.trainer import BuiltTrainer, FastTrainer
 

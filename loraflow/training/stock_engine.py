@@ -24,7 +24,7 @@ from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.choices import EngineChoices
 from loraflow.training.collation import Grid, NoiseKeys, RowCollator, label_weights
 from loraflow.training.lora_kernels import add_noise
-from loraflow.training.out_of_memory import MicroBatchSize
+from loraflow.training.memory import MicroBatchSize
 from loraflow.training.setup import BatchSettings, TrainingSetup, micro_batch_rows, trainer_arguments
 from loraflow.training.trainer import BuiltTrainer, LoraTrainer, numbers_dataset
 

@@ -21,8 +21,7 @@ from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 from loraflow.training.callbacks import StoppedEarly, refuse_non_finite, warn_of_untrained
 from loraflow.training.engine import build_trainer
-from loraflow.training.memory import MemoryParts, MicroBatch, training_parts
-from loraflow.training.out_of_memory import explain_out_of_memory
+from loraflow.training.memory import MemoryParts, MicroBatch, explain_out_of_memory, training_parts
 from loraflow.training.setup import TrainingSetup, curves_file, prepare_training
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ from loraflow.training.group_lora import GroupLora, stack_adapters
 from loraflow.training.group_trainer import GroupModel, GroupTrainer, base_of, build_member
 from loraflow.training.layers import draws_in_passes, prepare_layers
 from loraflow.training.loss_head import is_frozen_linear
-from loraflow.training.out_of_memory import explain_out_of_memory
+from loraflow.training.memory import explain_out_of_memory
 from loraflow.training.setup import BatchSettings, TrainingSetup, prepare_training, row_order, trainer_arguments
 from loraflow.training.validation_loss import GROUP_PROBLEMS
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from loraflow.training.choices import EngineChoices
-    from loraflow.training.out_of_memory import MicroBatchSize
+    from loraflow.training.memory import MicroBatchSize
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.merge_folders import merge
+from loraflow.adapters.validation import check_adapter
 from loraflow.store.checkpoints import FOLDER
 from tests.conftest import WORDS
 from tests.families.tiny import FAMILIES, family_config

@@ -9,9 +9,9 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.lora_config import lora_config
 from loraflow.adapters.merge_folders import merge
+from loraflow.adapters.validation import check_adapter
 from loraflow.base.stored_weights import model_without_weights
 from loraflow.config.lora import PeftConfig
 from tests.conftest import build_tokenizer

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.convert import convert
 from loraflow.adapters.merge_folders import merge
+from loraflow.adapters.validation import check_adapter
 from loraflow.failures import BadModel
 from loraflow.serving.models import Model, load
 from loraflow.serving.publish import package

@@ -8,9 +8,9 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, PrefixTuningCo
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.convert import convert
 from loraflow.adapters.merge_folders import merge
+from loraflow.adapters.validation import check_adapter
 from loraflow.evaluation.generation import generate_answers
 from loraflow.failures import BadModel
 from loraflow.serving.models import Model, load

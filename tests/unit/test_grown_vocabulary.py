@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraflow.adapters.adapter_check import check_adapter
 from loraflow.adapters.merge_folders import merge
+from loraflow.adapters.validation import check_adapter
 from loraflow.failures import BadConfig
 from tests.conftest import build_phi3
 from tests.tiny_adapters import by_peft, read

@@ -8,7 +8,7 @@ from loraflow.config.recipe import PeftConfig
 from loraflow.failures import OutOfMemory
 from loraflow.training import memory
 from loraflow.training.adapter_rank import adapter_rank
-from loraflow.training.out_of_memory import MicroBatchSize, explain_out_of_memory
+from loraflow.training.memory import MicroBatchSize, explain_out_of_memory
 
 PHI3 = memory.ModelShape(3072, 8192, 32, 32, 32, 96, 32064, False)
 

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from loraflow.cli.show import memory_of, run_memory_lines
+from loraflow.execution.job_file import clear_memory, read_memory, record_peak
 from loraflow.execution.launcher import saves_since
-from loraflow.execution.memory_record import clear_memory, read_memory, record_peak
 from loraflow.job import Progress
 from loraflow.registry.runs import StageRun
 from loraflow.training import memory
@@ -62,7 +62,7 @@ def test_keys_and_values_of_a_batch_are_what_transformers_allocates():
 def test_the_peak_is_the_process_s_own_and_not_that_of_the_process_that_started_it(tmp_path):
     ballast = bytearray(400 * MIB)  # ru_maxrss of a child starts with the memory of its parent
     code = f"""
-import sys; from pathlib import Path; from loraflow.execution.memory_record import record_peak
+import sys; from pathlib import Path; from loraflow.execution.job_file import record_peak
 record_peak(Path({str(tmp_path)!r}), "0"); block = bytearray(200 << 20); del block; record_peak(Path({str(tmp_path)!r}), "1")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
