@@ -4,7 +4,7 @@ Modules, by purpose:
 
 - training: `lora_config` (the recipe's settings as peft's, with checks), `variants` (PiSSA, OLoRA, EVA, LoftQ, LoRA+),
   `loralib/` (training with Microsoft's loralib instead of peft)
-- accepting an adapter: `adapter_check` asks whether it is complete (`completeness`), and whether its
+- accepting an adapter: `validation` asks whether it is complete (`completeness`), and whether its
   vocabulary (`vocabulary`), its tokenizer and its template (`tokenizer_files`) go with the base
 - merging: `merge` (the stage) calls `merge_folders`, which checks the adapter and chooses the way to merge:
   `merge_plan` reads what the adapter changes, and `streaming_merge` computes it from disk to disk; what that cannot do

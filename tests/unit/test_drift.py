@@ -162,7 +162,12 @@ def test_new_rows_are_compared_with_those_that_the_champion_was_trained_on(recip
 
 def test_a_retraining_that_waits_trains_nothing_and_says_why(monkeypatch):
     asked = []
-    run = SimpleNamespace(id="r", drift=None, stages={}, workspace=SimpleNamespace(recipe=SimpleNamespace(name="tiny")))
+    run = SimpleNamespace(
+        id="r",
+        drift=None,
+        stages={},
+        workspace=SimpleNamespace(recipe=SimpleNamespace(name="tiny"), log=SimpleNamespace(entries=list)),
+    )
 
     @contextmanager
     def opened(*_):
