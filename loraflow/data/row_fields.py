@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from loraflow.data.cell_values import media_key
+from loraflow.data.cell_values import media_key, strict_json
 from loraflow.data.chats import REASONING_KEYS, BadRow, ToolCall
 from loraflow.data.content_parts import as_json, is_parts, is_texts, read_parts, reasoning_text
 from loraflow.data.labels import ANSWERS, Labels, answers_of
@@ -47,7 +47,7 @@ class RowFields:
         BadRow: the row lacks a column of `columns`.
     """
 
-    __slots__ = ("_columns", "_inner_unread", "_own", "_used", "ignore", "labels", "media", "row", "tools")
+    __slots__ = ("_columns", "_inner_unread", "_own", "_used", "ignore", "labels", "media", "row", "tools", "tools_at")
 
     def __init__(self, row: RawRow, columns: Mapping[str, str], labels: Labels | None, ignore: Collection[str] = ()):
         if ignore:
@@ -57,7 +57,8 @@ class RowFields:
         self._used: set[str] = set()
         self._inner_unread: dict[str, None] = {}
         self.media: str | None = None  # the key of a message that has an image, such as messages.images
-        self.tools: JsonValue = None  # that a format has in a text, not in a key of their own
+        self.tools: JsonValue = None  # that a format has in a text or a message, not in a key of the row
+        self.tools_at = "system"  # where they are, for messages
 
     def value(self, *names: str) -> JsonValue:
         """Return the value of the first key that has one.
@@ -184,7 +185,7 @@ class RowFields:
         if calls and not is_answer:
             raise BadRow(f"message {number}: a tool call in a {role} message; only an assistant calls tools")
         if role == "system" and (key := next((key for key in _TOOLS if _may_be_tools(item.get(key))), None)):
-            self.tools, used = item[key], used | {key}
+            self.tools, self.tools_at, used = item[key], f"message {number}: {key}", used | {key}
         if role == TOOL:
             used |= {"tool_call_id", "name"}
             parameters, observation = item.get("parameters"), item.get("observation")
@@ -302,7 +303,14 @@ def _are_equal(calls: Sequence[ToolCall], others: Sequence[ToolCall]) -> bool:
 
 
 def _may_be_tools(value: JsonValue) -> bool:
-    return bool(objects(value)) or (isinstance(value, str) and value != "{}" and value.lstrip("[ \n").startswith("{"))
+    """Tell whether a value is a list of functions, or its JSON text."""
+    if isinstance(value, str):
+        try:
+            value = strict_json(value)
+        except ValueError:
+            return '"name"' in str(value)  # it is refused, with the reason
+    items = objects(value if isinstance(value, list) else [value])
+    return bool(items) and all(not item.keys().isdisjoint(("name", "function", "parameters")) for item in items or ())
 
 
 def without_answer(items: list[RawRow]) -> list[RawRow]:
@@ -365,6 +373,7 @@ def objects(value: JsonValue) -> list[RawRow] | None:
 
 
 ROLE_KEYS = ("role", "from", "sender", "speaker")  # of a message
+CONTENTS = ("content", "value", "text", "utterance")  # keys of its text
 _CALLS = ("tool_calls", "function_call", "function_calls")  # keys of an answer with calls; the last is Olmo's
 _TOOLS = ("tools", "functions")  # keys of a system message with the tools: GLM's and Olmo's
 FUNCTION_CALL = "function_call"  # ShareGPT's role of an answer that is a call; ms-swift's tool_call

@@ -236,13 +236,13 @@ def _turns(text: str, dialect: _Dialect) -> list[Turn]:
         if dialect.ends:
             if not dialect.begin_mark and role not in ("system", "user", ASSISTANT):
                 raise BadRow(f"{label[0]}: expected only messages of the system, the user and the assistant")
-            is_before_question = following is not None and _role(following) == "user"
-            said = content.removesuffix("<s>").rstrip() if is_before_question else content
+            question = following if following is not None and _role(following) == "user" else None
+            said = content.removesuffix("<s>").rstrip() if question else content
             kinds = [dialect.ends] if role == ASSISTANT or label[0].startswith("<") else []
             content = _without_end(said, *([_ENDS] if role == ASSISTANT and following is None else []), *kinds)
-            if is_before_question and content == said and (has_ends or not label[0].startswith("<")):
+            if question and content == said and (has_ends or not label[0].startswith("<")):
                 raise BadRow(
-                    f"{following[0].strip()} follows a message without {dialect.ends[-1]}: a label in a text cuts it"
+                    f"{question[0].strip()} follows a message without {dialect.ends[-1]}: a label in a text cuts it"
                 )
             if end := next((end for end in dialect.ends if end in content and end not in _TEXTS), None):
                 raise BadRow(f"a text between two messages: {content.partition(end)[2].strip()[:40]!r}")
