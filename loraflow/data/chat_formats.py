@@ -397,12 +397,7 @@ class ChatFormat:
 FORMATS = {
     "messages": ChatFormat(partial(_chat, "messages", ROLE_KEYS, CONTENTS), (frozenset({"messages"}),)),
     "sharegpt": ChatFormat(
-        partial(
-            _chat,
-            "conversations",
-            ("from", "role", "sender", "speaker"),
-            ("value", "content", "text", "utterance"),
-        ),
+        partial(_chat, "conversations", ("from", "role", *ROLE_KEYS[2:]), ("value", "content", *CONTENTS[2:])),
         (frozenset({"conversations"}),),
     ),
     "alpaca": ChatFormat(_alpaca, (frozenset({"instruction", "output"}), frozenset({"instruction", "response"}))),

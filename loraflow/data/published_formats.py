@@ -253,7 +253,7 @@ _TREES = (
 # The key of a chat's id in a row that is one message of it
 _CHAT_ID = re.compile("(conv|conversation|dialog|dialogue|session|thread|chat)_?id", re.IGNORECASE)
 _RENDERED = re.compile(
-    r"(?:(?:<s>|<bos>|<\|begin_of_text\|>)\s*)?(?:Below is an instruction[^#]*)?"
+    r"(?:(?:<s>|<bos>|<\|begin_of_text\|>)\s*)?(?:Below is an[^#]*)?"
     r"(\[INST\]|\[SYSTEM_PROMPT\]|### Instruction:|<\|user\|>|<\|start_header_id\|>|<start_of_turn>)"
 )
 

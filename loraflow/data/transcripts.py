@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Collection
 from typing import NamedTuple
 
 from pydantic import JsonValue
@@ -22,7 +21,6 @@ from loraflow.data.tools import read_calls
 class _Dialect(NamedTuple):
     begin: re.Pattern[str]  # of a text
     label: re.Pattern[str]  # before each message; its group is the role
-    answer: re.Pattern[str]  # the label of an answer
     begin_mark: str = ""  # with which each label begins, and nothing else
     ends: tuple[str, ...] = ()  # one is after each message, or after each answer; only of a rendered chat
     preamble: str = ""  # with which the system message begins, in front of the first label
@@ -33,7 +31,6 @@ def _labelled(question: str) -> _Dialect:
     return _Dialect(
         re.compile(rf"\s*{question}:"),
         re.compile(rf"^({question}|Assistant):[ \t]?|\A(System):[ \t]?", re.MULTILINE),
-        re.compile(r"\nAssistant:"),
     )
 
 
@@ -50,7 +47,6 @@ def _rendered(mark: str, behind: str, *ends: str, role: str = r"\w+") -> _Dialec
     return _Dialect(
         re.compile(before + role),
         re.compile(f"{before}({role}){behind}"),
-        re.compile(f"{before}(?:assistant|model){behind}"),
         mark if role == r"\w+" else "",
         ends,
     )
@@ -62,9 +58,9 @@ _DIALECTS = (
     _labelled("Human"),  # Anthropic's; BELLE has no blank lines
     _labelled("User"),
     # OIG's
-    _Dialect(re.compile(r"\s*<human>:"), re.compile(r"^<(human|bot)>:[ \t]?", re.MULTILINE), re.compile(r"\n<bot>:")),
+    _Dialect(re.compile(r"\s*<human>:"), re.compile(r"^<(human|bot)>:[ \t]?", re.MULTILINE)),
     # openassistant-guanaco
-    _Dialect(re.compile(r"\s*### Human:"), re.compile(r"### (Human|Assistant):[ \t]?"), re.compile(r"### Assistant:")),
+    _Dialect(re.compile(r"\s*### Human:"), re.compile(r"### (Human|Assistant):[ \t]?")),
     _rendered("<|im_start|>", _LINE, "<|im_end|>"),  # ChatML
     _rendered("<|start_header_id|>", r"<\|end_header_id\|>", "<|eot_id|>", "<|eom_id|>"),  # Llama 3
     _rendered("<start_of_turn>", _LINE, "<end_of_turn>"),  # Gemma
@@ -72,18 +68,16 @@ _DIALECTS = (
     # Phi-3, Zephyr, GLM; a token of another role is a label too, and refused
     _rendered("<|", r"\|>", "<|end|>", "<|endoftext|>", "</s>", role=r"(?!end)/?\w+"),
     # Llama 2, Mistral
-    _Dialect(re.compile(r"\[INST\]"), re.compile(r"\[(/?INST)\]"), re.compile(r"\[/INST\]"), ends=("</s>",)),
+    _Dialect(re.compile(r"\[INST\]"), re.compile(r"\[(/?INST)\]"), ends=("</s>",)),
     _Dialect(
         re.compile(r"### Instruction:"),
         re.compile(r"^### (Instruction|Response):", re.MULTILINE),
-        re.compile(r"^### Response:", re.MULTILINE),
         ends=("\n### End", "</s>", "<|endoftext|>"),
         preamble="Below is an instruction that describes a task",
     ),  # Alpaca
     _Dialect(
         re.compile(r"(?<=\s)USER:"),  # behind the preamble only: many texts begin with USER:
         re.compile(r"\b(USER|ASSISTANT):"),
-        re.compile(r"\bASSISTANT:"),
         ends=("</s>",),
         preamble="A chat between a curious ",
     ),  # Vicuna
@@ -92,7 +86,7 @@ _DIALECTS = (
 _CHAT = re.compile(r"\s*(?:[<[]|###|(?:Human|User|System):|Below is an|A chat between)")
 _BEGIN = re.compile(r"(?:<s>|<bos>|\[gMASK\]<sop>|<\|begin_of_text\|>)")
 _TEXTS = ("</s>", "\n### End")  # ends that may be a part of a text
-_ENDS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")
+_ENDS = ("<eos>", "<|end_of_text|>", "<|endoftext|>")
 _ROLES = {"INST": "user", "/INST": ASSISTANT, "Instruction": "user", "Response": ASSISTANT}
 _INPUT = re.compile("^### Input:", re.MULTILINE)  # Alpaca's second part of a question
 _OPENED = re.compile(r"<think>\s*")  # by the template, behind the label of the answer
@@ -118,7 +112,7 @@ _HAS_FUNCTIONS = re.compile(
 def is_transcript(value: JsonValue) -> bool:
     """Tell whether a value is a text that has a chat, with a question and an answer."""
     found = _split(value)
-    return found is not None and found[0].answer.search(found[1]) is not None
+    return found is not None and any(_role(label) == ASSISTANT for label in found[0].label.finditer(found[1]))
 
 
 def read_transcript(fields: RowFields) -> list[Turn]:
@@ -164,12 +158,13 @@ def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
     if _role(labels[-1]) == ASSISTANT and (not begun or (dialect.ends and _OPENED.fullmatch(begun))):
         prompt = prompt[: labels[-1].start()]
         answer = begun + answer
-    elif dialect.ends and _role(labels[-1]) == "user" and (label := dialect.answer.match(answer.lstrip())):
-        answer = answer.lstrip()[label.end() :].lstrip()
     else:
-        return None
+        label = dialect.label.match(answer.lstrip())
+        if not dialect.ends or _role(labels[-1]) != "user" or label is None or _role(label) != ASSISTANT:
+            return None
+        answer = label.string[label.end() :].lstrip()
     if dialect.ends:
-        answer = _without_end(answer, _ENDS, dialect.ends)
+        answer = _without_end(answer, dialect.ends + _ENDS, dialect.ends)
         if end := next((end for end in dialect.ends if end in answer and end not in _TEXTS), None):
             raise BadRow(f"the answer has more than one message: {end} is not at its end")
         for label in dialect.label.finditer(answer):
@@ -198,7 +193,7 @@ def _split(text: JsonValue) -> tuple[_Dialect, str] | None:
     return None
 
 
-def _without_end(text: str, *kinds: Collection[str]) -> str:
+def _without_end(text: str, *kinds: tuple[str, ...]) -> str:
     """Return a text without an end token of each kind, in turn. `</s>` that closes an `<s>` of the text is HTML."""
     found = ""
     for ends in kinds:
@@ -239,7 +234,9 @@ def _turns(text: str, dialect: _Dialect) -> list[Turn]:
             question = following if following is not None and _role(following) == "user" else None
             said = content.removesuffix("<s>").rstrip() if question else content
             kinds = [dialect.ends] if role == ASSISTANT or label[0].startswith("<") else []
-            content = _without_end(said, *([_ENDS] if role == ASSISTANT and following is None else []), *kinds)
+            if role == ASSISTANT and following is None:
+                kinds.insert(0, dialect.ends + _ENDS)
+            content = _without_end(said, *kinds)
             if question and content == said and (has_ends or not label[0].startswith("<")):
                 raise BadRow(
                     f"{question[0].strip()} follows a message without {dialect.ends[-1]}: a label in a text cuts it"
