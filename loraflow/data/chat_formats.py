@@ -429,14 +429,14 @@ def _tools(
     """
     tools, key_of_tools = of_dataset, None
     if fields.tools is not None:
-        tools = read_tools(fields.tools, fields.tools_at)
+        tools = read_tools(fields.tools, "system")
     for key in ("tools", "functions", "available_tools", "toolConfig"):
         value = fields.row.get(key)
         if key == "toolConfig":  # Bedrock's; Gemini's has no tools
             value = value.get("tools") if isinstance(value, dict) else None
         if has_value(value) and (found := read_tools(value, key)) is not None:
             if fields.tools is not None and found != tools:
-                raise BadRow(f"{key} and {fields.tools_at} have different tools: remove one")
+                raise BadRow(f"{key} and the system message have different tools: remove one")
             tools, key_of_tools = found, key
             break
     if tools is not None and _has_tools(turns, tools):

@@ -296,10 +296,9 @@ def _keys_of_message(row: Mapping[str, JsonValue]) -> tuple[str | None, str | No
 def are_messages(rows: Sequence[Mapping[str, JsonValue]]) -> bool:
     """Tell whether each row is one message of a chat: an id is repeated, and an assistant speaks."""
     chat, role, said = _keys_of_message(rows[0])
-    if chat is None or role is None or said is None:
-        return False
-    ids = [str(row.get(chat)) for row in rows]
-    return len({*ids}) < len(ids) and any(normal_role(row.get(role)) == ASSISTANT for row in rows)
+    ids = [str(row.get(chat or "")) for row in rows]
+    is_answered = any(normal_role(row.get(role or "")) == ASSISTANT for row in rows)
+    return bool(chat and said) and is_answered and len({*ids}) < len(ids)
 
 
 def hint_to_choose(row: Mapping[str, JsonValue]) -> str:

@@ -12,7 +12,7 @@ from loraflow.data.chats import REASONING_KEYS, BadRow, ToolCall
 from loraflow.data.content_parts import as_json, is_parts, is_texts, read_parts, reasoning_text
 from loraflow.data.labels import ANSWERS, Labels, answers_of
 from loraflow.data.marks import Weight, answer_weight, excludes, is_mark
-from loraflow.data.tools import read_calls
+from loraflow.data.tools import read_calls, read_tools
 from loraflow.data.unread_values import without_ignored
 
 RawRow = dict[str, JsonValue]  # a row as its file has it
@@ -47,7 +47,7 @@ class RowFields:
         BadRow: the row lacks a column of `columns`.
     """
 
-    __slots__ = ("_columns", "_inner_unread", "_own", "_used", "ignore", "labels", "media", "row", "tools", "tools_at")
+    __slots__ = ("_columns", "_inner_unread", "_own", "_used", "ignore", "labels", "media", "row", "tools")
 
     def __init__(self, row: RawRow, columns: Mapping[str, str], labels: Labels | None, ignore: Collection[str] = ()):
         if ignore:
@@ -58,7 +58,6 @@ class RowFields:
         self._inner_unread: dict[str, None] = {}
         self.media: str | None = None  # the key of a message that has an image, such as messages.images
         self.tools: JsonValue = None  # that a format has in a text or a message, not in a key of the row
-        self.tools_at = "system"  # where they are, for messages
 
     def value(self, *names: str) -> JsonValue:
         """Return the value of the first key that has one.
@@ -185,7 +184,8 @@ class RowFields:
         if calls and not is_answer:
             raise BadRow(f"message {number}: a tool call in a {role} message; only an assistant calls tools")
         if role == "system" and (key := next((key for key in _TOOLS if _may_be_tools(item.get(key))), None)):
-            self.tools, self.tools_at, used = item[key], f"message {number}: {key}", used | {key}
+            read_tools(item[key], f"message {number}: {key}")
+            self.tools, used = item[key], used | {key}
         if role == TOOL:
             used |= {"tool_call_id", "name"}
             parameters, observation = item.get("parameters"), item.get("observation")

@@ -35,14 +35,7 @@ def _labelled(question: str) -> _Dialect:
 
 
 def _rendered(mark: str, behind: str, *ends: str, role: str = r"\w+") -> _Dialect:
-    """Return the dialect of a chat template.
-
-    Args:
-        mark: the text before each role.
-        behind: a pattern of what follows the role.
-        ends: what ends a message.
-        role: a pattern of the roles. By default they are words, and nothing else stands behind the mark.
-    """
+    """Return the dialect of a template: the text before each role, patterns of what follows it and of roles, and ends."""
     before = re.escape(mark)
     return _Dialect(
         re.compile(before + role),
@@ -75,15 +68,9 @@ _DIALECTS = (
         ends=("\n### End", "</s>", "<|endoftext|>"),
         preamble="Below is an instruction that describes a task",
     ),  # Alpaca
-    _Dialect(
-        re.compile(r"(?<=\s)USER:"),  # behind the preamble only: many texts begin with USER:
-        re.compile(r"\b(USER|ASSISTANT):"),
-        ends=("</s>",),
-        preamble="A chat between a curious ",
-    ),  # Vicuna
 )
 # What a text with a chat may begin with. It decides quickly about most texts.
-_CHAT = re.compile(r"\s*(?:[<[]|###|(?:Human|User|System):|Below is an|A chat between)")
+_CHAT = re.compile(r"\s*(?:[<[]|###|(?:Human|User|System):|Below is an)")
 _BEGIN = re.compile(r"(?:<s>|<bos>|\[gMASK\]<sop>|<\|begin_of_text\|>)")
 _TEXTS = ("</s>", "\n### End")  # ends that may be a part of a text
 _ENDS = ("<eos>", "<|end_of_text|>", "<|endoftext|>")
@@ -164,12 +151,10 @@ def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
             return None
         answer = label.string[label.end() :].lstrip()
     if dialect.ends:
-        answer = _without_end(answer, dialect.ends + _ENDS, dialect.ends)
-        if end := next((end for end in dialect.ends if end in answer and end not in _TEXTS), None):
-            raise BadRow(f"the answer has more than one message: {end} is not at its end")
+        answer = _without_end(answer, dialect, _ENDS)
         for label in dialect.label.finditer(answer):
             before = answer[: label.start()].rstrip().removesuffix("<s>")
-            if _without_end(before, dialect.ends) != before:
+            if _without_end(before, dialect) != before:
                 raise BadRow(f"the answer has more than one message: {label[0]} follows the end of one")
     return alternating([*_turns(prompt, dialect), Turn(ASSISTANT, answer)])
 
@@ -193,14 +178,20 @@ def _split(text: JsonValue) -> tuple[_Dialect, str] | None:
     return None
 
 
-def _without_end(text: str, *kinds: tuple[str, ...]) -> str:
-    """Return a text without an end token of each kind, in turn. `</s>` that closes an `<s>` of the text is HTML."""
+def _without_end(text: str, dialect: _Dialect, also: tuple[str, ...] = ()) -> str:
+    """Return a message without the tokens that end it and the document. `</s>` that closes an `<s>` in it is HTML.
+
+    Raises:
+        BadRow: an end token is inside the message.
+    """
     found = ""
-    for ends in kinds:
+    for ends in (dialect.ends + also, dialect.ends):
         cut = text.rstrip()
         end = next((end for end in ends if end != found and cut.endswith(end)), "")
         if end and (end != "</s>" or cut.count("<s>") < cut.count(end)):
             text, found = cut.removesuffix(end), end
+    if end := next((end for end in dialect.ends if end in text and end not in _TEXTS), ""):
+        raise BadRow(f"more than one message behind a label: {end} is not at the end")
     return text
 
 
@@ -230,28 +221,21 @@ def _turns(text: str, dialect: _Dialect) -> list[Turn]:
         role, content = _role(label), text[label.end() : following.start() if following else len(text)].strip()
         if dialect.ends:
             if not dialect.begin_mark and role not in ("system", "user", ASSISTANT):
-                raise BadRow(f"{label[0]}: expected only messages of the system, the user and the assistant")
+                raise BadRow(f"{label[0]}: expected the system, user or assistant")
             question = following if following is not None and _role(following) == "user" else None
             said = content.removesuffix("<s>").rstrip() if question else content
-            kinds = [dialect.ends] if role == ASSISTANT or label[0].startswith("<") else []
-            if role == ASSISTANT and following is None:
-                kinds.insert(0, dialect.ends + _ENDS)
-            content = _without_end(said, *kinds)
+            content = said
+            if role == ASSISTANT or label[0].startswith("<"):
+                content = _without_end(said, dialect, _ENDS if role == ASSISTANT else ())
             if question and content == said and (has_ends or not label[0].startswith("<")):
                 raise BadRow(
                     f"{question[0].strip()} follows a message without {dialect.ends[-1]}: a label in a text cuts it"
                 )
-            if end := next((end for end in dialect.ends if end in content and end not in _TEXTS), None):
-                raise BadRow(f"a text between two messages: {content.partition(end)[2].strip()[:40]!r}")
             if dialect.preamble and role == "user":
                 content = "\n\n".join(part.strip() for part in _INPUT.split(content, 1) if part.strip())
         turns.append(Turn(role, content.strip()))
     if turns and (system := _LLAMA_SYSTEM.match(str(turns[0].content))):
-        turns = [
-            Turn("system", system[1].strip()),
-            Turn("user", str(turns[0].content)[system.end() :].strip()),
-            *turns[1:],
-        ]
+        turns[:1] = Turn("system", system[1].strip()), Turn("user", system.string[system.end() :].strip())
     return alternating(turns)
 
 
