@@ -27,7 +27,7 @@ from loraflow.data.row_fields import (
     objects,
 )
 from loraflow.data.tools import read_calls
-from loraflow.data.transcripts import is_transcript
+from loraflow.data.transcripts import is_transcript, split_chat
 
 _MESSAGE = ("role",), ("content",)
 # Capybara and xtuner; Firefly and ms-swift; others
@@ -252,10 +252,6 @@ _TREES = (
 )
 # The key of a chat's id in a row that is one message of it
 _CHAT_ID = re.compile("(conv|conversation|dialog|dialogue|session|thread|chat)_?id", re.IGNORECASE)
-_RENDERED = re.compile(
-    r"(?:(?:<s>|<bos>|<\|begin_of_text\|>)\s*)?(?:Below is an[^#]*)?"
-    r"(\[INST\]|\[SYSTEM_PROMPT\]|### Instruction:|<\|user\|>|<\|start_header_id\|>|<start_of_turn>)"
-)
 
 
 def conversion_hint(row: Mapping[str, JsonValue]) -> str:
@@ -274,8 +270,8 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         )
     if (parts := question_parts(row)) and not row.keys().isdisjoint(("question", "problem", "query")):
         return f"; {parts[0]} is a part of the question: write a prompt that has it"
-    if isinstance(text := row.get("text"), str) and (token := _RENDERED.match(text.lstrip())):
-        return f"; text is a chat that a template has rendered ({token[1]}): write its messages as {{role, content}}"
+    if (found := split_chat(row.get("text"))) and found[0].ends:
+        return "; text is a chat that a template has rendered: write its messages as {role, content}"
     translation = row.get("translation")
     if isinstance(translation, dict) and len(translation) > 1:
         source, target = list(translation)[:2]

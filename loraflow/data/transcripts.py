@@ -72,11 +72,9 @@ _DIALECTS = (
 # What a text with a chat may begin with. It decides quickly about most texts.
 _CHAT = re.compile(r"\s*(?:[<[]|###|(?:Human|User|System):|Below is an)")
 _BEGIN = re.compile(r"(?:<s>|<bos>|\[gMASK\]<sop>|<\|begin_of_text\|>)")
-_TEXTS = ("</s>", "\n### End")  # ends that may be a part of a text
 _ENDS = ("<eos>", "<|end_of_text|>", "<|endoftext|>")
 _ROLES = {"INST": "user", "/INST": ASSISTANT, "Instruction": "user", "Response": ASSISTANT}
 _INPUT = re.compile("^### Input:", re.MULTILINE)  # Alpaca's second part of a question
-_OPENED = re.compile(r"<think>\s*")  # by the template, behind the label of the answer
 _LLAMA_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 _SYSTEM = re.compile(r"\s*System:")  # before the first question, whose label begins a line
 _QUESTION = re.compile(r"^(?:Human|User):", re.MULTILINE)
@@ -98,7 +96,7 @@ _HAS_FUNCTIONS = re.compile(
 
 def is_transcript(value: JsonValue) -> bool:
     """Tell whether a value is a text that has a chat, with a question and an answer."""
-    found = _split(value)
+    found = split_chat(value)
     return found is not None and any(_role(label) == ASSISTANT for label in found[0].label.finditer(found[1]))
 
 
@@ -109,7 +107,7 @@ def read_transcript(fields: RowFields) -> list[Turn]:
         BadRow: the text has no chat, a part of it belongs to no message, or two answers follow each other.
     """
     text = fields.value("text")
-    found = _split(text)
+    found = split_chat(text)
     if found is None or not is_transcript(text):
         raise BadRow(
             "text: expected a chat with the labels Human: or User: and Assistant:, ### Human:, or those of a template"
@@ -136,13 +134,13 @@ def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
         if turns[-1].role == ASSISTANT and not str(turns[-1].content).strip():
             turns.pop()  # the label of the answer
         return alternating([*turns, Turn(ASSISTANT, answer)])
-    found = _split(prompt)
+    found = split_chat(prompt)
     labels = list(found[0].label.finditer(found[1])) if found is not None else []
     if found is None or not labels:
         return None
     dialect, prompt = found
-    begun = prompt[labels[-1].end() :].lstrip()
-    if _role(labels[-1]) == ASSISTANT and (not begun or (dialect.ends and _OPENED.fullmatch(begun))):
+    begun = prompt[labels[-1].end() :].lstrip()  # a template may open the reasoning
+    if _role(labels[-1]) == ASSISTANT and begun.rstrip() in ("", "<think>"):
         prompt = prompt[: labels[-1].start()]
         answer = begun + answer
     else:
@@ -159,7 +157,7 @@ def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
     return alternating([*_turns(prompt, dialect), Turn(ASSISTANT, answer)])
 
 
-def _split(text: JsonValue) -> tuple[_Dialect, str] | None:
+def split_chat(text: JsonValue) -> tuple[_Dialect, str] | None:
     """Return the dialect of a text, and the text without the token that begins it; None if it is no chat."""
     if not isinstance(text, str) or not _CHAT.match(text):
         return None
@@ -190,7 +188,7 @@ def _without_end(text: str, dialect: _Dialect, also: tuple[str, ...] = ()) -> st
         end = next((end for end in ends if end != found and cut.endswith(end)), "")
         if end and (end != "</s>" or cut.count("<s>") < cut.count(end)):
             text, found = cut.removesuffix(end), end
-    if end := next((end for end in dialect.ends if end in text and end not in _TEXTS), ""):
+    if end := next((end for end in dialect.ends if end in text and end not in ("</s>", "\n### End")), ""):
         raise BadRow(f"more than one message behind a label: {end} is not at the end")
     return text
 

@@ -56,12 +56,12 @@ PREAMBLE = (
 VICUNA = "A chat between a curious user and an artificial intelligence assistant."
 CLOSED = (
     "<s>[INST] q [/INST] I can't help.</s>", "### Instruction:\nq\n\n### Response:\nThe answer is", "<|user|>\nq</s>\n<|assistant|>\nb</s>",
-    f"{VICUNA} USER: q ASSISTANT: b", "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n",
+    "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n",
     "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nb", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nb<|end_of_text|>",
 )  # fmt: skip
 MENTIONS = (
-    "[INST] and [/INST] mark what in Llama 2?", "### Instruction: and ### Response: are from which dataset?", "USER: q ASSISTANT:",
+    "[INST] and [/INST] mark what in Llama 2?", "### Instruction: and ### Response: are from which dataset?",
     "### Instruction: Rewrite.\nx\n### Response: template\nWhat does it mean?", "<s>[SYSTEM_PROMPT]s[/SYSTEM_PROMPT][INST]q[/INST]",
 )  # fmt: skip
 SHAPES = {
@@ -112,9 +112,8 @@ SHAPES = {
            {"prompt": "### Instruction:\nq", "completion": "### Response:\na"}, {"text": "Answer.\n\n### Instruction:\nq\n\n### Response:\na"},
            {"text": "### Instruction:\nq\n\n### Response:\na\n### Input:\nx\n### Response:\nb"}, {"prompt": "### Instruction:\nq", "completion": "a"}],
         [[f"s: {PREAMBLE.strip()}", "u: i\n\nq", "a: a"]] * 3 + [QA, [f"s: {PREAMBLE.strip()}", *QA], QA, REFUSED, REFUSED, ["u: ### Instruction:\nq", "a: a"]]),
-    "Vicuna's template": (
-        [{"text": f"{VICUNA} USER: q ASSISTANT: a</s>USER: r ASSISTANT: b</s>"}, {"prompt": f"{VICUNA} USER: q ASSISTANT:", "completion": "a"}],
-        [[f"s: {VICUNA}", *TWO], [f"s: {VICUNA}", *QA]]),
+    "Vicuna's template": ([{"text": f"{VICUNA} USER: q ASSISTANT: a</s>"}, {"prompt": f"{VICUNA} USER: q ASSISTANT:", "completion": "a"}],
+                          [REFUSED, [f"u: {VICUNA} USER: q ASSISTANT:", "a: a"]]),
     "Zephyr": ([{"text": "<|system|>\ns</s>\n<|user|>\nq</s>\n<|assistant|>\na</s>\n"}, {"text": "<|system|>\n</s>\n<|user|>\nq</s>\n<|assistant|>\na"},
                 {"prompt": "<|user|>\nq</s>\n<|assistant|>\n", "completion": "a</s>"}], [["s: s", *QA], ["s: ", *QA], QA]),
     "a prompt whose template opens the reasoning": (
@@ -139,10 +138,10 @@ SHAPES = {
     "a label in a rendered message": (
         [{"text": text} for text in (
             "[INST] q [/INST] It wraps the user in [INST] and [/INST] tags. </s>", "[INST] q [/INST] Between [INST] and [/INST]",
-            "### Instruction:\nq\n\n### Response:\nUse:\n### Instruction:\n{q}\n### Response:\n{a}", f"{VICUNA} USER: q\nASSISTANT: Write: USER: b ASSISTANT: n</s>",
+            "### Instruction:\nq\n\n### Response:\nUse:\n### Instruction:\n{q}\n### Response:\n{a}",
             "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nIt is\n<|im_start|>user\nh<|im_end|>\n<|im_start|>assistant\ni<|im_end|>",
-            "USER: q ASSISTANT: a</s>", "<s>USER: q ASSISTANT: a</s>", "<s>[SYSTEM_PROMPT]s[/SYSTEM_PROMPT][INST]q[/INST]a</s>")],
-        [REFUSED] * 8),
+            "<s>[SYSTEM_PROMPT]s[/SYSTEM_PROMPT][INST]q[/INST]a</s>")],
+        [REFUSED] * 5),
     "tokens of other roles": (
         [{"text": text} for text in ("[gMASK]<sop><|user|>\nq<|assistant|>f\n{}<|observation|>\nr<|assistant|>\na",
                                      "<|system|>s<|tool|>[{}]<|/tool|><|end|><|user|>q<|end|><|assistant|>a<|end|>")], [REFUSED] * 2),
@@ -392,7 +391,7 @@ LONG = 100_000
 SLOW = [
     {"text": f"Human: hi\n\nAssistant: a{chr(10) * LONG}b"}, {"text": f"### Human: hi### Assistant: a{' ' * LONG}b"},
     {"text": f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\na{chr(10) * LONG}b<|im_end|>"}, {"text": f"Human: q{chr(10) * LONG}"},
-    {"text": f"<s>[INST] q [/INST] a{' ' * LONG}b{'</s> ' * LONG}"}, {"text": f"A chat between a curious user{' ' * LONG}USER: q ASSISTANT: a"},
+    {"text": f"<s>[INST] q [/INST] a{' ' * LONG}b{'</s> ' * LONG}"}, {"text": f"{PREAMBLE}{' ' * LONG}### Instruction: q ### Response: a"},
     {"prompt": f"### Human: hi{chr(10) * LONG}x", "completion": "a"}, {"system": "s", "chat": f"USER: q{chr(10) * LONG}x"},
     {"system": "s", "chat": 'USER: q\n\n\nASSISTANT: <functioncall> {"name": "f", "arguments": ' + " " * LONG + "x"},
     {"system": "{}" * LONG, "chat": "USER: q\n\n\nASSISTANT: a"}, {"prompt": "q", "completion": "a", "context": "a." * LONG},
@@ -461,7 +460,7 @@ def test_one_column_may_be_named_for_the_messages_and_conversations(tmp_path):
 
 
 def test_only_a_text_that_begins_with_a_mark_is_called_rendered(tmp_path):
-    texts = "An essay on [INST] and ### Instruction: marks.", "<s>[SYSTEM_PROMPT]s[/SYSTEM_PROMPT][INST]q[/INST]a</s>"
+    texts = "An essay on [INST] and ### Instruction: marks.", "<s>[INST] q"
     found = [row.problem for row in read(tmp_path, [{"text": text} for text in texts])]
     assert ["rendered" in problem for problem in found] == [False, True]
 
