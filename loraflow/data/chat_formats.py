@@ -298,18 +298,20 @@ def has_known_keys(row: RawRow) -> bool:
 # -- one function per format ----------------------------------------------------------------------------------------
 
 
-def _chat(column: str, roles: tuple[str, ...], contents: tuple[str, ...], fields: RowFields) -> list[Turn]:
+def _chat(column: str, fields: RowFields) -> list[Turn]:
     """Read a list of messages, of pairs, or of texts in turn."""
     value = parsed_list(fields.value(column), column)
     if (pairs := read_pairs(fields, column, value)) is not None:
         return pairs
     messages = objects(value)
     if messages is None:
-        raise BadRow(f"{column}: expected a list of {{{roles[0]}, {contents[0]}}}")
-    # Where a message has a role, `from` may be its author.
-    own = 2 if column == "conversations" else 1
+        raise BadRow(f"{column}: expected a list of {{role, content}} or {{from, value}}")
+    # In `messages` with a role, `from` may be its author.
+    own = 1 if column == "messages" else 2
     roles, contents = (
-        names[:own] if (key := _key_of(messages, names)) in names[:own] else (key,) for names in (roles, contents)
+        (key, *({*names[:own]} - {key} if key in names[:own] else ()))
+        for names in (ROLE_KEYS, CONTENTS)
+        for key in [_key_of(messages, names)]
     )
     return fields.turns(column, messages, roles, contents)
 
@@ -395,11 +397,8 @@ class ChatFormat:
 
 
 FORMATS = {
-    "messages": ChatFormat(partial(_chat, "messages", ROLE_KEYS, CONTENTS), (frozenset({"messages"}),)),
-    "sharegpt": ChatFormat(
-        partial(_chat, "conversations", ("from", "role", *ROLE_KEYS[2:]), ("value", "content", *CONTENTS[2:])),
-        (frozenset({"conversations"}),),
-    ),
+    "messages": ChatFormat(partial(_chat, "messages"), (frozenset({"messages"}),)),
+    "sharegpt": ChatFormat(partial(_chat, "conversations"), (frozenset({"conversations"}),)),
     "alpaca": ChatFormat(_alpaca, (frozenset({"instruction", "output"}), frozenset({"instruction", "response"}))),
     "prompt_completion": ChatFormat(
         _prompt_completion, (frozenset({"prompt", "completion"}), frozenset({"prompt", "response"}))

@@ -150,10 +150,9 @@ def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
         answer = label.string[label.end() :].lstrip()
     if dialect.ends:
         answer = _without_end(answer, dialect, _ENDS)
-        for label in dialect.label.finditer(answer):
-            before = answer[: label.start()].rstrip().removesuffix("<s>")
-            if _without_end(before, dialect) != before:
-                raise BadRow(f"the answer has more than one message: {label[0]} follows the end of one")
+        before = (answer[: label.start()].rstrip().removesuffix("<s>") for label in dialect.label.finditer(answer))
+        if any(text != _without_end(text, dialect) for text in before):
+            raise BadRow("more than one message in the answer")
     return alternating([*_turns(prompt, dialect), Turn(ASSISTANT, answer)])
 
 
@@ -177,11 +176,7 @@ def split_chat(text: JsonValue) -> tuple[_Dialect, str] | None:
 
 
 def _without_end(text: str, dialect: _Dialect, also: tuple[str, ...] = ()) -> str:
-    """Return a message without the tokens that end it and the document. `</s>` that closes an `<s>` in it is HTML.
-
-    Raises:
-        BadRow: an end token is inside the message.
-    """
+    """Return a message without the tokens that end it and the document. `</s>` that closes an `<s>` in it is HTML."""
     found = ""
     for ends in (dialect.ends + also, dialect.ends):
         cut = text.rstrip()
@@ -189,7 +184,7 @@ def _without_end(text: str, dialect: _Dialect, also: tuple[str, ...] = ()) -> st
         if end and (end != "</s>" or cut.count("<s>") < cut.count(end)):
             text, found = cut.removesuffix(end), end
     if end := next((end for end in dialect.ends if end in text and end not in ("</s>", "\n### End")), ""):
-        raise BadRow(f"more than one message behind a label: {end} is not at the end")
+        raise BadRow(f"more than one message: {end} is not at the end")
     return text
 
 
@@ -245,8 +240,9 @@ def alternating(turns: list[Turn]) -> list[Turn]:
     """
     for number, (turn, following) in enumerate(itertools.pairwise(turns), 1):
         if turn.role == following.role and turn.role in ("user", ASSISTANT):
-            kind = "answers" if turn.role == ASSISTANT else "user messages"
-            raise BadRow(f"two {kind} in a row (turns {number} and {number + 1}): a label in a message cuts it")
+            raise BadRow(
+                f"two {turn.role} messages in a row (turns {number} and {number + 1}): a label in a message cuts it"
+            )
     return turns
 
 
