@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from loraflow.data.cell_values import media_key, strict_json
+from loraflow.data.cell_values import media_key
 from loraflow.data.chats import REASONING_KEYS, BadRow, ToolCall
 from loraflow.data.content_parts import as_json, is_parts, is_texts, read_parts, reasoning_text
 from loraflow.data.labels import ANSWERS, Labels, answers_of
@@ -305,12 +305,9 @@ def _are_equal(calls: Sequence[ToolCall], others: Sequence[ToolCall]) -> bool:
 def _may_be_tools(value: JsonValue) -> bool:
     """Tell whether a value is a list of functions, or its JSON text."""
     if isinstance(value, str):
-        try:
-            value = strict_json(value)
-        except ValueError:
-            return '"name"' in str(value)  # it is refused, with the reason
-    items = objects(value if isinstance(value, list) else [value])
-    return bool(items) and all(not item.keys().isdisjoint(("name", "function", "parameters")) for item in items or ())
+        return '"name"' in value
+    items = objects(value) or []
+    return bool(items) and all({"name", "function", "parameters"} & item.keys() for item in items)
 
 
 def without_answer(items: list[RawRow]) -> list[RawRow]:
@@ -380,23 +377,12 @@ FUNCTION_CALL = "function_call"  # ShareGPT's role of an answer that is a call; 
 ASSISTANT, TOOL = "assistant", "tool"
 ROLES = {
     **dict.fromkeys(
-        ("gpt", "assistant", "chatgpt", "bard", "model", "bing", "bot", "chatbot", "ai", "agent"), ASSISTANT
+        ("gpt", "assistant", "chatgpt", "bard", "model", "bing", "bot", "chatbot", "agent", "ai"), ASSISTANT
     ),
     **dict.fromkeys(("human", "user", "prompter", "customer"), "user"),
     **dict.fromkeys(("system", "developer"), "system"),  # developer: OpenAI's newer name
-    **dict.fromkeys(
-        (
-            "tool",
-            "observation",
-            "function",
-            "ipython",
-            "tool_response",
-            "tool_result",
-            "function_response",
-            "environment",
-        ),
-        TOOL,
-    ),
+    **dict.fromkeys(("tool", "observation", "function", "ipython", "environment"), TOOL),
+    **dict.fromkeys(("tool_response", "tool_result", "function_response"), TOOL),
     **dict.fromkeys((FUNCTION_CALL, "tool_call"), FUNCTION_CALL),
 }
 

@@ -214,7 +214,7 @@ def _turns(text: str, dialect: _Dialect) -> list[Turn]:
         role, content = _role(label), text[label.end() : following.start() if following else len(text)].strip()
         if dialect.ends:
             if not dialect.begin_mark and role not in ("system", "user", ASSISTANT):
-                raise BadRow(f"{label[0]}: expected the system, user or assistant")
+                raise BadRow(f"{label[0]} is the label of another role")
             question = following if following is not None and _role(following) == "user" else None
             said = content.removesuffix("<s>").rstrip() if question else content
             content = said
@@ -222,7 +222,7 @@ def _turns(text: str, dialect: _Dialect) -> list[Turn]:
                 content = _without_end(said, dialect, _ENDS if role == ASSISTANT else ())
             if question and content == said and (has_ends or not label[0].startswith("<")):
                 raise BadRow(
-                    f"{question[0].strip()} follows a message without {dialect.ends[-1]}: a label in a text cuts it"
+                    f"a label in a message cuts it: {question[0].strip()} without {dialect.ends[-1]} before it"
                 )
             if dialect.preamble and role == "user":
                 content = "\n\n".join(part.strip() for part in _INPUT.split(content, 1) if part.strip())

@@ -57,9 +57,7 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str]) -> Told:
             if normal_name(key) in CONTAINERS:
                 members = ((inner, item) for inner, item in value.items() if not isinstance(item, dict | list))
                 found += [(f"{key}.{inner}", _word(inner, item)) for inner, item in members if not is_absent(item)]
-        elif key not in row and isinstance(
-            messages := row.get((names := key.partition("."))[0]), list
-        ):  # of its messages
+        elif key not in row and isinstance(messages := row.get((names := key.partition("."))[0]), list):
             said = [item[names[2]] for item in messages if isinstance(item, dict) and not is_absent(item.get(names[2]))]
             found += [(key, word) for word in dict.fromkeys(_word(names[2], item) for item in said) if word]
         elif word := _word(key, value):
