@@ -34,7 +34,17 @@ from loraflow.data.published_formats import (
     template_arguments,
 )
 from loraflow.data.question_parts import refuse_answers_by_letter, refuse_lost_parts
-from loraflow.data.row_fields import ASSISTANT, ROLE_KEYS, RawRow, RowFields, Turn, has_value, objects, without_answer
+from loraflow.data.row_fields import (
+    ASSISTANT,
+    CONTENTS,
+    ROLE_KEYS,
+    RawRow,
+    RowFields,
+    Turn,
+    has_value,
+    objects,
+    without_answer,
+)
 from loraflow.data.tools import read_tools
 from loraflow.data.transcripts import is_glaive, is_transcript, prompt_turns, read_glaive, read_transcript
 
@@ -56,7 +66,6 @@ _SYSTEM_TEXTS = (
     "systemPrompt", "SystemPrompt", "system_message", "systemMessage", "SystemMessage", "system_instruction",
     "systemInstruction",
 )  # fmt: skip
-_CONTENTS = ("content", "value", "text", "utterance")  # keys of a message's text
 _TOOLS = re.compile(r"<tools>(.*?)(?:</tools>|$)", re.DOTALL)
 _NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
@@ -189,7 +198,11 @@ def _turns(fields: RowFields, format_name: str) -> list[Turn]:
     """Read a row by a format, with the message of its system column first."""
     if format_name == "auto":
         format_name = detect_format(fields.row)
-        if format_name == "messages" and has_value(fields.row.get("conversations")):
+        if (
+            format_name == "messages"
+            and has_value(fields.row.get("conversations"))
+            and fields.value("conversations") != fields.row["messages"]  # data.columns may name one column for both
+        ):
             _refuse_two_chats(fields)
     turns = _with_system(fields, FORMATS[format_name].read(fields))
     if "chat_template_kwargs" in fields.row:
@@ -241,7 +254,7 @@ def _with_dummy_answer(row: RawRow) -> RawRow:
         if (pairs := pairs_with_answer(value)) is not None:
             out[key] = pairs
         elif turns:
-            role, content = _key_of(turns, ROLE_KEYS), _key_of(turns, (*_CONTENTS, "parts"))
+            role, content = _key_of(turns, ROLE_KEYS), _key_of(turns, (*CONTENTS, "parts"))
             out[key] = [*without_answer(turns), {role: ASSISTANT, content: "."}]
     for question, answer in (("instruction", "output"), ("prompt", "completion")):
         if question in out and not isinstance(out[question], dict):  # a tree has its own answers
@@ -285,16 +298,21 @@ def has_known_keys(row: RawRow) -> bool:
 # -- one function per format ----------------------------------------------------------------------------------------
 
 
-def _chat(column: str, roles: tuple[str, ...], contents: tuple[str, ...], fields: RowFields) -> list[Turn]:
+def _chat(column: str, fields: RowFields) -> list[Turn]:
     """Read a list of messages, of pairs, or of texts in turn."""
     value = parsed_list(fields.value(column), column)
     if (pairs := read_pairs(fields, column, value)) is not None:
         return pairs
     messages = objects(value)
     if messages is None:
-        raise BadRow(f"{column}: expected a list of {{{roles[0]}, {contents[0]}}}")
-    if column == "messages":  # where a message has a role, `from` may be its author
-        roles, contents = (_key_of(messages, roles),), (_key_of(messages, contents),)
+        raise BadRow(f"{column}: expected a list of {{role, content}} or {{from, value}}")
+    # In `messages` with a role, `from` may be its author.
+    own = 1 if column == "messages" else 2
+    roles, contents = (
+        (key, *({*names[:own]} - {key} if key in names[:own] else ()))
+        for names in (ROLE_KEYS, CONTENTS)
+        for key in [_key_of(messages, names)]
+    )
     return fields.turns(column, messages, roles, contents)
 
 
@@ -379,10 +397,8 @@ class ChatFormat:
 
 
 FORMATS = {
-    "messages": ChatFormat(partial(_chat, "messages", ROLE_KEYS, _CONTENTS), (frozenset({"messages"}),)),
-    "sharegpt": ChatFormat(
-        partial(_chat, "conversations", ("from", "role"), ("value", "content")), (frozenset({"conversations"}),)
-    ),
+    "messages": ChatFormat(partial(_chat, "messages"), (frozenset({"messages"}),)),
+    "sharegpt": ChatFormat(partial(_chat, "conversations"), (frozenset({"conversations"}),)),
     "alpaca": ChatFormat(_alpaca, (frozenset({"instruction", "output"}), frozenset({"instruction", "response"}))),
     "prompt_completion": ChatFormat(
         _prompt_completion, (frozenset({"prompt", "completion"}), frozenset({"prompt", "response"}))
@@ -413,11 +429,13 @@ def _tools(
     tools, key_of_tools = of_dataset, None
     if fields.tools is not None:
         tools = read_tools(fields.tools, "system")
-    for key in ("tools", "functions", "available_tools", "toolConfig") if fields.tools is None else ():
+    for key in ("tools", "functions", "available_tools", "toolConfig"):
         value = fields.row.get(key)
         if key == "toolConfig":  # Bedrock's; Gemini's has no tools
             value = value.get("tools") if isinstance(value, dict) else None
         if has_value(value) and (found := read_tools(value, key)) is not None:
+            if fields.tools is not None and found != tools:
+                raise BadRow(f"{key} and the system message have different tools: remove one")
             tools, key_of_tools = found, key
             break
     if tools is not None and _has_tools(turns, tools):

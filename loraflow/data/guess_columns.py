@@ -13,7 +13,7 @@ from loraflow.data.chat_formats import has_known_keys, is_bare_chat, read_chat, 
 from loraflow.data.chats import BadRow
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.preference_pairs import refuse_corrected
-from loraflow.data.published_formats import is_one_message, pair_keys
+from loraflow.data.published_formats import are_messages, pair_keys
 from loraflow.data.question_parts import LostPart, is_passage, is_phrase, question_parts
 from loraflow.data.readers import read_values
 from loraflow.data.row_fields import objects
@@ -180,7 +180,7 @@ def _columns_of(row: dict[str, JsonValue], rows: Sequence[dict[str, JsonValue]])
     found = _columns_of_pair(_PAIRS, row, names, rows)
     if found is None:
         found = _column_of_turns(row) or _columns_of_pair(_OTHER_PAIRS, row, names, rows)
-    return _columns_of_classes(row, names) if found is None else found
+    return _columns_of_classes(names, rows) if found is None else found
 
 
 def _columns_of_pair(
@@ -264,9 +264,10 @@ def _system(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:
     return {"system": found} if found not in ("system", "system_prompt") and isinstance(row[found], str) else {}
 
 
-def _columns_of_classes(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:
+def _columns_of_classes(names: dict[str, str], rows: Sequence[dict[str, JsonValue]]) -> dict[str, str]:
     """Return the columns of a text and its class, if there is one of each."""
-    if is_one_message(row):
+    row = rows[0]
+    if are_messages(rows):
         return {}
     texts = [names[name] for name in _TEXTS if name in names and isinstance(row[names[name]], str)]
     classes = [names[name] for name in _CLASSES if name in names and isinstance(row[names[name]], str)]

@@ -102,7 +102,7 @@ def _left_out(tokens: int, learned: list[bool], control_token: str | None, confi
 def sample_rows(rows: Path, template: ChatTemplate, config: TokenizeConfig) -> list[SampleRow]:
     """Return a few rows of a file of checked chats for a report, in the order of the file.
 
-    They stand at places in the file that a fixed seed draws, so the whole file need not be read.
+    A fixed seed draws them.
 
     Args:
         rows: the file.
@@ -112,16 +112,11 @@ def sample_rows(rows: Path, template: ChatTemplate, config: TokenizeConfig) -> l
     Raises:
         BadModel: the template cannot render a row.
     """
-    size, rng, lines = rows.stat().st_size, random.Random(0), dict[int, bytes]()
     with rows.open("rb") as file:
-        for _ in range(10 * SAMPLES if size else 0):
-            file.seek(rng.randrange(size))
-            file.readline()
-            file.seek(at := file.tell() % size)
-            lines[at] = file.readline()
-            if len(lines) == SAMPLES:
-                break
-    shown = (_masked(lines[at], template, config) for at in sorted(lines))
+        total = sum(1 for _ in file)
+        drawn = set(random.Random(0).sample(range(total), min(SAMPLES, total)))
+        file.seek(0)
+        shown = [_masked(line, template, config) for number, line in enumerate(file) if number in drawn]
     return [
         SampleRow(
             place=row.place,

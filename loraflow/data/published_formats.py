@@ -6,7 +6,7 @@ Rows of other shapes are refused, with a hint how they are converted.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
@@ -14,9 +14,20 @@ from loraflow.data.cell_values import parsed_list, strict_json
 from loraflow.data.chats import BadRow
 from loraflow.data.marks import MarkedFalse, excludes
 from loraflow.data.question_parts import question_parts
-from loraflow.data.row_fields import ASSISTANT, TOOL, RawRow, RowFields, Turn, has_value, normal_role, objects
+from loraflow.data.row_fields import (
+    ASSISTANT,
+    CONTENTS,
+    ROLE_KEYS,
+    TOOL,
+    RawRow,
+    RowFields,
+    Turn,
+    has_value,
+    normal_role,
+    objects,
+)
 from loraflow.data.tools import read_calls
-from loraflow.data.transcripts import is_transcript
+from loraflow.data.transcripts import is_transcript, split_chat
 
 _MESSAGE = ("role",), ("content",)
 # Capybara and xtuner; Firefly and ms-swift; others
@@ -239,26 +250,18 @@ _TREES = (
     "def tree($all): . + {replies: [.message_id as $id | $all[] | select(.parent_id == $id) | tree($all)]}; "
     "group_by(.message_tree_id)[] | . as $all | .[] | select(.parent_id == null) | tree($all)"
 )
-# Keys of a row that is one message: the id of the chat, the role, the text
-_ONE_MESSAGE = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        "(conv|conversation|dialog|dialogue|session|thread|chat)_?id",
-        "role|speaker|sender|from|author_?role",
-        "content|text|utterance|message|value",
-    )
-)
-_RENDERED = ("[INST]", "### Instruction:", "<|user|>", "<|start_header_id|>", "<start_of_turn>")
+# The key of a chat's id in a row that is one message of it
+_CHAT_ID = re.compile("(conv|conversation|dialog|dialogue|session|thread|chat)_?id", re.IGNORECASE)
 
 
 def conversion_hint(row: Mapping[str, JsonValue]) -> str:
     """Return how a row is made a chat, for the end of a message; empty if nothing is known about its keys."""
     if row.keys() >= {"message_id", "parent_id", "text"}:
         return "; these are the messages of trees, one in a row" + _by_jq(_TREES, "-cs").replace("chats", "trees")
-    if is_one_message(row):
-        chat, role, said = (str(key) for key in _keys_of_message(row))
+    if all(keys := _keys_of_message(row)):
+        chat, role, said = keys
         made = f"group_by(.{chat})[] | {{messages: map({{role: .{role}, content: .{said}}})}}"
-        return "; these are messages, one in a row" + _by_jq(made, "-cs")
+        return "; if each row is one message of a chat" + _by_jq(made, "-cs").replace(";", ",", 1)
     if "chosen" in row:
         if is_transcript(row["chosen"]):
             return "; for the chosen answers of preference pairs, set data.columns: {text: chosen}"
@@ -267,8 +270,8 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         )
     if (parts := question_parts(row)) and not row.keys().isdisjoint(("question", "problem", "query")):
         return f"; {parts[0]} is a part of the question: write a prompt that has it"
-    if isinstance(text := row.get("text"), str) and (token := next((t for t in _RENDERED if t in text), None)):
-        return f"; text is a chat that a template has rendered ({token}): write its messages as {{role, content}}"
+    if (found := split_chat(row.get("text"))) and found[0].ends:
+        return "; text is a chat that a template has rendered: write its messages as {role, content}"
     translation = row.get("translation")
     if isinstance(translation, dict) and len(translation) > 1:
         source, target = list(translation)[:2]
@@ -277,14 +280,21 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
     return next((_by_jq(made) for keys, made in _FILTERS if row.keys() >= keys), "")
 
 
-def _keys_of_message(row: Mapping[str, JsonValue]) -> list[str | None]:
-    return [next((key for key in row if pattern.fullmatch(key)), None) for pattern in _ONE_MESSAGE]
+def _keys_of_message(row: Mapping[str, JsonValue]) -> tuple[str | None, str | None, str | None]:
+    """Return the keys of the chat's id, a known role and the text of a row that may be one message; None for no key."""
+    return (
+        next((key for key in row if _CHAT_ID.fullmatch(key)), None),
+        next((key for key in ROLE_KEYS if normal_role(row.get(key)) in ("user", ASSISTANT, "system", TOOL)), None),
+        next((key for key in (*CONTENTS, "message") if isinstance(row.get(key), str)), None),
+    )
 
 
-def is_one_message(row: Mapping[str, JsonValue]) -> bool:
-    """Tell whether a row is one message of a chat: it has the chat's id, a role that is known, and a text."""
-    chat, role, said = _keys_of_message(row)
-    return bool(chat and role and said) and normal_role(row[str(role)]) in ("user", ASSISTANT, "system", TOOL)
+def are_messages(rows: Sequence[Mapping[str, JsonValue]]) -> bool:
+    """Tell whether each row is one message of a chat: an id is repeated, and an assistant speaks."""
+    chat, role, said = _keys_of_message(rows[0])
+    ids = [str(row.get(chat or "")) for row in rows]
+    is_answered = any(normal_role(row.get(role or "")) == ASSISTANT for row in rows)
+    return bool(chat and said) and is_answered and len({*ids}) < len(ids)
 
 
 def hint_to_choose(row: Mapping[str, JsonValue]) -> str:

@@ -12,7 +12,7 @@ from loraflow.data.chats import REASONING_KEYS, BadRow, ToolCall
 from loraflow.data.content_parts import as_json, is_parts, is_texts, read_parts, reasoning_text
 from loraflow.data.labels import ANSWERS, Labels, answers_of
 from loraflow.data.marks import Weight, answer_weight, excludes, is_mark
-from loraflow.data.tools import read_calls
+from loraflow.data.tools import read_calls, read_tools
 from loraflow.data.unread_values import without_ignored
 
 RawRow = dict[str, JsonValue]  # a row as its file has it
@@ -57,7 +57,7 @@ class RowFields:
         self._used: set[str] = set()
         self._inner_unread: dict[str, None] = {}
         self.media: str | None = None  # the key of a message that has an image, such as messages.images
-        self.tools: JsonValue = None  # that a format has in a text, not in a key of their own
+        self.tools: JsonValue = None  # that a format has in a text or a message, not in a key of the row
 
     def value(self, *names: str) -> JsonValue:
         """Return the value of the first key that has one.
@@ -184,6 +184,7 @@ class RowFields:
         if calls and not is_answer:
             raise BadRow(f"message {number}: a tool call in a {role} message; only an assistant calls tools")
         if role == "system" and (key := next((key for key in _TOOLS if _may_be_tools(item.get(key))), None)):
+            read_tools(item[key], f"message {number}: {key}")
             self.tools, used = item[key], used | {key}
         if role == TOOL:
             used |= {"tool_call_id", "name"}
@@ -302,7 +303,11 @@ def _are_equal(calls: Sequence[ToolCall], others: Sequence[ToolCall]) -> bool:
 
 
 def _may_be_tools(value: JsonValue) -> bool:
-    return bool(objects(value)) or (isinstance(value, str) and value != "{}" and value.lstrip("[ \n").startswith("{"))
+    """Tell whether a value is a list of functions, or its JSON text."""
+    if isinstance(value, str):
+        return '"name"' in value
+    items = objects(value) or []
+    return bool(items) and all({"name", "function", "parameters"} & item.keys() for item in items)
 
 
 def without_answer(items: list[RawRow]) -> list[RawRow]:
@@ -365,29 +370,19 @@ def objects(value: JsonValue) -> list[RawRow] | None:
 
 
 ROLE_KEYS = ("role", "from", "sender", "speaker")  # of a message
+CONTENTS = ("content", "value", "text", "utterance")  # keys of its text
 _CALLS = ("tool_calls", "function_call", "function_calls")  # keys of an answer with calls; the last is Olmo's
 _TOOLS = ("tools", "functions")  # keys of a system message with the tools: GLM's and Olmo's
 FUNCTION_CALL = "function_call"  # ShareGPT's role of an answer that is a call; ms-swift's tool_call
 ASSISTANT, TOOL = "assistant", "tool"
 ROLES = {
     **dict.fromkeys(
-        ("gpt", "assistant", "chatgpt", "bard", "model", "bing", "bot", "chatbot", "ai", "agent"), ASSISTANT
+        ("gpt", "assistant", "chatgpt", "bard", "model", "bing", "bot", "chatbot", "agent", "ai"), ASSISTANT
     ),
     **dict.fromkeys(("human", "user", "prompter", "customer"), "user"),
     **dict.fromkeys(("system", "developer"), "system"),  # developer: OpenAI's newer name
-    **dict.fromkeys(
-        (
-            "tool",
-            "observation",
-            "function",
-            "ipython",
-            "tool_response",
-            "tool_result",
-            "function_response",
-            "environment",
-        ),
-        TOOL,
-    ),
+    **dict.fromkeys(("tool", "observation", "function", "ipython", "environment"), TOOL),
+    **dict.fromkeys(("tool_response", "tool_result", "function_response"), TOOL),
     **dict.fromkeys((FUNCTION_CALL, "tool_call"), FUNCTION_CALL),
 }
 

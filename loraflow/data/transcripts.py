@@ -21,9 +21,8 @@ from loraflow.data.tools import read_calls
 class _Dialect(NamedTuple):
     begin: re.Pattern[str]  # of a text
     label: re.Pattern[str]  # before each message; its group is the role
-    answer: re.Pattern[str]  # the label of an answer
     begin_mark: str = ""  # with which each label begins, and nothing else
-    end: re.Pattern[str] | None = None  # after each message
+    ends: tuple[str, ...] = ()  # one is after each message, or after each answer; only of a rendered chat
     preamble: str = ""  # with which the system message begins, in front of the first label
 
 
@@ -32,26 +31,17 @@ def _labelled(question: str) -> _Dialect:
     return _Dialect(
         re.compile(rf"\s*{question}:"),
         re.compile(rf"^({question}|Assistant):[ \t]?|\A(System):[ \t]?", re.MULTILINE),
-        re.compile(r"\nAssistant:"),
     )
 
 
-def _rendered(mark: str, behind: str, end: str, role: str = r"\w+") -> _Dialect:
-    """Return the dialect of a chat template.
-
-    Args:
-        mark: the text before each role.
-        behind: a pattern of what follows the role.
-        end: a pattern of what ends a message.
-        role: a pattern of the roles. By default they are words, and nothing else stands behind the mark.
-    """
+def _rendered(mark: str, behind: str, *ends: str, role: str = r"\w+") -> _Dialect:
+    """Return the dialect of a template: the text before each role, patterns of what follows it and of roles, and ends."""
     before = re.escape(mark)
     return _Dialect(
         re.compile(before + role),
         re.compile(f"{before}({role}){behind}"),
-        re.compile(f"{before}(?:assistant|model){behind}"),
         mark if role == r"\w+" else "",
-        re.compile(end),
+        ends,
     )
 
 
@@ -61,45 +51,31 @@ _DIALECTS = (
     _labelled("Human"),  # Anthropic's; BELLE has no blank lines
     _labelled("User"),
     # OIG's
-    _Dialect(re.compile(r"\s*<human>:"), re.compile(r"^<(human|bot)>:[ \t]?", re.MULTILINE), re.compile(r"\n<bot>:")),
+    _Dialect(re.compile(r"\s*<human>:"), re.compile(r"^<(human|bot)>:[ \t]?", re.MULTILINE)),
     # openassistant-guanaco
-    _Dialect(re.compile(r"\s*### Human:"), re.compile(r"### (Human|Assistant):[ \t]?"), re.compile(r"### Assistant:")),
-    _rendered("<|im_start|>", _LINE, r"<\|im_end\|>"),  # ChatML
-    _rendered("<|start_header_id|>", r"<\|end_header_id\|>", r"<\|eo[tm]_id\|>"),  # Llama 3
+    _Dialect(re.compile(r"\s*### Human:"), re.compile(r"### (Human|Assistant):[ \t]?")),
+    _rendered("<|im_start|>", _LINE, "<|im_end|>"),  # ChatML
+    _rendered("<|start_header_id|>", r"<\|end_header_id\|>", "<|eot_id|>", "<|eom_id|>"),  # Llama 3
     _rendered("<start_of_turn>", _LINE, "<end_of_turn>"),  # Gemma
-    _rendered("<|turn>", _LINE, r"<turn\|>"),  # Gemma 4
-    _rendered("<|", r"\|>", r"<\|end(?:oftext)?\|>|</s>", "(?:system|user|assistant)"),  # Phi-3, Zephyr, GLM
+    _rendered("<|turn>", _LINE, "<turn|>"),  # Gemma 4
+    # Phi-3, Zephyr, GLM; a token of another role is a label too, and refused
+    _rendered("<|", r"\|>", "<|end|>", "<|endoftext|>", "</s>", role=r"(?!end)/?\w+"),
     # Llama 2, Mistral
-    _Dialect(
-        re.compile(r"\[INST\]"),
-        re.compile(r"\[(/?INST)\]"),
-        re.compile(r"\[/INST\]"),
-        "",
-        re.compile("</s>(?:\\s*<s>)?"),
-    ),
+    _Dialect(re.compile(r"\[INST\]"), re.compile(r"\[(/?INST)\]"), ends=("</s>",)),
     _Dialect(
         re.compile(r"### Instruction:"),
-        re.compile(r"^### (Instruction|Input|Response):", re.MULTILINE),
-        re.compile(r"^### Response:", re.MULTILINE),
-        end=re.compile(r"^### End\b|</s>|<\|endoftext\|>", re.MULTILINE),
+        re.compile(r"^### (Instruction|Response):", re.MULTILINE),
+        ends=("\n### End", "</s>", "<|endoftext|>"),
         preamble="Below is an instruction that describes a task",
     ),  # Alpaca
-    _Dialect(
-        re.compile("USER:"),
-        re.compile(r"\b(USER|ASSISTANT):"),
-        re.compile(r"\bASSISTANT:"),
-        end=re.compile("</s>"),
-        preamble="A chat between a curious ",
-    ),  # Vicuna
 )
 # What a text with a chat may begin with. It decides quickly about most texts.
-_CHAT = re.compile(r"\s*(?:[<[]|###|(?:Human|User|System):|Below is an|A chat between)")
+_CHAT = re.compile(r"\s*(?:[<[]|###|(?:Human|User|System):|Below is an)")
 _BEGIN = re.compile(r"(?:<s>|<bos>|\[gMASK\]<sop>|<\|begin_of_text\|>)")
-_ENDS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")
+_ENDS = ("<eos>", "<|end_of_text|>", "<|endoftext|>")
 _ROLES = {"INST": "user", "/INST": ASSISTANT, "Instruction": "user", "Response": ASSISTANT}
-_INPUT = "### Input:"
+_INPUT = re.compile("^### Input:", re.MULTILINE)  # Alpaca's second part of a question
 _LLAMA_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>", re.DOTALL)
-_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 _SYSTEM = re.compile(r"\s*System:")  # before the first question, whose label begins a line
 _QUESTION = re.compile(r"^(?:Human|User):", re.MULTILINE)
 _NEMO = re.compile(r"\n<extra_id_1>(User|Assistant)(?:\n|\Z)")  # HelpSteer's, after the first question
@@ -120,8 +96,8 @@ _HAS_FUNCTIONS = re.compile(
 
 def is_transcript(value: JsonValue) -> bool:
     """Tell whether a value is a text that has a chat, with a question and an answer."""
-    found = _split(value)
-    return found is not None and found[0].answer.search(found[1]) is not None
+    found = split_chat(value)
+    return found is not None and any(_role(label) == ASSISTANT for label in found[0].label.finditer(found[1]))
 
 
 def read_transcript(fields: RowFields) -> list[Turn]:
@@ -131,7 +107,7 @@ def read_transcript(fields: RowFields) -> list[Turn]:
         BadRow: the text has no chat, a part of it belongs to no message, or two answers follow each other.
     """
     text = fields.value("text")
-    found = _split(text)
+    found = split_chat(text)
     if found is None or not is_transcript(text):
         raise BadRow(
             "text: expected a chat with the labels Human: or User: and Assistant:, ### Human:, or those of a template"
@@ -158,46 +134,58 @@ def prompt_turns(prompt: str, answer: JsonValue) -> list[Turn] | None:
         if turns[-1].role == ASSISTANT and not str(turns[-1].content).strip():
             turns.pop()  # the label of the answer
         return alternating([*turns, Turn(ASSISTANT, answer)])
-    found = _split(prompt)
+    found = split_chat(prompt)
     labels = list(found[0].label.finditer(found[1])) if found is not None else []
     if found is None or not labels:
         return None
     dialect, prompt = found
     begun = prompt[labels[-1].end() :].lstrip()  # a template may open the reasoning
-    if _role(labels[-1]) != ASSISTANT or (begun and (dialect.end is None or dialect.end.search(begun))):
-        begins_answer = dialect.end is not None and dialect.answer.match(answer.lstrip())
-        return _turns(f"{prompt}\n{answer.lstrip()}", dialect) if begins_answer else None
-    if dialect.end:
-        answer = _without_end(begun + answer)
-        if (end := dialect.end.search(answer)) and answer[end.end() :].strip():
-            raise BadRow(f"the answer has more than one message: {end[0]} is not at its end")
-        answer = answer[: end.start()] if end else answer
-    return alternating([*_turns(prompt[: labels[-1].start()], dialect), Turn(ASSISTANT, answer)])
+    if _role(labels[-1]) == ASSISTANT and begun.rstrip() in ("", "<think>"):
+        prompt = prompt[: labels[-1].start()]
+        answer = begun + answer
+    else:
+        label = dialect.label.match(answer.lstrip())
+        if not dialect.ends or _role(labels[-1]) != "user" or label is None or _role(label) != ASSISTANT:
+            return None
+        answer = label.string[label.end() :].lstrip()
+    if dialect.ends:
+        answer = _without_end(answer, dialect, _ENDS)
+        before = (answer[: label.start()].rstrip().removesuffix("<s>") for label in dialect.label.finditer(answer))
+        if any(text != _without_end(text, dialect) for text in before):
+            raise BadRow("more than one message in the answer")
+    return alternating([*_turns(prompt, dialect), Turn(ASSISTANT, answer)])
 
 
-def _split(text: JsonValue) -> tuple[_Dialect, str] | None:
-    """Return the dialect of a text, and the text without the tokens around a rendered chat; None if it is no chat."""
+def split_chat(text: JsonValue) -> tuple[_Dialect, str] | None:
+    """Return the dialect of a text, and the text without the token that begins it; None if it is no chat."""
     if not isinstance(text, str) or not _CHAT.match(text):
         return None
     text = text.lstrip()
     begin = _BEGIN.match(text)
     for dialect in _DIALECTS:
-        if dialect.end and begin:
+        if dialect.ends and begin:
             text, begin = text[begin.end() :].lstrip(), None
         first = None
         if dialect.preamble and text.startswith(dialect.preamble):
             first = dialect.label.search(text)
-        elif dialect.end is None and _SYSTEM.match(text):
+        elif not dialect.ends and _SYSTEM.match(text):
             first = _QUESTION.search(text)
         if dialect.begin.match(text, first.start() if first else 0):
-            return dialect, _without_end(text) if dialect.end else text
+            return dialect, text
     return None
 
 
-def _without_end(text: str) -> str:
-    """Return a text without the token that ends a document."""
-    cut = text.rstrip()
-    return cut[: cut.rindex("<")] if cut.endswith(_ENDS) else text
+def _without_end(text: str, dialect: _Dialect, also: tuple[str, ...] = ()) -> str:
+    """Return a message without the tokens that end it and the document. `</s>` that closes an `<s>` in it is HTML."""
+    found = ""
+    for ends in (dialect.ends + also, dialect.ends):
+        cut = text.rstrip()
+        end = next((end for end in ends if end != found and cut.endswith(end)), "")
+        if end and (end != "</s>" or cut.count("<s>") < cut.count(end)):
+            text, found = cut.removesuffix(end), end
+    if end := next((end for end in dialect.ends if end in text and end not in ("</s>", "\n### End")), ""):
+        raise BadRow(f"more than one message: {end} is not at the end")
+    return text
 
 
 def _role(label: re.Match[str]) -> JsonValue:
@@ -221,25 +209,26 @@ def _turns(text: str, dialect: _Dialect) -> list[Turn]:
         raise BadRow(f"a text before the first message: {before[:40]!r}")
     if dialect.begin_mark and text.count(dialect.begin_mark) != len(labels):
         raise BadRow(f"expected a role after each {dialect.begin_mark}, and behind it what the template writes")
-    ends = [label.start() for label in labels[1:]] + [len(text)]
-    for label, end in zip(labels, ends, strict=True):
-        content = text[label.end() : end].strip()
-        if dialect.end and (found := dialect.end.search(content)):
-            if rest := content[found.end() :].strip():
-                raise BadRow(f"a text between two messages: {rest[:40]!r}")
-            content = content[: found.start()].strip()
-        if label[0] != _INPUT:
-            turns.append(Turn(_role(label), content))
-        elif not turns or turns[-1].role != "user":
-            raise BadRow(f"{_INPUT} does not follow ### Instruction:")
-        elif content:
-            turns[-1] = Turn("user", f"{turns[-1].content}\n\n{content}")
+    has_ends = labels and any(end in text[: labels[-1].start()] for end in dialect.ends)
+    for label, following in zip(labels, [*labels[1:], None], strict=True):
+        role, content = _role(label), text[label.end() : following.start() if following else len(text)].strip()
+        if dialect.ends:
+            if not dialect.begin_mark and role not in ("system", "user", ASSISTANT):
+                raise BadRow(f"{label[0]} is the label of another role")
+            question = following if following is not None and _role(following) == "user" else None
+            said = content.removesuffix("<s>").rstrip() if question else content
+            content = said
+            if role == ASSISTANT or label[0].startswith("<"):
+                content = _without_end(said, dialect, _ENDS if role == ASSISTANT else ())
+            if question and content == said and (has_ends or not label[0].startswith("<")):
+                raise BadRow(
+                    f"a label in a message cuts it: {question[0].strip()} without {dialect.ends[-1]} before it"
+                )
+            if dialect.preamble and role == "user":
+                content = "\n\n".join(part.strip() for part in _INPUT.split(content, 1) if part.strip())
+        turns.append(Turn(role, content.strip()))
     if turns and (system := _LLAMA_SYSTEM.match(str(turns[0].content))):
-        turns = [
-            Turn("system", system[1].strip()),
-            Turn("user", str(turns[0].content)[system.end() :].strip()),
-            *turns[1:],
-        ]
+        turns[:1] = Turn("system", system[1].strip()), Turn("user", system.string[system.end() :].strip())
     return alternating(turns)
 
 
@@ -250,8 +239,10 @@ def alternating(turns: list[Turn]) -> list[Turn]:
         BadRow: they do.
     """
     for number, (turn, following) in enumerate(itertools.pairwise(turns), 1):
-        if turn.role == following.role == ASSISTANT:
-            raise BadRow(f"two answers in a row (turns {number} and {number + 1}): a label in an answer cuts it")
+        if turn.role == following.role and turn.role in ("user", ASSISTANT):
+            raise BadRow(
+                f"two {turn.role} messages in a row (turns {number} and {number + 1}): a label in a message cuts it"
+            )
     return turns
 
 

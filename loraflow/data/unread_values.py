@@ -57,11 +57,9 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str]) -> Told:
             if normal_name(key) in CONTAINERS:
                 members = ((inner, item) for inner, item in value.items() if not isinstance(item, dict | list))
                 found += [(f"{key}.{inner}", _word(inner, item)) for inner, item in members if not is_absent(item)]
-        elif key not in row and isinstance(
-            messages := row.get((names := key.partition("."))[0]), list
-        ):  # of its messages
+        elif key not in row and isinstance(messages := row.get((names := key.partition("."))[0]), list):
             said = [item[names[2]] for item in messages if isinstance(item, dict) and not is_absent(item.get(names[2]))]
-            found += [(key, word) for word in [_word(names[2], said[-1])] if word] if said else []
+            found += [(key, word) for word in dict.fromkeys(_word(names[2], item) for item in said) if word]
         elif word := _word(key, value):
             found.append((key, word))
     return tuple(found)
@@ -124,7 +122,7 @@ def doubtful(told: Mapping[tuple[str, str], int], unread: Mapping[str, int]) -> 
 def _is_doubtful(words: Mapping[str, int], rows: int) -> bool:
     if words.keys() - {"true", "false", _OTHER}:
         return True
-    return "true" in words and "false" in words and words["true"] + words["false"] == rows
+    return "true" in words and "false" in words and words["true"] + words["false"] >= rows
 
 
 def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:

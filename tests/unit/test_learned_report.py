@@ -166,3 +166,12 @@ def test_a_long_sample_is_shortened_in_its_middle(base, tmp_path):  # noqa: F811
     text = row.parts[0][0]
     assert len(text) <= SAMPLE_CHARACTERS + 5 and "begin" in text and "end?" in text and " […] " in text
     assert "longer than max_length" in row.left_out
+    drawn = []
+    for long in (1, 3000):
+        record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+        lines = [
+            json.dumps({**record, "id": "0", "place": f"x:{n}", "x": "a" * (long if n == 4 else 1)}) for n in range(9)
+        ]
+        (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+        drawn.append([row.place for row in sample_rows(tmp_path / "train.jsonl", ChatTemplate(base), job.config)])
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 3, "each row is drawn with the same chance"

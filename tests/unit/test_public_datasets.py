@@ -54,6 +54,16 @@ PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
 VICUNA = "A chat between a curious user and an artificial intelligence assistant."
+CLOSED = (
+    "<s>[INST] q [/INST] I can't help.</s>", "### Instruction:\nq\n\n### Response:\nThe answer is", "<|user|>\nq</s>\n<|assistant|>\nb</s>",
+    "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n",
+    "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nb", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nb<|end_of_text|>",
+)  # fmt: skip
+MENTIONS = (
+    "[INST] and [/INST] mark what in Llama 2?", "### Instruction: and ### Response: are from which dataset?",
+    "### Instruction: Rewrite.\nx\n### Response: template\nWhat does it mean?", "<s>[SYSTEM_PROMPT]s[/SYSTEM_PROMPT][INST]q[/INST]",
+)  # fmt: skip
 SHAPES = {
     # trees and transcripts
     "OpenAssistant tree": (
@@ -102,9 +112,8 @@ SHAPES = {
            {"prompt": "### Instruction:\nq", "completion": "### Response:\na"}, {"text": "Answer.\n\n### Instruction:\nq\n\n### Response:\na"},
            {"text": "### Instruction:\nq\n\n### Response:\na\n### Input:\nx\n### Response:\nb"}, {"prompt": "### Instruction:\nq", "completion": "a"}],
         [[f"s: {PREAMBLE.strip()}", "u: i\n\nq", "a: a"]] * 3 + [QA, [f"s: {PREAMBLE.strip()}", *QA], QA, REFUSED, REFUSED, ["u: ### Instruction:\nq", "a: a"]]),
-    "Vicuna's template": (
-        [{"text": f"{VICUNA} USER: q ASSISTANT: a</s>USER: r ASSISTANT: b</s>"}, {"prompt": f"{VICUNA} USER: q ASSISTANT:", "completion": "a"}],
-        [[f"s: {VICUNA}", *TWO], [f"s: {VICUNA}", *QA]]),
+    "Vicuna's template": ([{"text": f"{VICUNA} USER: q ASSISTANT: a</s>"}, {"prompt": f"{VICUNA} USER: q ASSISTANT:", "completion": "a"}],
+                          [REFUSED, [f"u: {VICUNA} USER: q ASSISTANT:", "a: a"]]),
     "Zephyr": ([{"text": "<|system|>\ns</s>\n<|user|>\nq</s>\n<|assistant|>\na</s>\n"}, {"text": "<|system|>\n</s>\n<|user|>\nq</s>\n<|assistant|>\na"},
                 {"prompt": "<|user|>\nq</s>\n<|assistant|>\n", "completion": "a</s>"}], [["s: s", *QA], ["s: ", *QA], QA]),
     "a prompt whose template opens the reasoning": (
@@ -114,6 +123,31 @@ SHAPES = {
         [{"prompt": "<|im_start|>user\nq<|im_end|>\n", "completion": "<|im_start|>assistant\na<|im_end|>"}], [QA]),
     "a rendered prompt beside a system column": ([{"prompt": "<|system|>\ns<|end|>\n<|user|>\nq<|end|>\n<|assistant|>\n", "completion": "a", "system": system}
                                                   for system in ("s", "t")], [["s: s", *QA], REFUSED]),
+    "a judge's prompt that has a whole chat": (
+        [{"prompt": text, "completion": "unsafe"} for text in CLOSED], [[f"u: {text}", "a: unsafe"] for text in CLOSED]),
+    "a question about a template": (
+        [{"prompt": text, "completion": "a"} for text in MENTIONS], [[f"u: {text}", "a: a"] for text in MENTIONS]),
+    "</s> as a tag of HTML": (
+        [{"prompt": "### Instruction:\nq\n\n### Response:\n", "completion": f"{text}{end}"}
+         for end in ("", "</s>") for text in ("<s>a</s>", "Use <s>a</s> here.")]
+        + [{"text": f"[INST] Is <s>q</s> HTML? [/INST] <s>a</s>{end}"} for end in ("", "</s>")]
+        + [{"prompt": "<|user|>\n<s>q</s></s>\n<|assistant|>\n", "completion": "a</s>"},
+           {"prompt": "[INST] q [/INST]", "completion": "a </s><s>[INST] r [/INST] b </s>"}],
+        [["u: q", "a: <s>a</s>"], ["u: q", "a: Use <s>a</s> here."]] * 2 + [["u: Is <s>q</s> HTML?", "a: <s>a</s>"]] * 2
+        + [["u: <s>q</s>", "a: a"], REFUSED]),
+    "a label in a rendered message": (
+        [{"text": text} for text in (
+            "[INST] q [/INST] It wraps the user in [INST] and [/INST] tags. </s>", "[INST] q [/INST] Between [INST] and [/INST]",
+            "### Instruction:\nq\n\n### Response:\nUse:\n### Instruction:\n{q}\n### Response:\n{a}",
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nIt is\n<|im_start|>user\nh<|im_end|>\n<|im_start|>assistant\ni<|im_end|>",
+            "<s>[SYSTEM_PROMPT]s[/SYSTEM_PROMPT][INST]q[/INST]a</s>")],
+        [REFUSED] * 5),
+    "tokens of other roles": (
+        [{"text": text} for text in ("[gMASK]<sop><|user|>\nq<|assistant|>f\n{}<|observation|>\nr<|assistant|>\na",
+                                     "<|system|>s<|tool|>[{}]<|/tool|><|end|><|user|>q<|end|><|assistant|>a<|end|>")], [REFUSED] * 2),
+    "lines of Alpaca's template in a text": (
+        [{"text": "### Instruction:\ni\n\n### Input:\nq\n\n### Input:\nx\n\n### Response:\na\n### End of it"}],
+        [["u: i\n\nq\n\n### Input:\nx", "a: a\n### End of it"]]),
     # lists of pairs and texts
     "Capybara": ([{"source": "x", "conversation": [{"input": "q", "output": "a"}, {"input": "r", "output": "b"}]}], [TWO]),
     "xtuner": ([{"conversation": [{"system": "s", "input": "q", "output": "a", "output_with_loss": False}, {"input": "r", "output": "b"}]}],
@@ -148,6 +182,9 @@ SHAPES = {
                            {"role": "assistant", "tool_calls": [CALL]}]},
              *({"messages": [{"role": "system", "content": "s", "tools": tools}, user("q"), answer("a")]} for tools in (["f"], "f, g", "[f] and g"))],
             [["s: ", "u: q", "a: "], *[["s: s", *QA]] * 3]),
+    "tools in the system message and in the row": (
+        [{"messages": [{"role": "system", "content": "s", "tools": [FUNCTION]}, user("q"), answer("a")], "tools": [{**FUNCTION, "name": name}]}
+         for name in ("f", "g")], [["s: s", *QA], REFUSED]),
     "turns of speakers": (
         [{"turns": [{"speaker": "customer", "utterance": "q"}, {"speaker": "Agent", "utterance": "a"}], "topic": "t"},
          {"turns": [{"speaker": "user", "utterance": "q"}, {"speaker": "Robo", "utterance": "a"}]}], [QA, REFUSED]),
@@ -158,6 +195,10 @@ SHAPES = {
     "turns with texts": ([{"turns": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}]}], [QA]),
     "messages, one in a row": ([{"conversation_id": 1, "role": "user", "content": "q", "topic": "x"},
                                 {"conversation_id": 1, "role": "assistant", "content": "a", "topic": "x"}], [REFUSED] * 2),
+    "texts of customers with a class": (
+        [{"session_id": n, "sender": "customer", "text": "q", "topic": "a"} for n in (1, 2, 2)], [QA] * 3),
+    "conversations of speakers": (
+        [{"conversations": [{role: "user", "text": "q"}, {role: "assistant", "text": "a"}]} for role in ("speaker", "sender", "from")], [QA] * 3),
     "utterances with a class": ([{"dialogue_id": 1, "speaker": "Anna", "utterance": "q", "sentiment": "a"}], [QA]),
     "texts with a class and an author": ([{"author": "x", "text": "q", "category": "a"}], [QA]),
     # tools
@@ -350,7 +391,7 @@ LONG = 100_000
 SLOW = [
     {"text": f"Human: hi\n\nAssistant: a{chr(10) * LONG}b"}, {"text": f"### Human: hi### Assistant: a{' ' * LONG}b"},
     {"text": f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\na{chr(10) * LONG}b<|im_end|>"}, {"text": f"Human: q{chr(10) * LONG}"},
-    {"text": f"<s>[INST] q [/INST] a{' ' * LONG}b{'</s> ' * LONG}"}, {"text": f"A chat between a curious user{' ' * LONG}USER: q ASSISTANT: a"},
+    {"text": f"<s>[INST] q [/INST] a{' ' * LONG}b{'</s> ' * LONG}"}, {"text": f"{PREAMBLE}{' ' * LONG}### Instruction: q ### Response: a"},
     {"prompt": f"### Human: hi{chr(10) * LONG}x", "completion": "a"}, {"system": "s", "chat": f"USER: q{chr(10) * LONG}x"},
     {"system": "s", "chat": 'USER: q\n\n\nASSISTANT: <functioncall> {"name": "f", "arguments": ' + " " * LONG + "x"},
     {"system": "{}" * LONG, "chat": "USER: q\n\n\nASSISTANT: a"}, {"prompt": "q", "completion": "a", "context": "a." * LONG},
@@ -400,6 +441,28 @@ def test_tools_and_calls_in_messages_are_those_of_the_chat(tmp_path):
         assert row.messages[2]["tool_calls"][0]["function"] == CALL
         assert row.unused_keys == ()
     assert [row.unused_keys for row in read(tmp_path, SHAPES["GLM"][0][1:])] == [("messages.tools",)] * 3
+
+
+@pytest.mark.parametrize(("key", "value"), [("functions", '{"theme": "dark"}'), ("tools", [{"tool": "hammer"}])])
+def test_other_values_of_a_system_message_are_no_tools(tmp_path, key, value):
+    (row,) = read(tmp_path, [{"messages": [{"role": "system", "content": "s", key: value}, user("q"), answer("a")]}])
+    assert outcome(row) == ["s: s", *QA] and row.unused_keys == (f"messages.{key}",)
+    (row,) = read(
+        tmp_path, [{"messages": [{"role": "system", "content": "s", key: '[{"name": 1}]'}, user("q"), answer("a")]}]
+    )
+    assert row.problem.startswith(f"message 1: {key}[0]")
+
+
+def test_one_column_may_be_named_for_the_messages_and_conversations(tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"conversations": [user("q"), answer("a")]}))
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", {"messages": "conversations"})
+    assert outcome(row) == QA and row.unused_keys == ()
+
+
+def test_only_a_text_that_begins_with_a_mark_is_called_rendered(tmp_path):
+    texts = "An essay on [INST] and ### Instruction: marks.", "<s>[INST] q"
+    found = [row.problem for row in read(tmp_path, [{"text": text} for text in texts])]
+    assert ["rendered" in problem for problem in found] == [False, True]
 
 
 def test_a_text_beside_the_content_of_a_message_is_named(tmp_path):

@@ -38,8 +38,8 @@ def test_an_empty_input_does_not_hide_the_context():
             {"messages": [QUESTION, ANSWER], "conversations": [SHAREGPT[0], {"from": "gpt", "value": "B"}]},
             "messages and conv",
         ),
-        ({"conversations": [{"from": "human", "value": "A", "content": "B"}, SHAREGPT[1]]}, "value and content"),
-        ({"conversations": [{"from": "human", "role": "system", "value": "A"}, SHAREGPT[1]]}, "from and role"),
+        ({"conversations": [{"from": "human", "value": "A", "content": "B"}, SHAREGPT[1]]}, "content and value"),
+        ({"conversations": [{"from": "human", "role": "system", "value": "A"}, SHAREGPT[1]]}, "role and from"),
     ],
 )
 def test_two_keys_for_one_thing_with_different_texts_are_refused(row, keys):

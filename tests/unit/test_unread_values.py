@@ -87,6 +87,7 @@ def test_a_key_of_metadata_is_asked_about_and_one_that_is_read_is_not(tmp_path):
 
 
 def test_a_key_of_the_messages_of_a_chat_is_asked_about(tmp_path):
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     chats = [
         {"chat": [{"role": "user", "content": "q", "toxic": True}, {"role": "assistant", "content": "a", "toxic": toxic, "turn": 1}]}
         for toxic in (True, False)
@@ -94,8 +95,12 @@ def test_a_key_of_the_messages_of_a_chat_is_asked_about(tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
     rows = list(read_rows(tmp_path, ["t.jsonl"], "auto", {"messages": "chat"}))
     assert doubtful(counted([row.told for row in rows]), {"chat.toxic": 2, "chat.turn": 2}) == {
-        "chat.toxic": {"true": 1, "false": 1}
+        "chat.toxic": {"true": 2, "false": 1}
     }
+    said = [{**user, "toxic": True}, {**answer, "toxic": False}, user, {**answer, "toxic": True}]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto")
+    assert doubtful(counted([row.told]), {"messages.toxic": 1}) == {"messages.toxic": {"true": 1, "false": 1}}
 
 
 def test_at_most_five_columns_are_asked_about_in_full():
