@@ -94,7 +94,7 @@ def loss_differences(rng: np.random.Generator, n: int) -> Sample:
 
 
 def failures_of_unequal_rows(share: float, rng: np.random.Generator, n: int) -> Sample:
-    """Small gains and failures that cost 1, of rows, or of groups of equal rows, with unequal weights."""
+    """Return small gains and failures that cost 1, of rows, or of groups of equal rows, with unequal weights."""
     draw, weights = _failures(share), np.ceil(rng.lognormal(3.5, 0.8, n))
     return Sample(draw(rng, n), (1 - share) * 0.01 - share, weights)
 

@@ -43,7 +43,10 @@ _Upper = Annotated[float, BeforeValidator(lambda value: math.inf if value is Non
 
 
 class MetricValue(StoredModel):
-    """A metric's value on a set of rows, with its two-sided interval; its ends are infinite for one row, or one group."""
+    """A metric's value on a set of rows, with its two-sided interval.
+
+    The ends are infinite if one row, or group, has nearly all of the weight, and the score has no range.
+    """
 
     value: _Upper  # infinite only as the perplexity of an enormous loss
     low: _Lower
