@@ -325,8 +325,7 @@ def compare(models: tuple[str, ...], html: str | None, store: str, as_json: bool
     if html is not None:
         Path(html).write_text(html_page(comparison), encoding="utf-8")
     if as_json:
-        found = {"models": models, "against_first": comparison.pairings}
-        click.echo(to_json(found, inf_nan_mode="null"))  # an end that does not exist
+        click.echo(to_json({"models": models, "against_first": comparison.pairings}, inf_nan_mode="null"))
         return
     for line in terminal_lines(comparison):
         click.echo(line)

@@ -88,20 +88,17 @@ class Evidence:
     def interval(self, confidence: float) -> Interval:
         """Return the estimate with its two-sided interval, which `loraflow compare` shows. The gate does not use it.
 
-        docs/trust.md says how often it covers the difference. The bounds are wider for few rows of a graded score, because
-        they allow for failures that no row shows. The ends are infinite if the range is not known, and the differences are
-        all equal or too few for a bound.
+        docs/trust.md says how often it covers the difference. Bounds of graded scores also allow for failures that no row
+        shows. The ends are infinite if there is no range, and the differences are all equal or too few for a bound.
         """
+        level, reach = (1 + confidence) / 2, np.inf if self.reach is None else self.reach
         has_weight = self.weights > 0
         each = self.gains[has_weight] / self.weights[has_weight]
         different = np.count_nonzero(np.abs(each - np.median(each)) > 1e-9 * np.abs(each).max())
-        reach = np.inf if self.reach is None else self.reach
-        if self.binary or different < _FEWEST_DIFFERENT or self.reach is None:
-            bounds = self.bounds((1 + confidence) / 2)
-            if self.reach is None and (not different or np.isinf(bounds.lower)):
-                return Interval(bounds.mean, -reach, reach)
-            if self.binary or different < _FEWEST_DIFFERENT:
-                return Interval(*bounds)
+        if self.reach is None and (not different or np.isinf(self.lower_bound(level))):
+            return Interval(self.estimate, -reach, reach)
+        if self.binary or different < _FEWEST_DIFFERENT:
+            return Interval(*self.bounds(level))
         value, low, high = ratio_interval(self.gains, self.weights, confidence)
         return Interval(value, max(low, -reach), min(high, reach))
 

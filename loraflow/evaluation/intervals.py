@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # The part of Hall's correction. All of it covers 0.99 where 9 of 10 scores are 1 (benchmarks/gate_intervals.py).
 _SKEWNESS = 1 / 3
-_FEWEST_GROUPS = 1.9  # of equal weight: with fewer, the t quantile is too large to say anything
+_FEWEST_GROUPS = 1.9  # of equal weight; with fewer, the t quantile says nothing
 
 
 class Interval(NamedTuple):
@@ -56,26 +56,24 @@ def mean_interval(
         confidence: the two-sided level.
         weights: the numbers of tokens of the rows.
         groups: a number for each row; rows with the same number are not independent.
-        largest: the largest possible value of a score that is at least 0, 100 for chrf; None if it is not known. The
-            interval is within this range. If every score is 0 or this, the mean is a share of it.
+        largest: the largest possible value of a score that is at least 0, 100 for chrf. The interval is within this
+            range. If every score is 0 or this, the mean is a share of it.
     """
     if groups is not None and len(np.unique(groups)) == len(scores):
         groups = None
     if largest is None and weights is None and is_binary(scores):
         largest = 1.0
-    if weights is None and groups is None and largest is not None and is_binary(scores / largest):
+    is_plain = weights is None and groups is None
+    if is_plain and largest is not None and is_binary(scores / largest):
         hits = int(np.count_nonzero(scores))
         interval = stats.binomtest(hits, len(scores)).proportion_ci(confidence, method="wilson")
         return Interval(float(scores.mean()), largest * float(interval.low), largest * float(interval.high))
-    if weights is None and groups is None:
-        value, low, high = ratio_interval(scores, np.ones(len(scores)), confidence)
-    else:
-        weights = np.ones(len(scores)) if weights is None else weights
-        labels = np.arange(len(scores)) if groups is None else groups
-        sums, weights = np.bincount(labels, weights * scores), np.bincount(labels, weights)
-        value, low, high = ratio_interval(sums, weights, confidence, skewness=0.0)
-        if value > 0 and scores.min() >= 0 and np.isfinite(low):
-            low, high = (float(value * np.exp(end / value - 1)) for end in (low, high))
+    weights = np.ones(len(scores)) if weights is None else weights
+    labels = np.arange(len(scores)) if groups is None else groups
+    sums, weights = np.bincount(labels, weights * scores), np.bincount(labels, weights)
+    value, low, high = ratio_interval(sums, weights, confidence, skewness=_SKEWNESS if is_plain else 0.0)
+    if not is_plain and value > 0 and scores.min() >= 0 and np.isfinite(low):
+        low, high = (float(value * np.exp(end / value - 1)) for end in (low, high))
     return Interval(value, low, high) if largest is None else Interval(value, max(low, 0.0), min(high, largest))
 
 
@@ -85,7 +83,7 @@ def ratio_interval(
     """Return the interval of sum(sums) / sum(weights) over independent groups, by leaving out one group after the other.
 
     It is the t interval, with the part `skewness` of what Hall's (1992, JRSS B 54:221) adds to each end. The error is
-    n / (n - 1) times the jackknife's, for few groups. The ends are infinite if one group has nearly all of the weight.
+    n / (n - 1) times the jackknife's, for few groups.
 
     Args:
         sums: [groups].

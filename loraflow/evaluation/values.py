@@ -43,10 +43,7 @@ _Upper = Annotated[float, BeforeValidator(lambda value: math.inf if value is Non
 
 
 class MetricValue(StoredModel):
-    """A metric's value on a set of rows, with its two-sided interval.
-
-    The ends are infinite if one row, or group, has nearly all of the weight, and the score has no range.
-    """
+    """A metric's value on a set of rows, with its two-sided interval; infinite ends say nothing, as for one row."""
 
     value: _Upper  # infinite only as the perplexity of an enormous loss
     low: _Lower

@@ -179,12 +179,8 @@ def html_page(comparison: ModelComparison) -> str:
         head = "metric", *_head(letter, comparison.confidence)
         rows = map(_cells, pairing.scores.differences)
         body += _table(head, ([_text(cell, number=i > 0) for i, cell in enumerate(row)] for row in rows))
-        body += [
-            f"<p>{_NOTE}</p>",
-            "<h3>Settings that differ</h3>",
-            *_settings(pairing),
-            *_changed_rows(pairing, letter),
-        ]
+        body += [f"<p>{_NOTE}</p>", "<h3>Settings that differ</h3>", *_settings(pairing)]
+        body += _changed_rows(pairing, letter)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
