@@ -93,6 +93,12 @@ def loss_differences(rng: np.random.Generator, n: int) -> Sample:
     return sample._replace(values=sample.values - 0.5 + rng.normal(0, 0.3, n), truth=sample.truth - 0.5)
 
 
+def failures_of_unequal_rows(share: float, rng: np.random.Generator, n: int) -> Sample:
+    """Return small gains and failures that cost 1, of rows, or of groups of equal rows, with unequal weights."""
+    draw, weights = _failures(share), np.ceil(rng.lognormal(3.5, 0.8, n))
+    return Sample(draw(rng, n), (1 - share) * 0.01 - share, weights)
+
+
 def grouped(rng: np.random.Generator, groups: int, size: int, *, binary: bool, models: int) -> Sample:
     """Scores of near-equal rows in groups, or the differences of two models on them."""
     labels, values = np.repeat(np.arange(groups), size), np.zeros(groups * size)
@@ -170,10 +176,19 @@ def difference_rows(rng: np.random.Generator, times: int) -> Iterator[tuple[str,
             yield f"{name}, {n} rows", _shares([differences_covered(sample) for sample in samples])
         samples = (loss_differences(rng, n) for _ in range(times))
         yield f"token loss, {n} rows", _shares([differences_covered(sample, reach=10.0) for sample in samples])
+    yield from weighted_rows(rng, times)
     for binary, (groups, size) in ((b, g) for b in (True, False) for g in ((100, 5), (50, 10), (20, 5))):
         samples = (grouped(rng, groups, size, binary=binary, models=2) for _ in range(times))
         what = f"{'0/1' if binary else 'graded'}, {groups} groups of {size} rows"
         yield what, _shares([differences_covered(sample) for sample in samples])
+
+
+def weighted_rows(rng: np.random.Generator, times: int) -> Iterator[tuple[str, str]]:
+    """Yield the coverage of differences of rows with unequal weights, of which few fail."""
+    for share, n in ((share, n) for share in (0.01, 0.03, 0.05) for n in (60, *ROWS)):
+        samples = (failures_of_unequal_rows(share, rng, n) for _ in range(times))
+        found = [differences_covered(sample) for sample in samples]
+        yield f"failures in {share:.0%} of {n} rows or groups with unequal weights", _shares(found)
 
 
 def _share(found: list[bool]) -> str:

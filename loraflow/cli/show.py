@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from pydantic_core import to_json
 
 from loraflow.cli import json_option, model_option, quiet_logging, store_option
 from loraflow.credentials import mask
@@ -325,8 +325,7 @@ def compare(models: tuple[str, ...], html: str | None, store: str, as_json: bool
     if html is not None:
         Path(html).write_text(html_page(comparison), encoding="utf-8")
     if as_json:
-        pairings = [dataclasses.asdict(pairing) for pairing in comparison.pairings]
-        click.echo(json.dumps({"models": [*models], "against_first": pairings}, ensure_ascii=False))
+        click.echo(to_json({"models": models, "against_first": comparison.pairings}, inf_nan_mode="null"))
         return
     for line in terminal_lines(comparison):
         click.echo(line)

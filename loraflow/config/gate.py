@@ -131,8 +131,7 @@ class Gate(FrozenModel):
         "the mean of their scores. The model of the first seed is registered.",
     )
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
-        0.95,
-        description="Confidence level of the guards, and of the bounds and intervals of differences that are shown.",
+        0.95, description="Confidence level of the guards, and of the one-sided bounds that are shown."
     )
 
     @property

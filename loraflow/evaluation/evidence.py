@@ -86,17 +86,20 @@ class Evidence:
         return Bounds(self.estimate, self.lower_bound(confidence), -self.flipped().lower_bound(confidence))
 
     def interval(self, confidence: float) -> Interval:
-        """Return the estimate with its two-sided interval: how large the difference is. The gate does not decide with it.
+        """Return the estimate with its two-sided interval, which `loraflow compare` shows. The gate does not use it.
 
-        It covers the difference about as often as it says (docs/trust.md). A bound is wider, because it holds whatever
-        failures no row shows.
+        docs/trust.md says how often it covers the difference. Bounds of graded scores also allow for failures that no row
+        shows. The ends are infinite if there is no range, and the differences are all equal or too few for a bound.
         """
-        residuals = self.gains - self.estimate * self.weights
-        off = np.abs(residuals - np.median(residuals)) > 1e-9 * np.abs(self.gains).max()
-        if self.binary or off.sum() < _FEWEST_DIFFERENT:
-            return Interval(*self.bounds((1 + confidence) / 2))
+        level, reach = (1 + confidence) / 2, np.inf if self.reach is None else self.reach
+        has_weight = self.weights > 0
+        each = self.gains[has_weight] / self.weights[has_weight]
+        different = np.count_nonzero(np.abs(each - np.median(each)) > 1e-9 * np.abs(each).max())
+        if self.reach is None and (not different or np.isinf(self.lower_bound(level))):
+            return Interval(self.estimate, -reach, reach)
+        if self.binary or different < _FEWEST_DIFFERENT:
+            return Interval(*self.bounds(level))
         value, low, high = ratio_interval(self.gains, self.weights, confidence)
-        reach = np.inf if self.reach is None else self.reach
         return Interval(value, max(low, -reach), min(high, reach))
 
     def lower_bound(self, confidence: float, times: int = 1) -> float:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from loraflow.data.chats import GATE_SET
 from loraflow.evaluation.evidence import Evidence
 from loraflow.evaluation.guards import GeneralGuard, SliceGuard
-from loraflow.evaluation.intervals import Bounds, Interval
+from loraflow.evaluation.intervals import Bounds
 from loraflow.evaluation.pairing import NO_RANGES, pair, refusal, require_in_range, require_same_tokens, scores
 from loraflow.evaluation.power import MINIMUM_ROWS
 from loraflow.evaluation.slices import Part
@@ -61,7 +61,6 @@ class _Test:
     evidence: Evidence
     reported: float  # the difference of the reported values
     bounds: Bounds  # one-sided at `confidence`
-    interval: Interval  # two-sided at `confidence`
     confidence: float
     level: float  # of the gain
 
@@ -152,14 +151,9 @@ def decide(
                 vocabulary=vocabulary,
                 ranges=ranges,
             )
-            tests.append(_test(rule, name, evidence, reported, confidence, allowed))
+            tests.append(_Test(rule, name, evidence, reported, evidence.bounds(confidence), confidence, allowed))
     tests += [test for guard in general for test in _general_tests(guard, confidence, allowed, vocabulary)]
     return _decision(tests, 1 - confidence, look)
-
-
-def _test(rule: _Rule, against: str, evidence: Evidence, reported: float, confidence: float, level: float) -> _Test:
-    bounds, interval = evidence.bounds(confidence), evidence.interval(confidence)
-    return _Test(rule, against, evidence, reported, bounds, interval, confidence, level)
 
 
 def _rules(primary: str, min_gain: float, guards: Mapping[str, float], parts: Sequence[SliceGuard]) -> Iterator[_Rule]:
@@ -193,7 +187,7 @@ def _general_tests(guard: GeneralGuard, confidence: float, allowed: float, vocab
             evidence, is_assumed=False
         )  # score_general computes shares of right answers: 0 or 1 in each row
         rule = _Rule(guard.name, -guard.margin, "guard")
-        yield _test(rule, name, evidence, reported, confidence, allowed)
+        yield _Test(rule, name, evidence, reported, evidence.bounds(confidence), confidence, allowed)
 
 
 def require_comparable(
@@ -312,9 +306,6 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
     p_value = test.p_value() if rule.kind == "gain" else None
     on = "" if rule.part is None else f" on {rule.part}"
     needed = test.rows_needed() if state == "open" else None
-    low, high = test.interval.low, test.interval.high
-    if state == "passed" and p_value is not None and p_value <= (1 - test.confidence) / 2:
-        low = max(low, rule.bound)  # a gain that is shown at this level is in the interval of this level
     outcome = _outcome(test, state, look, needed)
     return Comparison(
         against=test.against,
@@ -323,12 +314,10 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
         difference=test.bounds.mean,
         lower=test.bounds.lower,
         upper=test.bounds.upper,
-        low=low,
-        high=high,
         n=evidence.rows,
         state=state,
-        reason=f"{rule.metric}{on} against {test.against}: {_shown(test.bounds.mean, low, high)} "
-        f"({100 * test.confidence:.4g} % interval), {rule} {outcome}",
+        reason=f"{rule.metric}{on} against {test.against}: {_shown(test.bounds)} (one-sided "
+        f"{100 * test.confidence:.4g} % bounds), {rule} {outcome}",
         p_value=p_value,
         level=test.level if rule.kind == "gain" else None,
         groups=evidence.groups,
@@ -339,12 +328,11 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
     )
 
 
-def _shown(difference: float, *ends: float) -> str:
-    """Return a difference with the ends of its interval: four decimals, or four digits if they are very small or large."""
-    largest = max(map(abs, (difference, *ends)))
-    style = "+.4f" if difference == 0 or 1e-3 <= largest < 1e6 or math.isinf(largest) else "+.4g"
-    shown = ", ".join(f"{end:{style}}" for end in ends)
-    return f"{difference:{style}} [{shown}]" if ends else f"{difference:{style}}"
+def _shown(bounds: Bounds) -> str:
+    """Return a difference with its bounds: with four decimals, or four digits if they are very small or large."""
+    largest = max(map(abs, bounds))
+    style = "+.4f" if bounds.mean == 0 or 1e-3 <= largest < 1e6 or math.isinf(largest) else "+.4g"
+    return f"{bounds.mean:{style}} [{bounds.lower:{style}}, {bounds.upper:{style}}]"
 
 
 def _outcome(test: _Test, state: str, look: str, needed: int | None) -> str:
@@ -370,9 +358,6 @@ def _outcome(test: _Test, state: str, look: str, needed: int | None) -> str:
         )
     if not math.isfinite(test.bounds.lower) or not math.isfinite(test.bounds.upper):
         parts.append(f"no bound from {evidence.groups} independent rows without a range")
-    elif state == "failed" or test.rule.kind == "guard":
-        side, bound = ("upper", test.bounds.upper) if state == "failed" else ("lower", test.bounds.lower)
-        parts.append(f"{side} bound {_shown(bound)} at {100 * test.confidence:.4g} %")
     if state == "open":
         if not test.has_enough_rows:
             parts.append(f"at least {MINIMUM_ROWS} independent rows are needed")

@@ -16,9 +16,9 @@ from scipy import optimize, stats
 if TYPE_CHECKING:
     import pandas as pd
 
-_SKEWNESS = (
-    1 / 3
-)  # of Hall's correction; with all of it, 0.99 where 9 of 10 scores are 1 (benchmarks/gate_intervals.py)
+# The part of Hall's correction. All of it covers 0.99 where 9 of 10 scores are 1 (benchmarks/gate_intervals.py).
+_SKEWNESS = 1 / 3
+_FEWEST_GROUPS = 1.9  # of equal weight; with fewer, the t quantile says nothing
 
 
 class Interval(NamedTuple):
@@ -47,7 +47,7 @@ def mean_interval(
     confidence: float,
     weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
-    largest: float = 1.0,
+    largest: float | None = None,
 ) -> Interval:
     """Return the mean of scores [rows] with its interval.
 
@@ -56,25 +56,25 @@ def mean_interval(
         confidence: the two-sided level.
         weights: the numbers of tokens of the rows.
         groups: a number for each row; rows with the same number are not independent.
-        largest: the score's largest possible value, 100 for chrf. If every score is 0 or this, the mean is a share of it.
+        largest: the largest possible value of a score that is at least 0, 100 for chrf. The interval is within this
+            range. If every score is 0 or this, the mean is a share of it.
     """
     if groups is not None and len(np.unique(groups)) == len(scores):
         groups = None
-    if weights is None and groups is None and is_binary(scores / largest):
+    if largest is None and weights is None and is_binary(scores):
+        largest = 1.0
+    is_plain = weights is None and groups is None
+    if is_plain and largest is not None and is_binary(scores / largest):
         hits = int(np.count_nonzero(scores))
         interval = stats.binomtest(hits, len(scores)).proportion_ci(confidence, method="wilson")
         return Interval(float(scores.mean()), largest * float(interval.low), largest * float(interval.high))
-    if weights is None and groups is None:
-        return ratio_interval(scores, np.ones(len(scores)), confidence)
     weights = np.ones(len(scores)) if weights is None else weights
     labels = np.arange(len(scores)) if groups is None else groups
     sums, weights = np.bincount(labels, weights * scores), np.bincount(labels, weights)
-    found = ratio_interval(sums, weights, confidence, skewness=0.0)
-    value, low, high = found
-    if value <= 0 or scores.min() < 0 or np.isinf(low):
-        return found
-    low, high = value * np.exp(low / value - 1), value * np.exp(high / value - 1)
-    return Interval(value, float(low), min(float(high), 1.0) if is_binary(scores) else float(high))
+    value, low, high = ratio_interval(sums, weights, confidence, skewness=_SKEWNESS if is_plain else 0.0)
+    if not is_plain and value > 0 and scores.min() >= 0 and np.isfinite(low):
+        low, high = (float(value * np.exp(end / value - 1)) for end in (low, high))
+    return Interval(value, low, high) if largest is None else Interval(value, max(low, 0.0), min(high, largest))
 
 
 def ratio_interval(
@@ -93,7 +93,8 @@ def ratio_interval(
     """
     total, n = float(weights.sum()), len(sums)
     value, share = float(sums.sum()) / total, weights / total
-    if n < 2 or share.max() >= 1:
+    effective = 1 / float(share @ share)  # groups of equal weight with the same variance
+    if effective < _FEWEST_GROUPS:
         return Interval(value, -np.inf, np.inf)
     moved = (sums - value * weights) / total / (1 - share)
     scale = float(np.abs(moved).max())
@@ -101,7 +102,6 @@ def ratio_interval(
         return Interval(value, value, value)
     moved /= scale  # powers of very small or large numbers
     variance = float(moved @ moved)
-    effective = 1 / float(share @ share)  # groups of equal weight with the same variance
     t = float(stats.t.ppf((1 + confidence) / 2, effective - 1))
     skew = float((moved**3).sum()) / variance**1.5  # of the value
     error = scale * float(np.sqrt(variance * n / (n - 1)))

@@ -356,11 +356,11 @@ def summarise(table: pd.DataFrame, confidence: float, *, with_labels: bool = Fal
     scores, groups = {}, group_labels(table)
     for name in score_columns(table):
         weights = table["reference_tokens"].to_numpy(dtype=float) if name == "token_loss" else None
-        largest = RANGES.get(name, 1.0)
-        interval = mean_interval(table[name].to_numpy(dtype=float), confidence, weights, groups, largest)
+        interval = mean_interval(table[name].to_numpy(dtype=float), confidence, weights, groups, RANGES.get(name))
         scores[name] = _metric_value(interval, table)
         if name == "token_loss":
-            scores["perplexity"] = _metric_value(Interval(*(float(np.exp(bound)) for bound in interval)), table)
+            with np.errstate(over="ignore"):  # an enormous loss
+                scores["perplexity"] = _metric_value(Interval(*map(float, np.exp(interval))), table)
     if with_labels:
         answers, references = table["answer"].tolist(), table["reference"].tolist()
         scores["macro_f1"] = _metric_value(macro_f1(answers, references, groups, confidence), table)

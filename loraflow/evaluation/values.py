@@ -43,7 +43,7 @@ _Upper = Annotated[float, BeforeValidator(lambda value: math.inf if value is Non
 
 
 class MetricValue(StoredModel):
-    """A metric's value on a set of rows, with its two-sided interval; its ends are infinite for one row, or one group."""
+    """A metric's value on a set of rows, with its two-sided interval; infinite ends say nothing, as for one row."""
 
     value: _Upper  # infinite only as the perplexity of an enormous loss
     low: _Lower
@@ -159,9 +159,9 @@ class ModelScores:
 class Comparison:
     """The challenger against another model by one metric.
 
-    `difference` is the mean of the paired differences, positive where the challenger is better, for metrics where lower is
-    better, too. `low` and `high` are its two-sided interval. The gate decides by tests, and shows their one-sided bounds:
-    `lower` and `upper`. A number is infinite if there is none; the reason says why.
+    `difference`, `lower` and `upper` are the mean of the paired differences and its one-sided bounds. They are positive
+    where the challenger is better, for metrics where lower is better, too. A bound is infinite if there is none; the reason
+    says why.
     """
 
     against: str  # base or champion
@@ -180,15 +180,13 @@ class Comparison:
     part: str | None = None  # a part of the rows, by gate.slices; None: all rows
     rows_needed: int | None = None  # rows that would confirm an inconclusive claim; None: no number would
     has_known_range: bool = True  # the score; otherwise nothing is confirmed
-    low: _Lower = -math.inf  # in decisions of earlier versions, too
-    high: _Upper = math.inf
 
     def to_dict(self) -> dict[str, JsonValue]:
         """Return the comparison as JSON values: without values that are not set, and with null for an infinite bound."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         if self.has_known_range:
             del values["has_known_range"]
-        ends = {name: values[name] for name in ("lower", "upper", "low", "high")}
+        ends = {name: values[name] for name in ("lower", "upper")}
         return values | {name: end if math.isfinite(end) else None for name, end in ends.items()}
 
 

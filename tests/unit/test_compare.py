@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from scipy import stats
 from loraflow import identity
 from loraflow.cli import cli
 from loraflow.evaluation.compare import compare_tables
+from loraflow.evaluation.intervals import tango_bound
 from loraflow.failures import BadConfig, BadData
 from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.store import LocalStore, Summary
@@ -120,6 +122,38 @@ def test_the_bounds_are_those_of_the_gate_and_a_lower_loss_is_better():
     assert match.bounds.lower < 0.2 < match.bounds.upper
     exact = stats.binomtest(20, 100).proportion_ci(0.9)
     assert match.bounds.lower == pytest.approx(exact.low, abs=0.02)
+
+
+def test_the_interval_of_a_difference_is_under_its_heading_beside_the_bounds(store, tmp_path):
+    """In the terminal, on the page and in JSON, with a line that says which of the two decides."""
+    file = tmp_path / "page.html"
+    lines = compare(store, A, B, "--html", str(file)).output.splitlines()
+    [row] = json.loads(compare(store, A, B, "--json").output)["against_first"][0]["scores"]["differences"][:1]
+    assert row["metric"] == "exact_match"
+    (gain, low, high), (_, lower, upper) = row["interval"], row["bounds"]
+    assert gain == pytest.approx(0.15) and low == pytest.approx(tango_bound(20, 5, 100, 0.975))
+    cells = {"95 % interval": [low, high], "one-sided 95 % bounds": [lower, upper]}
+    head = next(i for i, line in enumerate(lines) if "95 % interval" in line)
+    match = next(line for line in lines[head:] if line.strip().startswith("exact_match "))
+    text = file.read_text()
+    heads = re.findall("<th>(.*?)</th>", text[text.index("<th>metric</th>") :])
+    row_cells = re.search("<tr><td>exact_match</td>(.*?)</tr>", text)[1]
+    for name, ends in cells.items():
+        shown = "[" + ", ".join(f"{end:+.4f}" for end in ends) + "]"
+        assert match.index(shown) == lines[head].index(name)
+        assert re.findall('<td class="n">(.*?)</td>', row_cells)[heads.index(name) - 1] == shown
+    note = "The interval says how large the difference is. The gate decides with the bounds."
+    assert f"  {note}" in lines and f"<p>{note}</p>" in text
+
+
+def test_an_end_that_does_not_exist_is_null_in_json(tmp_path):
+    store = LocalStore(tmp_path / "store")
+    own_scores(store, A, np.array([0.1, 0.5, 0.3]), {})
+    own_scores(store, B, np.array([0.2, 0.9, 0.6]), {})
+    values = json.loads(compare(store, A, B, "--json").output, parse_constant=pytest.fail)
+    [found] = [part for part in values["against_first"][0]["scores"]["differences"] if part["metric"] == "brevity"]
+    assert found["interval"][1:] == found["bounds"][1:] == [None, None]
+    assert "[-inf, +inf]" in compare(store, A, B).output
 
 
 def test_losses_of_different_tokenizers_are_left_out_and_named(tmp_path):

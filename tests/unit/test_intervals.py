@@ -1,4 +1,4 @@
-"""The intervals of scores and of differences: they cover what they promise, and do not contradict the gate."""
+"""The intervals of scores and of differences: they cover what they promise."""
 
 import importlib.util
 from pathlib import Path
@@ -9,8 +9,8 @@ import pytest
 from scipy import optimize, stats
 
 from loraflow.evaluation.evidence import Evidence
-from loraflow.evaluation.gate import decide
 from loraflow.evaluation.intervals import mean_interval, ratio_interval, tango_bound
+from loraflow.evaluation.score import summarise
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "gate_intervals.py"
 
@@ -96,54 +96,55 @@ def test_with_few_rows_that_differ_the_interval_is_between_the_gates_bounds():
     assert wins[1:] == pytest.approx([tango_bound(20, 5, 100, 0.975), -tango_bound(5, 20, 100, 0.975)])
 
 
-def test_what_the_gate_confirms_is_not_contradicted_by_the_interval():
-    """At the level 0.025 a gain over 0 has an interval above 0; a guard that holds, one that is not below its margin."""
-    rng, promoted = np.random.default_rng(5), 0
-    for _ in range(30):
-        n = int(rng.integers(20, 120))
-        ids, base = [f"r{i}" for i in range(n)], rng.integers(0, 2, n).astype(float)
-        tuned = np.where(rng.random(n) < rng.choice([0.1, 0.2, 0.4]), 1.0, base)
-        f1 = [np.clip(rng.beta(1, 1, n) + gain, 0, 1) for gain in (0.0, 0.1)]
-        tables = [
-            pd.DataFrame({"id": ids, "exact_match": em, "token_f1": f}) for em, f in zip((base, tuned), f1, strict=True)
-        ]
-        for primary, guard in (("exact_match", "token_f1"), ("token_f1", "exact_match")):
-            found = decide(
-                tables[1], {"base": tables[0]}, primary=primary, min_gain=0.0, guards={guard: 0.1}, confidence=0.95,
-                level=0.025,
-            )  # fmt: skip
-            for one in found.comparisons:
-                assert one.low <= one.difference <= one.high
-                if one.state == "passed":
-                    promoted += one.kind == "gain"
-                    assert one.low >= 0 if one.kind == "gain" else one.high > -0.1
-                if one.state == "failed":
-                    assert one.low < (0 if one.kind == "gain" else -0.1)
-    assert promoted > 10
+@pytest.mark.parametrize("share", [0.02, 0.05])
+def test_few_rows_that_differ_are_counted_where_weights_are_unequal(share):
+    """Each row's difference times its tokens is another number, so sums of rows say nothing about how many differ."""
+    rng, covered = np.random.default_rng(5), []
+    for _ in range(300):
+        tokens = np.ceil(rng.lognormal(3.5, 0.8, 100))
+        values = np.where(rng.random(100) < share, -0.5, 0.01)
+        _, low, high = Evidence(values * tokens, tokens, 1.0, rows=100).interval(0.95)
+        covered.append(low <= 0.01 - 0.51 * share <= high)
+    assert np.mean(covered) >= 0.97
+    values, tokens = np.r_[[-0.5] * 3, [0.01] * 97], np.arange(1.0, 101.0)
+    few = Evidence(values * tokens, tokens, 1.0, rows=100)
+    assert few.interval(0.95) == few.bounds(0.975)
+    nothing = Evidence(np.r_[values * tokens, 0.0], np.r_[tokens, 0.0], 1.0, rows=101)
+    assert nothing.interval(0.95) == nothing.bounds(0.975), "a row without tokens is no row that differs"
 
 
-def test_reasons_name_the_interval_and_the_bound_that_decides():
-    ids, half = [f"r{i:03}" for i in range(100)], np.tile([0.0, 1.0], 50)
-    base = pd.DataFrame({"id": ids, "exact_match": half, "token_f1": np.linspace(0.2, 0.8, 100)})
-    ours = base.assign(exact_match=1.0, token_f1=base["token_f1"] + np.tile([0.02, -0.01], 50))
-    found = decide(
-        ours,
-        {"base": base},
-        primary="exact_match",
-        min_gain=0.0,
-        guards={"token_f1": 0.1},
-        confidence=0.95,
-        level=0.025,
+@pytest.mark.parametrize(
+    "values", [[0.5] * 50, [0.0] * 50, [0.1, 0.2, 0.4, 0.8], [0.1, 0.3]], ids=["equal", "zero", "four", "two"]
+)
+def test_without_a_range_an_interval_that_says_nothing_is_infinite(values):
+    unknown, known = of(values, reach=None), of(values)
+    assert unknown.interval(0.95)[1:] == (-np.inf, np.inf)
+    assert np.isfinite(known.interval(0.95)).all()
+
+
+def test_without_a_range_an_interval_of_rows_that_differ_is_that_of_the_values():
+    values = np.random.default_rng(6).normal(0.1, 1.0, 50)
+    assert of(values, reach=None).interval(0.95) == of(values, reach=10.0).interval(0.95)
+
+
+def test_an_interval_stays_within_the_scores_range():
+    assert mean_interval(np.array([0.9, 1, 1]), 0.95).high > 1, "a score of one's own without a range"
+    assert mean_interval(np.array([0.9, 1, 1]), 0.95, largest=1.0).high == 1
+    assert mean_interval(np.array([0, 0, 20.0]), 0.95, largest=100.0).low == 0
+    table = pd.DataFrame(
+        {"id": ["a", "b", "c"], "token_f1": [0.9, 1, 1], "chrf": [90.0, 100, 100], "finish": ["stop"] * 3}
     )
-    gain, guard = found.reasons
-    low, high = tango_bound(50, 0, 100, 0.975), -tango_bound(0, 50, 100, 0.975)
-    assert (
-        f"+0.5000 [{low:+.4f}, {high:+.4f}] (95 % interval), gain over 0 confirmed (p " in gain and "bound" not in gain
-    )
-    lower = found.comparisons[1].lower
-    assert f"drop within 0.1 confirmed (lower bound {lower:+.4f} at 95 %)" in guard
-    refuted = decide(base, {"base": ours}, primary="exact_match", min_gain=0.0, guards={}, confidence=0.95)
-    assert refuted.verdict == "reject" and "(upper bound -0.4" in refuted.reasons[0]
+    found = summarise(table, 0.95)
+    assert (found["token_f1"].high, found["chrf"].high) == (1.0, 100.0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_interval_of_rows_of_which_one_has_nearly_all_of_the_weight_has_no_ends():
+    losses, tokens = np.array([1.0, 2.0, 3.0, 4.0]), np.array([97.0, 1.0, 1.0, 1.0])
+    assert mean_interval(losses, 0.95, tokens) == pytest.approx((1.06, -np.inf, np.inf))
+    groups = np.repeat([0, 1, 2, 3], [97, 1, 1, 1])
+    assert mean_interval(np.linspace(0, 1, 100), 0.95, groups=groups, largest=1.0)[1:] == (0.0, 1.0)
+    assert np.isfinite(mean_interval(losses[:2], 0.95, np.ones(2))).all(), "two rows of equal weight"
 
 
 @pytest.mark.parametrize(
