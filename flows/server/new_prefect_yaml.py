@@ -24,6 +24,7 @@ from loraflow.config.yaml import Edit, Scalar, Syntax, apply, load_plain, scalar
 from loraflow.data.git import folder_in_repository, git_or_none
 from loraflow.data.git_branch import MAIN, branch_for_retraining
 from loraflow.failures import BadConfig
+from loraflow.store.files import write_atomic
 
 TEXT = Template("""\
 # The deployments of this project: what people start from Prefect's UI, and what runs on a schedule.
@@ -158,9 +159,10 @@ def write_prefect_yaml(
         "branch": "" if branch == MAIN else f", branch: {quoted(branch)}",
     }
     text = TEXT.substitute(values) + (TEAM.substitute(values) if template == "gpu-team" else "")
+    with suppress(OSError):  # without it, another id may be written after a clone
+        (folder / LAST_ID).parent.mkdir(exist_ok=True)
+        write_atomic(folder / LAST_ID, f"{values['id']} {folder.absolute()}".encode())
     file.write_text(text, encoding="utf-8")
-    (folder / LAST_ID).parent.mkdir(exist_ok=True)
-    (folder / LAST_ID).write_text(values["id"])
     return file
 
 
@@ -174,8 +176,10 @@ def _new_id(folder: Path) -> str:
         with suppress(Syntax, BadConfig):
             if known := id_in(load_plain(committed)):
                 return known
-    if (folder / LAST_ID).is_file():
-        return (folder / LAST_ID).read_text().strip()
+    with suppress(OSError, ValueError):
+        known, path = (folder / LAST_ID).read_text(encoding="utf-8").split(" ", 1)
+        if re.fullmatch(r"[0-9a-f]{8}", known) and path == str(folder.absolute()):  # a copy is another project
+            return known
     first = None
     if git_or_none(["rev-parse", "--is-shallow-repository"], folder) == "false":
         first = git_or_none(["rev-list", "--max-parents=0", "--first-parent", "HEAD"], folder)
@@ -322,16 +326,17 @@ def _with_recipes(text: str, folder: Path, notes: list[str]) -> str:
 
 
 def _with_id(text: str, folder: Path) -> str:
-    """Write the project's id as the first of the variables of runs, where deployments have such variables and no id."""
+    """Write the project's id as the first of the variables of runs, where a deployment has such variables and not the id."""
     with suppress(Syntax, BadConfig):
-        if id_in(load_plain(text)) is None:
-            first: dict[tuple[str | int, ...], Edit] = {}
-            for key in scalars(text):
-                if key.path[-2:-1] == ("env",) and (key.path[0] == "definitions" or "job_variables" in key.path):
-                    entry = f'{PROJECT_ID}: "{_new_id(folder)}"'
-                    first.setdefault(key.path[:-1], _inserted_before(text, key, entry))
-            new = apply(text, first.values())
-            return new if id_in(load_plain(new)) else text
+        entry = f'{PROJECT_ID}: "{id_in(load_plain(text)) or _new_id(folder)}"'
+        first: dict[tuple[str | int, ...], Edit] = {}
+        has_id = {key.path[:-1] for key in scalars(text) if key.path[-1] == PROJECT_ID}
+        for key in scalars(text):
+            is_env = key.path[-2:-1] == ("env",) and (key.path[0] == "definitions" or "job_variables" in key.path)
+            if is_env and key.path[:-1] not in has_id:
+                first.setdefault(key.path[:-1], _inserted_before(text, key, entry))
+        new = apply(text, first.values())
+        return new if id_in(load_plain(new)) else text
     return text
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -61,9 +62,9 @@ def enter(project: str | None = None) -> dict[str, str]:
         if project is not None:
             _refuse_another_project(folder, project)
         os.chdir(folder)
+        refuse_shadowed_modules(folder)  # before the next line imports the run's flow
         if run_id:
             refuse_outdated(UUID(run_id))
-        refuse_shadowed_modules(folder)
     except BadConfig as failure:
         if run_id:
             _fail_run(UUID(run_id), failure)
@@ -81,19 +82,35 @@ def import_own_flow(entrypoint: str) -> None:
         import_module(entrypoint.rpartition(".")[0])
 
 
+_IMPORTED_LATER = {
+    "datasets",
+    "evaluate",
+    "huggingface_hub",
+    "mlflow",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "scipy",
+}  # by a run
+
+
 def refuse_shadowed_modules(folder: Path) -> None:
-    """Refuse a project with a file that has the name of a module of Python or a library which this process has imported.
+    """Refuse a project with a file that has the name of a module of Python or a library which a run imports.
 
     Prefect starts each run with the project's folder in PYTHONPATH, in front of Python's own modules.
 
     Raises:
         BadConfig: there is one: each run would crash, or use it in place of the module.
     """
-    python = Path(os.__file__).resolve().parent
+    python, root = Path(os.__file__).resolve().parent, folder.resolve()
+    others = [path for path in sys.path if Path(path).resolve() != root]
     for file in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
         name = file.parent.name if file.stem == "__init__" else file.stem
-        spec = getattr(sys.modules.get(name), "__spec__", None)
-        if spec is None or not spec.has_location or name in ("loraflow", "__main__"):  # os, sys, …: never replaced
+        loaded = getattr(sys.modules.get(name), "__spec__", None)
+        # os, sys, … have no location: they are never replaced
+        is_imported = name in _IMPORTED_LATER if loaded is None else loaded.has_location
+        spec = PathFinder.find_spec(name, others) if is_imported and name not in ("loraflow", "__main__") else None
+        if spec is None or spec.origin is None:
             continue
         origin = Path(spec.origin).resolve()
         if origin.is_relative_to(python) or {"site-packages", "dist-packages"} & {*origin.parts}:

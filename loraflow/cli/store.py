@@ -80,7 +80,7 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
             checked += 1
             problems = opened.verify(ref) if deep else opened.check(ref)
             if problems and not result_problems(problems):
-                click.echo(f"damaged  {ref}: {'; '.join(problems)}; no result depends on it", err=True)
+                click.echo(f"warning  {ref}: {'; '.join(problems)}; no result depends on it", err=True)
             elif problems:
                 quarantined = opened.quarantine(ref, problems)
                 if quarantined is None:

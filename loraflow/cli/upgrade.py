@@ -118,7 +118,4 @@ def _write(file: Path, old: bytes, new: bytes) -> None:
     present = target.read_bytes() if target.exists() else b""
     if present != old:
         raise BadConfig(f"{file} was changed in the meantime.", where=str(file), next_step="run loraflow upgrade again")
-    mode = target.stat().st_mode & 0o777 if target.exists() else None
-    write_atomic(target, new)
-    if mode is not None:
-        target.chmod(mode)
+    write_atomic(target, new, target.stat().st_mode & 0o777 if target.exists() else None)

@@ -77,7 +77,8 @@ def _environment(file: JobFile) -> dict[str, str]:
     job = file.job
     # Prefect puts the project's folder there, whose datasets.py would be imported in place of the library.
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    kept = [path for path in paths if path and (Path(path) != Path.cwd() or Path(path, "loraflow").is_dir())]
+    own = Path.cwd() if not Path("loraflow", "__init__.py").exists() else None
+    kept = [path for path in paths if path and Path(path).resolve() != own]
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(kept),

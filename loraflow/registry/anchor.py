@@ -114,7 +114,12 @@ def read_anchor(store: Store, name: str) -> LogHead:
         ValueError: it is damaged.
     """
     data = store.read_document(name)
-    return LogHead() if data is None else LogHead.model_validate_json(check_document(name, data))
+    if data is None:
+        return LogHead()
+    head = LogHead.model_validate_json(check_document(name, data))
+    if not head.seq:
+        raise ValueError("it names no entry")
+    return head
 
 
 def now() -> str:
@@ -136,7 +141,8 @@ def create_numbered(store: Store, prefix: str, document: bytes) -> None:
 
 def anchored_models(store: Store) -> set[str]:
     """Return the names of the models whose logs have an anchor."""
-    return {name.split("/")[1] for name in store.documents(f"{FOLDER}/") if name.count("/") > 1}
+    paths = [name.split("/") for name in store.documents(f"{FOLDER}/")]
+    return {path[1] for path in paths if path[2:] and not path[2].startswith(("deals", "looks"))}
 
 
 def models_with(record: str, store: Store) -> list[str]:

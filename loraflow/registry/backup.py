@@ -184,7 +184,11 @@ def _copy_each(store: Store, copy: LocalStore, memo: HashMemo) -> Iterator[Copie
 def _has_intact_copy(store: Store, copy: LocalStore, ref: Ref, memo: HashMemo) -> bool:
     """Tell whether the copy has an artifact with the store's manifest and the bytes that it names."""
     try:
-        return not result_problems(copy.check_changed(ref, memo)) and copy.manifest(ref) == store.manifest(ref)
+        problems = copy.check_changed(ref, memo)
+        # Damaged telemetry is copied again if the store's is intact.
+        if result_problems(problems) or (problems and not store.verify(ref)):
+            return False
+        return copy.manifest(ref) == store.manifest(ref)
     except CorruptArtifact:
         return False
 

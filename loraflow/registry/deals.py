@@ -226,7 +226,7 @@ class DealRecord:
             expected=expected,
             got=got,
             next_step="restore it from a backup of the store (docs/backup.md). Without a backup, remove the folders "
-            f"{self._folder} and {self._rows}, and {self._anchor}: models are then dealt other rows",
+            f"{self._folder} and {self._rows}, and {self._anchor}: rows that no look has scored may then be dealt again",
         )
 
 

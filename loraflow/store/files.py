@@ -165,15 +165,17 @@ def fsync_tree(folder: Path) -> None:
         fsync_path(root)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, mode: int | None = None) -> None:
     """Replace a file atomically: after a crash, as for a reader, it has the old content or the new.
 
-    As for any new file, the umask decides who may read it.
+    As for any new file, the umask decides who may read it, unless a `mode` is given.
     """
     draft = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(fd, "wb") as file:
+            if mode is not None:
+                os.fchmod(fd, mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

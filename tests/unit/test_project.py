@@ -81,11 +81,11 @@ def test_a_module_of_the_project_that_runs_would_import_in_place_of_a_library_is
     monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path))
     assert project.enter() == {"directory": str(tmp_path)}
     (tmp_path / "pydantic").mkdir()
-    for shadow in ("random.py", "pydantic/__init__.py"):
+    for shadow in ("random.py", "pydantic/__init__.py", "pandas.py"):  # pandas is imported at the gate
         file = tmp_path / shadow
         file.touch()
         for check in (lambda: read_all(Path("prefect.yaml")), lambda: project.enter()):
-            with pytest.raises(BadConfig, match=r"in place of the module (random|pydantic)\.") as error:
+            with pytest.raises(BadConfig, match=r"in place of the module (random|pydantic|pandas)\.") as error:
                 check()
             assert Path(error.value.where).resolve() == file
         file.unlink()
@@ -133,6 +133,20 @@ def test_a_prefect_yaml_that_is_written_again_has_the_id_before(tmp_path, is_com
     )
     assert (cloned == without_commits) is is_committed
     assert written(repository / "mail") not in (without_commits, cloned, None)
+
+
+@pytest.mark.parametrize("content", [b"", b'a"b\nc: d', b"\xff\xfe", b"0123abcd /another/folder"])
+def test_a_damaged_or_foreign_file_of_the_last_id_is_not_used(tmp_path, content):
+    from loraflow.config.project import project_id
+
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "r.yaml").touch()
+    write_prefect_yaml(tmp_path, "r")
+    known = project_id(tmp_path)
+    (tmp_path / "prefect.yaml").unlink()
+    (tmp_path / ".loraflow" / "project-id").write_bytes(content)
+    write_prefect_yaml(tmp_path, "r")
+    assert project_id(tmp_path) == known
 
 
 @pytest.mark.parametrize(("value", "found"), [(12345678, "12345678"), ("0a", "0a"), (None, None), (True, BadConfig)])

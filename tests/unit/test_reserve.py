@@ -17,6 +17,7 @@ from loraflow.failures import BadConfig, DamagedLog
 from loraflow.registry.anchor import models_with
 from loraflow.registry.backup import back_up
 from loraflow.registry.deals import Deal, DealRecord, DealRequest
+from loraflow.registry.log import models
 from loraflow.registry.looks import LookRecord
 from loraflow.registry.reserve import ReserveRow, deal, together
 from loraflow.registry.runs import StageRun
@@ -61,6 +62,18 @@ def test_each_model_gets_rows_that_no_model_had_until_the_reserve_is_used_up(rec
     ]
     assert [dealt_rows.state.is_fresh for dealt_rows in dealt] == [True] * 5 + [False]
     assert "used up" in str(dealt[5].state) and "enough for 4 more looks of 20 rows" in str(dealt[0].state)
+
+
+def test_a_name_that_was_only_dealt_rows_is_no_model_of_the_registry(record, store):
+    take(record, "m0")
+    assert models(store) == []
+
+
+def test_an_anchor_that_names_no_deal_is_damaged(record, store):
+    take(record, "m0")
+    store.write_document("anchors/tickets/deals.json", b"{}")
+    with pytest.raises(DamagedLog):
+        take(record, "m1")
 
 
 def test_the_same_model_again_gets_its_rows_again_and_nothing_is_dealt(record, store):

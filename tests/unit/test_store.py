@@ -186,6 +186,8 @@ def test_damaged_telemetry_is_noticed_by_its_readers_and_the_artifact_is_used(st
     ]
     assert LocalStore(tmp_path / "copy").find("tokenize", FP).digest == ref.digest
     assert put(store).digest == ref.digest and other.verify(ref) == [], "a repeated computation replaces it"
+    assert len(list(back_up(other, tmp_path / "copy"))) == 1, "the next backup has it"
+    assert LocalStore(tmp_path / "copy").verify(ref) == [] and list(back_up(other, tmp_path / "copy")) == []
 
 
 def ref_size(store, ref):

@@ -205,6 +205,13 @@ def test_the_variables_of_runs_get_the_projects_id(tmp_path, old, new):
     assert upgrade_prefect_yaml(upgraded, tmp_path) == (upgraded, [])
 
 
+def test_a_deployment_without_the_id_gets_that_of_the_others(tmp_path):
+    deployment = "- {entrypoint: own.py:flow, work_pool: {name: p, job_variables: {env: {%s}}}}\n"
+    head, one = "name: x\ndeployments:\n", deployment % "LORAFLOW_PROJECT_ID: mine"
+    upgraded, _ = upgrade_prefect_yaml(head + one + deployment % "A: b", tmp_path)
+    assert upgraded == head + one + deployment % 'LORAFLOW_PROJECT_ID: "mine", A: b'
+
+
 def test_a_prefect_yaml_of_init_without_an_id_gets_the_one_that_init_would_write(tmp_path):
     (tmp_path / "configs").mkdir()
     file = write_prefect_yaml(tmp_path, "r")
