@@ -16,7 +16,7 @@ from loraflow.failures import BadConfig
 from loraflow.store.files import write_atomic
 
 if TYPE_CHECKING:
-    from loraflow.config.upgrade_recipe import Upgraded
+    from loraflow.config.load import Upgraded
 
 
 @click.command()
@@ -54,9 +54,9 @@ def upgrade(write: bool) -> None:
 def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
     """Yield each file of the project, with its new and its present text."""
     from loraflow.cli.init import FOR_DVCIGNORE, gitignore_lines, with_lines
+    from loraflow.config.load import Upgraded, upgrade_recipe
     from loraflow.config.project import FILE
     from loraflow.config.recipe_text import recipe_files
-    from loraflow.config.upgrade_recipe import Upgraded, upgrade_recipe
     from loraflow.flows.server.new_prefect_yaml import upgrade_prefect_yaml
 
     recipes = recipe_files()

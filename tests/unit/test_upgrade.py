@@ -6,8 +6,8 @@ from click.testing import CliRunner
 
 from loraflow.cli import cli
 from loraflow.config import load_recipe
+from loraflow.config.load import upgrade_recipe
 from loraflow.config.project import id_in
-from loraflow.config.upgrade_recipe import upgrade_recipe
 from loraflow.flows.server.new_prefect_yaml import upgrade_prefect_yaml, write_prefect_yaml
 
 RECIPE = """\
