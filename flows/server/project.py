@@ -82,16 +82,10 @@ def import_own_flow(entrypoint: str) -> None:
         import_module(entrypoint.rpartition(".")[0])
 
 
-_IMPORTED_LATER = {
-    "datasets",
-    "evaluate",
-    "huggingface_hub",
-    "mlflow",
-    "numpy",
-    "pandas",
-    "pyarrow",
-    "scipy",
-}  # by a run
+# Libraries that a run may import only later, such as pandas at the gate.
+_IMPORTED_LATER = frozenset(
+    ["datasets", "evaluate", "huggingface_hub", "mlflow", "numpy", "pandas", "pyarrow", "scipy"]
+)
 
 
 def refuse_shadowed_modules(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -33,6 +34,7 @@ class Installed(Api):
         if released := os.environ.get("LORAFLOW_WHEEL"):  # `make release`: the wheel that it has built
             wheels = ROOT / released
         else:
+            shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # setuptools would add modules that were removed since
             build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(ROOT)]
             subprocess.run([sys.executable, "-m", "pip", *build], check=True)
         [self.wheel] = wheels.glob("loraflow-*.whl")
