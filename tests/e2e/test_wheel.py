@@ -2,8 +2,8 @@
 
 import json
 import os
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -34,7 +34,9 @@ class Installed(Api):
         if released := os.environ.get("LORAFLOW_WHEEL"):  # `make release`: the wheel that it has built
             wheels = ROOT / released
         else:
-            shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # setuptools would add modules that were removed since
+            shutil.rmtree(
+                ROOT / "build" / "lib", ignore_errors=True
+            )  # setuptools would add modules that were removed since
             build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(ROOT)]
             subprocess.run([sys.executable, "-m", "pip", *build], check=True)
         [self.wheel] = wheels.glob("loraflow-*.whl")
