@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "the other flows" if "/flows/" in file and "finetune" not in file else file
 
     return ByFile(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _no_signal_stays_ignored() -> Iterator[None]:
+    """Children inherit an ignored signal, so a test that leaves one would break later tests in the same process."""
+    yield
+    left = [number.name for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is signal.SIG_IGN]
+    for name in left:
+        signal.signal(getattr(signal, name), getattr(signal, "default_int_handler" if name == "SIGINT" else "SIG_DFL"))
+    assert not left, "the test left signals ignored"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

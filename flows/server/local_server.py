@@ -10,10 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -147,14 +149,27 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(ValueError):  # a second Ctrl-C must not interrupt the clean-up
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        workers = [process for name, process in self.running.items() if name != "server"]
-        # Flow runs first: while the server is up, they can still report that they ended.
-        _end_flow_runs([process.pid for process in workers])
-        _end_groups(workers)
-        _end_groups([process for name, process in self.running.items() if name == "server"])
+        with _signals_ignored():  # a second Ctrl-C must not interrupt the clean-up
+            workers = [process for name, process in self.running.items() if name != "server"]
+            # Flow runs first: while the server is up, they can still report that they ended.
+            _end_flow_runs([process.pid for process in workers])
+            _end_groups(workers)
+            _end_groups([process for name, process in self.running.items() if name == "server"])
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """Ignore SIGINT and SIGTERM. Afterwards the handlers are the ones of before."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: C code had set it
+                signal.signal(number, handler)
 
 
 def _end_flow_runs(workers: list[int]) -> None:

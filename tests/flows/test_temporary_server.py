@@ -109,10 +109,12 @@ def test_the_processes_of_up_import_nothing_from_the_projects_folder(tmp_path, m
 
     own_modules(tmp_path)
     monkeypatch.chdir(tmp_path)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with Processes(tmp_path) as processes:
         log = processes.start("worker", "version")
         code = processes.running["worker"].wait(120)
     assert code == 0 and "Version:" in log.read_text(), log.read_text()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_no_server_is_started_if_one_is_configured():
