@@ -291,9 +291,6 @@ def _budget(look: Look, rows: int, error: float, *, is_free: bool) -> str:
     """Return for people which look it was, what is left, how many of the rows were new, and the error of all looks.
 
     Args:
-        look: that was used.
-        rows: the number of held-out rows.
-        error: of all looks of the period.
         is_free: whether the error holds on whatever rows.
     """
     fresh = "" if look.fresh is None else f", of which {look.fresh} were never scored before"

@@ -79,10 +79,8 @@ class Run:
         """Find a stage's artifact in the store, or run the stage. Call it inside the stage's task.
 
         Args:
-            stage: the stage.
             label: the stage's name in this run, if it runs several times.
             seed: the training seed, if it is not the recipe's own.
-            **inputs: the stage's input artifacts.
 
         Raises:
             CorruptArtifact: an input is damaged; it is quarantined by now.

@@ -196,8 +196,6 @@ def run_groups(run: Run, trials: Sequence[Trial], inputs: Mapping[str, Mapping[s
     that were in a group of an earlier sweep are not trained again, also if this sweep would make other groups.
 
     Args:
-        run: the sweep's run.
-        trials: all trials of the sweep.
         inputs: {label: what the trial trains on}.
 
     Raises:

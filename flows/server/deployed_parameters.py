@@ -181,7 +181,6 @@ def with_recipe_values(spec: DeploymentSpec, folder: Path, where: str) -> Deploy
     Args:
         spec: the deployment; it is returned as it is if its flow has no such form, or it names no recipe.
         folder: the folder of `prefect.yaml`.
-        where: the deployment's place, for a warning of a recipe that cannot be read.
     """
     recipe = spec.parameters.get("recipe")
     file = recipe_file(folder, recipe) if isinstance(recipe, str) else None
@@ -229,7 +228,6 @@ def refuse_ignored_job_variables(spec: DeploymentSpec, pool: WorkPool | None) ->
     """Check the job variables of a deployment against the job template of its work pool.
 
     Args:
-        spec: the deployment.
         pool: its work pool on the server; None if `loraflow deploy` will create it, of type process.
 
     Raises:

@@ -63,8 +63,6 @@ def automation_of(trigger: DeploymentTriggerTypes, number: int, deployment: str,
     Args:
         trigger: as it was read.
         number: its position in the list of the deployment, from 1.
-        deployment: the deployment's name, without its flow's.
-        deployment_id: the deployment's id on the server.
     """
     own = trigger.model_copy()
     own.set_deployment_id(deployment_id)

@@ -180,10 +180,6 @@ class AdapterConfig(BaseModel):
     def scale_of(self, module: str, rank: int) -> float:
         """Return the factor of a module's B·A.
 
-        Args:
-            module: its full name.
-            rank: the rank of its matrices.
-
         Raises:
             BadModel: the config has another rank, so it belongs to another adapter.
         """

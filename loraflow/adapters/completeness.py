@@ -51,8 +51,6 @@ def check_complete(adapter: Path, config: AdapterConfig, model: PreTrainedModel)
     """Check that the tensors of an adapter are those that peft would save for its configuration on this base.
 
     Args:
-        adapter: PEFT's folder.
-        config: its configuration.
         model: the base on the meta device, with the vocabulary of the adapter. peft changes it.
 
     Raises:

@@ -91,7 +91,6 @@ class LoralibSettings:
     """Settings that a loralib checkpoint does not contain.
 
     Args:
-        lora_alpha: alpha of the training.
         enable_lora: the adapted blocks of fused modules, where not all are: `{"qkv_proj": ["q", "v"]}`.
     """
 

@@ -75,8 +75,6 @@ def merge(
     """Merge an adapter's folder into a base's folder.
 
     Args:
-        base: the model's folder.
-        adapter: PEFT's folder.
         out: an empty folder for the merged model.
         dtype: bfloat16, float16 or float32; None leaves each tensor's own.
         max_shard_bytes: the largest size of a file.
@@ -84,7 +82,6 @@ def merge(
         progress: reports tensors; finished shards survive a kill in its `work` folder.
         base_digest: digest of the base's artifact, compared with the digest that the adapter records.
         nf4: merge into the base's weights as training saw them.
-        trust: run code that comes with the base, to know which of its weights were quantized.
         checked: base and adapter are intact artifacts of resolve_base and train, so they are complete. Checking them takes
             seconds.
 
@@ -208,10 +205,6 @@ def _copy_other_files(base: Path, adapter: Path, out: Path, dtype: str | None) -
 
 def _changed_settings(base: Path, merged: Path) -> dict[str, dict[str, JsonValue]]:
     """Return what a merge changed in config.json: the vocabulary, and whether one weight is embeddings and head.
-
-    Args:
-        base: the model's folder.
-        merged: the configuration that peft's merge wrote.
 
     Returns:
         new values by section of the file; the section "" is the file itself.

@@ -25,11 +25,8 @@ def merge_with_peft(
     """Write the merged model to `out` and return the number of adapted modules.
 
     Args:
-        base: the model's folder.
-        adapter: PEFT's folder.
         out: a folder for the merged model.
         dtype: bfloat16, float16 or float32; None leaves each tensor's own.
-        max_shard_bytes: the largest size of a file.
         nf4: merge into the base's weights as training saw them.
 
     Raises:
@@ -157,8 +154,6 @@ def _check_all_loaded(wrapped: PeftModel, adapter: Path, embeddings: set[str]) -
     peft neither reports a tensor that the file lacks, which keeps its initial value, nor an entry that fits no tensor.
 
     Args:
-        wrapped: peft's model.
-        adapter: its folder.
         embeddings: names of the embeddings and the head, which peft loads, too, and saves only if it is asked to.
 
     Raises:

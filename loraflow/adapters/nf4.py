@@ -99,12 +99,7 @@ def quantized_modules(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Con
 
 
 def quantized_names(base: Path, *, trust: bool = False) -> frozenset[str] | None:
-    """Return the names of a checkpoint's tensors that training quantizes; None if any is stored transposed.
-
-    Args:
-        base: the model's folder.
-        trust: run code that comes with the base.
-    """
+    """Return the names of a checkpoint's tensors that training quantizes; None if any is stored transposed."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

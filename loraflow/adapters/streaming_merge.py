@@ -180,8 +180,6 @@ class TensorWriter:
     """Writes single tensors of the merged model. Several threads may share it.
 
     Args:
-        base: the base's folder.
-        plan: what the adapter does.
         fds: open file descriptors of all files of the base and the adapter.
     """
 

@@ -39,8 +39,6 @@ def copy_tokenizer_files(folder: Path, out: Path, *, templates: bool = True) -> 
     """Copy a folder's files of tokenizer and templates.
 
     Args:
-        folder: of a model or an adapter.
-        out: the folder to write to.
         templates: otherwise the files of templates are left out.
     """
     for name in tokenizer_files(folder):
@@ -85,9 +83,7 @@ def write_tokenizer(base: Path, adapter: Path, out: Path) -> None:
     """Write tokenizer and template of base and adapter to a folder; it has no such files yet.
 
     Args:
-        base: the model's folder.
         adapter: PEFT's folder; its tokenizer replaces all files of the base's, its template the base's template.
-        out: the folder to write to.
 
     Raises:
         BadModel: a file is damaged.
@@ -135,7 +131,6 @@ def refuse_other_ids(base: Path, adapter: Path) -> None:
     """Refuse a tokenizer that gives the base's tokens other ids: its embeddings would be read by the wrong rows.
 
     Args:
-        base: the model's folder.
         adapter: PEFT's folder. It contains no embeddings of its own.
 
     Raises:

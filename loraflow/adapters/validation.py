@@ -162,9 +162,7 @@ def check_vocabulary(base: Path, adapter: Path, rows: int) -> None:
     (https://github.com/huggingface/transformers/issues/37011). They are only logged.
 
     Args:
-        base: the model's folder.
         adapter: PEFT's folder; it may hold a tokenizer.
-        rows: the number of rows of the embeddings.
 
     Raises:
         BadModel: tokens were added without resizing the embeddings.
@@ -200,10 +198,8 @@ def check_adapter(
     """Check that an adapter is complete and belongs to a base; return its configuration.
 
     Args:
-        adapter: PEFT's folder.
         base: the model's folder; its weights are not read.
         base_digest: digest of the base's artifact, compared with the digest that the adapter records.
-        trust: run code that comes with the base.
         convertible: compare with the base as if it had the adapter's projections, fused or split.
 
     Raises:

@@ -102,8 +102,6 @@ def initialize(
     """Run the initialisations that need data or the base's own weights.
 
     Args:
-        model: peft's, just built.
-        peft_config: the recipe's.
         base: the base's folder, for LoftQ.
         work: a folder that a resumed run finds again.
         batches: inputs of the model by name, from training rows, for EVA.

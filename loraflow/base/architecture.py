@@ -114,10 +114,6 @@ def config_errors() -> tuple[type[Exception], ...]:
 def read_config(folder: Path, *, trust: bool = False) -> PreTrainedConfig:
     """Read a base's configuration.
 
-    Args:
-        folder: with config.json.
-        trust: run Python code that comes with the model.
-
     Raises:
         BadModel: transformers cannot use it, or cannot tell which part of it is the language model.
     """

@@ -74,8 +74,6 @@ def forced_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, pad_id: int
         model: in evaluation mode.
         ids: the prompts' ids [rows, width], padded on the left.
         mask: 0 where there is padding.
-        pad_id: the token id of the padding.
-        tokens: how many are generated.
     """
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList

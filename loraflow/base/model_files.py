@@ -77,7 +77,6 @@ def copy_model(folder: Path, out: Path, *, trust: bool, with_weights: bool = Tru
     downloads, so they would make the artifact of a commit depend on the cache.
 
     Args:
-        folder: the model's.
         out: an empty folder.
         trust: the model's own code may run, so it is copied too.
         with_weights: otherwise only the other files are copied.
@@ -149,8 +148,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path, *, trust: bool
 
     Args:
         tokenizer: as transformers opens it.
-        out: the folder to write to, which may be its own.
-        trust: run Python code that comes with the model.
 
     Raises:
         BadModel: what was saved gives other ids.

@@ -286,7 +286,6 @@ def prepare_tokenizer(out: Path, chosen: str | None = None, *, no_thinking: bool
         out: the folder with the tokenizer's files, which are changed.
         chosen: the recipe's template; None uses the model's own.
         no_thinking: answers come after an empty think block.
-        trust: run Python code that comes with the model.
 
     Returns:
         the date that is fixed in the template; None if it prints no date.

@@ -236,10 +236,6 @@ def _next_step(folder: Path, names: list[str], pickles: list[str]) -> str:
 def model_without_weights(base: Path, *, trust: bool = False) -> PreTrainedModel:
     """Build a base's model from its config.json. This takes well under a second and no memory for weights.
 
-    Args:
-        base: the model's folder; only its configuration is read.
-        trust: run Python code that comes with the model.
-
     Raises:
         BadModel: the folder has no config of a causal model that transformers knows.
     """

@@ -63,8 +63,6 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
     """Refuse a base in a folder, or a GGUF file, that cannot be trained.
 
     Args:
-        folder: what the recipe names.
-        trust: the recipe allows code that comes with the model.
         known_to_transformers: check also that the installed transformers has the architecture. This imports it.
 
     Raises:

@@ -61,7 +61,6 @@ def check_fits_config(folder: Path, *, trust: bool = False) -> list[str]:
     transformers opens the model on torch's meta device: it reads names and shapes only, and converts names of older files.
 
     Args:
-        folder: the model's.
         trust: run Python code that comes with the model. Such code may not run without memory for weights; then only the
             types of the weights are checked here, and the training checks their names and shapes, when it loads them.
 
@@ -176,7 +175,6 @@ def _refuse_quantized(folder: Path, unused: Set[str]) -> None:
     """Refuse weights of 8 bits or less. Without a quantization_config, transformers takes them for the weights themselves.
 
     Args:
-        folder: the model's.
         unused: names that the model does not load: masks of older transformers have a byte for each value.
 
     Raises:

@@ -231,14 +231,7 @@ def diff(old: str, new: str | None, source: str, store: str) -> None:
 
 
 def read_versions(old: str, new: str | None, source: str, store: str) -> tuple[Version, Version]:
-    """Read the rows of two versions. The store is opened only if one of them is a run.
-
-    Args:
-        old: as in version_of.
-        new: as in version_of.
-        source: the dataset's `.dvc` file.
-        store: location of the store.
-    """
+    """Read the rows of two versions. The store is opened only if one of them is a run."""
     from loraflow.store import open_store
 
     if not any(map(_is_run, (old, new))):
@@ -264,7 +257,6 @@ def version_of(name: str | None, source: str, store: Store | None) -> Version:
     Args:
         name: a file, a folder, a run's id, or a git revision of `source`. None is the dataset in the work tree, as it is
             there; the pinned version, if the work tree does not have it.
-        source: the dataset's `.dvc` file.
         store: where runs are; None if the name is no run's.
 
     Raises:

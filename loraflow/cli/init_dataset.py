@@ -47,11 +47,6 @@ class UserDataset:
 def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
     """Read a file or folder of chats, and choose the settings for it. Print what is unusual about the rows.
 
-    Args:
-        source: the file or folder.
-        columns: the value of --columns.
-        base: the base model.
-
     Raises:
         BadConfig: `columns` is malformed.
         BadData: the files cannot be read, or no row is a valid chat.
@@ -157,9 +152,7 @@ def choose_columns(path: Path, name: str, given: str | None) -> dict[str, str]:
     """Return `data.columns` for a file.
 
     Args:
-        path: the first file of the dataset.
         name: its name in messages.
-        given: the value of --columns.
 
     Raises:
         BadConfig: --columns is malformed, or names a column that the file does not have.
@@ -289,7 +282,6 @@ def choose_settings(
         heldout_fraction: the share of rows to hold out; 0 if whole files are held out.
         tokens: the number of tokens of all chats, roughly.
         max_length: tokens of a packed row.
-        may_pack: whether several chats may share a row.
     """
     train = max(1, round(rows * (1 - heldout_fraction)))
     epochs = 3 if rows < FEW_ROWS else 1

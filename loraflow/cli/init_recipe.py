@@ -70,15 +70,7 @@ register:
 
 
 def recipe_text(name: str, file: Path, source: str, base: str, dataset: UserDataset) -> str:
-    """Fill in the template from the lengths and formats of the chats.
-
-    Args:
-        name: the recipe's name.
-        file: where the recipe is written.
-        source: the dataset's `.dvc` file.
-        base: the base model.
-        dataset: the chats.
-    """
+    """Fill in the template from the lengths and formats of the chats."""
     chats, size = dataset.chats, dataset.size
     text = RECIPE.format(
         title=f"{name}: LoRA on {base}",

@@ -176,11 +176,6 @@ def call_flow(
 ) -> tuple[RunSummary, dict[str, JsonValue]]:
     """Call a flow, with a temporary server if none is configured; return its summary, also as the JSON document.
 
-    Args:
-        flow: the flow.
-        parameters: its own.
-        quiet: show warnings only.
-
     Raises:
         Failure: the flow's own, or the server was lost.
     """

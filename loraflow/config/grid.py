@@ -91,9 +91,6 @@ def check_grid(
 
     Args:
         given: {key of the recipe: list of values}.
-        seeds: how many seeds each combination is trained with.
-        overrides: the settings that all trials share.
-        max_trials: the largest number of trials that is allowed.
 
     Raises:
         BadConfig: there is nothing to try, a key or a value is given twice, or there are too many trials.

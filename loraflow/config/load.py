@@ -90,7 +90,6 @@ def parse_recipe(
     """Parse a recipe. See `load_recipe`.
 
     Args:
-        text: the recipe.
         name: the file's name in messages.
         overrides: {dotted key: value}, which replace the text's values.
         is_recorded: it is the recipe of a run that was made. Rules of the gate that earlier versions accepted are no

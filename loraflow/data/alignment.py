@@ -104,9 +104,7 @@ class ByteAlignment:
         """Map each text's spans of characters to spans of tokens; None for a text that cannot be verified.
 
         Args:
-            texts: the texts that were encoded.
             ids: the ids of all texts, one text after another.
-            lengths: the number of ids of each text.
             spans: the spans of each text, in characters.
         """
         ends = np.zeros(len(ids) + 1, np.int64)  # ends[k]: bytes before token k

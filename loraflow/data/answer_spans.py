@@ -59,7 +59,6 @@ class AnswerFinder:
 
     Args:
         renderer: renders the template that a server uses.
-        source: its source.
         special: the tokenizer's control tokens, longest first.
         marking: renders the same text with `{% generation %}` blocks, if another template than the server's does so.
         ends: the control tokens at which the model's own configuration ends an answer.
@@ -98,8 +97,6 @@ class AnswerFinder:
         """Return the answers of each chat.
 
         Args:
-            chats: the chats.
-            texts: the rendered chats.
             loss_on: answers that are not learned are not checked.
             if_cut: what to do with an answer that the template does not render completely: refuse the chat, or use the
                 answer as context of later answers only.

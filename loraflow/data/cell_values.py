@@ -111,12 +111,7 @@ def _is_media(key: str, value: JsonValue) -> bool:
 
 
 def media_key(row: Mapping[str, JsonValue], read: Collection[str]) -> str | None:
-    """Return the key of a row or message that has an image, video or sound; None without.
-
-    Args:
-        row: the row or message.
-        read: the keys that were read.
-    """
+    """Return the key of a row or message that has an image, video or sound; None without."""
     for key, value in row.items():
         if isinstance(value, str) and not value.startswith(_MEDIA_TEXTS):
             continue
@@ -131,8 +126,6 @@ def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue], found
     A path or URL alone may belong to a text that does not need it, so it counts only beside a placeholder in the text.
 
     Args:
-        row: the row.
-        texts: the texts of its chat.
         found: the key of the row, or of a message, that has one.
 
     Raises:

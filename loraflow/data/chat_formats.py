@@ -91,8 +91,6 @@ def read_chat(
     """Return a row's chat, which answers of it are learned, and which keys were not read.
 
     Args:
-        row: the row.
-        format_name: messages, sharegpt, alpaca, prompt_completion or auto.
         columns: {loraflow's column: the row's column}, for columns with other names.
         labels: tells whether a label is a class. By default none is.
         tools: the tools of a row that has none of its own (data.tools).

@@ -152,9 +152,6 @@ class Quarantine:
 
         Args:
             reason: its key in the report's counts.
-            place: where it was read.
-            set_name: its set.
-            problem: the reason as a sentence.
             raw: the row's text, unless it is valid.
             first: whether the report names it before others.
         """

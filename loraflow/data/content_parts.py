@@ -57,7 +57,6 @@ def read_parts(content: list[JsonValue], where: str) -> Parts:
     """Read a message's parts, such as [{"type": "text", "text": "Look."}, {"type": "tool_use", "name": …, "input": …}].
 
     Args:
-        content: the parts.
         where: the message, for the problem's text.
 
     Raises:

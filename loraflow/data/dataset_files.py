@@ -163,7 +163,6 @@ def dataset_files(folder: Path, ignored: IgnoreRules | None) -> Iterator[Dataset
     """Yield the files of a dataset, in the order of a walk from the top.
 
     Args:
-        folder: the dataset's folder.
         ignored: what does not belong to it; None if everything does.
 
     Raises:

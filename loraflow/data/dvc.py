@@ -143,11 +143,6 @@ def _has_pinned_content(output: Path, pin: Pin, rev: str | None, memo: HashMemo)
 def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
     """Version a folder or file: `dvc add`, and `dvc push` if there is a remote. Return the new pin.
 
-    Args:
-        folder: the folder or file to version.
-        push: whether to push it.
-        remote: the DVC remote to push to; None is the default remote.
-
     Raises:
         BadConfig: the remote does not exist; nothing was added.
         BadData: the folder does not exist, or DVC failed.
@@ -170,10 +165,6 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
 
 def push_pin(pin: Pin, remote: str | None = None) -> None:
     """Push a pinned dataset; without any remote, only warn.
-
-    Args:
-        pin: the pin.
-        remote: the DVC remote to push to; None is the default remote.
 
     Raises:
         BadData: DVC failed.
@@ -213,10 +204,6 @@ def make_repository() -> None:
 
 def pull(dvc_file: str, *, remote: str | None = None) -> Pin:
     """Pull pinned files into the work tree, and verify them. Return the pin.
-
-    Args:
-        dvc_file: the `.dvc` file that pins them.
-        remote: the DVC remote to pull from; None is the default remote.
 
     Raises:
         BadConfig: the remote does not exist.

@@ -315,9 +315,7 @@ def parse_listing(raw: bytes, md5: str, where: str, next_step: str) -> list[List
     """Return the files of a `.dir` object.
 
     Args:
-        raw: the object's bytes.
         md5: the name of the object, which is the md5 of its bytes and `.dir`.
-        where: the object's place, for the message.
         next_step: how to replace a damaged object, for the message.
 
     Raises:

@@ -158,7 +158,6 @@ def guess_columns(row: JsonValue, others: Sequence[JsonValue | BadRow] = ()) -> 
     The answer of a recipe's columns is taken as it is. So nothing is guessed beside an answer that was corrected.
 
     Args:
-        row: the row.
         others: the rows that follow. A passage must be one in most rows that have the column.
     """
     if not isinstance(row, dict):

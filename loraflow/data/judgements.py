@@ -92,8 +92,6 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     Args:
         name: the key's normal name.
         here: the keys that lead to the value.
-        value: the value.
-        beside: the answer.
     """
     side = label_side(value)
     is_word = isinstance(value, bool) or (isinstance(value, str) and not value.strip().isdigit())
@@ -340,7 +338,6 @@ def names_the_class(name: str, here: tuple[str, ...], value: JsonValue, beside: 
     Args:
         name: the opinion's name, such as `correctness` or `is_safe`.
         here: the keys that lead to the value.
-        value: the value.
         beside: the answer.
     """
     first = _CLASS if name in SAFETY else _GRADE

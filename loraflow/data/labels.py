@@ -306,7 +306,6 @@ class Labels:
     Otherwise they are marks, and a label that is neither true nor false is refused.
 
     Args:
-        rows: reads the file.
         is_training: the file's rows may be learned; they are not all held out.
 
     Attributes:

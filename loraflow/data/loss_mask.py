@@ -74,7 +74,6 @@ class ChatTemplate:
     """A model's tokenizer and chat template, read from its folder without transformers' model code.
 
     Args:
-        folder: the model's folder.
         eos: the ids at which the model ends an answer; None reads them from its configuration.
     """
 
@@ -138,7 +137,6 @@ class ChatTemplate:
         """Encode chats.
 
         Args:
-            chats: the chats.
             loss_on: the trained tokens: every answer, the last answer, or all tokens.
             if_cut: for answers that the template does not render completely: the chat is refused, or they are only context.
             learned: of each chat, the numbers of the messages that are learned; None: all answers. The other answers are

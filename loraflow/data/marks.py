@@ -51,7 +51,6 @@ class MarkedFalse(BadRow):
     """A row without an answer to learn, because its marks exclude them all. It is left out and counted, not malformed.
 
     Args:
-        problem: the reason as a sentence.
         by: the keys and values of the marks, such as `is_correct: False`.
     """
 
@@ -226,10 +225,6 @@ def judged_generation(row: Mapping[str, JsonValue], answers: Collection[str]) ->
 
     An answer that is not complete is left out. So is one that a list such as `correctness_math_verify` says is wrong, unless
     another of these lists says that it is right.
-
-    Args:
-        row: the row.
-        answers: its answers.
     """
     if row.keys().isdisjoint(_GENERATIONS):
         return None
@@ -277,10 +272,7 @@ def contained(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside)
     """Return what the objects of a key say about an answer: of one that was flattened to the columns meta.weight, … too.
 
     Args:
-        key: the key.
         here: the keys that lead to the value.
-        value: the value.
-        beside: the answer.
 
     Raises:
         BadRow: objects are nested too deeply, or a text that seems to have a mark cannot be parsed.

@@ -141,8 +141,6 @@ def place_near(
     """Return the clusters, and the side of each row [numbers]. With `drop`, near rows are never on two sides.
 
     Args:
-        table: all rows.
-        columns: what is known of them.
         numbers: the rows to place: those of held-out files, then those of training files.
         config: the stage's config.
         hold_out: is called with each row that is held out.
@@ -246,7 +244,6 @@ def _names(table: ChatTable, order: Rows, firsts: Rows) -> ClusterNames:
     """Name the clusters by the chats of their first rows.
 
     Args:
-        table: all rows.
         order: the rows that were placed.
         firsts: for each of them, the position of the first row of its cluster; -1 for none.
     """

@@ -61,8 +61,6 @@ class Placer:
 
     Args:
         rows: all rows, those of held-out files first.
-        candidates: pairs that are worth comparing.
-        comparison: a function that compares two rows.
     """
 
     def __init__(self, rows: Unplaced, candidates: Candidates, comparison: Comparison):

@@ -186,7 +186,6 @@ def template_arguments(fields: RowFields, turns: list[Turn]) -> tuple[JsonValue,
     """Return the system message and the tools that smoltalk2 has in `chat_template_kwargs`, an object or its JSON text.
 
     Args:
-        fields: the row.
         turns: its chat. None is returned for its own system message.
 
     Raises:

@@ -69,11 +69,6 @@ def question_parts(row: Mapping[str, JsonValue]) -> list[str]:
 def refuse_answers_by_letter(row: Mapping[str, JsonValue], messages: list[Message], read: Collection[str]) -> None:
     """Refuse a row whose answer is the letter or number of a choice, if its question names no choice.
 
-    Args:
-        row: the row.
-        messages: its chat.
-        read: the keys that were read.
-
     Raises:
         BadRow: it is. What would be learned is a guess.
     """
@@ -99,7 +94,6 @@ def refuse_lost_parts(
 
     Args:
         row: the row as its file has it.
-        messages: its chat.
         used: the keys that were read: loraflow's name → the row's column. Chats of messages have their parts.
         columns: data.columns.
 

@@ -85,7 +85,6 @@ def read_rows(
     """Read files row by row. A malformed row is yielded with its problem.
 
     Args:
-        folder: the dataset's folder.
         names: the files to read, relative to the folder.
         format_name: the rows' format: messages, sharegpt, alpaca, prompt_completion or auto.
         columns: {loraflow's column: the files' column}, for columns with other names.
@@ -159,8 +158,6 @@ def read_values(path: Path, name: str, query: str | None = None) -> Iterator[Raw
     """Read a file's rows as they are, without converting them to chats.
 
     Args:
-        path: the file.
-        name: the file's name in messages.
         query: for a database, a table or a SELECT statement; None takes its only table.
 
     Raises:

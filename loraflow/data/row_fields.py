@@ -38,7 +38,6 @@ class RowFields:
     """A row, and which keys of it and of its messages were read.
 
     Args:
-        row: the row.
         columns: {loraflow's column: the row's column}, for columns with other names.
         labels: tells whether a label is a class; None if marks are not read.
         ignore: keys of the row and its messages that are not looked at.
@@ -140,10 +139,6 @@ class RowFields:
         """Read messages and their marks.
 
         Args:
-            column: their column.
-            items: the messages.
-            roles: the keys of a message's role.
-            contents: the keys of its content.
             first: the number of the first message, for the problem's text.
 
         Raises:

@@ -46,7 +46,6 @@ def in_share(key: str, share: float, seed: int, purpose: str) -> bool:
     Args:
         key: the row's prompt key.
         share: the fraction of rows, 0 to 1.
-        seed: the recipe's split seed.
         purpose: heldout or validation; each purpose is an independent draw.
     """
     return draw(key, seed, purpose) < share * 2**64
@@ -67,9 +66,6 @@ def sample(keys: Sequence[str], size: int, seed: int, purpose: str) -> list[int]
 
     Args:
         keys: a key of each row, such as its prompt key.
-        size: the number of rows to take.
-        seed: the seed.
-        purpose: each purpose is an independent draw.
     """
     if size >= len(keys):
         return list(range(len(keys)))
@@ -146,9 +142,6 @@ def spread_sample(keys: Sequence[str], values: Sequence[str] | None, size: int, 
     Args:
         keys: a key of each row, such as its prompt key.
         values: the value of each row; None for a sample that looks at no value.
-        size: the number of rows to take.
-        seed: the seed.
-        purpose: each purpose is an independent draw.
     """
     if values is None or size >= len(keys):
         return sample(keys, size, seed, purpose)

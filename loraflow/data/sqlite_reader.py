@@ -19,8 +19,6 @@ def read_sqlite(path: Path, name: str, query: str | None = None) -> Iterator[dic
     """Yield the rows of a table or of a query. The database is opened so that nothing can be written.
 
     Args:
-        path: the database.
-        name: its name in messages.
         query: a table or a SELECT statement; None for the only table.
 
     Raises:

@@ -51,8 +51,6 @@ class Lengths(StoredModel):
         Args:
             lengths: tokens of each row.
             longest: the rows with the most tokens, or more rows than these.
-            max_length: training_config.max_length.
-            too_long: data.too_long.
         """
         import numpy as np  # not above: who only reads reports does without it
 

@@ -39,9 +39,7 @@ def append_answers(file: Path, owner: str, answers: Mapping[int, GeneratedAnswer
     """Append answers by the number of their prompt.
 
     Args:
-        file: this process's file.
         owner: identity of the job: model, prompts and settings.
-        answers: to append.
     """
     lines = [
         json.dumps({"index": i, **answer, "checksum": _checksum(owner, i, answer)}, ensure_ascii=False) + "\n"

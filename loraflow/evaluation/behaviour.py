@@ -212,7 +212,6 @@ def find_worse(
     Args:
         challenger: a score table; see `decide`.
         others: {"base": table, "champion": table}, of the same rows.
-        limits: of each metric.
         lower_is_better: metrics, in addition to loraflow's own, where lower is better.
 
     Raises:

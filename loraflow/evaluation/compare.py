@@ -73,7 +73,6 @@ def compare_tables(
 
     Args:
         first: a table with columns id, prompt and metrics, of one set.
-        second: another one.
         confidence: of the intervals, and of each bound.
         lower_is_better: metrics, in addition to loraflow's own, where lower is better.
         ranges: the smallest and the largest value of scores of the user's metrics. Unlike the gate, a comparison does

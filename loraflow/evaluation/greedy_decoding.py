@@ -149,8 +149,6 @@ def decode(
         cache: `PreallocatedLayer`s with a capacity of at least `width + max_new_tokens`, best a multiple of ALIGNED.
             It may already hold the first tokens of each row.
         stop_ids: ids that end an answer.
-        max_new_tokens: the largest number of tokens of an answer.
-        pad_id: the id of padding.
     """
     answers = _Answers(len(ids), max_new_tokens, stop_ids, pad_id, ids.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -41,7 +41,6 @@ def slice_guards(
     Args:
         table: the scores that are compared, of the gate's set.
         rules: {`length`, `script` or a field: {metric: margin}}.
-        fields: the values of the rows' fields.
     """
     return [
         SliceGuard(part, metric, margin)
@@ -60,7 +59,6 @@ def unscored_parts(everything: pd.DataFrame, scored: Set[str], by: Iterable[str]
         everything: id and prompt of all held-out rows of the gate's set.
         scored: the ids of the rows that are compared.
         by: what gate.slices divides them by.
-        fields: the values of the rows' fields.
     """
     return [
         f"{part} ({len(part.ids)} held-out row{'s' if len(part.ids) > 1 else ''})"

@@ -144,11 +144,6 @@ def require_same_tokens(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> 
     With half as many tokens, the same likelihood of a text is twice the loss per token. A champion can be from another base
     model than the challenger, or have another chat template, which ends an answer with other tokens.
 
-    Args:
-        ours: the challenger's table, with its ids as the index.
-        theirs: the other model's table, with the same index.
-        name: of the other model.
-
     Raises:
         BadConfig: a reference has another number of tokens.
     """

@@ -20,9 +20,6 @@ def margin_of_unchanged(rows: int, confidence: float, metric: str, reach: float 
     """Return the margin above which a guard passes if all outputs are unchanged; None if the metric has no range.
 
     Args:
-        rows: independent rows.
-        confidence: of the guard.
-        metric: its name.
         reach: the largest difference of a metric of the user's own, or of `token_loss`: then the rows are equally long.
     """
     if metric in BINARY:  # where Tango's bound of no differences is
@@ -85,10 +82,6 @@ def smallest_gain(rows: int, level: float, min_gain: float, metric: str, reach: 
     """Return the gain that the gate shows at all, or for scores of 0 and 1 that it shows in four of five looks.
 
     Args:
-        rows: independent rows.
-        level: of the look.
-        min_gain: of the gate.
-        metric: the primary.
         reach: the largest possible difference.
     """
     if metric not in BINARY:  # if each row gains the same; with any spread, more is needed
@@ -183,10 +176,6 @@ def gate_power(
         rows: held-out rows that are independent of each other.
         look: which look it is, in words.
         level: of this look.
-        primary: the primary metric.
-        min_gain: of the gate.
-        guards: of the gate.
-        confidence: of the guards.
         largest_loss: the logarithm of the vocabulary.
         ranges: the smallest and the largest value of scores of the user's metrics.
     """

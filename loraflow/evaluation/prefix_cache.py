@@ -138,9 +138,7 @@ def group_rows(
 
     Args:
         lengths: tokens of each row.
-        batch_size: the number of rows of a batch.
         switch: longer rows have other angles; None for models without one.
-        new_tokens: the number of tokens that may be added to each row.
         fixable: the model's angles are computed by transformers' own code, so that they can be fixed.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))

@@ -91,11 +91,6 @@ def with_seeds(
         own: the scores of the model that would be registered.
         others: {"base": table, "champion": table}.
         seeds: of all models, the registered one first.
-        primary: as for `decide`.
-        min_gain: as for `decide`.
-        guards: as for `decide`.
-        lower_is_better: as for `decide`.
-        parts: as for `decide`.
     """
     names = ", ".join(map(str, seeds))
     noted = decision.with_reason(f"the mean of {len(seeds)} models (seeds {names}) is compared")

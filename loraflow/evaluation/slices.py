@@ -81,8 +81,6 @@ def slice_scores(
         tables: {model: score table of the gate's set}; the slices are those of the first one, by row ids.
         by: what the rows are divided by: `length`, `script`, or a field.
         metrics: the scores that are returned, where a table has them.
-        confidence: the two-sided level of the intervals.
-        fields: the values of the rows' fields.
     """
     first = next(iter(tables.values()))
     found: list[Slice] = []

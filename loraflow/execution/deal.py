@@ -132,9 +132,6 @@ def compared_rows(
     """Return (key, row) for each row of the gate's set in a heldout.jsonl that evaluate scores.
 
     Args:
-        lines: the lines of the file.
-        max_rows: evaluation.max_rows.
-        seed: evaluation.seed.
         dealt: the keys of the rows that are dealt; None without data.heldout_reserve.
     """
     from loraflow.evaluation.score import sampled_rows

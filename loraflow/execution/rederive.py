@@ -206,7 +206,6 @@ def reproduce(store: Store, record: RunRecord, fresh: str) -> Iterator[Reproduce
 
     Args:
         store: the store with the run's record and, if they are still there, its artifacts.
-        record: the run's record.
         fresh: the address of a store without artifacts.
 
     Raises:

@@ -22,10 +22,7 @@ def run_stage(workspace: Workspace, stage: Stage, seed: int | None = None, /, **
     """Return a stage's artifact: from the store, or computed by a worker process of this process.
 
     Args:
-        workspace: builds the job.
-        stage: the stage.
         seed: the training seed, if it is not the recipe's own.
-        **inputs: the stage's input artifacts.
     """
     job, store = workspace.job(stage, inputs, seed), workspace.store
     found = look_up(store, job).ref

@@ -189,8 +189,6 @@ def start_worker(
 
     Args:
         command: starts a worker; the job file is appended to it.
-        file: the job; only `WORKER` can be forked.
-        environment: the worker's environment.
         log_file: the file descriptor of its log.
         outcome: the file descriptor of the pipe for its outcome.
     """

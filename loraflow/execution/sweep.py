@@ -72,7 +72,6 @@ def make_trials(recipe_file: RecipeFile, grid: Grid, workspace: Workspace) -> li
     Args:
         recipe_file: the recipe with the settings that all trials share.
         grid: what differs between trials.
-        workspace: the recipe's. Dataset and base are looked up once for all trials that name the same.
 
     Raises:
         BadConfig: a trial is no valid recipe, a key of the grid does not change the training, the recipe has no validation

@@ -108,8 +108,6 @@ def _trainings(planned: Sequence[PlannedTrial], division: Division, trained: Set
     """Return how many trainings of each way will run.
 
     Args:
-        planned: the trials.
-        division: how the trials are divided into groups.
         trained: labels of the trials whose own adapter is in the store.
     """
     groups, equal = division.groups.groups, division.groups.equal

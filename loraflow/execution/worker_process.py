@@ -40,8 +40,6 @@ def run_in_worker_process(
 
     Args:
         command: starts a worker; the job file is appended to it.
-        file: the job and its folders.
-        on_progress: called with each line of progress.
         ends: when the time of the run is over, in seconds since 1970.
 
     Raises:

@@ -101,9 +101,6 @@ def choose_for_training(
 
     Args:
         runtime: its `attn_implementation`.
-        device: where the model computes.
-        dtype: the dtype in which the model computes.
-        config: the model's.
         load: returns a document kernel, or raises if the kernel does not work on this GPU.
 
     Raises:

@@ -87,8 +87,6 @@ class DealRecord:
             challenger: digest of the merged model.
             rows: all held-out rows of the gate's set.
             scored: returns those of some keys that were scored in a look (`LookRecord.scored_keys`).
-            request: what the recipe asks for.
-            actor: who runs this.
 
         Raises:
             BadConfig: no row is left for a look.

@@ -72,9 +72,6 @@ def sign(store: Store, model: str, head: LogHead, key: str, hashes: Callable[[],
     The signature of a later entry, which another process wrote meanwhile, is kept: it covers this one too.
 
     Args:
-        store: the store with the log.
-        model: the model's name in the registry.
-        head: the last entry.
         key: file of a private SSH key, or of the public one if ssh-agent has the private one.
         hashes: a function that reads the hashes of the log's entries, oldest first.
 
@@ -110,8 +107,6 @@ def check_signature(store: Store, model: str, hashes: Sequence[str], signers: Pa
     """Check that a person on the list signed the log.
 
     Args:
-        store: the store with the log.
-        model: the model's name in the registry.
         hashes: the hashes of the log's entries, oldest first.
         signers: a file of allowed signers, as in ssh-keygen's manual: `NAME KEY-TYPE KEY` on each line.
 
@@ -206,10 +201,7 @@ def require_not_older(store: Store, model: str, hashes: Sequence[str], signers: 
     """Check that a log has the entry that was verified last.
 
     Args:
-        store: has the log.
-        model: its name.
         hashes: of the log's entries, oldest first.
-        signers: the list of signers.
 
     Raises:
         DamagedLog: it is an older log, or another one.

@@ -127,14 +127,7 @@ def scores_report(
     """Return the report of one model's scores.
 
     Args:
-        model: its name.
-        recipe: the name of the recipe by which it was scored.
-        scores: the model's scores.
-        confidence: the level of the scores' intervals.
-        folder: the location of the model.
-        table: the location of the score table.
         available: held-out rows of each set, of which a sample is scored.
-        confusions: the worst labels of each set.
     """
     lines = [f"# Scores of {model}, recipe {recipe}", ""]
     for rows, part in _gate_set_first(scores):

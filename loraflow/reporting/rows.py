@@ -76,14 +76,7 @@ def _texts(value: JsonValue) -> Iterator[str]:
 def summarise_rows(
     check: CheckReport, tokens: Mapping[str, JsonValue], evaluation: EvaluationReport, policy: RowPolicy
 ) -> RowsSummary:
-    """Return what became of the rows.
-
-    Args:
-        check: the report of check_dataset.
-        tokens: the figures of tokenize.
-        evaluation: the report of an evaluation.
-        policy: what the recipe says about long rows and held-out rows.
-    """
+    """Return what became of the rows."""
     rows = list(_counts(check, tokens, evaluation, policy))
     notes = [
         *_too_long_notes(tokens, policy),
@@ -138,7 +131,6 @@ def check_notes(check: CheckReport, elsewhere: Collection[str] = ()) -> list[str
     """Return the notes of a check_dataset report, apart from its counts.
 
     Args:
-        check: the report.
         elsewhere: files of the dataset that are used for something else than rows.
     """
     notes = source_lines(check)

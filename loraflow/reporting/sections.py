@@ -42,13 +42,7 @@ class Learned:
 
 
 def learned_lines(learned: Learned, sparkline: Callable[[Sequence[float]], str], *, image: bool) -> Iterator[str]:
-    """Yield the part of the report, as markdown.
-
-    Args:
-        learned: what tokenize says.
-        sparkline: draws numbers as a line of bars, for terminals.
-        image: draw the lengths as an image.
-    """
+    """Yield the part of the report, as markdown."""
     tokens, supervised, without = (
         _figure(learned.figures, name) for name in ("train_tokens", "supervised_tokens", "rows_nothing_to_learn")
     )

@@ -103,8 +103,6 @@ def find_model(store: Store, model: str, base: str | None = None, memo: HashMemo
     If it is an artifact, its files were hashed when this returns: now, or earlier and they have not changed since.
 
     Args:
-        store: holds the registry and the run records.
-        model: the name or path.
         base: folder of an adapter's base, where the adapter's own configuration does not name it.
         memo: known hashes; by default those of the store.
 

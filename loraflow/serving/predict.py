@@ -128,12 +128,9 @@ def predict(
     """Answer the rows of a file and write them, in their order, to another file.
 
     Args:
-        model: the model to ask.
         source: JSONL, JSON, CSV, TSV or Parquet.
         target: JSONL, CSV, TSV or Parquet; it must not exist.
         options: how rows are read and answered.
-        memo: known hashes of the model's files.
-        on_batch: called after each batch.
 
     Raises:
         BadConfig: the target exists, or unfinished answers belong to another input, model or setting.

@@ -59,7 +59,6 @@ def read_questions(
     """Read a file's rows.
 
     Args:
-        path: the file.
         format_name: messages, sharegpt, alpaca, prompt_completion or auto.
         column: the column that holds the question, instead of a chat format.
         system: a message to put before chats that have none.

@@ -35,8 +35,6 @@ def tag_log(store: Store, model: str, folder: Path | None = None) -> None:
     Nothing that happens here changes the outcome: the promotion log is written by now.
 
     Args:
-        store: has the promotion log.
-        model: the name in the registry.
         folder: None is the current folder.
     """
     try:

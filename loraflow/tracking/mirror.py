@@ -131,9 +131,6 @@ def sync(store: Store, model: str, tracker: Tracker, records: Iterable[RunRecord
     """Send the runs that MLflow does not have, register promoted models, and move the alias to the champion.
 
     Args:
-        store: the truth.
-        model: the name in loraflow's registry.
-        tracker: the server.
         records: the runs to send; None for all of the model.
 
     Raises:

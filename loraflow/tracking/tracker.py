@@ -105,8 +105,6 @@ def find_tracking(section: JsonValue, model: str, environment: Mapping[str, str]
 
     Args:
         section: `runtime.mlflow`, as in a recipe or a run's record.
-        model: the name in loraflow's registry.
-        environment: variables of the process.
     """
     given = section if isinstance(section, dict) else {}
     uri = given.get("uri") or environment.get(VARIABLE)

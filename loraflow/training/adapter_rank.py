@@ -32,7 +32,6 @@ def adapter_rank(shape: ModelShape, adapters: Sequence[PeftConfig]) -> float:
     rank.
 
     Args:
-        shape: the base's sizes.
         adapters: the adapters that are trained in one pass; most trainings have one.
     """
     largest = max(rank for adapter in adapters for rank in (adapter.r, *adapter.rank_pattern.values()))

@@ -160,7 +160,6 @@ def attend(
     """Attend within each document, causally.
 
     Args:
-        module: the attention module; unused.
         query: [1, heads, tokens, head_dim].
         key: as the query, with as many or fewer heads.
         value: as the key.

@@ -109,7 +109,6 @@ class CheckpointFinalizer(TrainerCallback):
     """Finalize each checkpoint once all processes have written it, with the other files that a resume needs.
 
     Args:
-        group: the processes that train.
         carried: files that are copied into each checkpoint.
         resumed_from: the checkpoint that this training starts from.
     """

@@ -29,7 +29,6 @@ def token_keys(seed: int, step: int, index: int, tokens: int) -> NDArray[np.int3
         seed: the training's seed.
         step: the optimizer step, from 0.
         index: the row's index in the step.
-        tokens: number of tokens of the row.
     """
     token = np.arange(tokens, dtype=np.uint64) + np.uint64(index << 32)
     return (mix(token ^ mix(np.array([(seed << 32) ^ step], np.uint64))) >> np.uint64(32)).astype(np.int32)
@@ -109,8 +108,6 @@ def padded(
     """Return one document a row, padded on the right to the longest.
 
     Args:
-        rows: rows of one document each.
-        pad_id: the token id of the padding.
         weights: the loss weights of the documents' tokens.
         with_positions: add position ids that show where a document ends: the padding repeats its last one.
     """
@@ -214,11 +211,8 @@ def concatenated(
     """Return concatenated documents, padded to `tokens` with documents of padding that have no loss.
 
     Args:
-        rows: the documents of each row.
-        tokens: length of the result.
         entries: length of `cu_seq_lens_q`; unused entries are `tokens`.
         longest: tokens of the longest document of all rows, the constant `max_length_q`.
-        pad_id: the token id of the padding.
     """
     ids, positions = np.full(tokens, pad_id, np.int64), np.zeros(tokens, np.int64)
     begins, index, targets = [0], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -274,10 +268,6 @@ class RowCollator:
     """Data collator of the stock trainer: turns row numbers into padded or packed grids. Validation rows are not packed.
 
     Args:
-        train: the training rows.
-        validation: the validation rows, or None.
-        pad_id: the token id of the padding.
-        with_positions: whether padded rows get position ids that show where a document ends.
         noise: add to training rows what NEFTune's noise is computed from; None adds nothing.
     """
 

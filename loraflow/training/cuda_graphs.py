@@ -229,10 +229,6 @@ def choose_graphs(
     """Return whether passes are recorded, and why. A resumed training decides the same: the whole training counts.
 
     Args:
-        setup: the training.
-        attention: the attention that was chosen.
-        fit: the micro-batch that was chosen.
-        trainer: the trainer, with its adapter.
         passes: micro-batches of the whole training, on one device.
     """
     setting = setup.runtime.cuda_graphs

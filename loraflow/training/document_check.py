@@ -42,7 +42,6 @@ def refuse_leaking_documents(
 
     Args:
         model: the base as it is trained, on its device.
-        pad_id: the token id of the padding.
         is_concatenated: the layout of training: concatenated documents with their borders, else packed rows.
         compute_dtype: the dtype of matrix products.
 
@@ -81,10 +80,7 @@ def refuse_seeing_later_tokens(
     In an encoder with a head for text, each token sees the answer that it has to predict: training learns nothing.
 
     Args:
-        model: the base as it is trained, on its device.
-        pad_id: the token id of the padding.
         is_concatenated: the layout of training: concatenated documents with their borders, else padded rows.
-        compute_dtype: the dtype of matrix products.
 
     Raises:
         BadModel: they change by more than rounding.
@@ -114,8 +110,6 @@ def refuse_padding_that_is_seen(model: PreTrainedModel, pad_id: int, *, compute_
 
     Args:
         model: the base as it is trained, on its device; its tokens do not see later ones.
-        pad_id: the token id of the padding.
-        compute_dtype: the dtype of matrix products.
 
     Raises:
         BadModel: they change by more than rounding.
@@ -208,11 +202,6 @@ _ROUNDING_16_BITS = 0.1  # a cache and a whole row are computed by different ker
 def refuse_other_generation(model: PreTrainedModel, pad_id: int, *, compute_dtype: torch.dtype) -> None:
     """Generate a few fixed tokens. Their logits must be those of the whole row, which training computes.
 
-    Args:
-        model: the base as it is trained, on its device.
-        pad_id: the token id of the padding.
-        compute_dtype: the dtype of matrix products.
-
     Raises:
         BadModel: the model does not generate, cannot compute the row, or computes other logits.
     """
@@ -250,7 +239,6 @@ def errors_as_refusal(model: PreTrainedModel, what: str, expected: str) -> Itera
     """Refuse a model whose own code fails, in any way; errors of the device and of tested architectures pass.
 
     Args:
-        model: whose code runs.
         what: the sentence of the refusal.
         expected: what a model for this must be able to do.
 

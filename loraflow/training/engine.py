@@ -99,7 +99,6 @@ def separate_angles(model: PreTrainedModel, setup: TrainingSetup) -> None:
 
     Args:
         model: the base, changed in place.
-        setup: the training.
 
     Raises:
         BadModel: the angles are computed by code that comes with the model.

@@ -175,8 +175,6 @@ def choose_memory_fit(
     """Choose the tokens of a micro-batch, and what is recomputed in the backward pass.
 
     Args:
-        setup: the training.
-        attention: the attention that was chosen.
         compiled: whether the layers may be compiled, unless the runtime says otherwise.
         adapters: the adapters that are trained in one pass. A micro-batch has the tokens of all of them.
     """
@@ -299,7 +297,6 @@ def cost_of_length(setup: TrainingSetup, tokens: int, is_compiling: bool) -> flo
     """Return what one more length of micro-batches costs, in tokens of padding.
 
     Args:
-        setup: the training.
         tokens: the tokens of a pass.
         is_compiling: whether the layers are compiled, once for each length. Otherwise, passes may be recorded.
     """
@@ -321,8 +318,6 @@ def choose_compile(
     """Return whether the layers are compiled, and why. A resumed training decides the same: the whole training counts.
 
     Args:
-        setup: the training.
-        attention: the attention that was chosen.
         tokens: the tokens of a pass.
         passes: micro-batches of the whole training, on one device.
         graphed: whether passes are recorded as CUDA graphs.

@@ -29,8 +29,6 @@ def flash4(
 
     Args:
         q: [tokens, heads, width]; k and v with as many or fewer heads.
-        k: see q.
-        v: see q.
         begins: where documents begin, int32; the last entry is the number of tokens.
         longest: tokens of the longest document.
         scale: the factor of the products q kᵀ.

@@ -46,10 +46,7 @@ class GroupModel:
     """The passes of a model with stacked adapters.
 
     Args:
-        model: peft's model.
-        adapters: the model's adapters, stacked.
         logit_factor: what the model multiplies the head's product by.
-        device: the device to compute on.
     """
 
     def __init__(self, model: PreTrainedModel, adapters: Adapters, logit_factor: float, device: str):
@@ -119,7 +116,6 @@ def build_member(arguments: SFTConfig, values: Tensor, gradients: Tensor) -> Mem
     """Return an adapter's optimizer and schedule, which are those of transformers' Trainer.
 
     Args:
-        arguments: the arguments of this adapter's training.
         values: the adapter's weights, as one vector.
         gradients: where their gradient is added up.
     """
@@ -143,13 +139,8 @@ class GroupTrainer:
     """The training loop of a group.
 
     Args:
-        model: the model with the adapters.
-        members: the adapters' optimizers and schedules.
-        steps: the optimizer steps.
         validation: the validation rows, as one step; None without any.
-        checkpoints: the folder of checkpoints.
         is_preempted: tells whether this process was asked to stop.
-        on_step: is called after each step with its number.
     """
 
     def __init__(

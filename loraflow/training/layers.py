@@ -91,7 +91,6 @@ def recomputing(layer: torch.nn.Module, forward: Forward, draws: bool) -> Forwar
 
     Args:
         layer: the layer, whose `training` says whether to recompute.
-        forward: the forward pass.
         draws: whether it draws random numbers, which must be the same the second time.
     """
 

@@ -180,7 +180,6 @@ def accelerate_loras(model: torch.nn.Module, dtype: torch.dtype) -> list[FastLor
     """Replace the passes of a model's plain LoRA linear layers of peft, and leave all other modules unchanged.
 
     Args:
-        model: peft's model.
         dtype: the dtype in which the base computes. A base in another dtype needs autocast, and is left alone.
 
     Returns:

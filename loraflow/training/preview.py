@@ -37,7 +37,6 @@ def preview(base: Path, recipe: Recipe) -> list[str]:
 
     Args:
         base: folder with the base's config.json.
-        recipe: says what to adapt, and how.
 
     Raises:
         BadConfig: peft_config names modules that the base does not have or that cannot be adapted; or the architecture
@@ -77,8 +76,6 @@ def without_gradient(model: PreTrainedModel, modules: list[str], tokens: int) ->
     Args:
         model: on the meta device, with eager attention; its dtype is changed. No module is returned if its code needs
             values (many recurrent layers).
-        modules: full names.
-        tokens: of the row.
     """
     import torch
 

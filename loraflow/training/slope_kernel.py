@@ -22,7 +22,6 @@ def tokens_of_a_program(dy: Tensor, rank: int) -> int:
 
     Args:
         dy: the output's gradient [tokens, out].
-        rank: the adapter's.
     """
     tokens, columns = dy.shape
     if dy.dtype not in (torch.bfloat16, torch.float16) or columns < LEAST_COLUMNS or rank > LARGEST_RANK:
@@ -67,7 +66,6 @@ def products(dy: Tensor, up: Tensor, h: Tensor, block_tokens: int) -> tuple[Tens
         dy: the output's gradient [tokens, out] on a GPU, in 16 bits.
         up: the adapter's B [out, r].
         h: the rank-r product of the forward pass [tokens, r].
-        block_tokens: of `tokens_of_a_program`.
     """
     (tokens, out), rank = dy.shape, up.shape[1]
     dy, up, h = (dy if dy.stride(1) == 1 else dy.contiguous()), up.contiguous(), h.contiguous()

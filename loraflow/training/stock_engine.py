@@ -105,13 +105,9 @@ class StockTrainer(LoraTrainer):
     Args:
         train_rows: row numbers in the order of training.
         validation_rows: how many validation rows there are.
-        collator: turns row numbers into a batch.
         noise_alpha: the scale of NEFTune's noise; None trains without it.
         model: a model of transformers, or with loralib's layers; without peft's adapter.
         args: see SFTTrainer, down to `callbacks`.
-        processing_class: the tokenizer.
-        peft_config: peft's config of the adapter; None if the model has its own.
-        callbacks: the trainer's callbacks.
     """
 
     def __init__(
