@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from loraflow.registry.budget import error_of_period, gains_to_follow, has_follo
 from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
-from loraflow.store import Ref, read_intact, require_unchanged
+from loraflow.store import Ref, read_intact, read_table, require_unchanged
 from loraflow.tasks.guards import (
     read_field_values,
     read_general_guards,
@@ -346,6 +345,4 @@ def _heldout_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:
 
 def _all_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:
     """Return the scores of all sets. The bytes that are parsed are the bytes that were hashed."""
-    import pandas as pd
-
-    return pd.read_parquet(io.BytesIO(read_intact(workspace.store, ref, "scores.parquet")))
+    return read_table(workspace.store, ref)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections.abc import Sequence, Set
@@ -14,7 +13,7 @@ from loraflow.execution.deal import compared_rows
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadData, CorruptArtifact
-from loraflow.store import read_intact
+from loraflow.store import read_intact, read_table
 
 if TYPE_CHECKING:
     from loraflow.evaluation.guards import GeneralGuard
@@ -62,8 +61,6 @@ def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:
     by = list(dict.fromkeys([*recipe.evaluation.slices, *gate.slices]))
     if not by:
         return []
-    import pandas as pd
-
     from loraflow.evaluation.gate import heldout_rows
     from loraflow.evaluation.slices import slice_scores
 
@@ -72,8 +69,7 @@ def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:
     try:
         for name, ref in refs.items():
             if ref is not None:
-                table = pd.read_parquet(io.BytesIO(read_intact(store, ref, "scores.parquet")))
-                tables[name] = heldout_rows(table, store.location(ref))
+                tables[name] = heldout_rows(read_table(store, ref), store.location(ref))
         fields = read_field_values(workspace, result)
     except CorruptArtifact as failure:
         log.warning("the scores of slices are missing. %s", failure)
@@ -92,15 +88,12 @@ def read_general_guards(workspace: Workspace, result: PipelineResult) -> list[Ge
     margins, store = workspace.recipe.gate.forgetting_margins, workspace.store
     if not margins:
         return []
-    import pandas as pd
-
     from loraflow.evaluation.general import TABLES
     from loraflow.evaluation.guards import SCORES, general_guards
 
     sets = {SCORES[score][0] for score in margins}
     tables = {
-        model: {rows: pd.read_parquet(io.BytesIO(read_intact(store, ref, TABLES[rows]))) for rows in sets}
-        for model, ref in result.general.items()
+        model: {rows: read_table(store, ref, TABLES[rows]) for rows in sets} for model, ref in result.general.items()
     }
     return general_guards(margins, tables.pop("tuned"), tables)
 

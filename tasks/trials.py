@@ -216,7 +216,6 @@ def run_groups(run: Run, trials: Sequence[Trial], inputs: Mapping[str, Mapping[s
 
 
 def _as_equal(record: TrialRecord, trial: Trial) -> TrialRecord:
-    """Return the record of a trial which is the same training as a recorded one."""
     own = {"label": trial.label, "settings": dict(trial.settings), "seed": trial.seed}
     state = "failed" if record.problem else "cached"
     return TrialRecord.model_validate({**record.model_dump(), **own, "state": state})

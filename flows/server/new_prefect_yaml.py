@@ -392,7 +392,6 @@ def _inserted_before(text: str, key: Scalar, entry: str) -> Edit:
 
 
 def _before(text: str, scalar: Scalar) -> str:
-    """Return what is before a scalar in its line."""
     return text[text.rfind("\n", 0, scalar.start) + 1 : scalar.start]
 
 

@@ -108,7 +108,6 @@ def merge(
 def _check_inputs(
     base: Path, adapter: Path, base_digest: str | None, *, trust: bool, checked: bool
 ) -> tuple[AdapterConfig, list[TensorEntry]]:
-    """Check both folders before anything is written; return the adapter's config and the base's tensors."""
     refuse_pickles(adapter)
     refuse_pickles(base)
     config = AdapterConfig.read(adapter)
@@ -146,7 +145,6 @@ def _plan(
 
 
 def _module_of(tensor: str) -> str:
-    """Return the last part of the name of a tensor's module."""
     return tensor.rpartition(".")[0].rpartition(".")[2]
 
 

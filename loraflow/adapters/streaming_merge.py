@@ -283,7 +283,6 @@ def _cut(rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _bytes_of(block: torch.Tensor) -> memoryview:
-    """Return a block's bytes, without a copy."""
     import torch
 
     return block.contiguous().view(torch.uint8).numpy().data.cast("B")

@@ -144,7 +144,6 @@ def _outcomes(template: ChatTemplate) -> list[tuple[list[int], list[int]] | None
 def _rendered_by_transformers(
     tokenizer: PreTrainedTokenizerBase, chat: Chat, *, prompt: bool, in_parts: bool = False
 ) -> str | None:
-    """Return transformers' text of a chat; None if the template refuses the chat."""
     from jinja2.exceptions import TemplateError
 
     tools = chat[0].get("tools")
@@ -277,6 +276,5 @@ def _ends(labels: np.ndarray) -> list[int]:
 
 
 def _last(marked: Sequence[bool], near: int) -> int:
-    """Return the position of the last token of the marked span that is nearest."""
     ends = [at for at, is_marked in enumerate(marked) if is_marked and not any(marked[at + 1 : at + 2])]
     return min(ends, key=lambda at: abs(at - near), default=-1)

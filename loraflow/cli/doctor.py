@@ -90,7 +90,6 @@ def _check_base(base: str) -> None:
 
 
 def _checked_files(base: str, folder: Path) -> list[str]:
-    """Check a base's files; a line says so where there are none to check."""
     from loraflow.base import hub
     from loraflow.base.resolve import describe_files
     from loraflow.failures import Network

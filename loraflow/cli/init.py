@@ -112,7 +112,6 @@ def _plain_name(name: str) -> str:
 
 
 def _write_project(dataset: UserDataset, options: _Options, recipe: Path, target: Path) -> WrittenFiles:
-    """Copy the dataset, version the copy, and write recipe, deployments and README."""
     from loraflow.data import dvc
     from loraflow.flows.server.new_prefect_yaml import slug, team_recipe_lines, write_prefect_yaml
     from loraflow.tracking.dvclive import write_pipeline

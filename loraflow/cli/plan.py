@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from loraflow.evaluation.power import GatePower
     from loraflow.execution.plan import PlannedStep
     from loraflow.execution.plan_notes import PlannedMemory
+    from loraflow.execution.sweep_plan import PlannedTrial
     from loraflow.execution.workspace import Workspace
     from loraflow.registry.reserve import ReserveState
 
@@ -146,21 +148,32 @@ def _show_run(planned: _PlannedRun) -> None:
 
 
 def _show(steps: list[PlannedStep], memory: PlannedMemory | None, base: list[str]) -> None:
-    colours = {"cached": "green", "runs": "yellow", "depends": "cyan"}
     width = max(len(step.label) for step in steps)
     for step in steps:
-        seconds = f"{step.seconds:7.1f} s" if step.seconds is not None else " " * 9
-        click.echo(
-            f"{step.label:<{width}}  {click.style(f'{step.status:<8}', fg=colours[step.status])}"
-            f"{seconds}  {(step.fingerprint or '')[:12]:<12}  {'; '.join(step.why)}".rstrip()
-        )
+        click.echo(step_line(step, width).rstrip())
     if base:
         click.echo("\n" + "\n".join(base))
     if memory:
         _show_memory(memory)
-    todo = [step.seconds for step in steps if step.status != "cached"]
-    if todo and all(seconds is not None for seconds in todo):
-        click.echo(f"\nthe stages to run took {sum(s for s in todo if s is not None):.0f} s the last time")
+    if (seconds := seconds_to_run(steps)) is not None:
+        click.echo(f"\nthe stages to run took {seconds:.0f} s the last time")
+
+
+def step_line(step: PlannedStep | PlannedTrial, width: int) -> str:
+    """Return a line about a stage or trial, whose label has this width."""
+    colours = {"cached": "green", "runs": "yellow", "depends": "cyan"}
+    seconds = f"{step.seconds:7.1f} s" if step.seconds is not None else " " * 9
+    return (
+        f"{step.label:<{width}}  {click.style(f'{step.status:<8}', fg=colours[step.status])}"
+        f"{seconds}  {(step.fingerprint or '')[:12]:<12}  {'; '.join(step.why)}"
+    )
+
+
+def seconds_to_run(steps: Sequence[PlannedStep | PlannedTrial]) -> float | None:
+    """Return how long those that are not cached took the last time; None if that is not known of all, or all are cached."""
+    times = [step.seconds for step in steps if step.status != "cached"]
+    known = [seconds for seconds in times if seconds is not None]
+    return sum(known) if times and len(known) == len(times) else None
 
 
 def _show_memory(memory: PlannedMemory) -> None:

@@ -16,7 +16,7 @@ from loraflow.registry.champions import choose_intact
 from loraflow.registry.log import HeadChanged, PromotionLog, actor
 from loraflow.registry.looks import LookRecord, LostLooks
 from loraflow.registry.rebuild import how_to_rebuild
-from loraflow.registry.runs import RunRecord, StageRun, read_run
+from loraflow.registry.runs import RunRecord, read_run
 from loraflow.registry.signature import sign
 from loraflow.serving.models import only_model
 from loraflow.store import Ref, Store, hash_memo, open_store, require_intact_in_store
@@ -68,10 +68,8 @@ def accept(context: click.Context, reason: str, store: str | None, model: str | 
     The intact entries stay; lost looks count as spent. What is lost, who accepted it and why is stored beside the log.
     Nothing is done to a log that is not damaged.
     """
-    given = context.parent.params if context.parent else {}
-    opened = open_store(store or given["store"])
-    log = PromotionLog(opened, model or given["model"] or only_model(opened))
-    lost_looks = LookRecord(opened, log.model).accept_loss(reason, actor())
+    log = _log(context, store, model)
+    lost_looks = LookRecord(log.store, log.model).accept_loss(reason, actor())
     if lost_looks is not None:
         for line in _lost_look_lines(lost_looks):
             click.echo(line)
@@ -101,9 +99,7 @@ def sign_log(context: click.Context, key: str, store: str | None, model: str | N
 
     All entries are signed, so read them first: `loraflow registry`.
     """
-    given = context.parent.params if context.parent else {}
-    opened = open_store(store or given["store"])
-    log = PromotionLog(opened, model or given["model"] or only_model(opened))
+    log = _log(context, store, model)
     log.entries(all_runs=True)
     if log.last_seen is None or not log.last_seen.seq:
         raise BadConfig(
@@ -111,8 +107,15 @@ def sign_log(context: click.Context, key: str, store: str | None, model: str | N
             where=f"registry of {log.model}",
             next_step="`loraflow registry` lists the entries",
         )
-    sign(opened, log.model, log.last_seen, key, log.hashes)
+    sign(log.store, log.model, log.last_seen, key, log.hashes)
     click.echo(f"signed: entry {log.last_seen.seq} of {log.model} with hash {log.last_seen.hash}")
+
+
+def _log(context: click.Context, store: str | None, model: str | None) -> PromotionLog:
+    """Return the promotion log that a command of `loraflow registry` is about; both take the options."""
+    given = context.parent.params if context.parent else {}
+    opened = open_store(store or given["store"])
+    return PromotionLog(opened, model or given["model"] or only_model(opened))
 
 
 def _lost_look_lines(accepted: LostLooks) -> Iterator[str]:
@@ -174,7 +177,7 @@ def _artifact(store: Store, record: RunRecord, stage: str) -> Ref:
         raise CorruptArtifact(
             f"The {stage} artifact of {record.run} is gone.",
             where=store.uri,
-            next_step=how_to_rebuild(store, _recorded(store, done)) if done else "`loraflow runs` lists the runs",
+            next_step=how_to_rebuild(store, done.ref(store)) if done else "`loraflow runs` lists the runs",
         )
     try:
         require_intact_in_store(store, found, hash_memo(store))
@@ -186,10 +189,6 @@ def _artifact(store: Store, record: RunRecord, stage: str) -> Ref:
             next_step=how_to_rebuild(store, found),
         ) from failure
     return found
-
-
-def _recorded(store: Store, done: StageRun) -> Ref:
-    return Ref(stage=done.stage, fingerprint=done.fingerprint, digest=done.digest, uri=store.uri)
 
 
 @click.command()

@@ -291,9 +291,8 @@ def run_memory_lines(store: Store, stages: Iterable[StageRun]) -> Iterator[str]:
     shown = list(stages)
     width = max((len(stage.stage) for stage in shown), default=0) + 2
     for stage in shown:
-        ref = Ref(stage=stage.stage.split()[0], fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
         try:
-            line = memory_of(store.manifest(ref))
+            line = memory_of(store.manifest(stage.ref(store)))
         except Failure:  # removed since then
             continue
         if line:

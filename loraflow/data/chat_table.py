@@ -289,7 +289,6 @@ def source_of(place: str) -> str:
 
 
 def _number(name: str, numbers: dict[str, int], names: list[str]) -> int:
-    """Return the number of a name; a new one if it has none."""
     number = numbers.get(name)
     if number is None:
         number = numbers[name] = len(names)

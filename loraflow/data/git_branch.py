@@ -95,7 +95,6 @@ def find_newest_commit(repo: str, branch: str, remote: str = "origin") -> Datase
 
 
 def _fetch_branch(repo: str, branch: str, remote: str) -> str | None:
-    """Fetch a remote's branch and return its commit; None if there is no such remote or branch."""
     if git_or_none(["remote", "get-url", remote], repo) is None:
         return None
     if not _git(["ls-remote", remote, f"refs/heads/{branch}"], repo):

@@ -264,7 +264,6 @@ def _system(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:
 
 
 def _columns_of_classes(names: dict[str, str], rows: Sequence[dict[str, JsonValue]]) -> dict[str, str]:
-    """Return the columns of a text and its class, if there is one of each."""
     row = rows[0]
     if are_messages(rows):
         return {}

@@ -105,7 +105,6 @@ class Placer:
         return self._result(self._hold_out_one(hold_out_one))
 
     def _place(self, row: int, side: int, followed: _Followed) -> bool:
-        """Choose the side of a row; tell whether it has one."""
         near = list(self._near(row))
         if side != HELDOUT_FILE:
             near += [other for other in followed.before(row) if other not in near]

@@ -189,7 +189,6 @@ def _without_end(text: str, dialect: _Dialect, also: tuple[str, ...] = ()) -> st
 
 
 def _role(label: re.Match[str]) -> JsonValue:
-    """Return the role that a label names."""
     name = label[label.lastindex or 0]
     return _ROLES.get(name) or normal_role(name)
 
@@ -291,7 +290,6 @@ def read_glaive(fields: RowFields) -> list[Turn]:
 
 
 def _functions(system: str) -> tuple[str, JsonValue]:
-    """Return a system text without its functions, and the functions."""
     begin = re.search(r"^(?:\[\s*)?\{", system, re.MULTILINE)
     if begin is None:
         return system, None

@@ -76,7 +76,6 @@ def _losses(
     questions: list[GeneralRow],
     group: ProcessGroup,
 ) -> tuple[Losses, Losses]:
-    """Return the losses of the chats' last answers, and of all choices of all questions."""
     from loraflow.base.load import load_model, load_tokenizer
     from loraflow.data.loss_mask import ChatTemplate, name_row
     from loraflow.data.positions import Positions

@@ -136,7 +136,6 @@ def sampled_rows(lines: Iterable[str], max_rows: int | None, seed: int) -> tuple
 
 
 def _sample(rows: list[HeldoutRow], size: int, seed: int) -> list[int]:
-    """Return the positions of a sample of a set's rows."""
     values = spread_values([row.group for row in rows], [row.messages[-1]["content"] or "" for row in rows])
     return spread_sample([prompt_key(row.messages) for row in rows], values, size, seed, "max_rows")
 

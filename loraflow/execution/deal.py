@@ -15,7 +15,7 @@ from loraflow.registry.deals import DealRecord, DealRequest, DealtRows
 from loraflow.registry.log import actor
 from loraflow.registry.reserve import read_rows
 from loraflow.registry.runs import StageRun
-from loraflow.stages import CHECK_DATASET, DEAL_ROWS, VERSION_DATASET
+from loraflow.stages import CHECK_DATASET, VERSION_DATASET
 from loraflow.store import Ref, Store, read_intact
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ def use_dealt_rows(workspace: Workspace, store: Store, merged: str, recorded: St
 def _dealt_to(store: Store, recorded: StageRun) -> frozenset[str] | None:
     """Return the keys of the rows in an artifact of deal_rows; None if the artifact is gone or damaged."""
     try:
-        ref = Ref(stage=DEAL_ROWS.name, fingerprint=recorded.fingerprint, digest=recorded.digest, uri=store.uri)
-        config = store.manifest(ref).payload.get("config")
+        config = store.manifest(recorded.ref(store)).payload.get("config")
     except Failure:
         return None
     keys = config.get("keys") if isinstance(config, dict) else None

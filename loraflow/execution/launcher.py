@@ -125,7 +125,6 @@ def _run_with_less_memory_if_needed(
     on_progress: OnProgress | None,
     ends: float | None,
 ) -> tuple[Summary, JobRuntime]:
-    """Run a job's stage, again with less memory if it runs out; return its summary and the runtime that succeeded."""
     stage = STAGES[job.stage]
     folders = {name: store.path(ref) for name, ref in job.inputs.items()}
     if not stage.in_worker:

@@ -66,8 +66,6 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
 
 
 class _Documents(NamedTuple):
-    """The documents of a store, by name."""
-
     runs: dict[str, bytes]
     anchors: dict[str, bytes]
     registry: dict[str, bytes]

@@ -96,7 +96,6 @@ def sign(store: Store, model: str, head: LogHead, key: str, hashes: Callable[[],
 
 
 def _read(store: Store, model: str) -> _Signed | None:
-    """Return the stored signature; None if there is none, or it cannot be read."""
     try:
         return _Signed.model_validate_json(store.read_document(_name(model)) or b"")
     except ValueError:  # pydantic's error is one

@@ -219,7 +219,6 @@ def _dataset(lineage: Lineage, record: RunRecord | None, promoted: Entry) -> Dat
 
 
 def _sources(record: RunRecord) -> list[str]:
-    """Return the sources of a run's mixture (data.sources)."""
     sources = record.section("data").get("sources")
     found = sources if isinstance(sources, list) else []
     return [str(source.get("source")) for source in found if isinstance(source, dict)]

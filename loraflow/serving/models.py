@@ -119,18 +119,15 @@ def find_model(store: Store, model: str, base: str | None = None, memo: HashMemo
             expected="a folder with config.json",
             next_step="correct --base",
         )
-    if model.split(":")[0] == "champion":
-        name = model.partition(":")[2] or only_model(store)
-        entry = champion_entry(store, name)
-        return _of_artifact(store, entry.merged, name, given, memo, adapter_ref=entry.adapter)
+    if (champion := named_champion(store, model)) is not None:
+        return _of_artifact(store, champion.merged, champion.model, given, memo, adapter_ref=champion.adapter)
     if RUN_ID.fullmatch(model):
         record = read_run(store, model)
         stage = record.stage("merge") if record else None
         if record is None or stage is None:
             raise BadConfig("This run made no merged model.", where=model, next_step="`loraflow runs` lists the runs")
-        ref = Ref(stage="merge", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
         # Other runs may have made the same model with another recipe, so set the run that was named.
-        return replace(_of_artifact(store, ref, model, given, memo), run=record)
+        return replace(_of_artifact(store, stage.ref(store), model, given, memo), run=record)
     folder = Path(model).expanduser()
     for adapter in (folder, folder / "adapter"):
         if (adapter / "adapter_config.json").exists():
@@ -166,6 +163,19 @@ def only_model(store: Store) -> str:
         where=store.uri,
         next_step="loraflow run RECIPE promotes a model that passes the gate; loraflow promote RUN does so by hand",
     )
+
+
+def named_champion(store: Store, name: str, model: str | None = None) -> Entry | None:
+    """Return the champion that `champion` or `champion:NAME` names; None for other names.
+
+    `model` is the one that `champion` means; None is the only model of the registry.
+
+    Raises:
+        BadConfig: there is no such champion.
+        CorruptArtifact: the log is damaged.
+    """
+    word, _, named = name.partition(":")
+    return champion_entry(store, named or model or only_model(store)) if word == "champion" else None
 
 
 def champion_entry(store: Store, name: str) -> Entry:

@@ -309,7 +309,6 @@ def _answer(
 
 
 def _with_calls(answers: list[Prediction], questions: list[Question], loaded: Loaded) -> list[Prediction]:
-    """Return the answers with the calls in their texts, of rows with tools."""
     if "tool_calls" not in added_columns(questions):
         return answers
     if not reads_calls_of(loaded.template):

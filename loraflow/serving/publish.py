@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from loraflow.adapters.tokenizer_files import VOCABULARY, tokenizer_files
 from loraflow.data.tokenizer_config import further_templates
 from loraflow.failures import BadConfig, BadModel, Failure, Network
 from loraflow.identity import short
+from loraflow.registry.anchor import now
 from loraflow.registry.runs import Publication
 from loraflow.serving.artifacts import intact_folder
 from loraflow.serving.card import Facts, PublishedForm, collect_facts, write_card
@@ -148,8 +148,7 @@ def _write_publication(store: Store, model: Model, publication: Publication) -> 
         model.ref is None or publication.what is None
     ):  # a model that is not an artifact of the store has no record there
         return
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    document = publication.model_copy(update={"time": now}).model_dump(mode="json")
+    document = publication.model_copy(update={"time": now()}).model_dump(mode="json")
     name = _record_name(model, publication.repo, publication.what)
     store.write_document(name, add_checksum(name, json_bytes(document)))
 

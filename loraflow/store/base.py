@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import JsonValue
 
 from loraflow.failures import CorruptArtifact, ReadOnlyStore
 from loraflow.store.artifact import MANIFEST, Manifest, PreviousState, Ref, Summary, damaged_artifact, result_problems
 from loraflow.store.files import HashMemo
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -233,6 +237,13 @@ def read_intact(store: Store, ref: Ref, name: str) -> bytes:
         if where is None:
             return store.read(ref, name)
         raise damaged_artifact(ref, where, [failure.got]) from failure
+
+
+def read_table(store: Store, ref: Ref, name: str = "scores.parquet") -> pd.DataFrame:
+    """Return a table of an artifact: the bytes that are parsed are the bytes that were hashed (`read_intact`)."""
+    import pandas as pd
+
+    return pd.read_parquet(io.BytesIO(read_intact(store, ref, name)))
 
 
 def _quarantine(store: Store, ref: Ref, problems: list[str]) -> str | None:

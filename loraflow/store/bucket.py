@@ -356,7 +356,6 @@ def _upload_in_parts(bucket: Bucket, path: Path, key: str, sha256: str) -> None:
 
 
 def _send_parts(bucket: Bucket, path: Path, key: str, upload_id: str) -> list[Part]:
-    """Send the parts of a file that the upload does not have yet; return all parts."""
     uploaded = {part["PartNumber"]: part["ETag"] for part in _uploaded_parts(bucket, key, upload_id)}
     parts: list[Part] = []
     with path.open("rb") as file:

@@ -90,7 +90,6 @@ def make_tags(entries: Sequence[Entry], records: Iterable[RunRecord], model: str
 
 
 def _read_tags(model: str, folder: Path) -> dict[str, str]:
-    """Return the messages of the tags of a model, by name."""
     form = "--format=%(refname:strip=2)%00%(contents)%01"
     listed = git(["for-each-ref", form, f"refs/tags/{model}@*", f"refs/tags/{model}#*"], folder)
     parts = [part.strip("\n").partition("\0") for part in listed.split("\1") if part.strip("\n")]
@@ -98,7 +97,6 @@ def _read_tags(model: str, folder: Path) -> dict[str, str]:
 
 
 def _commits(entries: Iterable[Entry], records: Iterable[RunRecord]) -> Mapping[int, str]:
-    """Return the git commit of each promotion's run, by the number of its entry."""
     known = {record.run: record for record in records if record.commit}
     by_hand = {entry.seq: known.get(entry.inputs.get("run", "")) for entry in entries}
     by_run = {run.summary.registered: run for run in known.values() if run.summary and run.summary.registered}
@@ -139,7 +137,6 @@ def _tag(name: str, where: str, message: str, date: datetime, folder: Path) -> N
 
 
 def _identity_options(folder: Path) -> Sequence[str]:
-    """Return git's options for an identity, if none is configured."""
     return () if git_or_none(["var", "GIT_COMMITTER_IDENT"], folder) else _IDENTITY
 
 

@@ -211,7 +211,6 @@ def summary_line(synced: Synced, model: str, uri: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error's text."""
     return (str(error).splitlines() or [""])[0][:300]
 
 

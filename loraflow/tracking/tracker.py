@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -18,7 +17,7 @@ from loraflow.credentials import hide_in_url, mask
 from loraflow.failures import CorruptArtifact, MissingExtra
 from loraflow.registry.runs import RunRecord, read_report
 from loraflow.reporting import chart
-from loraflow.store import Ref, Store, read_intact
+from loraflow.store import Ref, Store, read_table
 
 log = logging.getLogger("loraflow")
 
@@ -216,7 +215,7 @@ def _key(text: str) -> str:
 
 def curves(store: Store, record: RunRecord) -> list[Point]:
     """Return all numbers that training logged, by step."""
-    ref = _artifact(store, record, "train", "train")
+    ref = _artifact(store, record, "train")
     if ref is None:
         return []
     try:
@@ -251,11 +250,11 @@ def _answers(store: Store, record: RunRecord) -> dict[str, Sequence[object]]:
 
     frames = []
     for side in SIDES:
-        ref = _artifact(store, record, f"evaluate {side}", "evaluate")
+        ref = _artifact(store, record, f"evaluate {side}")
         if ref is None:
             continue
         try:
-            frame = pd.read_parquet(io.BytesIO(read_intact(store, ref, "scores.parquet")))
+            frame = read_table(store, ref)
         except CorruptArtifact as failure:
             log.debug("no scores of %s: %s", record.run, failure)
             continue
@@ -268,10 +267,6 @@ def _answers(store: Store, record: RunRecord) -> dict[str, Sequence[object]]:
     return {str(name): list(values.values()) for name, values in plain.items()}
 
 
-def _artifact(store: Store, record: RunRecord, label: str, stage: str) -> Ref | None:
-    """Return a stage's artifact if the store still has it."""
+def _artifact(store: Store, record: RunRecord, label: str) -> Ref | None:
     done = record.stage(label)
-    if done is None:
-        return None
-    ref = Ref(stage=stage, fingerprint=done.fingerprint, digest=done.digest, uri=store.uri)
-    return None if store.check(ref) else ref
+    return None if done is None or store.check(ref := done.ref(store)) else ref

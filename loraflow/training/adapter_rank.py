@@ -100,7 +100,6 @@ def _trained(adapter: PeftConfig, matrix: Matrix) -> int:
 
 
 def _rank_of(adapter: PeftConfig, name: str) -> int:
-    """Return a module's rank; 0 without an adapter."""
     targets = adapter.target_modules
     is_adapted = "layers" in name.split(".") if targets == ALL_LINEAR else selects(targets, name)
     if not is_adapted or selects(adapter.exclude_modules, name) or not in_layers(name, adapter.layers_to_transform):

@@ -301,7 +301,6 @@ class RowCollator:
         return grid
 
     def _keys(self, example: RowNumber, tokens: int) -> NDArray[np.int32]:
-        """Return the keys of a training row's tokens."""
         assert self.noise is not None
         step, index = divmod(int(example["position"]), self.noise.global_batch)
         return token_keys(self.noise.seed, step, index, tokens)
