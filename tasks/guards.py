@@ -23,22 +23,14 @@ log = logging.getLogger("loraflow")
 
 
 def read_field_values(workspace: Workspace, result: PipelineResult) -> FieldValues:
-    """Return the values of the held-out rows' fields, as check_dataset wrote them; none if the recipe names no field.
-
-    Raises:
-        CorruptArtifact: the file is damaged; the artifact is quarantined by now.
-    """
+    """Return the values of the held-out rows' fields, as check_dataset wrote them; none if the recipe names no field."""
     if not workspace.recipe.slice_fields:
         return {}
     return parse_field_values(read_intact(workspace.store, result.rows, FILE))
 
 
 def read_unscored_parts(workspace: Workspace, result: PipelineResult, scored: Set[str]) -> list[str]:
-    """Return the parts that gate.slices guards and of which no row was scored.
-
-    Raises:
-        CorruptArtifact: the held-out rows are damaged; the artifact is quarantined by now.
-    """
+    """Return the parts that gate.slices guards and of which no row was scored."""
     rules = workspace.recipe.gate.slices
     if not rules:
         return []
@@ -80,11 +72,7 @@ def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:
 
 
 def read_general_guards(workspace: Workspace, result: PipelineResult) -> list[GeneralGuard]:
-    """Return what gate.forgetting asks for; nothing if it is not set. The bytes that are parsed are those that were hashed.
-
-    Raises:
-        CorruptArtifact: scores are damaged; they are quarantined by now.
-    """
+    """Return what gate.forgetting asks for; nothing if it is not set."""
     margins, store = workspace.recipe.gate.forgetting_margins, workspace.store
     if not margins:
         return []

@@ -108,11 +108,7 @@ def _innermost(layer: nn.Module | None) -> nn.Module | None:
 
 
 def _check_unloaded(merged: PreTrainedModel, adapter: Path) -> None:
-    """Refuse a model in which peft left parts of the adapter: it merges one update of a module, not one in another.
-
-    Raises:
-        BadModel: a module still has an update.
-    """
+    """Refuse a model in which peft left parts of the adapter: it merges one update of a module, not one in another."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -155,9 +151,6 @@ def _check_all_loaded(wrapped: PeftModel, adapter: Path, embeddings: set[str]) -
 
     Args:
         embeddings: names of the embeddings and the head, which peft loads, too, and saves only if it is asked to.
-
-    Raises:
-        BadModel: a tensor has no counterpart, or nothing is adapted.
     """
     from peft import get_peft_model_state_dict, load_peft_weights
     from peft.tuners.tuners_utils import BaseTunerLayer

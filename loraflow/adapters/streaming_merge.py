@@ -232,11 +232,7 @@ class TensorWriter:
             yield torch.frombuffer(raw, dtype=self._dtypes[source.dtype]).view(count, columns)
 
     def _refuse_non_finite(self, source: TensorEntry) -> None:
-        """Refuse a tensor that is copied, holds NaN or infinity, and is used. Integers and unknown types are not read.
-
-        Raises:
-            BadModel: it does.
-        """
+        """Refuse a tensor that is copied, holds NaN or infinity, and is used. Integers and unknown types are not read."""
         import torch
 
         dtype = self._dtypes.get(source.dtype)
@@ -289,11 +285,7 @@ def _bytes_of(block: torch.Tensor) -> memoryview:
 
 
 def require_finite(name: str, merged: torch.Tensor) -> None:
-    """Refuse merged values that are not finite: a model with such a value answers nothing.
-
-    Raises:
-        BadModel: a value is NaN or infinite.
-    """
+    """Refuse merged values that are not finite: a model with such a value answers nothing."""
     if not is_finite(merged):
         raise _not_finite(name, merged)
 

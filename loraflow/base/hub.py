@@ -152,9 +152,6 @@ def _refuse_damaged(file: Path) -> None:
 
     Args:
         file: a link to a file that is named by its content.
-
-    Raises:
-        BadModel: it is damaged.
     """
     blob = file.resolve()
     if not _BLOB.fullmatch(blob.name):

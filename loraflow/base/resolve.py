@@ -126,11 +126,7 @@ def _name_of(origin: FolderOrigin | GgufOrigin | HubOrigin) -> str:
 
 
 def _require_unchanged(origin: FolderOrigin | GgufOrigin | HubOrigin, config: ResolveBaseConfig) -> None:
-    """Check that a local base has the content that the fingerprint names: it was hashed before the run's first stage.
-
-    Raises:
-        BadModel: its files were changed since then.
-    """
+    """Check that a local base has the content that the fingerprint names: it was hashed before the run's first stage."""
     memo = HashMemo(None)
     if isinstance(origin, GgufOrigin):
         where, source = origin.gguf, {"gguf": memo.hash(Path(origin.gguf))}

@@ -165,11 +165,7 @@ def _rendered_by_transformers(
 
 
 def _accepted(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Chat, bool]]:
-    """Return the conversations, with and without a generation prompt, that the template renders.
-
-    Raises:
-        BadModel: only one of the two renderings refuses one, or the texts differ.
-    """
+    """Return the conversations, with and without a generation prompt, that the template renders."""
     found: list[tuple[Chat, bool]] = []
     for chat in conversations():
         for prompt in (False, True):
@@ -223,9 +219,6 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
         template: the same, as training reads it.
         tokenizer: the same, as transformers reads it.
         chats: chats of text that both render alike.
-
-    Raises:
-        BadModel: an answer ends elsewhere.
     """
     training = folder / TRAINING_TEMPLATE
     marking = training.read_text(encoding="utf-8") if training.exists() else template.template

@@ -122,9 +122,6 @@ def refuse_code_elsewhere(folder: Path) -> None:
 
     Args:
         folder: of a base whose code the recipe allows.
-
-    Raises:
-        BadModel: it is.
     """
     for name in ("config.json", "tokenizer_config.json"):
         elsewhere = [reference for reference in code_references(folder / name) if "--" in reference]
@@ -141,11 +138,7 @@ def refuse_code_elsewhere(folder: Path) -> None:
 
 
 def refuse_adapter_folder(folder: Path) -> None:
-    """Refuse an adapter, alone or beside a model: transformers would apply it to its base when it opens the folder.
-
-    Raises:
-        BadModel: the folder has adapter_config.json.
-    """
+    """Refuse an adapter, alone or beside a model: transformers would apply it to its base when it opens the folder."""
     if not (folder / "adapter_config.json").is_file():
         return
     has_model = (folder / "config.json").is_file()

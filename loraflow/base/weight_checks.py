@@ -102,11 +102,7 @@ def check_fits_config(folder: Path, *, trust: bool = False) -> list[str]:
 
 
 def _open_without_weights(folder: Path, *, trust: bool = False) -> tuple[PreTrainedModel, _LoadReport]:
-    """Open a model on torch's meta device, and return what transformers reports about its files' weights.
-
-    Raises:
-        BadModel: transformers cannot open it.
-    """
+    """Open a model on torch's meta device, and return what transformers reports about its files' weights."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as their_logging
 
@@ -176,9 +172,6 @@ def _refuse_quantized(folder: Path, unused: Set[str]) -> None:
 
     Args:
         unused: names that the model does not load: masks of older transformers have a byte for each value.
-
-    Raises:
-        BadModel: the model loads such a weight.
     """
     for name, entry in sorted(_stored(folder).items()):
         if entry.dtype in _QUANTIZED and name not in unused:
@@ -192,11 +185,7 @@ def _refuse_quantized(folder: Path, unused: Set[str]) -> None:
 
 
 def refuse_non_finite_weights(folder: Path) -> None:
-    """Refuse a model with NaN or infinity in a weight that it loads. All weights are read, in blocks.
-
-    Raises:
-        BadModel: there is such a weight.
-    """
+    """Refuse a model with NaN or infinity in a weight that it loads. All weights are read, in blocks."""
     from safetensors import safe_open
 
     unused: frozenset[str] | None = None
@@ -251,9 +240,6 @@ def _refuse_two_values(folder: Path, tied: Mapping[str, str]) -> None:
     Args:
         folder: the model's.
         tied: names of such weights → the name of the weight that they are.
-
-    Raises:
-        BadModel: there are such weights.
     """
     import torch
 

@@ -109,11 +109,7 @@ def cli() -> None:
 
 
 def _check_folder() -> None:
-    """Refuse a current folder that was removed, before Python 3.13.0's imports fail there with an error of its own.
-
-    Raises:
-        BadConfig: it was removed.
-    """
+    """Refuse a current folder that was removed, before Python 3.13.0's imports fail there with an error of its own."""
     try:
         Path.cwd()
     except FileNotFoundError:

@@ -113,11 +113,7 @@ def estimated_tokens(text: str) -> int:
 
 
 def _chats(rows: list[Row], data_file: Path) -> list[list[Message]]:
-    """Return the well-formed rows; print the first malformed ones and the keys that are not read.
-
-    Raises:
-        BadData: no row is a valid chat.
-    """
+    """Return the well-formed rows; print the first malformed ones and the keys that are not read."""
     chats = [row.messages for row in rows if row.messages is not None]
     malformed = [row for row in rows if row.messages is None and not row.is_marked_false]
     for row in malformed[:5]:
@@ -195,11 +191,7 @@ def _parsed(text: str, names: list[str]) -> dict[str, str]:
 
 
 def _names(path: Path, name: str, *, is_needed: bool) -> list[str]:
-    """Return the keys of the first rows: JSON rows may leave out keys without a value.
-
-    Raises:
-        BadData: names are needed, and the first row has none.
-    """
+    """Return the keys of the first rows: JSON rows may leave out keys without a value."""
     from loraflow.data.chats import BadRow
     from loraflow.data.readers import read_values
 

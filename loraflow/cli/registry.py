@@ -166,11 +166,7 @@ def promote(run: str, reason: str, store: str) -> None:
 
 
 def _artifact(store: Store, record: RunRecord, stage: str) -> Ref:
-    """Return the artifact of a run's stage.
-
-    Raises:
-        CorruptArtifact: it is gone or damaged.
-    """
+    """Return the artifact of a run's stage."""
     done = record.stage(stage)
     found = store.find(stage, done.fingerprint) if done else None
     if done is None or found is None or found.digest != done.digest:

@@ -203,11 +203,7 @@ class AnswerFinder:
         return self._closed(text, start, start + len(rendered.rstrip()), "", turn)
 
     def _require_reasoning(self, chat: Chat, text: str, answer: Answer, turn: AnswerTurn) -> None:
-        """Require that the reasoning beside an answer's content is learned with it.
-
-        Raises:
-            CutAnswer: the template leaves it out.
-        """
+        """Require that the reasoning beside an answer's content is learned with it."""
         message = chat[turn.message]
         reasoning = message.get("reasoning_content", "")
         learned = "".join(text[first:last] for first, last in answer.spans)

@@ -56,11 +56,7 @@ def is_null(cell: str) -> bool:
 
 
 def refuse_error_value(text: str, where: str) -> None:
-    """Refuse a text that is an error of a spreadsheet.
-
-    Raises:
-        BadRow: the text is one, such as #NAME?.
-    """
+    """Refuse a text that is an error of a spreadsheet."""
     if text.startswith("#") and text.strip() in _SPREADSHEET_ERRORS:
         raise BadRow(f"{where} {text.strip()} is an error of a spreadsheet, not a text; correct the cell")
 
@@ -127,9 +123,6 @@ def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue], found
 
     Args:
         found: the key of the row, or of a message, that has one.
-
-    Raises:
-        BadRow: it has one.
     """
     if found is not None:
         name = found if found in row else found.rpartition(".")[2]  # of a message: messages.images
@@ -154,11 +147,7 @@ class Unreadable(ValueError):
 
 
 def parsed_text(text: str) -> JsonValue:
-    """Return the value of a text that begins with { or [. NaN, numpy's values and a call such as Timestamp(…) are allowed.
-
-    Raises:
-        Unreadable: it cannot be parsed.
-    """
+    """Return the value of a text that begins with { or [. NaN, numpy's values and calls such as Timestamp(…) are allowed."""
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"it has more than {MAX_CHARACTERS:,} characters")
     try:
@@ -223,11 +212,7 @@ def _key(node: ast.expr | None) -> str:
 
 
 def strict_json(text: str) -> JsonValue:
-    """Parse JSON without NaN, infinities, lone surrogates and duplicated keys, which Python's parser accepts.
-
-    Raises:
-        ValueError: the text is not valid JSON.
-    """
+    """Parse JSON without NaN, infinities, lone surrogates and duplicated keys, which Python's parser accepts."""
     try:
         value: JsonValue = _decode(text)
         if "\\u" in text:

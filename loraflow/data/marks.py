@@ -357,11 +357,7 @@ def _agreed(found: list[Said | None]) -> Said | None:
 
 
 def _parsed(text: str, here: tuple[str, ...]) -> JsonValue:
-    """Parse the text of an object; None if it is none and has no mark.
-
-    Raises:
-        BadRow: it cannot be parsed, and the name of a mark is in it.
-    """
+    """Parse the text of an object; None if it is none and has no mark."""
     try:
         return parsed_text(text)
     except Unreadable as error:

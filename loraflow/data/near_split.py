@@ -146,9 +146,6 @@ def place_near(
         hold_out: is called with each row that is held out.
         leave_out: is called with each row that has no side, the reason, and a sentence.
         compared: pairs of texts that were compared before.
-
-    Raises:
-        MissingExtra: rensa is not installed.
     """
     is_drop = config.near_duplicates == "drop"
     sides = np.where(columns.sets != 0, np.int8(HELDOUT_FILE), columns.drawn)
@@ -184,11 +181,7 @@ def place_near(
 
 
 def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:
-    """Choose `data.near_duplicates` for a new recipe: drop, unless so many rows are near that they would be one side.
-
-    Raises:
-        MissingExtra: rensa is not installed.
-    """
+    """Choose `data.near_duplicates` for a new recipe: drop, unless so many rows are near that they would be one side."""
     sketches = Sketches()
     sketches.add([comparable_text(chat) for chat in chats])
     comparison = Comparison(lambda number: comparable_text(chats[number]))

@@ -56,9 +56,6 @@ class Positions:
             lengths: of the documents, in tokens.
             where: what they are.
             scored: the place of each document, if they are scored: max_length does not apply to them then.
-
-        Raises:
-            BadData: a document has more tokens than the model has positions.
         """
         longest = max(lengths, default=0)
         if self.limit is not None and longest > self.limit:

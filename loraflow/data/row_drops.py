@@ -143,9 +143,6 @@ def with_near_prompts(similar: Similar, table: ChatTable, columns: Columns, trai
     Args:
         similar: what was found among equal prompts.
         train: training and validation rows. Answers that are not learned do not count.
-
-    Raises:
-        MissingExtra: rensa is not installed.
     """
     assert table.prompts is not None
     learned = train[columns.has(LAST_LEARNED)[train]]

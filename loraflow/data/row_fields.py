@@ -201,11 +201,7 @@ class RowFields:
         return Turn(role, content, weight.value, tuple(calls), *ids, reasoning, weight.excluded_by)
 
     def _of_parts(self, turn: Turn, where: str, column: str) -> list[Turn]:
-        """Return the turns of a message whose content is a list of parts: results of tools are messages of their own.
-
-        Raises:
-            BadRow: a part is malformed, or is not one of a message with this role.
-        """
+        """Return the turns of a message whose content is a list of parts: results of tools are messages of their own."""
         content = turn.content
         assert isinstance(content, list)
         if turn.role == TOOL and content and not is_parts(content):
@@ -237,11 +233,7 @@ class RowFields:
         return out
 
     def _marks_of_part(self, turn: Turn, part: RawRow, where: str) -> set[str]:
-        """Return the keys of a part that are marks: only answers are learned.
-
-        Raises:
-            BadRow: one marks a part of an answer as not to be learned. Masks are those of whole answers.
-        """
+        """Return the keys of a part that are marks: only answers are learned."""
         if turn.role != ASSISTANT or self.labels is None:
             return {key for key, value in part.items() if is_mark(key) and excludes(key, value)}
         used: set[str] = set()
@@ -252,11 +244,7 @@ class RowFields:
         return used
 
     def joined(self, content: list[JsonValue], column: str) -> str:
-        """Join the text parts of a system column: [{"type": "text", "text": …}].
-
-        Raises:
-            BadRow: a part is not text.
-        """
+        """Join the text parts of a system column: [{"type": "text", "text": …}]."""
         (turn,) = self._of_parts(Turn("system", content), column, column)
         return str(turn.content)
 
@@ -320,11 +308,7 @@ def _is_open_call(item: RawRow) -> bool:
 
 
 def _reasoning(message: RowFields, where: str) -> str:
-    """Return the reasoning beside an answer's content: texts, or lists of texts or parts; other values stay unread.
-
-    Raises:
-        BadRow: two keys have different values.
-    """
+    """Return the reasoning beside an answer's content: texts, or lists of texts or parts; other values stay unread."""
     found: dict[str, str] = {}  # text → its key
     for key in REASONING_KEYS:
         value = message.row.get(key)

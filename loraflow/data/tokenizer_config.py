@@ -52,11 +52,7 @@ class TokenizerConfig(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerConfig:
-        """Read the file in a model's folder.
-
-        Raises:
-            BadModel: it is missing or damaged.
-        """
+        """Read the file in a model's folder."""
         file = folder / FILE
         try:
             with file.open("rb") as opened:
@@ -163,11 +159,7 @@ def find_template(folder: Path) -> str | None:
 
 
 def find_tool_template(folder: Path) -> str | None:
-    """Return the template that transformers uses for chats with tools, if it is another one.
-
-    Raises:
-        BadModel: the file is damaged, or the template is longer than any template is.
-    """
+    """Return the template that transformers uses for chats with tools, if it is another one."""
     if (folder / TOOL_TEMPLATE).exists():
         return _text_of(folder / TOOL_TEMPLATE)
     if (folder / DEFAULT_TEMPLATE).exists() or (folder / TEMPLATE).exists():
@@ -186,11 +178,7 @@ def _text_of(file: Path) -> str | None:
 
 
 def _checked(template: str | None, where: Path) -> str | None:
-    """Return a template, None for an empty one.
-
-    Raises:
-        BadModel: it is longer than any template is.
-    """
+    """Return a template, None for an empty one."""
     if template is not None and len(template) > MAX_TEMPLATE:
         raise BadModel(
             "The chat template is too long.",

@@ -194,11 +194,7 @@ def _role(label: re.Match[str]) -> JsonValue:
 
 
 def _turns(text: str, dialect: _Dialect) -> list[Turn]:
-    """Return the messages of a text.
-
-    Raises:
-        BadRow: a text belongs to no message, or two answers follow each other.
-    """
+    """Return the messages of a text."""
     labels = list(dialect.label.finditer(text))
     before = (text[: labels[0].start()] if labels else text).strip()
     turns: list[Turn] = []
@@ -232,11 +228,7 @@ def _turns(text: str, dialect: _Dialect) -> list[Turn]:
 
 
 def alternating(turns: list[Turn]) -> list[Turn]:
-    """Return the messages of a text, in which two answers that follow each other have been cut at the wrong places.
-
-    Raises:
-        BadRow: they do.
-    """
+    """Return the messages of a text, in which two answers that follow each other have been cut at the wrong places."""
     for number, (turn, following) in enumerate(itertools.pairwise(turns), 1):
         if turn.role == following.role and turn.role in ("user", ASSISTANT):
             raise BadRow(

@@ -120,11 +120,7 @@ def _from_file(path: Path) -> dict[str, JsonValue] | None:
 
 
 def parse_outcome(path: Path) -> dict[str, JsonValue] | None:
-    """Return an outcome's values; None if the file is damaged, or that of another job.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Return an outcome's values; None if the file is damaged, or that of another job."""
     try:
         return _parsed(check_document(f"{path.parent.name}/{path.name}", path.read_bytes()))
     except ChangedDocument:

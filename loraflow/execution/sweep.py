@@ -138,11 +138,7 @@ def _variant(recipe_file: RecipeFile, settings: Mapping[str, JsonValue]) -> Reci
 
 
 def _measured(found: RecipeFile) -> RecipeFile:
-    """Return the recipe with a measurement of the validation loss at its end, if it has none. No fingerprint changes.
-
-    Raises:
-        BadConfig: it has no validation rows.
-    """
+    """Return the recipe with a measurement of the validation loss at its end, if it has none. No fingerprint changes."""
     recipe = found.recipe
     if not recipe.data.validation_fraction:
         raise BadConfig(

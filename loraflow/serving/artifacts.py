@@ -56,11 +56,7 @@ def artifact_at(folder: Path) -> tuple[LocalStore, Ref] | None:
 
 
 def require_intact_files(*paths: Path) -> None:
-    """Refuse files and folders of damaged artifacts. Others are not checked: nothing says what they should be.
-
-    Raises:
-        CorruptArtifact: one of them belongs to a damaged artifact.
-    """
+    """Refuse files and folders of damaged artifacts. Others are not checked: nothing says what they should be."""
     for path in paths:
         resolved = path.resolve()
         for folder in (resolved, *resolved.parents[:_LEVELS]):

@@ -250,12 +250,7 @@ class Session:
                 self.note(str(failure))
 
     def handle_line(self, line: str) -> None:
-        """Answer a message, or run a command.
-
-        Raises:
-            Quit: the line is /quit.
-            Failure: the message cannot be answered.
-        """
+        """Answer a message, or run a command."""
         if not line:
             return
         if line.startswith("/") and not line.startswith("//"):

@@ -198,11 +198,7 @@ def _require_new(target: Path) -> None:
 
 @contextmanager
 def _unfinished(work: Path, target: Path) -> Iterator[None]:
-    """Lock the folder of unfinished answers. Remove it at the end, unless it has answers to resume from.
-
-    Raises:
-        BadConfig: another process has locked it.
-    """
+    """Lock the folder of unfinished answers. Remove it at the end, unless it has answers to resume from."""
     try:
         work.mkdir(exist_ok=True)
         with flock(work / "lock", wait=False):
@@ -220,11 +216,7 @@ def _unfinished(work: Path, target: Path) -> Iterator[None]:
 
 
 def _resume(work: Path, request: _RequestIdentity) -> int:
-    """Return the number of rows that an earlier attempt at the same work answered.
-
-    Raises:
-        BadConfig: the unfinished answers belong to another input, model or setting.
-    """
+    """Return the number of rows that an earlier attempt at the same work answered."""
     file = work / "begun.json"
     if not _has_answers(work) or not file.exists():
         write_atomic(file, add_checksum(file.name, json_bytes(request.model_dump())))

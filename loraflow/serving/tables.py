@@ -195,11 +195,7 @@ def _write_parquet(path: Path, questions: Sequence[Question], answers: Sequence[
 
 
 def _column(name: str, questions: Sequence[Question]) -> pa.Array:
-    """Return a column's values in a type that Parquet has.
-
-    Raises:
-        BadData: there is none: types are mixed, a number is beyond 64 bits, or an object has no keys.
-    """
+    """Return a column's values in a type that Parquet has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -215,11 +215,7 @@ def _first_line(error: Exception) -> str:
 
 
 def read_marks(store: Store, model: str) -> list[str]:
-    """Return the names of a model's marks; none if all was sent.
-
-    Raises:
-        Network: the store does not answer.
-    """
+    """Return the names of a model's marks; none if all was sent."""
     return store.documents(f"mlflow/{model}/")
 
 

@@ -44,9 +44,6 @@ def refuse_leaking_documents(
         model: the base as it is trained, on its device.
         is_concatenated: the layout of training: concatenated documents with their borders, else packed rows.
         compute_dtype: the dtype of matrix products.
-
-    Raises:
-        BadModel: the second document's logits depend on the first document.
     """
     size = model.config.get_text_config().vocab_size
     draw = np.random.default_rng(0)
@@ -81,9 +78,6 @@ def refuse_seeing_later_tokens(
 
     Args:
         is_concatenated: the layout of training: concatenated documents with their borders, else padded rows.
-
-    Raises:
-        BadModel: they change by more than rounding.
     """
     size = model.config.get_text_config().vocab_size
     ids = np.random.default_rng(0).integers(0, size, sum(LENGTHS))
@@ -110,9 +104,6 @@ def refuse_padding_that_is_seen(model: PreTrainedModel, pad_id: int, *, compute_
 
     Args:
         model: the base as it is trained, on its device; its tokens do not see later ones.
-
-    Raises:
-        BadModel: they change by more than rounding.
     """
     size = model.config.get_text_config().vocab_size
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, size, (2, LENGTHS[1])))
@@ -241,9 +232,6 @@ def errors_as_refusal(model: PreTrainedModel, what: str, expected: str) -> Itera
     Args:
         what: the sentence of the refusal.
         expected: what a model for this must be able to do.
-
-    Raises:
-        BadModel: the model's code failed.
     """
     try:
         yield

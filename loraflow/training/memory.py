@@ -376,9 +376,6 @@ def explain_out_of_memory(where: str, retry_with: RetryWith) -> Iterator[None]:
     Args:
         where: what the process did, with which choices.
         retry_with: runtime settings of the next attempt; without changes if there should be none.
-
-    Raises:
-        OutOfMemory: torch ran out of memory.
     """
     import torch
 

@@ -52,11 +52,7 @@ def preview(base: Path, recipe: Recipe) -> list[str]:
 
 
 def describe(base: Path) -> list[str]:
-    """Return what an architecture is trained with, and what all-linear adapts in it, a line each.
-
-    Raises:
-        BadModel: the base's model cannot be built from its config.
-    """
+    """Return what an architecture is trained with, and what all-linear adapts in it, a line each."""
     model = model_without_weights(base)
     return [*_lines(base, model.config), f"  all-linear: {_summary(base, model, find_targets(model, PeftConfig()))}"]
 
