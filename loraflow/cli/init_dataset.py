@@ -147,9 +147,6 @@ FIRST_ROWS = 1000  # rows whose keys are columns
 def choose_columns(path: Path, name: str, given: str | None) -> dict[str, str]:
     """Return `data.columns` for a file.
 
-    Args:
-        name: its name in messages.
-
     Raises:
         BadConfig: --columns is malformed, or names a column that the file does not have.
         BadData: the file cannot be read, or --columns is given and the first row cannot.
@@ -272,7 +269,6 @@ def choose_settings(
     Args:
         rows: the number of chats, held-out ones included.
         heldout_fraction: the share of rows to hold out; 0 if whole files are held out.
-        tokens: the number of tokens of all chats, roughly.
         max_length: tokens of a packed row.
     """
     train = max(1, round(rows * (1 - heldout_fraction)))

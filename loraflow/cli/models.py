@@ -76,7 +76,7 @@ def _written_whole(out: Path, *inputs: Path) -> Iterator[Path]:
         BadConfig: `out` exists.
         CorruptArtifact: an input belongs to a damaged artifact.
     """
-    from loraflow.serving.artifacts import require_intact_files
+    from loraflow.serving.models import require_intact_files
     from loraflow.store.files import set_default_modes
 
     if out.exists():

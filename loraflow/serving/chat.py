@@ -218,7 +218,6 @@ class Session:
 
     Args:
         chats: name shown before the answers → conversation.
-        write: takes the text of answers.
         note: takes all other text, one line at a time.
         interactive: after Ctrl-C or an error ask for the next line; a pipe ends instead.
     """

@@ -130,7 +130,6 @@ def predict(
     Args:
         source: JSONL, JSON, CSV, TSV or Parquet.
         target: JSONL, CSV, TSV or Parquet; it must not exist.
-        options: how rows are read and answered.
 
     Raises:
         BadConfig: the target exists, or unfinished answers belong to another input, model or setting.

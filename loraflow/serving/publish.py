@@ -21,9 +21,8 @@ from loraflow.failures import BadConfig, BadModel, Failure, Network
 from loraflow.identity import short
 from loraflow.registry.anchor import now
 from loraflow.registry.runs import Publication
-from loraflow.serving.artifacts import intact_folder
 from loraflow.serving.card import Facts, PublishedForm, collect_facts, write_card
-from loraflow.serving.models import MODEL_FILE_SUFFIXES, Model, check_unmerged
+from loraflow.serving.models import MODEL_FILE_SUFFIXES, Model, check_unmerged, intact_folder
 from loraflow.store import Store, open_store
 from loraflow.store.base import MANIFEST
 from loraflow.store.checksum import add_checksum, check_document
@@ -202,7 +201,7 @@ def _without_paths(file: Path, facts: Facts) -> str:
         if isinstance(values.get(key), str):
             del values[key]
     if file.name == "adapter_config.json":
-        values["base_model_name_or_path"] = None if facts.repacked else facts.base
+        values["base_model_name_or_path"] = None if facts.lineage.repacked else facts.base
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -61,8 +61,6 @@ def read_questions(
     Args:
         format_name: messages, sharegpt, alpaca, prompt_completion or auto.
         column: the column that holds the question, instead of a chat format.
-        system: a message to put before chats that have none.
-        tools: the tools of rows that have none of their own.
 
     Raises:
         BadData: the file cannot be read, has no rows, or none of them is a question.

@@ -33,9 +33,6 @@ def tag_log(store: Store, model: str, folder: Path | None = None) -> None:
     """Make the tags that are missing, in the git repository of the folder, if the model's newest run asks for them.
 
     Nothing that happens here changes the outcome: the promotion log is written by now.
-
-    Args:
-        folder: None is the current folder.
     """
     try:
         records = [record for record in read_runs(store) if record.model == model]

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from loraflow.failures import Failure, Network
@@ -15,7 +16,6 @@ from loraflow.store import Store
 from loraflow.tracking.tracker import (
     RunContent,
     TrackedRun,
-    Tracker,
     Tracking,
     content_of,
     content_of_lost_run,
@@ -24,6 +24,9 @@ from loraflow.tracking.tracker import (
     is_news,
     missing_extra,
 )
+
+if TYPE_CHECKING:
+    from loraflow.tracking.mlflow_tracker import MlflowTracker
 
 log = logging.getLogger("loraflow")
 MAX_MOVES = 10  # moves of the alias in one call, if others promote at the same time
@@ -111,7 +114,7 @@ def try_to_sync(store: Store, model: str, tracking: Tracking, record: RunRecord 
         remove_marks(store, [*left, own])
 
 
-def open_tracker(tracking: Tracking) -> Tracker:
+def open_tracker(tracking: Tracking) -> MlflowTracker:
     """Connect to MLflow.
 
     Raises:
@@ -127,7 +130,7 @@ def open_tracker(tracking: Tracking) -> Tracker:
     return MlflowTracker(tracking)
 
 
-def sync(store: Store, model: str, tracker: Tracker, records: Iterable[RunRecord] | None = None) -> Synced:
+def sync(store: Store, model: str, tracker: MlflowTracker, records: Iterable[RunRecord] | None = None) -> Synced:
     """Send the runs that MLflow does not have, register promoted models, and move the alias to the champion.
 
     Args:
@@ -147,7 +150,7 @@ def sync(store: Store, model: str, tracker: Tracker, records: Iterable[RunRecord
     return Synced(sent, created, champion)
 
 
-def _send(tracker: Tracker, known: dict[str, TrackedRun], content: RunContent) -> bool:
+def _send(tracker: MlflowTracker, known: dict[str, TrackedRun], content: RunContent) -> bool:
     """Send a run, unless the server has all of it. Complete an interrupted one."""
     run = known.get(content.run)
     if run is not None and run.is_complete:
@@ -161,7 +164,7 @@ def _send(tracker: Tracker, known: dict[str, TrackedRun], content: RunContent) -
 
 
 def _mirror_registry(
-    store: Store, model: str, tracker: Tracker, known: dict[str, TrackedRun]
+    store: Store, model: str, tracker: MlflowTracker, known: dict[str, TrackedRun]
 ) -> tuple[int, str | None]:
     """Register all models of the log, then move the alias to the last one. Return how many are new, and the alias."""
     promotions = PromotionLog(store, model)
@@ -185,7 +188,7 @@ def _mirror_registry(
     raise Network("The promotion log changes faster than MLflow's alias can follow.", next_step="loraflow mlflow sync")
 
 
-def _register(store: Store, tracker: Tracker, known: dict[str, TrackedRun], entry: Entry) -> str:
+def _register(store: Store, tracker: MlflowTracker, known: dict[str, TrackedRun], entry: Entry) -> str:
     record = find_run(store, entry.merged)
     location = store.location(entry.merged)
     if record is not None:

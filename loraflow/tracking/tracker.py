@@ -1,4 +1,4 @@
-"""What is mirrored of a run, where to, and what the mirror needs of a tracking server. `mlflow_tracker` implements it."""
+"""What is mirrored of a run, and where to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from pydantic import JsonValue
 
@@ -52,37 +52,6 @@ class RunContent:
     points: Sequence[Point]
     files: Mapping[str, bytes]  # {path among the run's artifacts: content}
     tables: Mapping[str, Mapping[str, Sequence[object]]] = field(default_factory=dict)  # {path: {column: values}}
-
-
-class Tracker(Protocol):
-    """A tracking server with a model registry. Each method raises `Network` if the server does not do it.
-
-    Each method can be repeated after a failure: what was done already stays the same.
-    """
-
-    def find_runs(self) -> dict[str, TrackedRun]:
-        """Return the runs of the experiment, by loraflow's id."""
-
-    def start_run(self, content: RunContent) -> TrackedRun:
-        """Create a run."""
-
-    def write_run(self, run: TrackedRun, content: RunContent) -> None:
-        """Write parameters, metrics, tags, files and tables."""
-
-    def finish_run(self, run: TrackedRun, content: RunContent) -> None:
-        """Set the run's state and end, and mark it as complete."""
-
-    def find_versions(self) -> dict[str, str]:
-        """Return the versions of the model, {digest of the merged model: version}."""
-
-    def create_version(self, digest: str, run: TrackedRun, tags: Mapping[str, str], description: str) -> str:
-        """Register a model of a run, and return its version."""
-
-    def champion(self) -> str | None:
-        """Return the version that the alias champion names; None if there is no such alias."""
-
-    def set_champion(self, version: str) -> None:
-        """Move the alias champion, in one request."""
 
 
 VARIABLE = "MLFLOW_TRACKING_URI"
