@@ -287,11 +287,7 @@ def _check_behaviour(workspace: Workspace, result: PipelineResult) -> tuple[Beha
 
 
 def _budget(look: Look, rows: int, error: float, *, is_free: bool) -> str:
-    """Return for people which look it was, what is left, how many of the rows were new, and the error of all looks.
-
-    Args:
-        is_free: whether the error holds on whatever rows.
-    """
+    """Return for people which look it was, what is left, how many of the rows were new, and the error of all looks."""
     fresh = "" if look.fresh is None else f", of which {look.fresh} were never scored before"
     near = (
         f" Its level includes {look.following:.2g} because an earlier look nearly showed a gain."

@@ -180,7 +180,6 @@ def with_recipe_values(spec: DeploymentSpec, folder: Path, where: str) -> Deploy
 
     Args:
         spec: the deployment; it is returned as it is if its flow has no such form, or it names no recipe.
-        folder: the folder of `prefect.yaml`.
     """
     recipe = spec.parameters.get("recipe")
     file = recipe_file(folder, recipe) if isinstance(recipe, str) else None

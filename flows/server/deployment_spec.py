@@ -61,7 +61,6 @@ def automation_of(trigger: DeploymentTriggerTypes, number: int, deployment: str,
     """Return the automation of a trigger; without a name it is called as `prefect deploy` calls it.
 
     Args:
-        trigger: as it was read.
         number: its position in the list of the deployment, from 1.
     """
     own = trigger.model_copy()

@@ -291,7 +291,6 @@ def give_projections_of(adapter: Iterable[str], model: PreTrainedModel) -> None:
     """Fuse or split a base's projections as an adapter has them; both are on the meta device, so no weight is computed.
 
     Args:
-        adapter: names of the modules that it adapts.
         model: the base without weights; it is changed.
     """
     adapted = {name.rpartition(".")[2] for name in adapter}

@@ -69,9 +69,7 @@ def merge_trained_in_nf4(
     only the gate may use held-out rows.
 
     Args:
-        out: an empty folder for the merged model.
         shards: tokenized training rows; needed where `config.onto` is auto.
-        progress: reports tensors; its `work` folder holds the merges that are compared.
         config: how training quantized the base, and into which weights to merge.
 
     Returns:

@@ -75,9 +75,7 @@ def merge(
     """Merge an adapter's folder into a base's folder.
 
     Args:
-        out: an empty folder for the merged model.
         dtype: bfloat16, float16 or float32; None leaves each tensor's own.
-        max_shard_bytes: the largest size of a file.
         threads: the number of threads of a streamed merge; None is one for each core.
         progress: reports tensors; finished shards survive a kill in its `work` folder.
         base_digest: digest of the base's artifact, compared with the digest that the adapter records.

@@ -24,11 +24,6 @@ def merge_with_peft(
 ) -> int:
     """Write the merged model to `out` and return the number of adapted modules.
 
-    Args:
-        out: a folder for the merged model.
-        dtype: bfloat16, float16 or float32; None leaves each tensor's own.
-        nf4: merge into the base's weights as training saw them.
-
     Raises:
         BadModel: the adapter does not fit the base, or peft cannot merge it.
     """

@@ -28,7 +28,6 @@ class Nf4:
 
     Args:
         dtype: bfloat16 or float16, in which the products were computed.
-        double: whether the constants were quantized too.
 
     Raises:
         MissingExtra: bitsandbytes is not installed.

@@ -106,7 +106,6 @@ def served_folder(base: Path, adapter: Path | None) -> Iterator[Path]:
 
     Args:
         base: the model's folder, which is returned unless the adapter has files of its own.
-        adapter: PEFT's folder that is applied to it, if any.
     """
     if adapter is None or not has_own(adapter):
         yield base

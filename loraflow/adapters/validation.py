@@ -157,9 +157,6 @@ def check_vocabulary(base: Path, adapter: Path, rows: int) -> None:
     Some published bases have unused tokens beyond their embeddings, such as gemma-3-1b's for images
     (https://github.com/huggingface/transformers/issues/37011). They are only logged.
 
-    Args:
-        adapter: PEFT's folder; it may hold a tokenizer.
-
     Raises:
         BadModel: tokens were added without resizing the embeddings.
     """

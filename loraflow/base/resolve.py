@@ -279,8 +279,6 @@ def prepare_tokenizer(out: Path, chosen: str | None = None, *, no_thinking: bool
     """Write the template that the model is served with, and compare it with transformers' rendering and tokens.
 
     Args:
-        out: the folder with the tokenizer's files, which are changed.
-        chosen: the recipe's template; None uses the model's own.
         no_thinking: answers come after an empty think block.
 
     Returns:

@@ -215,10 +215,7 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
     The start may differ: what the template leaves unmarked behind the prompt is learned, and a marked prompt is not.
 
     Args:
-        folder: the base's tokenizer.
         template: the same, as training reads it.
-        tokenizer: the same, as transformers reads it.
-        chats: chats of text that both render alike.
     """
     training = folder / TRAINING_TEMPLATE
     marking = training.read_text(encoding="utf-8") if training.exists() else template.template

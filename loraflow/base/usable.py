@@ -40,10 +40,6 @@ def is_hub_id(model: str) -> bool:
 def require_base_name(model: str, where: str = _WHERE) -> None:
     """Check the name of a base, without the network.
 
-    Args:
-        model: what the recipe or the command names.
-        where: the key or option that names it.
-
     Raises:
         BadModel: it is neither `bundled:smollm2` nor a folder, and has not the form of a hub id.
     """
@@ -119,9 +115,6 @@ def refuse_code_elsewhere(folder: Path) -> None:
     """Refuse a base whose own code is in another repository of the hub: transformers runs its newest version each time.
 
     Such a base is often a fine-tuned copy, whose config.json says `OWNER/NAME--modeling.Class`.
-
-    Args:
-        folder: of a base whose code the recipe allows.
     """
     for name in ("config.json", "tokenizer_config.json"):
         elsewhere = [reference for reference in code_references(folder / name) if "--" in reference]

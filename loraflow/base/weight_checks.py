@@ -238,7 +238,6 @@ def _refuse_two_values(folder: Path, tied: Mapping[str, str]) -> None:
     transformers 5 trains them as two, and a server that follows the config serves them as one.
 
     Args:
-        folder: the model's.
         tied: names of such weights → the name of the weight that they are.
     """
     import torch

@@ -105,7 +105,6 @@ class ByteAlignment:
 
         Args:
             ids: the ids of all texts, one text after another.
-            spans: the spans of each text, in characters.
         """
         ends = np.zeros(len(ids) + 1, np.int64)  # ends[k]: bytes before token k
         np.cumsum(self._bytes[ids], out=ends[1:])

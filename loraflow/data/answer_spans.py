@@ -392,7 +392,6 @@ def _end_of_closing(tail: str, tokens: Iterable[re.Match[str]], shared: int, end
     the footer of a chat, is a part of it only between tokens that are none of the model's, if earlier answers have it too.
 
     Args:
-        tail: what the template writes.
         tokens: its control tokens, and perhaps some behind it.
         shared: characters of it that an earlier answer has too.
         ends: the model's own stop tokens.

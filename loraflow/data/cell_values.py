@@ -120,9 +120,6 @@ def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue], found
     """Refuse a row with an image, video or sound: its answer would be learned without it.
 
     A path or URL alone may belong to a text that does not need it, so it counts only beside a placeholder in the text.
-
-    Args:
-        found: the key of the row, or of a message, that has one.
     """
     if found is not None:
         name = found if found in row else found.rpartition(".")[2]  # of a message: messages.images

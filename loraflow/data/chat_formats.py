@@ -93,8 +93,6 @@ def read_chat(
     Args:
         columns: {loraflow's column: the row's column}, for columns with other names.
         labels: tells whether a label is a class. By default none is.
-        tools: the tools of a row that has none of its own (data.tools).
-        ignore: keys of the row and its messages that are not looked at.
 
     Raises:
         MarkedFalse: marks exclude every answer of the row.

@@ -151,9 +151,6 @@ class ChatTable:
         """Yield the lines of rows in train.jsonl, validation.jsonl or heldout.jsonl, some at a time.
 
         Of a held-out row, only the last answer is used: marks and weights are left out.
-
-        Args:
-            rows: their numbers.
         """
         is_heldout = split == "heldout"
         names = [to_json(name if is_heldout else split) for name in self._set_names]

@@ -105,10 +105,6 @@ def read_files(
 def count_fields(folder: Path, name: str, found: Version, query: str | None = None) -> None:
     """Count a file's rows, and in how many of them each field has a value.
 
-    Args:
-        name: the file, relative to it.
-        query: for a database, a table or a SELECT statement; None takes its only table.
-
     Raises:
         BadData: the file cannot be read.
     """

@@ -56,9 +56,6 @@ class Parts:
 def read_parts(content: list[JsonValue], where: str) -> Parts:
     """Read a message's parts, such as [{"type": "text", "text": "Look."}, {"type": "tool_use", "name": …, "input": …}].
 
-    Args:
-        where: the message, for the problem's text.
-
     Raises:
         BadRow: a part is of another type, or the parts are not in the order of templates: reasoning, text, calls; or
             results, text.

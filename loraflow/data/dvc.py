@@ -44,8 +44,6 @@ def dvc_md5(path: Path, memo: HashMemo | None = None, ignored: IgnoreRules | Non
     """Return DVC's id of a folder (`….dir`) or of a file.
 
     Args:
-        path: the folder or file.
-        memo: known hashes of files.
         ignored: which files of the folder do not belong to the dataset; None if all do.
 
     Raises:

@@ -304,7 +304,6 @@ def parse_listing(raw: bytes, md5: str, where: str, next_step: str) -> list[List
 
     Args:
         md5: the name of the object, which is the md5 of its bytes and `.dir`.
-        next_step: how to replace a damaged object, for the message.
 
     Raises:
         BadData: the bytes have another md5, are not a list as DVC writes it, or name a file that must not be written.

@@ -27,7 +27,6 @@ def git(
 
     Args:
         arguments: the command and its arguments, such as `["rev-parse", "HEAD"]`.
-        folder: a folder inside the repository; None is the current folder.
 
     Raises:
         GitError: git exits with an error, or is not installed.

@@ -39,7 +39,6 @@ def write_field_values(
 
     Args:
         gate_rows: (id, place) of each of them.
-        queries: of the sources that are databases, by their names.
 
     Raises:
         BadData: no row has one of the fields, it has many different values, or a value is a list or an object.

@@ -337,8 +337,6 @@ def names_the_class(name: str, here: tuple[str, ...], value: JsonValue, beside: 
 
     Args:
         name: the opinion's name, such as `correctness` or `is_safe`.
-        here: the keys that lead to the value.
-        beside: the answer.
     """
     first = _CLASS if name in SAFETY else _GRADE
     if any(first.match(answer) or (name in SAFETY and _is_yes_or_no(answer)) for answer in beside.said):

@@ -84,12 +84,8 @@ def answer_weight(
 
     Args:
         values: the row or message.
-        where: the message, for the problem's text; empty for a row.
         used: the keys that are read as marks are added to it.
-        labels: tells whether a label is a class.
         columns: the columns that a recipe names as the answer, such as `chosen`; beside it, `rejected` is a text too.
-        said: the answers.
-        row: the whole row; None for a message.
 
     Raises:
         BadRow: a mark is unclear, or a weight is not between 0 and 10.
@@ -270,9 +266,6 @@ _KEY_IN_TEXT = re.compile(r"([A-Za-z][\w -]*?)[\"']?\s*[:=]")
 
 def contained(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
     """Return what the objects of a key say about an answer: of one that was flattened to the columns meta.weight, … too.
-
-    Args:
-        here: the keys that lead to the value.
 
     Raises:
         BadRow: objects are nested too deeply, or a text that seems to have a mark cannot be parsed.

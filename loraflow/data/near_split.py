@@ -142,10 +142,7 @@ def place_near(
 
     Args:
         numbers: the rows to place: those of held-out files, then those of training files.
-        config: the stage's config.
-        hold_out: is called with each row that is held out.
         leave_out: is called with each row that has no side, the reason, and a sentence.
-        compared: pairs of texts that were compared before.
     """
     is_drop = config.near_duplicates == "drop"
     sides = np.where(columns.sets != 0, np.int8(HELDOUT_FILE), columns.drawn)
@@ -237,7 +234,6 @@ def _names(table: ChatTable, order: Rows, firsts: Rows) -> ClusterNames:
     """Name the clusters by the chats of their first rows.
 
     Args:
-        order: the rows that were placed.
         firsts: for each of them, the position of the first row of its cluster; -1 for none.
     """
     sizes = np.bincount(firsts[firsts >= 0], minlength=len(order))

@@ -87,10 +87,8 @@ def answer_texts(
 
     Args:
         values: the row, without the columns that are read.
-        labels: knows the other rows of the file.
         columns: the columns that a recipe names as the answer, such as `chosen`; beside it, a text `rejected` is the other
             answer.
-        said: the answers of the row.
 
     Raises:
         BadRow: the keys may be answers or marks.

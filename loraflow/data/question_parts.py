@@ -93,9 +93,7 @@ def refuse_lost_parts(
     Only passages are such parts. Ids, file names, categories and short texts beside a prompt are metadata.
 
     Args:
-        row: the row as its file has it.
         used: the keys that were read: loraflow's name → the row's column. Chats of messages have their parts.
-        columns: data.columns.
 
     Raises:
         LostPart: it has. The answer would be learned without it.

@@ -86,12 +86,7 @@ def read_rows(
 
     Args:
         names: the files to read, relative to the folder.
-        format_name: the rows' format: messages, sharegpt, alpaca, prompt_completion or auto.
         columns: {loraflow's column: the files' column}, for columns with other names.
-        group: the field that names a row's group.
-        tools: the tools of rows that have none of their own.
-        query: for databases, a table or a SELECT statement; None takes the only table.
-        ignore: keys of rows and messages that are not looked at.
         is_training: the files are for training, so rows that their column `split` keeps for tests are left out.
 
     Raises:

@@ -141,7 +141,6 @@ def with_near_prompts(similar: Similar, table: ChatTable, columns: Columns, trai
     """Return what was found about similar rows, with the prompts that are near to another one with another answer.
 
     Args:
-        similar: what was found among equal prompts.
         train: training and validation rows. Answers that are not learned do not count.
     """
     assert table.prompts is not None

@@ -38,9 +38,7 @@ class RowFields:
     """A row, and which keys of it and of its messages were read.
 
     Args:
-        columns: {loraflow's column: the row's column}, for columns with other names.
         labels: tells whether a label is a class; None if marks are not read.
-        ignore: keys of the row and its messages that are not looked at.
 
     Raises:
         BadRow: the row lacks a column of `columns`.

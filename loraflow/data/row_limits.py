@@ -25,7 +25,6 @@ def check_limits(
     """Stop the run if a report of check_dataset exceeds the recipe's limits.
 
     Args:
-        max_quarantined: largest share of malformed rows (data.max_quarantined).
         refuse_near_leaks: whether training rows that are near to a held-out row stop the run (data.near_duplicates).
 
     Raises:

@@ -160,9 +160,6 @@ def _without_block(source: str, empty: str | None) -> str:
     DeepSeek-R1's end with the tag that opens it, Gemma 4's with an empty block. Their answers are rendered without
     reasoning, so this is what they follow.
 
-    Args:
-        empty: the empty block; None: the tag.
-
     Raises:
         BadModel: the template writes no such tag, or marks its answers.
     """

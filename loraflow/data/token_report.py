@@ -49,7 +49,6 @@ class Lengths(StoredModel):
         """Return the lengths of rows.
 
         Args:
-            lengths: tokens of each row.
             longest: the rows with the most tokens, or more rows than these.
         """
         import numpy as np  # not above: who only reads reports does without it

@@ -98,12 +98,7 @@ def _word_of_text(kind: str, value: str) -> str:
 
 
 def doubtful(told: Mapping[tuple[str, str], int], unread: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Return the columns that may mark answers: {column: {value: rows}}.
-
-    Args:
-        told: how often a key said something.
-        unread: in how many rows each key was not read.
-    """
+    """Return the columns that may mark answers: {column: {value: rows}}."""
     columns: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for (key, word), rows in told.items():
         columns[key][word] = rows

@@ -56,7 +56,6 @@ def read_answers(file: Path, owner: str, rows: int | None = None) -> dict[int, G
 
     Args:
         file: the main process's file. The files of other processes, also those of earlier attempts, are beside it.
-        owner: identity of the job.
         rows: how many prompts there are; None if that is not known.
     """
     found: dict[int, GeneratedAnswer] = {}

@@ -206,8 +206,6 @@ def is_right(losses: Sequence[float], choices: Sequence[str], answer: int) -> tu
 
     Args:
         losses: the sum of -log p of each choice's tokens, in nats.
-        choices: the texts.
-        answer: the position of the right one.
     """
     sums = -np.asarray(losses)
     by_length = sums / np.array([len(choice) for choice in choices])

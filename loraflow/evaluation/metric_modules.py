@@ -41,12 +41,7 @@ _COPYING_CALLS = frozenset({"copy", "copy2", "copyfile", "move", "replace", "ren
 
 
 def metric_hash(script: Path, memo: HashMemo) -> str:
-    """Return the hash of a metric: of its script, or of all its files if it has more.
-
-    Args:
-        script: of the metric's module.
-        memo: that may know the files' hashes.
-    """
+    """Return the hash of a metric: of its script, or of all its files if it has more."""
     files = metric_files(script)
     if files == [script]:
         return memo.hash(script)
@@ -192,7 +187,6 @@ def _modules(start: Path, name: str, by: Path) -> Iterator[Path]:
 
     Args:
         start: the folder that the name starts in: the working directory for an absolute import.
-        name: the dotted name.
         by: the file that imports it, for a warning.
     """
     top = name.partition(".")[0]

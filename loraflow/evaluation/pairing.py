@@ -50,10 +50,7 @@ def pair(
         ours: the challenger's table, with its ids as the index.
         theirs: the other model's table, with the same index.
         metric: a column of both, or `stops`.
-        name: of the other model, for messages.
-        lower_is_better: metrics, in addition to loraflow's own, where lower is better.
         vocabulary: the number of tokens; a loss counts at most its logarithm, in nats per token.
-        ranges: the smallest and the largest value of scores of the user's metrics (gate.ranges).
 
     Raises:
         BadData: a score is not a finite number, too large to compute with, or outside of its range.

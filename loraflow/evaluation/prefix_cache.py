@@ -55,8 +55,6 @@ def shared_prefix(
     rotary angles that depend on the sequence length, no attention window shorter than a row.
 
     Args:
-        model: the model, in evaluation mode.
-        rows: ids of each row.
         longest: the largest number of ids to share.
         length: positions of the longest row, with its padding and its answer.
         side: whether a longrope model's angles are fixed (`fixed_angles`).

@@ -87,9 +87,6 @@ def with_seeds(
     """Return the decision about the mean, unless the model that would be registered is itself shown as worse.
 
     Args:
-        decision: of the mean over the seeds.
-        own: the scores of the model that would be registered.
-        others: {"base": table, "champion": table}.
         seeds: of all models, the registered one first.
     """
     names = ", ".join(map(str, seeds))

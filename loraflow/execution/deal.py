@@ -64,8 +64,6 @@ def use_dealt_rows(workspace: Workspace, store: Store, merged: str, recorded: St
 
     Args:
         workspace: whose next jobs are about these rows; without data.heldout_reserve, nothing changes.
-        store: has the record of deals.
-        merged: digest of the model.
         recorded: deal_rows in that run. Without it, or if its artifact is gone, the model's last deal counts.
 
     Raises:
@@ -119,11 +117,7 @@ def rows_of_a_look(workspace: Workspace, rows: Ref) -> list[tuple[str, HeldoutRo
 def compared_rows(
     lines: bytes, max_rows: int | None, seed: int, dealt: Set[str] | None = None
 ) -> list[tuple[str, HeldoutRow]]:
-    """Return (key, row) for each row of the gate's set in a heldout.jsonl that evaluate scores.
-
-    Args:
-        dealt: the keys of the rows that are dealt; None without data.heldout_reserve.
-    """
+    """Return (key, row) for each row of the gate's set in a heldout.jsonl that evaluate scores."""
     from loraflow.evaluation.score import sampled_rows
 
     texts = [text for text in lines.decode().split("\n") if text]

@@ -185,7 +185,6 @@ def saves_since(work: Path, started: float, *, is_shared: bool) -> bool:
     """Tell whether a job's work folder has a complete checkpoint, finished answers or shards that are new.
 
     Args:
-        work: the job's work folder.
         started: when the attempt started, in seconds since 1970.
         is_shared: whether other machines see the work folder. If not, they see its checkpoints only.
     """

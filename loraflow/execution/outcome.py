@@ -74,8 +74,6 @@ def read_outcome(file: JobFile, pipe: int, code: int, *, oom_killed: bool) -> Su
     """Return the summary of a worker that has ended, or raise its failure.
 
     Args:
-        file: the worker's job.
-        pipe: the end of the pipe to read from.
         code: the worker's exit status; negative is the number of the signal that ended it.
         oom_killed: whether the kernel killed a process for lack of memory meanwhile.
 

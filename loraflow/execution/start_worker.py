@@ -185,7 +185,6 @@ def start_worker(
 
     Args:
         command: starts a worker; the job file is appended to it.
-        log_file: the file descriptor of its log.
         outcome: the file descriptor of the pipe for its outcome.
     """
     job_file = file.write()

@@ -70,7 +70,6 @@ def make_trials(recipe_file: RecipeFile, grid: Grid, workspace: Workspace) -> li
     """Return the trials of a sweep, in the order in which they run.
 
     Args:
-        recipe_file: the recipe with the settings that all trials share.
         grid: what differs between trials.
 
     Raises:

@@ -69,11 +69,7 @@ class Division:
 
 
 def divide(trials: Sequence[Trial], inputs: Mapping[str, Mapping[str, Ref]]) -> Division:
-    """Look up trials in the store, and divide those that are left into groups.
-
-    Args:
-        inputs: {label: what the trial trains on}, as far as it is in the store.
-    """
+    """Look up trials in the store, and divide those that are left into groups."""
     workspace = trials[0].workspace
     size = workspace.recipe.runtime.trials_together
     if size == 1:

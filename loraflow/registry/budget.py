@@ -200,12 +200,7 @@ def _counted(looks: Sequence[Look], sets: Mapping[str, Set[str]], rows: Set[str]
 
 
 def _further_left(looks: Sequence[Look], counted: Sequence[Look], assumed: int, error: float, horizon: int) -> float:
-    """Return what is left of the further 0.12 of the error, in this period and in `horizon` looks in a row.
-
-    Args:
-        counted: those that share the budget with the next one.
-        assumed: looks right before the next one that have no record.
-    """
+    """Return what is left of the further 0.12 of the error, in this period and in `horizon` looks in a row."""
     if horizon == 1:
         return 0.0
     lost = assumed * share_of_following(horizon) * error
@@ -273,7 +268,6 @@ def gains_to_follow(
 
     Args:
         groups: of the rows of the next look; None for a row without one.
-        independent: gate.independent_rows.
     """
     if not independent:
         return None

@@ -84,8 +84,6 @@ class DealRecord:
         """Return the rows that a model is scored on. If it has none yet, they are dealt and recorded.
 
         Args:
-            challenger: digest of the merged model.
-            rows: all held-out rows of the gate's set.
             scored: returns those of some keys that were scored in a look (`LookRecord.scored_keys`).
 
         Raises:

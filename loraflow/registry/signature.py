@@ -106,7 +106,6 @@ def check_signature(store: Store, model: str, hashes: Sequence[str], signers: Pa
     """Check that a person on the list signed the log.
 
     Args:
-        hashes: the hashes of the log's entries, oldest first.
         signers: a file of allowed signers, as in ssh-keygen's manual: `NAME KEY-TYPE KEY` on each line.
 
     Raises:
@@ -198,9 +197,6 @@ def verified_models(store: Store, signers: Path) -> set[str]:
 
 def require_not_older(store: Store, model: str, hashes: Sequence[str], signers: Path) -> None:
     """Check that a log has the entry that was verified last.
-
-    Args:
-        hashes: of the log's entries, oldest first.
 
     Raises:
         DamagedLog: it is an older log, or another one.

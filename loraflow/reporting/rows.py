@@ -125,11 +125,7 @@ def _chosen(name: str, scored: int, count: int, policy: RowPolicy) -> str:
 
 
 def check_notes(check: CheckReport, elsewhere: Collection[str] = ()) -> list[str]:
-    """Return the notes of a check_dataset report, apart from its counts.
-
-    Args:
-        elsewhere: files of the dataset that are used for something else than rows.
-    """
+    """Return the notes of a check_dataset report, apart from its counts."""
     notes = source_lines(check)
     if files := [name for name in check.unread_files if name not in elsewhere]:
         count = max(check.unread_file_count, len(check.unread_files)) - (len(check.unread_files) - len(files))

@@ -84,7 +84,6 @@ def obstacle_to_sharing(model: PreTrainedModel, longest: int) -> str:
 
     Args:
         model: with its adapter.
-        longest: tokens of the longest document.
     """
     from loraflow.base.load import sees_all_before
 
@@ -105,7 +104,6 @@ def share_prefix(documents: Sequence[Document], prefix: int, weights: Weights | 
 
     Args:
         documents: ids and labels of each; all begin with the same ids.
-        prefix: the number of common ids.
         weights: the weights of the documents' tokens, one row for each document.
     """
     rests = [len(ids) - prefix for ids, _ in documents]
@@ -166,8 +164,6 @@ def concatenated_layout(
 
     Args:
         steps: row numbers of each optimizer step, [steps, global batch].
-        budget: tokens of a micro-batch that fit into memory.
-        devices: number of devices that share the micro-batches of a step.
         length_cost: what one more length costs, in tokens of padding. It depends on how the layers are computed.
     """
     longest = int(rows.lengths.max())

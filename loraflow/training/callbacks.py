@@ -238,7 +238,6 @@ def log_untrained(trained: Mapping[str, bool], whose: str = "") -> None:
 
     Args:
         trained: names of the adapted modules, in peft's model, and whether B of their adapter is other than 0.
-        whose: the start of the message, which names one of several adapters.
     """
     untrained = [name.removeprefix("base_model.model.") for name, is_trained in trained.items() if not is_trained]
     if not untrained:

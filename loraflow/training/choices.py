@@ -65,8 +65,6 @@ def shard(model: PreTrainedModel, device: Device, devices: int) -> PreTrainedMod
 
     Args:
         model: without adapters, in main memory; nothing of it is trained.
-        device: cpu or cuda, the current device of this process.
-        devices: how many there are.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -108,7 +108,6 @@ def padded(
     """Return one document a row, padded on the right to the longest.
 
     Args:
-        weights: the loss weights of the documents' tokens.
         with_positions: add position ids that show where a document ends: the padding repeats its last one.
     """
     longest = max(len(ids) for ((ids, _),) in rows)
@@ -212,7 +211,6 @@ def concatenated(
 
     Args:
         entries: length of `cu_seq_lens_q`; unused entries are `tokens`.
-        longest: tokens of the longest document of all rows, the constant `max_length_q`.
     """
     ids, positions = np.full(tokens, pad_id, np.int64), np.zeros(tokens, np.int64)
     begins, index, targets = [0], [np.empty(0, np.int64)], [np.empty(0, np.int64)]

@@ -51,7 +51,6 @@ class GraphedPass:
     Args:
         body: the function: tensors by name, and numbers by name → output. Its kernels may not depend on values of tensors.
         trained: the parameters whose gradients are computed. The body uses all of them.
-        on_failure: is called when graphs are given up, before the ordinary pass.
         sums: where the gradients of the parameters are added up; new tensors by default.
     """
 
@@ -309,11 +308,7 @@ def seconds_saved(width: int, layers: int, dropout: float, passes: int, tokens: 
 
     Args:
         width: the model's hidden size. Between and beyond the measured widths, the next narrower one counts.
-        layers: the number of the model's layers.
         dropout: LoRA's dropout. Its masks are most of what an uncompiled layer computes in addition.
-        passes: micro-batches of the whole training, on one device.
-        tokens: the tokens of a pass.
-        graphed: whether the passes are recorded as CUDA graphs.
     """
     if graphed:
         return passes * layers * tokens * width * (GRAPHED_WITH_DROPOUT if dropout > 0 else GRAPHED) / 1e3

@@ -43,7 +43,6 @@ def refuse_leaking_documents(
     Args:
         model: the base as it is trained, on its device.
         is_concatenated: the layout of training: concatenated documents with their borders, else packed rows.
-        compute_dtype: the dtype of matrix products.
     """
     size = model.config.get_text_config().vocab_size
     draw = np.random.default_rng(0)
@@ -227,12 +226,7 @@ def refuse_other_generation(model: PreTrainedModel, pad_id: int, *, compute_dtyp
 
 @contextlib.contextmanager
 def errors_as_refusal(model: PreTrainedModel, what: str, expected: str) -> Iterator[None]:
-    """Refuse a model whose own code fails, in any way; errors of the device and of tested architectures pass.
-
-    Args:
-        what: the sentence of the refusal.
-        expected: what a model for this must be able to do.
-    """
+    """Refuse a model whose own code fails, in any way; errors of the device and of tested architectures pass."""
     try:
         yield
     except Exception as error:  # code of an architecture may fail in any way

@@ -43,11 +43,7 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class GroupModel:
-    """The passes of a model with stacked adapters.
-
-    Args:
-        logit_factor: what the model multiplies the head's product by.
-    """
+    """The passes of a model with stacked adapters."""
 
     def __init__(self, model: PreTrainedModel, adapters: Adapters, logit_factor: float, device: str):
         self.model, self.adapters, self.logit_factor, self.device = model, adapters, logit_factor, device
@@ -117,7 +113,6 @@ def build_member(arguments: SFTConfig, values: Tensor, gradients: Tensor) -> Mem
 
     Args:
         values: the adapter's weights, as one vector.
-        gradients: where their gradient is added up.
     """
     from transformers import Trainer, get_scheduler
 
@@ -140,7 +135,6 @@ class GroupTrainer:
 
     Args:
         validation: the validation rows, as one step; None without any.
-        is_preempted: tells whether this process was asked to stop.
     """
 
     def __init__(

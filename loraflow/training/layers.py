@@ -39,7 +39,6 @@ def prepare_layers(
 
     Args:
         decoder: its `layers` are changed in place.
-        compiled: compile them.
         recomputed: share of the layers that recompute their activations.
         elementwise: compiled layers recompute norms, activation functions, rotations and dropout masks instead of
             storing their results.

@@ -124,7 +124,6 @@ def fixed_bytes(shape: ModelShape, weights: str, rank: float, devices: int = 1) 
     Args:
         weights: dtype of the frozen weights, or fp8, or nf4.
         rank: the adapters' rank; see `lora_weights`.
-        devices: over how many devices the frozen weights are sharded; 1 if each holds all of them.
     """
     adapters = lora_weights(shape, rank) * (ADAPTER_BYTES + OPTIMIZER_BYTES)
     return weight_bytes(shape, weights, devices) + adapters + RESERVE
@@ -285,12 +284,7 @@ def training_parts(
     width: int,
     devices: int = 1,
 ) -> MemoryParts:
-    """Return the memory of a training process.
-
-    Args:
-        batch: what is computed at a time.
-        width: bytes of a number of the activations.
-    """
+    """Return the memory of a training process."""
     trained = lora_weights(shape, rank)
     logits = _logits(shape, min(HEAD_ROWS, batch.tokens * batch.learned))
     return MemoryParts(
@@ -318,9 +312,6 @@ def generation_parts(
     """Return the memory of a process that generates answers.
 
     Args:
-        rows: answers at a time.
-        prompt: tokens of the longest prompt.
-        answer: tokens of the longest answer.
         width: bytes of a number of keys and values.
         shared: tokens that all prompts begin with, and that are computed once.
     """
@@ -374,7 +365,6 @@ def explain_out_of_memory(where: str, retry_with: RetryWith) -> Iterator[None]:
     """Turn torch's out-of-memory error into a failure.
 
     Args:
-        where: what the process did, with which choices.
         retry_with: runtime settings of the next attempt; without changes if there should be none.
     """
     import torch

@@ -35,9 +35,6 @@ _STEPS = 16  # the same, where each token is a step (Mamba)
 def preview(base: Path, recipe: Recipe) -> list[str]:
     """Return what a recipe will train in a base, a line each.
 
-    Args:
-        base: folder with the base's config.json.
-
     Raises:
         BadConfig: peft_config names modules that the base does not have or that cannot be adapted; or the architecture
             does not allow packed rows or the quantization.

@@ -18,11 +18,7 @@ LEAST_PROGRAMS = 2 * 132  # two for each multiprocessor of an H100
 
 
 def tokens_of_a_program(dy: Tensor, rank: int) -> int:
-    """Return how many tokens each program of the kernel adds up; 0 if torch's products are to be used.
-
-    Args:
-        dy: the output's gradient [tokens, out].
-    """
+    """Return how many tokens each program of the kernel adds up; 0 if torch's products are to be used."""
     tokens, columns = dy.shape
     if dy.dtype not in (torch.bfloat16, torch.float16) or columns < LEAST_COLUMNS or rank > LARGEST_RANK:
         return 0

@@ -104,7 +104,6 @@ class StockTrainer(LoraTrainer):
 
     Args:
         train_rows: row numbers in the order of training.
-        validation_rows: how many validation rows there are.
         noise_alpha: the scale of NEFTune's noise; None trains without it.
         model: a model of transformers, or with loralib's layers; without peft's adapter.
         args: see SFTTrainer, down to `callbacks`.
@@ -234,7 +233,6 @@ def use_own_logits_where_trl_is_wrong(model: PreTrainedModel, compute_dtype: tor
 
     Args:
         model: transformers' model after trl has patched it (`add_fused_lm_head`). Changed in place.
-        compute_dtype: the dtype of matrix products.
 
     Returns:
         whether trl's were replaced. The model's own logits take more memory.

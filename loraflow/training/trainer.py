@@ -104,8 +104,6 @@ class FastTrainer(LoraTrainer):
     """SFTTrainer whose training step is a whole optimizer step.
 
     Args:
-        validation: the validation rows in the same form, or None.
-        preemption: tells whether this process was asked to stop.
         autocast: dtype of autocast; None computes in the base's dtype.
         noise_alpha: the scale of NEFTune's noise; None trains without it.
         model: a model of transformers, without peft's adapter.
