@@ -152,9 +152,8 @@ def is_filled_in_later(path: str, text: str) -> bool:
     """Tell whether a template is kept by `prefect deploy` too: the worker or the server fills it in for each run."""
     if path == ".description" or path.startswith(".pull"):
         return True
-    if path.startswith(
-        ".work_pool.job_variables"
-    ):  # the worker reads blocks and variables, so no secret is in the file
+    # The worker reads blocks and variables, so no secret is in the file.
+    if path.startswith(".work_pool.job_variables"):
         return all(name.startswith(("prefect.blocks.", "prefect.variables.")) for name in TEMPLATE.findall(text))
     if re.match(r"\.triggers\[\d+\]\.parameters\b", path):  # of the event
         return not any(name.startswith(("$", "prefect.")) for name in TEMPLATE.findall(text))

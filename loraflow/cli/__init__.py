@@ -238,7 +238,6 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
     """
     from loraflow.config import yaml
     from loraflow.credentials import hide_in_json
-    from loraflow.failures import BadConfig
 
     overrides: dict[str, JsonValue] = {}
     for pair in pairs:

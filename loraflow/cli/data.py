@@ -42,7 +42,6 @@ def add(folder: str, no_push: bool, commit: bool, git_push: bool, remote: str | 
     """
     from loraflow.data import dvc
     from loraflow.data import git_branch as branch
-    from loraflow.failures import BadConfig
 
     if no_push and remote:
         raise BadConfig("--remote and --no-push exclude each other.", where="data add", next_step="leave one out")

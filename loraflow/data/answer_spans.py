@@ -150,9 +150,8 @@ class AnswerFinder:
 
     def _unmarked(self, chat: Chat, text: str, head: str, turn: AnswerTurn) -> Answer:
         start, content = len(head), chat[turn.message]["content"]
-        if (
-            text.startswith(head) and content.strip()
-        ):  # the end of an empty answer may also be what is inserted before it
+        # The end of an empty answer may also be what is inserted before it.
+        if text.startswith(head) and content.strip():
             for inserted in self._insertions:
                 if _thinks_twice(inserted, content):
                     continue
@@ -246,9 +245,8 @@ class AnswerFinder:
         if stop is None:
             refuse_open(text[end : end + 40], turn)
         closed = stop.end()
-        if (
-            turn.is_last
-        ):  # the template refused the chat of `_tail_of_chats`: all tokens behind a whole chat are learned
+        # The template refused the chat of `_tail_of_chats`: all tokens behind a whole chat are learned.
+        if turn.is_last:
             while self._stop and (more := self._stop.match(text, closed)):
                 closed = more.end()
         return Answer(((start, closed),), inserted, text[end:closed])

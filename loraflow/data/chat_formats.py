@@ -382,9 +382,8 @@ class ChatFormat:
 
     read: Callable[[RowFields], list[Turn]]
     needs: tuple[frozenset[str], ...]
-    fits: Callable[[RawRow], bool] = lambda row: (
-        True
-    )  # tells it of a row with these keys, which may have other meanings
+    # Tells whether a row with these keys has the format: the keys may have other meanings.
+    fits: Callable[[RawRow], bool] = lambda row: True
 
 
 FORMATS = {

@@ -69,9 +69,8 @@ _BETWEEN = frozenset({
     "unsatisfactory", "terrible", "success", "successful", "succeeded", "med", "mid", "middle", "meh", "so so", "middling",
     "passable", "borderline", "avg", "partially accepted",
 })  # fmt: skip
-_LOW = frozenset(
-    {"low", "very low", "very bad", "very poor", "terrible", "unsatisfactory"}
-)  # wrong in a column of grades
+# Wrong in a column of grades
+_LOW = frozenset({"low", "very low", "very bad", "very poor", "terrible", "unsatisfactory"})
 _COUNTS = frozenset({"correct", "accepted"})  # verdicts that may also be the number of the right choice, or a count
 # What a column of verdicts says of an answer that is not finished.
 _NOT_DONE = frozenset({

@@ -31,9 +31,8 @@ _QUESTIONS = frozenset({"question", "query", "problem", "hypothesis"})  # a prom
 _SHARE = 0.5
 _SHARE_OF_QUESTIONS = 0.2
 MIN_WORDS = 8  # of a passage
-MIN_LENGTH = (
-    80  # characters of a passage that is a single sentence; one without spaces between words counts three times
-)
+# Characters of a passage that is a single sentence; one without spaces between words counts three times.
+MIN_LENGTH = 80
 _MAX_LOOKED_AT = 4000  # characters of a text that are looked at to tell whether it is a passage
 _WORDS = re.compile(r"\w{4,}")
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # Thai to Chinese

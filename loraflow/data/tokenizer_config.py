@@ -13,9 +13,8 @@ from loraflow.failures import BadModel
 FILE = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 DEFAULT_TEMPLATE = "additional_chat_templates/default.jinja"  # transformers prefers it to TEMPLATE
-TOOL_TEMPLATE = (
-    "additional_chat_templates/tool_use.jinja"  # for chats with tools, if there is another one for the others
-)
+# For chats with tools, if the other chats have another template.
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 TRAINING_TEMPLATE = "chat_template_training.jinja"  # renders the same text, and marks the answers
 SPECIAL_TOKENS = "special_tokens_map.json"  # of older models; newer ones have everything in FILE
 # What transformers gives to the template, where that does not follow from the files. resolve_base writes it.

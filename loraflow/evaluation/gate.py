@@ -179,9 +179,8 @@ def _general_tests(guard: GeneralGuard, confidence: float, allowed: float, vocab
         theirs = _by_id(other, name)
         _require_same_rows(ours, theirs, name)
         evidence, reported = pair(ours, theirs, guard.metric, name, vocabulary=vocabulary)
-        evidence = replace(
-            evidence, is_assumed=False
-        )  # score_general computes shares of right answers: 0 or 1 in each row
+        # score_general computes shares of right answers: 0 or 1 in each row.
+        evidence = replace(evidence, is_assumed=False)
         rule = _Rule(guard.name, -guard.margin, "guard")
         yield _Test(rule, name, evidence, reported, evidence.bounds(confidence), confidence, allowed)
 

@@ -213,9 +213,8 @@ def _is_library(name: str, folder: Path, python_path: str) -> bool:
     if name in sys.stdlib_module_names:
         return True
     spec = PathFinder.find_spec(name, [entry for entry in sys.path if Path(entry).absolute() != folder])
-    return (
-        spec is not None and spec.origin is not None
-    )  # without an origin it is a folder, and a module comes before it
+    # Without an origin it is a folder, and a module comes before it.
+    return spec is not None and spec.origin is not None
 
 
 @cache

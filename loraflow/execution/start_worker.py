@@ -153,9 +153,8 @@ class _ForkServer:
             if not worker.started(START_SECONDS):
                 raise ChildProcessError(f"the fork server ended with {self.process.poll()}, or it does not answer")
             self._workers = [running for running in (*self._workers, worker) if not running.has_ended]
-        except (
-            BaseException
-        ):  # an interruption too: the server may be about to fork, and nobody would follow the worker
+        # An interruption too: the server may be about to fork, and nobody would follow the worker.
+        except BaseException:
             worker.close()
             self._socket.close()
             self.process.kill()  # the server's workers end with it

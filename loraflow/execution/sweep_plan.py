@@ -52,9 +52,8 @@ class SweepPlan:
     trials: tuple[PlannedTrial, ...]
     times: dict[str, int]  # how often each shared stage runs, at most
     to_run: dict[str, int]  # how many of these runs are not cached
-    trainings: dict[
-        str, int
-    ]  # trainings that will run: of groups, of single trials, and of the chosen trial after its group
+    # Trainings that will run: of groups, of single trials, and of the chosen trial after its group
+    trainings: dict[str, int]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, JsonValue]:

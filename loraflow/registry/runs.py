@@ -133,9 +133,8 @@ class RunRecord(StoredModel):
     uncommitted: bool | None = None  # whether tracked files differed from it
     prefect_run: str | None = None
     recipe_text: str = ""  # the file's text when the run started
-    overrides: dict[
-        str, JsonValue
-    ] = {}  # {dotted key: value} of `--set` and the form, which replaced the file's values
+    # {dotted key: value} of `--set` and the form, which replaced the file's values
+    overrides: dict[str, JsonValue] = {}
     resolved: dict[str, JsonValue] = {}  # the recipe with all its defaults
     stages: list[StageRun] = []
     summary: RunSummary | None = None

@@ -143,9 +143,8 @@ def find_publication(store: Store, model: Model, repo: str, what: PublishedForm)
 
 
 def _write_publication(store: Store, model: Model, publication: Publication) -> None:
-    if (
-        model.ref is None or publication.what is None
-    ):  # a model that is not an artifact of the store has no record there
+    # A model that is not an artifact of the store has no record there.
+    if model.ref is None or publication.what is None:
         return
     document = publication.model_copy(update={"time": now()}).model_dump(mode="json")
     name = _record_name(model, publication.repo, publication.what)

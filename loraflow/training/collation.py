@@ -70,9 +70,8 @@ class Grid(TypedDict):
     document_lengths: NotRequired[Tensor]
 
 
-Weights = Sequence[
-    list[NDArray[np.float32]] | None
-]  # for each row, the weights of its documents' tokens; None: all are 1
+# For each row, the weights of its documents' tokens; None: all are 1.
+Weights = Sequence[list[NDArray[np.float32]] | None]
 
 
 class MicroBatch(TypedDict):
@@ -83,9 +82,8 @@ class MicroBatch(TypedDict):
     targets: Tensor  # [supervised tokens]
     loss_weights: NotRequired[Tensor]  # [supervised tokens] float32; absent: 1 for all
     token_keys: NotRequired[Tensor]  # [rows · tokens] int32, for dropout and noise
-    document_lengths: NotRequired[
-        Tensor
-    ]  # [rows · tokens] int32, tokens of each token's document, for noise; 0: padding
+    # [rows · tokens] int32, tokens of each token's document, for noise; 0: padding
+    document_lengths: NotRequired[Tensor]
     attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
     cu_seq_lens_q: NotRequired[Tensor]  # where documents begin, [entries] int32

@@ -198,9 +198,7 @@ class _Replay(torch.autograd.Function):
         return None, None, None
 
 
-LAUNCH_SECONDS = (
-    4.3e-3  # to start the kernels of a compiled layer, forward and backward; uncompiled ones take twice that
-)
+LAUNCH_SECONDS = 4.3e-3  # to start the kernels of a compiled layer, both ways; uncompiled ones take twice that
 FLOPS = 6e14  # operations per second of the frozen products in bfloat16
 RECORDING_PASSES = 10  # recording a shape takes as long
 LEAST_PASSES = 50

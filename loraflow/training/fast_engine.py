@@ -328,9 +328,8 @@ def _prepare_adapter(
     setup: TrainingSetup, trainer: FastTrainer, base_dtype: torch.dtype, compute_dtype: torch.dtype
 ) -> None:
     """Keep the adapter in fp32, and use the fast LoRA kernels if the base computes in its own dtype."""
-    for (
-        parameter
-    ) in trainer.trained:  # trl casts a quantized base's adapter to 16 bits, which rounds small updates away
+    # trl casts a quantized base's adapter to 16 bits, which rounds small updates away.
+    for parameter in trainer.trained:
         parameter.data = parameter.data.float()
     if trainer.autocast_dtype is None:
         trainer.loras = accelerate_loras(trainer.model, base_dtype)
