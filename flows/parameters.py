@@ -127,15 +127,13 @@ def _in_order(schema: JsonDict) -> None:
         field["position"] = position
 
 
-def _as_text(value: object) -> object:
-    """Accept a Path too, for flows that are called from Python."""
-    return str(value) if isinstance(value, Path) else value
-
-
 def _named(value: object) -> object:
-    """Replace an empty recipe by the only one of `configs/`. It is the default of the flows, as in `finetune.serve()`."""
+    """Replace an empty recipe by the only one of `configs/`. It is the default of the flows, as in `finetune.serve()`.
+
+    Flows that are called from Python may also name a Path.
+    """
     if value != THE_ONLY_RECIPE:
-        return _as_text(value)
+        return str(value) if isinstance(value, Path) else value
     names = recipe_names()
     if len(names) == 1:
         return names[0]

@@ -227,6 +227,7 @@ class SizeSettings:
     """The settings, and why."""
 
     heldout_fraction: float
+    max_length: int  # tokens of a row
     epochs: int
     accumulation: int  # batches of 4 rows per optimizer step
     packing: bool
@@ -284,6 +285,7 @@ def choose_settings(
     steps = math.ceil(per_epoch / batch) * epochs
     return SizeSettings(
         heldout_fraction=heldout_fraction,
+        max_length=max_length,
         epochs=epochs,
         accumulation=accumulation,
         packing=packing,

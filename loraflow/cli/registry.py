@@ -23,6 +23,7 @@ from loraflow.store import Ref, Store, hash_memo, open_store, require_intact_in_
 from loraflow.tracking.git_tags import tag_log
 from loraflow.tracking.mirror import mirror_log, open_tracker, summary_line, sync, tracking_of_model
 
+own_store_option = click.option("--store", help="The store; the default is that of `loraflow registry`.")
 reason_option = click.option("--reason", required=True, help="The reason, for readers of the promotion log.")
 
 
@@ -59,7 +60,7 @@ def registry(context: click.Context, store: str, model: str | None, as_json: boo
 
 @registry.command()
 @reason_option
-@click.option("--store", help="The store; the default is that of `loraflow registry`.")
+@own_store_option
 @model_option
 @click.pass_context
 def accept(context: click.Context, reason: str, store: str | None, model: str | None) -> None:
@@ -91,7 +92,7 @@ def accept(context: click.Context, reason: str, store: str | None, model: str | 
 
 @registry.command(name="sign")
 @click.option("--key", required=True, help="A private SSH key, or the public one of a key in ssh-agent.")
-@click.option("--store", help="The store; the default is that of `loraflow registry`.")
+@own_store_option
 @model_option
 @click.pass_context
 def sign_log(context: click.Context, key: str, store: str | None, model: str | None) -> None:

@@ -110,7 +110,7 @@ def deal(rows: Sequence[ReserveRow], used: Set[str], size: int, seed: int) -> De
 
 
 def state(rows: Sequence[ReserveRow], used: Set[str], size: int, *, is_fresh: bool = True) -> ReserveState:
-    """Return how many rows are left; for the arguments see `deal`."""
+    """Return how many rows are left; `used` as for `deal`."""
     fresh = _count(_fresh_units(rows, used, 0))
     looks = fresh // size + (1 if fresh % size and _is_enough(fresh % size, size) else 0)
     return ReserveState(rows=len(rows), fresh=fresh, size=size, looks=looks, is_fresh=is_fresh)
