@@ -47,7 +47,7 @@ def read_unscored_parts(workspace: Workspace, result: PipelineResult, scored: Se
 def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:
     """Return the scores of the parts that evaluation.slices and gate.slices name.
 
-    None if a score table is damaged, since the gate has decided by now.
+    Empty if a score table is damaged: the gate has decided by now, so the run continues.
     """
     recipe, gate = workspace.recipe, workspace.recipe.gate
     by = list(dict.fromkeys([*recipe.evaluation.slices, *gate.slices]))

@@ -195,7 +195,7 @@ T = TypeVar("T")
 
 
 def _retry_system_error(step: Callable[[], T]) -> T:
-    """Do a step that is in no task, and once more on the SystemError that `is_retryable` retries in tasks."""
+    """Run a step that is not in a task; after a SystemError, run it once more (see `is_retryable` for tasks)."""
     try:
         return step()
     except SystemError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import click
@@ -41,7 +41,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
         _show_run(planned)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _PlannedRun:
     """What `loraflow plan` shows."""
 
@@ -50,12 +50,12 @@ class _PlannedRun:
     base: list[str]
     sources: list[str]
     note: str  # about the base's positions
-    reserve: ReserveState | None
-    power: GatePower | None  # what the held-out rows can show
-    slices: list[str]
-    problem: str  # why the gate cannot decide
-    forgetting: list[str]
-    tokens: list[str]  # warnings about the tokens of base and champion
+    reserve: ReserveState | None = None
+    power: GatePower | None = None  # what the held-out rows can show
+    slices: list[str] = field(default_factory=list)
+    problem: str = ""  # why the gate cannot decide
+    forgetting: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)  # warnings about the tokens of base and champion
 
 
 def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:
@@ -73,23 +73,22 @@ def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:
     steps = plan(workspace, force)
     workspace.save()
     trains = any(step.stage == TRAIN.name and step.status != "cached" for step in steps)
-    memory = planned_memory(workspace) if trains else None
-    note = too_few_positions(workspace) if trains else ""
-    base = base_report(workspace) if trains else []
-    sources = planned_sources(workspace)
-    power, problem = None, ""
-    slices: list[str] = []
-    tokens: list[str] = []
-    try:
-        power = gate_power(workspace)
-        slices = slice_power_lines(workspace)
-        tokens = token_lines(workspace)
-    except Failure as failure:  # planning continues, as for a champion that is missing
-        problem = f"will fail: {failure.what}"
-    forgetting = forgetting_lines(workspace)
-    return _PlannedRun(
-        steps, memory, base, sources, note, workspace.reserve, power, slices, problem, forgetting, tokens
+    planned = _PlannedRun(
+        steps=steps,
+        memory=planned_memory(workspace) if trains else None,
+        note=too_few_positions(workspace) if trains else "",
+        base=base_report(workspace) if trains else [],
+        sources=planned_sources(workspace),
     )
+    try:
+        planned.power = gate_power(workspace)
+        planned.slices = slice_power_lines(workspace)
+        planned.tokens = token_lines(workspace)
+    except Failure as failure:  # planning continues, as for a champion that is missing
+        planned.problem = f"will fail: {failure.what}"
+    planned.forgetting = forgetting_lines(workspace)
+    planned.reserve = workspace.reserve
+    return planned
 
 
 def _document(planned: _PlannedRun) -> dict[str, JsonValue]:
@@ -128,7 +127,7 @@ def _document(planned: _PlannedRun) -> dict[str, JsonValue]:
 
 
 def _show_run(planned: _PlannedRun) -> None:
-    _show(planned.steps, planned.memory, planned.base)
+    _show_steps(planned.steps, planned.memory, planned.base)
     for line in planned.sources:
         click.echo(line)
     if planned.note:
@@ -147,7 +146,7 @@ def _show_run(planned: _PlannedRun) -> None:
         click.secho(f"\n{line}", fg="yellow")
 
 
-def _show(steps: list[PlannedStep], memory: PlannedMemory | None, base: list[str]) -> None:
+def _show_steps(steps: list[PlannedStep], memory: PlannedMemory | None, base: list[str]) -> None:
     width = max(len(step.label) for step in steps)
     for step in steps:
         click.echo(step_line(step, width).rstrip())

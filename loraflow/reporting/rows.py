@@ -51,7 +51,7 @@ class RowPolicy:
     max_length: int  # training_config.max_length, in tokens
     too_long: Literal["error", "drop", "truncate"]  # data.too_long
     deals_rows: bool = False  # whether the recipe has data.heldout_reserve
-    used_elsewhere: frozenset[str] = frozenset()  # of `used_elsewhere`
+    used_elsewhere: frozenset[str] = frozenset()  # files; see the function of this name
 
 
 def used_elsewhere(recipe: Recipe) -> frozenset[str]:

@@ -42,7 +42,7 @@ class Synced:
 
 
 def mirror_run(store: Store, record: RunRecord) -> None:
-    """Mirror a run that has ended. A server that does not take it costs a warning, never the run.
+    """Mirror a run that has ended. If the server refuses it, that is a warning; the run does not fail.
 
     A run that changed nothing imports nothing and sends nothing, unless something is left to send.
     """
@@ -234,7 +234,7 @@ def add_mark(store: Store, model: str, writer: str) -> str:
 
 
 def remove_marks(store: Store, names: Iterable[str]) -> None:
-    """Remove the marks of what was sent. One that stays costs the next run a comparison with MLflow, nothing else."""
+    """Remove the marks of what was sent. A mark that stays only makes the next run compare with MLflow."""
     for name in names:
         with suppress(Failure, OSError):
             store.remove_document(name)
