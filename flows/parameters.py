@@ -5,7 +5,6 @@ The form has the most common settings. Any other key is changed in the recipe, o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -118,25 +117,23 @@ class DecimalText:
         return {"type": "string", "if": {"pattern": pattern}, "else": {"const": DECIMAL}}
 
 
-def at(position: int) -> Callable[[JsonDict], None]:
-    """Return a `json_schema_extra` that sets a field's position in the form and removes its default, so that it is empty."""
-
-    def extra(schema: JsonDict) -> None:
-        schema.pop("default", None)  # an empty box is not sent at all, but a default of null would be
-        schema["position"] = position
-
-    return extra
-
-
-def _as_text(value: object) -> object:
-    """Accept a Path too, for flows that are called from Python."""
-    return str(value) if isinstance(value, Path) else value
+def _in_order(schema: JsonDict) -> None:
+    """Give the fields of the form their positions, and remove their defaults, so that they are empty."""
+    fields = schema["properties"]
+    assert isinstance(fields, dict)
+    for position, field in enumerate(fields.values()):
+        assert isinstance(field, dict)
+        field.pop("default", None)  # an empty box is not sent at all, but a default of null would be
+        field["position"] = position
 
 
 def _named(value: object) -> object:
-    """Replace an empty recipe by the only one of `configs/`. It is the default of the flows, as in `finetune.serve()`."""
+    """Replace an empty recipe by the only one of `configs/`. It is the default of the flows, as in `finetune.serve()`.
+
+    Flows that are called from Python may also name a Path.
+    """
     if value != THE_ONLY_RECIPE:
-        return _as_text(value)
+        return str(value) if isinstance(value, Path) else value
     names = recipe_names()
     if len(names) == 1:
         return names[0]
@@ -165,20 +162,18 @@ OptionalLossOn = Annotated[Literal["assistant", "last_assistant", "all"] | None,
 class Overrides(BaseModel):
     """Changes for this run. An empty field keeps the recipe's value."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", title="Changes to the recipe")
+    model_config = ConfigDict(frozen=True, extra="forbid", title="Changes to the recipe", json_schema_extra=_in_order)
 
     base: OptionalText = Field(
         None,
         title="Base model",
         description="A hub id, a folder on the worker, or bundled:smollm2. The revision in the recipe is not used with it.",
-        json_schema_extra=at(0),
         min_length=1,
     )
     epochs: OptionalInt = Field(
         None,
         title="Epochs",
         description="How many times training reads each row. Replaces the recipe's number of steps, too.",
-        json_schema_extra=at(1),
         ge=1,
         le=1000,
     )
@@ -186,7 +181,6 @@ class Overrides(BaseModel):
         None,
         title="Steps",
         description="Train for this number of optimizer steps, instead of a number of epochs.",
-        json_schema_extra=at(2),
         ge=1,
         le=100_000_000,
     )
@@ -194,7 +188,6 @@ class Overrides(BaseModel):
         None,
         title="Batch size",
         description="The number of rows of an optimizer step, on all devices together.",
-        json_schema_extra=at(3),
         ge=1,
         le=65_536,
     )
@@ -202,7 +195,6 @@ class Overrides(BaseModel):
         None,
         title="Learning rate",
         description="The peak learning rate, such as 2e-4 or 0.0002. LoRA usually works with 1e-5 to 1e-3.",
-        json_schema_extra=at(4),
         gt=0,
         le=1,
     )
@@ -210,7 +202,6 @@ class Overrides(BaseModel):
         None,
         title="LoRA rank",
         description="The rank of the adapter's matrices. A higher rank can learn more, and needs more memory.",
-        json_schema_extra=at(5),
         ge=1,
         le=1024,
     )
@@ -218,7 +209,6 @@ class Overrides(BaseModel):
         None,
         title="LoRA alpha",
         description="The adapter's output is multiplied by alpha / rank.",
-        json_schema_extra=at(6),
         ge=1,
         le=4096,
     )
@@ -226,7 +216,6 @@ class Overrides(BaseModel):
         None,
         title="Longest row, in tokens",
         description="Longer rows are dropped, cut, or refused with an error, as the recipe's data.too_long says.",
-        json_schema_extra=at(7),
         ge=8,
         le=1_048_576,
     )
@@ -234,14 +223,12 @@ class Overrides(BaseModel):
         None,
         title="Dataset revision",
         description="Git commit, tag or branch from which the .dvc file is read.",
-        json_schema_extra=at(8),
         min_length=1,
     )
     seed: OptionalInt = Field(
         None,
         title="Seed",
         description="Random seed of the adapter's initial weights and of the order of the rows.",
-        json_schema_extra=at(9),
         ge=0,
         le=2**32 - 1,
     )
@@ -249,7 +236,6 @@ class Overrides(BaseModel):
         None,
         title="Learn from",
         description="What to learn. assistant: all answers; last_assistant: the last answer of a chat; all: everything.",
-        json_schema_extra=at(10),
     )
 
     @model_validator(mode="after")

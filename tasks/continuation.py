@@ -46,11 +46,7 @@ def schedule_continuation(spent: BudgetSpent, computed: Sequence[str]) -> None:
 
 
 def schedule_continuation_after_signal(computed: Sequence[str]) -> None:
-    """Schedule the run that continues after SIGTERM, unless this run is being cancelled (runtime.preemptible).
-
-    Args:
-        computed: stages that this run finished.
-    """
+    """Schedule the run that continues after SIGTERM, unless this run is being cancelled (runtime.preemptible)."""
     try:
         if _is_cancelled():
             log.info("this run was cancelled, so no other run continues it")

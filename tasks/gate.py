@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from loraflow.registry.budget import error_of_period, gains_to_follow, has_follo
 from loraflow.registry.champions import require_champion_intact
 from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
-from loraflow.store import Ref, read_intact, require_unchanged
+from loraflow.store import Ref, read_intact, read_table, require_unchanged
 from loraflow.tasks.guards import (
     read_field_values,
     read_general_guards,
@@ -288,14 +287,7 @@ def _check_behaviour(workspace: Workspace, result: PipelineResult) -> tuple[Beha
 
 
 def _budget(look: Look, rows: int, error: float, *, is_free: bool) -> str:
-    """Return for people which look it was, what is left, how many of the rows were new, and the error of all looks.
-
-    Args:
-        look: that was used.
-        rows: the number of held-out rows.
-        error: of all looks of the period.
-        is_free: whether the error holds on whatever rows.
-    """
+    """Return for people which look it was, what is left, how many of the rows were new, and the error of all looks."""
     fresh = "" if look.fresh is None else f", of which {look.fresh} were never scored before"
     near = (
         f" Its level includes {look.following:.2g} because an earlier look nearly showed a gain."
@@ -349,6 +341,4 @@ def _heldout_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:
 
 def _all_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:
     """Return the scores of all sets. The bytes that are parsed are the bytes that were hashed."""
-    import pandas as pd
-
-    return pd.read_parquet(io.BytesIO(read_intact(workspace.store, ref, "scores.parquet")))
+    return read_table(workspace.store, ref)

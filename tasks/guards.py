@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections.abc import Sequence, Set
@@ -14,7 +13,7 @@ from loraflow.execution.deal import compared_rows
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadData, CorruptArtifact
-from loraflow.store import read_intact
+from loraflow.store import read_intact, read_table
 
 if TYPE_CHECKING:
     from loraflow.evaluation.guards import GeneralGuard
@@ -24,22 +23,14 @@ log = logging.getLogger("loraflow")
 
 
 def read_field_values(workspace: Workspace, result: PipelineResult) -> FieldValues:
-    """Return the values of the held-out rows' fields, as check_dataset wrote them; none if the recipe names no field.
-
-    Raises:
-        CorruptArtifact: the file is damaged; the artifact is quarantined by now.
-    """
+    """Return the values of the held-out rows' fields, as check_dataset wrote them; none if the recipe names no field."""
     if not workspace.recipe.slice_fields:
         return {}
     return parse_field_values(read_intact(workspace.store, result.rows, FILE))
 
 
 def read_unscored_parts(workspace: Workspace, result: PipelineResult, scored: Set[str]) -> list[str]:
-    """Return the parts that gate.slices guards and of which no row was scored.
-
-    Raises:
-        CorruptArtifact: the held-out rows are damaged; the artifact is quarantined by now.
-    """
+    """Return the parts that gate.slices guards and of which no row was scored."""
     rules = workspace.recipe.gate.slices
     if not rules:
         return []
@@ -56,14 +47,12 @@ def read_unscored_parts(workspace: Workspace, result: PipelineResult, scored: Se
 def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:
     """Return the scores of the parts that evaluation.slices and gate.slices name.
 
-    None if a score table is damaged, since the gate has decided by now.
+    Empty if a score table is damaged: the gate has decided by now, so the run continues.
     """
     recipe, gate = workspace.recipe, workspace.recipe.gate
     by = list(dict.fromkeys([*recipe.evaluation.slices, *gate.slices]))
     if not by:
         return []
-    import pandas as pd
-
     from loraflow.evaluation.gate import heldout_rows
     from loraflow.evaluation.slices import slice_scores
 
@@ -72,8 +61,7 @@ def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:
     try:
         for name, ref in refs.items():
             if ref is not None:
-                table = pd.read_parquet(io.BytesIO(read_intact(store, ref, "scores.parquet")))
-                tables[name] = heldout_rows(table, store.location(ref))
+                tables[name] = heldout_rows(read_table(store, ref), store.location(ref))
         fields = read_field_values(workspace, result)
     except CorruptArtifact as failure:
         log.warning("the scores of slices are missing. %s", failure)
@@ -84,23 +72,16 @@ def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:
 
 
 def read_general_guards(workspace: Workspace, result: PipelineResult) -> list[GeneralGuard]:
-    """Return what gate.forgetting asks for; nothing if it is not set. The bytes that are parsed are those that were hashed.
-
-    Raises:
-        CorruptArtifact: scores are damaged; they are quarantined by now.
-    """
+    """Return what gate.forgetting asks for; nothing if it is not set."""
     margins, store = workspace.recipe.gate.forgetting_margins, workspace.store
     if not margins:
         return []
-    import pandas as pd
-
     from loraflow.evaluation.general import TABLES
     from loraflow.evaluation.guards import SCORES, general_guards
 
     sets = {SCORES[score][0] for score in margins}
     tables = {
-        model: {rows: pd.read_parquet(io.BytesIO(read_intact(store, ref, TABLES[rows]))) for rows in sets}
-        for model, ref in result.general.items()
+        model: {rows: read_table(store, ref, TABLES[rows]) for rows in sets} for model, ref in result.general.items()
     }
     return general_guards(margins, tables.pop("tuned"), tables)
 

@@ -37,29 +37,18 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
     recipe = run.workspace.recipe
     tuned = evaluation_report(run, result.tuned_scores)
     report = RunReport(
-        run=run.id,
-        recipe=recipe.name,
+        summary=summary,
         decision=decision,
         scores=model_scores(run, result),
         confidence=recipe.evaluation.confidence,
         losses=_losses(run, result.adapter),
         samples=tuned.samples[: recipe.evaluation.samples],
         base_answers={sample.id: sample.answer for sample in evaluation_report(run, result.base_scores).samples},
-        stages=summary.stages,
-        advice=summary.advice,
-        rows=summary.rows,
-        reserve="" if summary.reserve is None else str(summary.reserve),
-        slices=summary.slices,
-        seeds=summary.seeds,
-        drift=summary.drift,
         confusions=tuned.confusions.get(GATE_SET, ()),
         learned=_learned(run, result.tokens),
-        sweep=run.sweep,
         trial_curves=_trial_curves(run),
         history=_history(run, result),
         store=run.workspace.store.uri,
-        adapter=summary.adapter,
-        merged=summary.merged,
     )
     _publish(run, run_report(report), run_report(report, image=True), "report")
 

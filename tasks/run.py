@@ -79,10 +79,8 @@ class Run:
         """Find a stage's artifact in the store, or run the stage. Call it inside the stage's task.
 
         Args:
-            stage: the stage.
             label: the stage's name in this run, if it runs several times.
             seed: the training seed, if it is not the recipe's own.
-            **inputs: the stage's input artifacts.
 
         Raises:
             CorruptArtifact: an input is damaged; it is quarantined by now.
@@ -197,7 +195,7 @@ T = TypeVar("T")
 
 
 def _retry_system_error(step: Callable[[], T]) -> T:
-    """Do a step that is in no task, and once more on the SystemError that `is_retryable` retries in tasks."""
+    """Run a step that is not in a task; after a SystemError, run it once more (see `is_retryable` for tasks)."""
     try:
         return step()
     except SystemError as error:

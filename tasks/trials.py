@@ -128,10 +128,6 @@ def _require_same_validation(run: Run, trials: Sequence[Trial], inputs: dict[str
 
 
 def _run_trial(run: Run, trial: Trial, inputs: TrialInputs) -> TrialRecord:
-    def record(**values: object) -> TrialRecord:
-        known = {"label": trial.label, "settings": dict(trial.settings), "seed": trial.seed}
-        return TrialRecord.model_validate({**known, **values})
-
     store = run.workspace.store
     try:
         ref = train_trial(run, tokens=inputs.tokens, base=inputs.base, label=trial.label)
@@ -151,9 +147,10 @@ def _run_trial(run: Run, trial: Trial, inputs: TrialInputs) -> TrialRecord:
         raise
     except OF_THE_TRIAL as failure:
         log.warning("%s failed; the sweep continues. %s", trial.label, failure)
-        return record(state="failed", problem=f"{type(failure).__name__}: {failure.what}")
+        return _recorded(trial, state="failed", problem=f"{type(failure).__name__}: {failure.what}")
     stage = run.stages[trial.label]
-    return record(
+    return _recorded(
+        trial,
         state=stage.state,
         loss=loss,
         seconds=store.manifest(ref).seconds,
@@ -195,11 +192,6 @@ def run_groups(run: Run, trials: Sequence[Trial], inputs: Mapping[str, Mapping[s
     itself afterwards. A trial that cannot be in a group, or whose group cannot be trained, is left to `run_trials`. Trials
     that were in a group of an earlier sweep are not trained again, also if this sweep would make other groups.
 
-    Args:
-        run: the sweep's run.
-        trials: all trials of the sweep.
-        inputs: {label: what the trial trains on}.
-
     Raises:
         Failure: a group failed for a reason that would also end the trials' own trainings, such as a full disk.
     """
@@ -218,10 +210,8 @@ def run_groups(run: Run, trials: Sequence[Trial], inputs: Mapping[str, Mapping[s
 
 
 def _as_equal(record: TrialRecord, trial: Trial) -> TrialRecord:
-    """Return the record of a trial which is the same training as a recorded one."""
-    own = {"label": trial.label, "settings": dict(trial.settings), "seed": trial.seed}
-    state = "failed" if record.problem else "cached"
-    return TrialRecord.model_validate({**record.model_dump(), **own, "state": state})
+    same = record.model_dump(exclude={"label", "settings", "seed", "state"})
+    return _recorded(trial, state="failed" if record.problem else "cached", **same)
 
 
 def group_labels(stages: Iterable[str]) -> set[str]:
@@ -272,20 +262,21 @@ def _record(run: Run, trial: Trial, result: GroupResult, state: str) -> TrialRec
         )
     seconds = run.workspace.store.manifest(result.ref).seconds
     problem = f"NonFiniteLoss: {result.problem}" if result.problem else ""
-    return TrialRecord.model_validate(
-        {
-            "label": trial.label,
-            "settings": dict(trial.settings),
-            "seed": trial.seed,
-            "state": "failed" if problem else state,
-            "loss": result.loss,
-            "seconds": None if problem or seconds is None else seconds / result.size,
-            "fingerprint": result.ref.fingerprint,
-            "digest": result.ref.digest,
-            "problem": problem,
-            "group_number": result.number,
-        }
+    return _recorded(
+        trial,
+        state="failed" if problem else state,
+        loss=result.loss,
+        seconds=None if problem or seconds is None else seconds / result.size,
+        fingerprint=result.ref.fingerprint,
+        digest=result.ref.digest,
+        problem=problem,
+        group_number=result.number,
     )
+
+
+def _recorded(trial: Trial, **values: object) -> TrialRecord:
+    own = {"label": trial.label, "settings": dict(trial.settings), "seed": trial.seed}
+    return TrialRecord.model_validate({**own, **values})
 
 
 # Failures that a trial's settings may have caused. Any other, such as a full disk, would end the next trial too.

@@ -152,9 +152,8 @@ def is_filled_in_later(path: str, text: str) -> bool:
     """Tell whether a template is kept by `prefect deploy` too: the worker or the server fills it in for each run."""
     if path == ".description" or path.startswith(".pull"):
         return True
-    if path.startswith(
-        ".work_pool.job_variables"
-    ):  # the worker reads blocks and variables, so no secret is in the file
+    # The worker reads blocks and variables, so no secret is in the file.
+    if path.startswith(".work_pool.job_variables"):
         return all(name.startswith(("prefect.blocks.", "prefect.variables.")) for name in TEMPLATE.findall(text))
     if re.match(r"\.triggers\[\d+\]\.parameters\b", path):  # of the event
         return not any(name.startswith(("$", "prefect.")) for name in TEMPLATE.findall(text))
@@ -180,8 +179,6 @@ def with_recipe_values(spec: DeploymentSpec, folder: Path, where: str) -> Deploy
 
     Args:
         spec: the deployment; it is returned as it is if its flow has no such form, or it names no recipe.
-        folder: the folder of `prefect.yaml`.
-        where: the deployment's place, for a warning of a recipe that cannot be read.
     """
     recipe = spec.parameters.get("recipe")
     file = recipe_file(folder, recipe) if isinstance(recipe, str) else None
@@ -229,7 +226,6 @@ def refuse_ignored_job_variables(spec: DeploymentSpec, pool: WorkPool | None) ->
     """Check the job variables of a deployment against the job template of its work pool.
 
     Args:
-        spec: the deployment.
         pool: its work pool on the server; None if `loraflow deploy` will create it, of type process.
 
     Raises:

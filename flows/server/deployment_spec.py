@@ -61,10 +61,7 @@ def automation_of(trigger: DeploymentTriggerTypes, number: int, deployment: str,
     """Return the automation of a trigger; without a name it is called as `prefect deploy` calls it.
 
     Args:
-        trigger: as it was read.
         number: its position in the list of the deployment, from 1.
-        deployment: the deployment's name, without its flow's.
-        deployment_id: the deployment's id on the server.
     """
     own = trigger.model_copy()
     own.set_deployment_id(deployment_id)

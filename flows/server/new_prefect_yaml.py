@@ -137,7 +137,6 @@ def write_prefect_yaml(
     """Write `prefect.yaml` into a project's folder and return its path; None if there is one already.
 
     Args:
-        folder: the project's folder.
         project: the project's name, as `slug` returns it; None names it after its folder.
         recipe: the name of the recipe that the deployments run by default; None takes the first one of `configs/`.
         template: one of TEMPLATES; gpu-team adds a work pool for stages on a GPU machine.
@@ -393,7 +392,6 @@ def _inserted_before(text: str, key: Scalar, entry: str) -> Edit:
 
 
 def _before(text: str, scalar: Scalar) -> str:
-    """Return what is before a scalar in its line."""
     return text[text.rfind("\n", 0, scalar.start) + 1 : scalar.start]
 
 

@@ -46,9 +46,6 @@ def find_prefect_yaml() -> Path:
 
     It is in the working directory. A project with recipes and without this file gets one. A folder without recipes is no
     project; there, the file of the checkout that loraflow is imported from is used.
-
-    Raises:
-        BadConfig: there is no such file.
     """
     if Path(FILE).is_file():
         return Path(FILE)
@@ -170,7 +167,6 @@ def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -
 
 
 def _check_document(document: dict[str, JsonValue], file: Path) -> None:
-    """Check the keys of the file itself."""
     unknown = [str(key) for key in document if key not in DOCUMENT_KEYS and not str(key).startswith("x-")]
     if unknown:
         raise BadConfig(
@@ -198,7 +194,6 @@ def _check_document(document: dict[str, JsonValue], file: Path) -> None:
 
 
 def _check_project(pull: JsonValue, name: JsonValue, where: str) -> None:
-    """Check that a pull step enters the project of the file."""
     listed = [pull] if isinstance(pull, dict) else pull if isinstance(pull, list) else []
     entered = project_of([step for step in listed if isinstance(step, dict)])
     if entered is not None and entered != (None if name is None else str(name)):

@@ -134,7 +134,6 @@ def writing_in_turn(command: Sequence[str]) -> list[str]:
 
 
 def _last_error(log: Path) -> str:
-    """Return the last line of a log that names an exception."""
     lines = log.read_bytes()[-20_000:].decode(errors="replace").splitlines()
     return next((line.strip()[:300] for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), "")
 

@@ -114,9 +114,8 @@ class AdapterConfig(BaseModel):
         if self.peft_type != "LORA":  # AdaLoRA's rank_pattern is another thing
             return
         for setting in ("rank_pattern", "alpha_pattern"):
-            if (
-                setting in self.model_fields_set and getattr(self, setting) is None
-            ):  # peft fails on it, without its name
+            # peft fails on it, without its name.
+            if setting in self.model_fields_set and getattr(self, setting) is None:
                 raise BadModel(
                     "A pattern of the adapter's configuration is null.",
                     where=f"{file}: {setting}",
@@ -179,10 +178,6 @@ class AdapterConfig(BaseModel):
 
     def scale_of(self, module: str, rank: int) -> float:
         """Return the factor of a module's B·A.
-
-        Args:
-            module: its full name.
-            rank: the rank of its matrices.
 
         Raises:
             BadModel: the config has another rank, so it belongs to another adapter.

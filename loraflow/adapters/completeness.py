@@ -51,8 +51,6 @@ def check_complete(adapter: Path, config: AdapterConfig, model: PreTrainedModel)
     """Check that the tensors of an adapter are those that peft would save for its configuration on this base.
 
     Args:
-        adapter: PEFT's folder.
-        config: its configuration.
         model: the base on the meta device, with the vocabulary of the adapter. peft changes it.
 
     Raises:
@@ -96,9 +94,6 @@ def _refuse_other_prefix(adapter: Path, missing: list[str], unexpected: list[str
     """Refuse an adapter whose tensor names are right except for a part that a wrapper or a script added or left out.
 
     peft ignores such tensors, so that base and adapter answer as the base.
-
-    Raises:
-        BadModel: without one part of their names, they are the missing ones.
     """
     corrections = {
         f"remove {part!r} from their names": [tensor.replace(part, "", 1) for tensor in unexpected]
@@ -259,11 +254,7 @@ def _renamed(found: Mapping[str, Shape], wrapped: PeftModel) -> dict[str, Shape]
 
 
 def _refuse_other_projections(found: Mapping[str, Shape], model: PreTrainedModel) -> None:
-    """Refuse an adapter for split projections where the base has fused ones, or the reverse: it can be converted.
-
-    Raises:
-        BadModel: there is such a module.
-    """
+    """Refuse an adapter for split projections where the base has fused ones, or the reverse: it can be converted."""
     modules = {name for name, _ in model.named_modules()}
     for name in sorted(found):
         module = module_of(name)
@@ -300,7 +291,6 @@ def give_projections_of(adapter: Iterable[str], model: PreTrainedModel) -> None:
     """Fuse or split a base's projections as an adapter has them; both are on the meta device, so no weight is computed.
 
     Args:
-        adapter: names of the modules that it adapts.
         model: the base without weights; it is changed.
     """
     adapted = {name.rpartition(".")[2] for name in adapter}

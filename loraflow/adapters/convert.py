@@ -54,7 +54,6 @@ def convert(
         source: a PEFT adapter's folder, or a file of loralib's `lora_state_dict`. A file of `torch.save` is read by
             torch's `weights_only` reader, which builds tensors and refuses everything else.
         base: folder of the model that the adapter is to fit; its weights are not read.
-        out: a folder that does not exist yet.
         lora_alpha: alpha of a loralib checkpoint, which does not contain it.
         enable_lora: the adapted blocks of fused modules in a loralib checkpoint, if not all blocks are adapted.
 
@@ -91,7 +90,6 @@ class LoralibSettings:
     """Settings that a loralib checkpoint does not contain.
 
     Args:
-        lora_alpha: alpha of the training.
         enable_lora: the adapted blocks of fused modules, where not all are: `{"qkv_proj": ["q", "v"]}`.
     """
 

@@ -36,12 +36,8 @@ def trained_logits(
     """Compute the logits of a base with its adapter, as it was trained.
 
     Args:
-        base: the model's folder.
-        adapter: PEFT's folder.
         nf4: how training quantized the base's weights; None if it did not.
         batches: token ids, [1, tokens] each.
-        runtime: device and attention implementation.
-        trust: run code that comes with the base.
 
     Returns:
         A tensor [tokens, vocabulary] in fp32 for each batch.

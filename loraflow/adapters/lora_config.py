@@ -32,7 +32,6 @@ def lora_config(peft_config: PeftConfig, model: PreTrainedModel | None = None) -
     """Return peft's LoraConfig.
 
     Args:
-        peft_config: the recipe's.
         model: the base, whose modules all-linear means; None leaves the word to peft.
     """
     from peft import EvaConfig, LoraConfig

@@ -75,8 +75,6 @@ def convolution(down: torch.Tensor, up: torch.Tensor, shape: tuple[int, ...]) ->
     update of rank r·k of one k-th of it.
 
     Args:
-        down: loralib's A.
-        up: loralib's B.
         shape: the kernel's shape, [out, in, k, k].
 
     Raises:
@@ -119,9 +117,7 @@ def block_sizes(heads: AttentionHeads, module: str, rows: int) -> list[int] | No
     """Return the rows of each block of a fused module, or None if the heads do not divide its rows.
 
     Args:
-        heads: the numbers of the model's heads.
         module: the module's own name, such as qkv_proj.
-        rows: the number of rows of the fused matrix.
     """
     count = len(FUSED_NAMES[module])
     key_value = heads.key_value or heads.query

@@ -69,14 +69,8 @@ def merge_trained_in_nf4(
     only the gate may use held-out rows.
 
     Args:
-        base: the model's folder.
-        adapter: PEFT's folder.
-        out: an empty folder for the merged model.
         shards: tokenized training rows; needed where `config.onto` is auto.
-        progress: reports tensors; its `work` folder holds the merges that are compared.
-        runtime: the job's.
         config: how training quantized the base, and into which weights to merge.
-        options: the options of `merge`.
 
     Returns:
         Figures of `merge`; `onto`; for auto also `kl_base` and `kl_dequantized`, nats per token, to the trained model.

@@ -75,16 +75,11 @@ def merge(
     """Merge an adapter's folder into a base's folder.
 
     Args:
-        base: the model's folder.
-        adapter: PEFT's folder.
-        out: an empty folder for the merged model.
         dtype: bfloat16, float16 or float32; None leaves each tensor's own.
-        max_shard_bytes: the largest size of a file.
         threads: the number of threads of a streamed merge; None is one for each core.
         progress: reports tensors; finished shards survive a kill in its `work` folder.
         base_digest: digest of the base's artifact, compared with the digest that the adapter records.
         nf4: merge into the base's weights as training saw them.
-        trust: run code that comes with the base, to know which of its weights were quantized.
         checked: base and adapter are intact artifacts of resolve_base and train, so they are complete. Checking them takes
             seconds.
 
@@ -111,7 +106,6 @@ def merge(
 def _check_inputs(
     base: Path, adapter: Path, base_digest: str | None, *, trust: bool, checked: bool
 ) -> tuple[AdapterConfig, list[TensorEntry]]:
-    """Check both folders before anything is written; return the adapter's config and the base's tensors."""
     refuse_pickles(adapter)
     refuse_pickles(base)
     config = AdapterConfig.read(adapter)
@@ -149,7 +143,6 @@ def _plan(
 
 
 def _module_of(tensor: str) -> str:
-    """Return the last part of the name of a tensor's module."""
     return tensor.rpartition(".")[0].rpartition(".")[2]
 
 
@@ -208,10 +201,6 @@ def _copy_other_files(base: Path, adapter: Path, out: Path, dtype: str | None) -
 
 def _changed_settings(base: Path, merged: Path) -> dict[str, dict[str, JsonValue]]:
     """Return what a merge changed in config.json: the vocabulary, and whether one weight is embeddings and head.
-
-    Args:
-        base: the model's folder.
-        merged: the configuration that peft's merge wrote.
 
     Returns:
         new values by section of the file; the section "" is the file itself.

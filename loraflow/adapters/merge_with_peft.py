@@ -24,14 +24,6 @@ def merge_with_peft(
 ) -> int:
     """Write the merged model to `out` and return the number of adapted modules.
 
-    Args:
-        base: the model's folder.
-        adapter: PEFT's folder.
-        out: a folder for the merged model.
-        dtype: bfloat16, float16 or float32; None leaves each tensor's own.
-        max_shard_bytes: the largest size of a file.
-        nf4: merge into the base's weights as training saw them.
-
     Raises:
         BadModel: the adapter does not fit the base, or peft cannot merge it.
     """
@@ -111,11 +103,7 @@ def _innermost(layer: nn.Module | None) -> nn.Module | None:
 
 
 def _check_unloaded(merged: PreTrainedModel, adapter: Path) -> None:
-    """Refuse a model in which peft left parts of the adapter: it merges one update of a module, not one in another.
-
-    Raises:
-        BadModel: a module still has an update.
-    """
+    """Refuse a model in which peft left parts of the adapter: it merges one update of a module, not one in another."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -157,12 +145,7 @@ def _check_all_loaded(wrapped: PeftModel, adapter: Path, embeddings: set[str]) -
     peft neither reports a tensor that the file lacks, which keeps its initial value, nor an entry that fits no tensor.
 
     Args:
-        wrapped: peft's model.
-        adapter: its folder.
         embeddings: names of the embeddings and the head, which peft loads, too, and saves only if it is asked to.
-
-    Raises:
-        BadModel: a tensor has no counterpart, or nothing is adapted.
     """
     from peft import get_peft_model_state_dict, load_peft_weights
     from peft.tuners.tuners_utils import BaseTunerLayer

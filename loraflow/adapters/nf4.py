@@ -28,7 +28,6 @@ class Nf4:
 
     Args:
         dtype: bfloat16 or float16, in which the products were computed.
-        double: whether the constants were quantized too.
 
     Raises:
         MissingExtra: bitsandbytes is not installed.
@@ -99,12 +98,7 @@ def quantized_modules(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Con
 
 
 def quantized_names(base: Path, *, trust: bool = False) -> frozenset[str] | None:
-    """Return the names of a checkpoint's tensors that training quantizes; None if any is stored transposed.
-
-    Args:
-        base: the model's folder.
-        trust: run code that comes with the base.
-    """
+    """Return the names of a checkpoint's tensors that training quantizes; None if any is stored transposed."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

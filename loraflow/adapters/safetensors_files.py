@@ -33,7 +33,6 @@ def plan_files(entries: Iterable[TensorEntry], dtype: str | None, max_bytes: int
     """Distribute tensors over new files, in their order.
 
     Args:
-        entries: the tensors.
         dtype: BF16, F16 or F32, which floating-point tensors are cast to; None leaves their dtypes unchanged.
         max_bytes: the largest size of a file; a larger tensor has a file of its own.
     """

@@ -180,8 +180,6 @@ class TensorWriter:
     """Writes single tensors of the merged model. Several threads may share it.
 
     Args:
-        base: the base's folder.
-        plan: what the adapter does.
         fds: open file descriptors of all files of the base and the adapter.
     """
 
@@ -234,11 +232,7 @@ class TensorWriter:
             yield torch.frombuffer(raw, dtype=self._dtypes[source.dtype]).view(count, columns)
 
     def _refuse_non_finite(self, source: TensorEntry) -> None:
-        """Refuse a tensor that is copied, holds NaN or infinity, and is used. Integers and unknown types are not read.
-
-        Raises:
-            BadModel: it does.
-        """
+        """Refuse a tensor that is copied, holds NaN or infinity, and is used. Integers and unknown types are not read."""
         import torch
 
         dtype = self._dtypes.get(source.dtype)
@@ -285,18 +279,13 @@ def _cut(rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _bytes_of(block: torch.Tensor) -> memoryview:
-    """Return a block's bytes, without a copy."""
     import torch
 
     return block.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def require_finite(name: str, merged: torch.Tensor) -> None:
-    """Refuse merged values that are not finite: a model with such a value answers nothing.
-
-    Raises:
-        BadModel: a value is NaN or infinite.
-    """
+    """Refuse merged values that are not finite: a model with such a value answers nothing."""
     if not is_finite(merged):
         raise _not_finite(name, merged)
 

@@ -39,8 +39,6 @@ def copy_tokenizer_files(folder: Path, out: Path, *, templates: bool = True) -> 
     """Copy a folder's files of tokenizer and templates.
 
     Args:
-        folder: of a model or an adapter.
-        out: the folder to write to.
         templates: otherwise the files of templates are left out.
     """
     for name in tokenizer_files(folder):
@@ -73,11 +71,7 @@ def check_tokenizer_files(adapter: Path) -> None:
 
 
 def own_template(adapter: Path) -> str | None:
-    """Return the chat template beside an adapter; None if it has none.
-
-    Raises:
-        BadModel: it is damaged.
-    """
+    """Return the chat template beside an adapter; None if it has none."""
     return find_template(adapter) if any((adapter / name).exists() for name in (*_OF_CHATS, FILE)) else None
 
 
@@ -85,12 +79,7 @@ def write_tokenizer(base: Path, adapter: Path, out: Path) -> None:
     """Write tokenizer and template of base and adapter to a folder; it has no such files yet.
 
     Args:
-        base: the model's folder.
         adapter: PEFT's folder; its tokenizer replaces all files of the base's, its template the base's template.
-        out: the folder to write to.
-
-    Raises:
-        BadModel: a file is damaged.
     """
     has_tokenizer = (adapter / VOCABULARY).exists()
     if has_tokenizer:
@@ -117,7 +106,6 @@ def served_folder(base: Path, adapter: Path | None) -> Iterator[Path]:
 
     Args:
         base: the model's folder, which is returned unless the adapter has files of its own.
-        adapter: PEFT's folder that is applied to it, if any.
     """
     if adapter is None or not has_own(adapter):
         yield base
@@ -135,7 +123,6 @@ def refuse_other_ids(base: Path, adapter: Path) -> None:
     """Refuse a tokenizer that gives the base's tokens other ids: its embeddings would be read by the wrong rows.
 
     Args:
-        base: the model's folder.
         adapter: PEFT's folder. It contains no embeddings of its own.
 
     Raises:

@@ -131,11 +131,7 @@ def check_tensors(adapter: Path) -> None:
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: Path) -> None:
-    """Refuse an adapter with NaN or infinity, which a merge would spread to every answer.
-
-    Raises:
-        BadModel: a tensor has one, or holds no floating-point numbers of 16 bits or more.
-    """
+    """Refuse an adapter with NaN or infinity, which a merge would spread to every answer."""
     for name, tensor in tensors:
         if tensor.itemsize < 2 or not tensor.is_floating_point():
             raise BadModel(
@@ -160,11 +156,6 @@ def check_vocabulary(base: Path, adapter: Path, rows: int) -> None:
 
     Some published bases have unused tokens beyond their embeddings, such as gemma-3-1b's for images
     (https://github.com/huggingface/transformers/issues/37011). They are only logged.
-
-    Args:
-        base: the model's folder.
-        adapter: PEFT's folder; it may hold a tokenizer.
-        rows: the number of rows of the embeddings.
 
     Raises:
         BadModel: tokens were added without resizing the embeddings.
@@ -200,10 +191,8 @@ def check_adapter(
     """Check that an adapter is complete and belongs to a base; return its configuration.
 
     Args:
-        adapter: PEFT's folder.
         base: the model's folder; its weights are not read.
         base_digest: digest of the base's artifact, compared with the digest that the adapter records.
-        trust: run code that comes with the base.
         convertible: compare with the base as if it had the adapter's projections, fused or split.
 
     Raises:

@@ -102,9 +102,6 @@ def initialize(
     """Run the initialisations that need data or the base's own weights.
 
     Args:
-        model: peft's, just built.
-        peft_config: the recipe's.
-        base: the base's folder, for LoftQ.
         work: a folder that a resumed run finds again.
         batches: inputs of the model by name, from training rows, for EVA.
 
@@ -151,7 +148,6 @@ def convert_to_plain_lora(folder: Path, initial: Mapping[str, torch.Tensor]) -> 
     """Rewrite a saved PiSSA or OLoRA adapter as LoRA on the base itself: A' = [A; A₀], B' = [B, −B₀].
 
     Args:
-        folder: what peft saved.
         initial: what `initialize` returned.
     """
     import torch
@@ -187,9 +183,7 @@ def loraplus(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: fl
 
     Args:
         optimizer: just built; its groups keep their other settings.
-        model: whose parameters it holds.
         ratio: the learning rate of B divided by that of A, 1 or more.
-        embedding: learning rate of adapters on embeddings.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 

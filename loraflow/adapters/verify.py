@@ -59,7 +59,6 @@ def check_limits(report: Mapping[str, float], max_kl: float) -> None:
     """Stop the run if the merged model differs from base and adapter by more than the recipe's limit.
 
     Args:
-        report: the content of report.json.
         max_kl: nats per token.
 
     Raises:

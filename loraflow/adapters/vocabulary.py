@@ -31,11 +31,6 @@ def embedding_names(model: PreTrainedModel) -> list[str]:
 def fit_vocabulary(model: PreTrainedModel, adapter: Path, config: AdapterConfig) -> bool:
     """Resize a base's embeddings and head to the rows of an adapter, if the adapter contains all rows that differ.
 
-    Args:
-        model: the base, with or without weights.
-        adapter: PEFT's folder.
-        config: its configuration.
-
     Returns:
         whether the sizes were different.
 

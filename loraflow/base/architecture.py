@@ -101,9 +101,7 @@ def obstacle_to_quantization(config: PreTrainedConfig, kind: Literal["nf4", "fp8
 
 def config_errors() -> tuple[type[Exception], ...]:
     """Return what transformers raises for a configuration that it cannot use."""
-    from huggingface_hub.errors import (
-        StrictDataclassError,
-    )  # of values with a wrong type, or that contradict each other
+    from huggingface_hub.errors import StrictDataclassError  # of wrong types, or values that contradict each other
 
     return (
         OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, IndexError, AssertionError,
@@ -113,10 +111,6 @@ def config_errors() -> tuple[type[Exception], ...]:
 
 def read_config(folder: Path, *, trust: bool = False) -> PreTrainedConfig:
     """Read a base's configuration.
-
-    Args:
-        folder: with config.json.
-        trust: run Python code that comes with the model.
 
     Raises:
         BadModel: transformers cannot use it, or cannot tell which part of it is the language model.

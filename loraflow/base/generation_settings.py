@@ -32,9 +32,6 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
     """Let `generate` use the model alone: no setting of generation_config.json applies, except whether it has a cache.
 
     `generate` fills what its arguments leave open from the model's settings, so these are replaced meanwhile.
-
-    Args:
-        model: a model of transformers, without a wrapper.
     """
     from transformers import GenerationConfig
 
@@ -71,11 +68,8 @@ def forced_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, pad_id: int
     They are the model's own: settings of its generation_config.json, such as suppressed tokens, do not apply.
 
     Args:
-        model: in evaluation mode.
         ids: the prompts' ids [rows, width], padded on the left.
         mask: 0 where there is padding.
-        pad_id: the token id of the padding.
-        tokens: how many are generated.
     """
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList

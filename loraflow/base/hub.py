@@ -134,9 +134,8 @@ def download(model: str, commit: str, *, trust: bool, with_weights: bool = True)
             raise  # the local disk's failure, not the network's
         raise _not_delivered(model, commit, error) from error
     links = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_symlink()]
-    for name in filter_repo_objects(
-        links, allow_patterns=patterns, ignore_patterns=_NOT_LOADED
-    ):  # the cache may have other files, in any state
+    # The cache may have other files, in any state.
+    for name in filter_repo_objects(links, allow_patterns=patterns, ignore_patterns=_NOT_LOADED):
         if not (folder / name).exists():
             gone = FileNotFoundError(f"{name} was removed from the hub's cache on this machine")
             raise _not_delivered(model, commit, gone)
@@ -152,9 +151,6 @@ def _refuse_damaged(file: Path) -> None:
 
     Args:
         file: a link to a file that is named by its content.
-
-    Raises:
-        BadModel: it is damaged.
     """
     blob = file.resolve()
     if not _BLOB.fullmatch(blob.name):

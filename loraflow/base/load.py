@@ -41,12 +41,9 @@ def load_model(
     """Load a causal language model.
 
     Args:
-        folder: the model's folder.
         dtype: bfloat16, float16 or float32. It is set while loading: a later `.to()` would round the rotary buffers.
-        runtime: device and attention implementation.
         double_quantization: None loads plain weights; otherwise weights are quantized to NF4, and True quantizes
             their constants too.
-        trust: run Python code that comes with the model.
         attention: transformers' name of the attention implementation; the default is the runtime's.
         weights_device: the device that holds the weights, if it is not the device that computes.
 
@@ -86,10 +83,6 @@ def load_model(
 
 def refuse_missing_weights(folder: Path, report: Mapping[str, set[str]]) -> None:
     """Refuse a model that transformers loaded with random numbers for some weights, which it only warns of.
-
-    Args:
-        folder: the model's.
-        report: the loading report of `from_pretrained`.
 
     Raises:
         BadModel: the model's files lack a weight, or have it under a name that its class does not know.
@@ -169,10 +162,6 @@ def sees_all_before(model: PreTrainedModel, positions: int) -> bool:
     """Tell whether each token of a row attends to every token before it, and depends on nothing else.
 
     False for models with a recurrent state, with an attention window shorter than the row, or with code of their own.
-
-    Args:
-        model: transformers' model, which peft may have wrapped.
-        positions: length of the row.
     """
     config = model.config
     wrapped: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
@@ -208,7 +197,6 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
     Args:
         tokenizer: is changed.
-        folder: with the model's config.json.
 
     Raises:
         BadModel: the tokenizer names neither a pad token nor an unknown token nor a stop token with a row, and the model's

@@ -85,7 +85,6 @@ def fixed_angles(model: PreTrainedModel, switch: int, side: Side) -> Iterator[No
     Nothing depends on positions then, so that a prefix can be computed by itself and a decoding step can be recorded.
 
     Args:
-        model: in evaluation mode.
         switch: tokens of the longest document with short factors.
         side: unchanged does nothing.
     """

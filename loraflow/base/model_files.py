@@ -77,8 +77,6 @@ def copy_model(folder: Path, out: Path, *, trust: bool, with_weights: bool = Tru
     downloads, so they would make the artifact of a commit depend on the cache.
 
     Args:
-        folder: the model's.
-        out: an empty folder.
         trust: the model's own code may run, so it is copied too.
         with_weights: otherwise only the other files are copied.
 
@@ -147,11 +145,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path, *, trust: bool
 
     transformers does not save `legacy`, which old Llama tokenizers need: without it, no space is put behind special tokens.
 
-    Args:
-        tokenizer: as transformers opens it.
-        out: the folder to write to, which may be its own.
-        trust: run Python code that comes with the model.
-
     Raises:
         BadModel: what was saved gives other ids.
     """
@@ -194,7 +187,6 @@ def as_phi3(model: PreTrainedModel, bos: int | None, eos: int | None, pad: int |
     """Return a Phi3ForCausalLM with a Llama-shaped model's weights.
 
     Args:
-        model: a Llama or Mistral.
         bos: id of the token that begins a text.
         eos: id of the token that ends one.
         pad: id of the pad token.

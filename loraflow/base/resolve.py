@@ -126,11 +126,7 @@ def _name_of(origin: FolderOrigin | GgufOrigin | HubOrigin) -> str:
 
 
 def _require_unchanged(origin: FolderOrigin | GgufOrigin | HubOrigin, config: ResolveBaseConfig) -> None:
-    """Check that a local base has the content that the fingerprint names: it was hashed before the run's first stage.
-
-    Raises:
-        BadModel: its files were changed since then.
-    """
+    """Check that a local base has the content that the fingerprint names: it was hashed before the run's first stage."""
     memo = HashMemo(None)
     if isinstance(origin, GgufOrigin):
         where, source = origin.gguf, {"gguf": memo.hash(Path(origin.gguf))}
@@ -283,10 +279,7 @@ def prepare_tokenizer(out: Path, chosen: str | None = None, *, no_thinking: bool
     """Write the template that the model is served with, and compare it with transformers' rendering and tokens.
 
     Args:
-        out: the folder with the tokenizer's files, which are changed.
-        chosen: the recipe's template; None uses the model's own.
         no_thinking: answers come after an empty think block.
-        trust: run Python code that comes with the model.
 
     Returns:
         the date that is fixed in the template; None if it prints no date.

@@ -120,9 +120,6 @@ def _check_index(index: Path, entries: list[TensorEntry]) -> None:
 
     transformers reads every tensor of the files, whatever the index says. So weights that the model does not load may
     differ: many indexes list the tied head, which the files lack, or miss the buffers of older versions.
-
-    Raises:
-        BadModel: they differ in a weight that the model loads.
     """
     weight_map, held = _weight_map(index), {entry.name: entry.file.name for entry in entries}
     if held == weight_map and len(held) == len(entries):
@@ -168,11 +165,7 @@ def computed_buffers(model: PreTrainedModel) -> re.Pattern[str]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Read which file holds which tensor, and refuse paths outside of the folder before any file is opened.
-
-    Raises:
-        BadModel: the index is damaged, names a file that is missing, or one elsewhere.
-    """
+    """Read which file holds which tensor, and refuse paths outside of the folder before any file is opened."""
     try:
         weight_map = {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
         if not weight_map:
@@ -235,10 +228,6 @@ def _next_step(folder: Path, names: list[str], pickles: list[str]) -> str:
 
 def model_without_weights(base: Path, *, trust: bool = False) -> PreTrainedModel:
     """Build a base's model from its config.json. This takes well under a second and no memory for weights.
-
-    Args:
-        base: the model's folder; only its configuration is read.
-        trust: run Python code that comes with the model.
 
     Raises:
         BadModel: the folder has no config of a causal model that transformers knows.

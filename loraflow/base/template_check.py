@@ -144,7 +144,6 @@ def _outcomes(template: ChatTemplate) -> list[tuple[list[int], list[int]] | None
 def _rendered_by_transformers(
     tokenizer: PreTrainedTokenizerBase, chat: Chat, *, prompt: bool, in_parts: bool = False
 ) -> str | None:
-    """Return transformers' text of a chat; None if the template refuses the chat."""
     from jinja2.exceptions import TemplateError
 
     tools = chat[0].get("tools")
@@ -166,11 +165,7 @@ def _rendered_by_transformers(
 
 
 def _accepted(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Chat, bool]]:
-    """Return the conversations, with and without a generation prompt, that the template renders.
-
-    Raises:
-        BadModel: only one of the two renderings refuses one, or the texts differ.
-    """
+    """Return the conversations, with and without a generation prompt, that the template renders."""
     found: list[tuple[Chat, bool]] = []
     for chat in conversations():
         for prompt in (False, True):
@@ -220,13 +215,7 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
     The start may differ: what the template leaves unmarked behind the prompt is learned, and a marked prompt is not.
 
     Args:
-        folder: the base's tokenizer.
         template: the same, as training reads it.
-        tokenizer: the same, as transformers reads it.
-        chats: chats of text that both render alike.
-
-    Raises:
-        BadModel: an answer ends elsewhere.
     """
     training = folder / TRAINING_TEMPLATE
     marking = training.read_text(encoding="utf-8") if training.exists() else template.template
@@ -277,6 +266,5 @@ def _ends(labels: np.ndarray) -> list[int]:
 
 
 def _last(marked: Sequence[bool], near: int) -> int:
-    """Return the position of the last token of the marked span that is nearest."""
     ends = [at for at, is_marked in enumerate(marked) if is_marked and not any(marked[at + 1 : at + 2])]
     return min(ends, key=lambda at: abs(at - near), default=-1)

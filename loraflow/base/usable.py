@@ -40,10 +40,6 @@ def is_hub_id(model: str) -> bool:
 def require_base_name(model: str, where: str = _WHERE) -> None:
     """Check the name of a base, without the network.
 
-    Args:
-        model: what the recipe or the command names.
-        where: the key or option that names it.
-
     Raises:
         BadModel: it is neither `bundled:smollm2` nor a folder, and has not the form of a hub id.
     """
@@ -63,8 +59,6 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
     """Refuse a base in a folder, or a GGUF file, that cannot be trained.
 
     Args:
-        folder: what the recipe names.
-        trust: the recipe allows code that comes with the model.
         known_to_transformers: check also that the installed transformers has the architecture. This imports it.
 
     Raises:
@@ -121,12 +115,6 @@ def refuse_code_elsewhere(folder: Path) -> None:
     """Refuse a base whose own code is in another repository of the hub: transformers runs its newest version each time.
 
     Such a base is often a fine-tuned copy, whose config.json says `OWNER/NAME--modeling.Class`.
-
-    Args:
-        folder: of a base whose code the recipe allows.
-
-    Raises:
-        BadModel: it is.
     """
     for name in ("config.json", "tokenizer_config.json"):
         elsewhere = [reference for reference in code_references(folder / name) if "--" in reference]
@@ -143,11 +131,7 @@ def refuse_code_elsewhere(folder: Path) -> None:
 
 
 def refuse_adapter_folder(folder: Path) -> None:
-    """Refuse an adapter, alone or beside a model: transformers would apply it to its base when it opens the folder.
-
-    Raises:
-        BadModel: the folder has adapter_config.json.
-    """
+    """Refuse an adapter, alone or beside a model: transformers would apply it to its base when it opens the folder."""
     if not (folder / "adapter_config.json").is_file():
         return
     has_model = (folder / "config.json").is_file()

@@ -61,7 +61,6 @@ def check_fits_config(folder: Path, *, trust: bool = False) -> list[str]:
     transformers opens the model on torch's meta device: it reads names and shapes only, and converts names of older files.
 
     Args:
-        folder: the model's.
         trust: run Python code that comes with the model. Such code may not run without memory for weights; then only the
             types of the weights are checked here, and the training checks their names and shapes, when it loads them.
 
@@ -103,11 +102,7 @@ def check_fits_config(folder: Path, *, trust: bool = False) -> list[str]:
 
 
 def _open_without_weights(folder: Path, *, trust: bool = False) -> tuple[PreTrainedModel, _LoadReport]:
-    """Open a model on torch's meta device, and return what transformers reports about its files' weights.
-
-    Raises:
-        BadModel: transformers cannot open it.
-    """
+    """Open a model on torch's meta device, and return what transformers reports about its files' weights."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as their_logging
 
@@ -176,11 +171,7 @@ def _refuse_quantized(folder: Path, unused: Set[str]) -> None:
     """Refuse weights of 8 bits or less. Without a quantization_config, transformers takes them for the weights themselves.
 
     Args:
-        folder: the model's.
         unused: names that the model does not load: masks of older transformers have a byte for each value.
-
-    Raises:
-        BadModel: the model loads such a weight.
     """
     for name, entry in sorted(_stored(folder).items()):
         if entry.dtype in _QUANTIZED and name not in unused:
@@ -194,11 +185,7 @@ def _refuse_quantized(folder: Path, unused: Set[str]) -> None:
 
 
 def refuse_non_finite_weights(folder: Path) -> None:
-    """Refuse a model with NaN or infinity in a weight that it loads. All weights are read, in blocks.
-
-    Raises:
-        BadModel: there is such a weight.
-    """
+    """Refuse a model with NaN or infinity in a weight that it loads. All weights are read, in blocks."""
     from safetensors import safe_open
 
     unused: frozenset[str] | None = None
@@ -251,11 +238,7 @@ def _refuse_two_values(folder: Path, tied: Mapping[str, str]) -> None:
     transformers 5 trains them as two, and a server that follows the config serves them as one.
 
     Args:
-        folder: the model's.
         tied: names of such weights → the name of the weight that they are.
-
-    Raises:
-        BadModel: there are such weights.
     """
     import torch
 

@@ -109,11 +109,7 @@ def cli() -> None:
 
 
 def _check_folder() -> None:
-    """Refuse a current folder that was removed, before Python 3.13.0's imports fail there with an error of its own.
-
-    Raises:
-        BadConfig: it was removed.
-    """
+    """Refuse a current folder that was removed, before Python 3.13.0's imports fail there with an error of its own."""
     try:
         Path.cwd()
     except FileNotFoundError:
@@ -242,7 +238,6 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, JsonValue]:
     """
     from loraflow.config import yaml
     from loraflow.credentials import hide_in_json
-    from loraflow.failures import BadConfig
 
     overrides: dict[str, JsonValue] = {}
     for pair in pairs:

@@ -42,7 +42,6 @@ def add(folder: str, no_push: bool, commit: bool, git_push: bool, remote: str | 
     """
     from loraflow.data import dvc
     from loraflow.data import git_branch as branch
-    from loraflow.failures import BadConfig
 
     if no_push and remote:
         raise BadConfig("--remote and --no-push exclude each other.", where="data add", next_step="leave one out")
@@ -149,6 +148,7 @@ def show_row(recipe: str, row: int, sets: tuple[str, ...]) -> None:
     from loraflow.data.mask_view import masked_row
     from loraflow.execution.runner import intact_result, run_stage
     from loraflow.execution.workspace import Workspace
+    from loraflow.reporting.sections import marked
     from loraflow.stages import CHECK_DATASET, RESOLVE_BASE, VERSION_DATASET
 
     workspace = Workspace(load_recipe(recipe, parse_overrides(sets)))
@@ -159,17 +159,11 @@ def show_row(recipe: str, row: int, sets: tuple[str, ...]) -> None:
         config = TokenizeConfig.from_recipe(workspace.recipe, workspace)
         shown = masked_row(store.path(rows) / "train.jsonl", row, ChatTemplate(store.path(base)), config)
         workspace.save()
-    click.echo("".join(_masked_part(text, weight) for text, weight in shown.parts))
+    styled = (click.style(marked(*part), fg="green", bold=True) if part[1] else part[0] for part in shown.parts)
+    click.echo("".join(styled))
     click.echo(f"{shown.place}: {shown.tokens} tokens, {shown.learned_tokens} learned")
     if shown.left_out:
         click.echo(shown.left_out)
-
-
-def _masked_part(text: str, weight: float) -> str:
-    """Return a part of a row with its mask: ⟦ ⟧ if it is learned, and its weight if that is not 1."""
-    if not weight:
-        return text
-    return click.style(f"⟦{text}⟧" + ("" if weight == 1 else f"×{weight:g}"), fg="green", bold=True)
 
 
 def marked_lines(marks: Counter[str], partly: int, weighted: int = 0) -> list[str]:
@@ -231,14 +225,7 @@ def diff(old: str, new: str | None, source: str, store: str) -> None:
 
 
 def read_versions(old: str, new: str | None, source: str, store: str) -> tuple[Version, Version]:
-    """Read the rows of two versions. The store is opened only if one of them is a run.
-
-    Args:
-        old: as in version_of.
-        new: as in version_of.
-        source: the dataset's `.dvc` file.
-        store: location of the store.
-    """
+    """Read the rows of two versions. The store is opened only if one of them is a run."""
     from loraflow.store import open_store
 
     if not any(map(_is_run, (old, new))):
@@ -264,7 +251,6 @@ def version_of(name: str | None, source: str, store: Store | None) -> Version:
     Args:
         name: a file, a folder, a run's id, or a git revision of `source`. None is the dataset in the work tree, as it is
             there; the pinned version, if the work tree does not have it.
-        source: the dataset's `.dvc` file.
         store: where runs are; None if the name is no run's.
 
     Raises:
@@ -303,12 +289,10 @@ def _of_run(name: str, store: Store) -> Version:
     """Read the dataset of a run, as the run read it."""
     from loraflow.data.compare import read_files
     from loraflow.data.readers import match_files
-    from loraflow.registry.runs import read_run
+    from loraflow.registry.runs import require_run
     from loraflow.store import hash_memo, require_intact
 
-    record = read_run(store, name)
-    if record is None:
-        raise BadConfig("There is no such run.", where=name, next_step="`loraflow runs` lists them")
+    record = require_run(store, name)
     stage = record.stage("version_dataset")
     ref = store.find("version_dataset", stage.fingerprint) if stage is not None else None
     if ref is None:

@@ -74,10 +74,8 @@ def checked_source(source: str, form: str | None, ignore: Collection[str] = (), 
     """Return what to check: the dataset of a recipe, or a file or folder.
 
     Args:
-        source: a recipe, file or folder.
         form: the rows' format, or auto; None if it is not named. A recipe has its own.
         ignore: keys that are not looked at. A recipe has its own.
-        personal: whether to look for personal data.
 
     Raises:
         BadConfig: a format or keys are named for a recipe.

@@ -53,11 +53,6 @@ def _check_base(base: str) -> None:
     """Show how a base is trained, from its config, and check its template, tokens and files as resolve_base does.
 
     Nothing is loaded. Of a hub id, config.json and the tokenizer's files are downloaded.
-
-    Raises:
-        BadModel: it cannot be trained, or its template or tokens cannot.
-        BadConfig: it is neither a folder nor a hub id.
-        Network: the hub does not answer, and its config.json is not in the cache.
     """
     from loraflow.base import hub
     from loraflow.base.usable import is_hub_id, refuse_unusable_folder
@@ -90,7 +85,6 @@ def _check_base(base: str) -> None:
 
 
 def _checked_files(base: str, folder: Path) -> list[str]:
-    """Check a base's files; a line says so where there are none to check."""
     from loraflow.base import hub
     from loraflow.base.resolve import describe_files
     from loraflow.failures import Network

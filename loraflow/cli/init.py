@@ -112,7 +112,6 @@ def _plain_name(name: str) -> str:
 
 
 def _write_project(dataset: UserDataset, options: _Options, recipe: Path, target: Path) -> WrittenFiles:
-    """Copy the dataset, version the copy, and write recipe, deployments and README."""
     from loraflow.data import dvc
     from loraflow.flows.server.new_prefect_yaml import slug, team_recipe_lines, write_prefect_yaml
     from loraflow.tracking.dvclive import write_pipeline
@@ -139,11 +138,7 @@ def _write_project(dataset: UserDataset, options: _Options, recipe: Path, target
 
 
 def _require_base(base: str) -> None:
-    """Check a base as `loraflow plan` does, as far as that needs no network.
-
-    Raises:
-        BadModel: there is no such base, or the folder has no model that can be trained.
-    """
+    """Check a base as `loraflow plan` does, as far as that needs no network."""
     from loraflow.base.model_files import model_files
     from loraflow.base.usable import refuse_unusable_folder, require_base_name
 
@@ -164,11 +159,7 @@ def _written_files(recipe: Path, target: Path) -> list[Path]:
 
 
 def _free_places(options: _Options) -> tuple[Path, Path]:
-    """Return where the recipe and the dataset go.
-
-    Raises:
-        BadConfig: one of the files that would be written exists, or is a link to a file that does not exist.
-    """
+    """Return where the recipe and the dataset go."""
     from loraflow.config.project import FILE
     from loraflow.tracking.dvclive import refuse_second_pipeline
 

@@ -47,11 +47,6 @@ class UserDataset:
 def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
     """Read a file or folder of chats, and choose the settings for it. Print what is unusual about the rows.
 
-    Args:
-        source: the file or folder.
-        columns: the value of --columns.
-        base: the base model.
-
     Raises:
         BadConfig: `columns` is malformed.
         BadData: the files cannot be read, or no row is a valid chat.
@@ -118,11 +113,7 @@ def estimated_tokens(text: str) -> int:
 
 
 def _chats(rows: list[Row], data_file: Path) -> list[list[Message]]:
-    """Return the well-formed rows; print the first malformed ones and the keys that are not read.
-
-    Raises:
-        BadData: no row is a valid chat.
-    """
+    """Return the well-formed rows; print the first malformed ones and the keys that are not read."""
     chats = [row.messages for row in rows if row.messages is not None]
     malformed = [row for row in rows if row.messages is None and not row.is_marked_false]
     for row in malformed[:5]:
@@ -155,11 +146,6 @@ FIRST_ROWS = 1000  # rows whose keys are columns
 
 def choose_columns(path: Path, name: str, given: str | None) -> dict[str, str]:
     """Return `data.columns` for a file.
-
-    Args:
-        path: the first file of the dataset.
-        name: its name in messages.
-        given: the value of --columns.
 
     Raises:
         BadConfig: --columns is malformed, or names a column that the file does not have.
@@ -202,11 +188,7 @@ def _parsed(text: str, names: list[str]) -> dict[str, str]:
 
 
 def _names(path: Path, name: str, *, is_needed: bool) -> list[str]:
-    """Return the keys of the first rows: JSON rows may leave out keys without a value.
-
-    Raises:
-        BadData: names are needed, and the first row has none.
-    """
+    """Return the keys of the first rows: JSON rows may leave out keys without a value."""
     from loraflow.data.chats import BadRow
     from loraflow.data.readers import read_values
 
@@ -245,6 +227,7 @@ class SizeSettings:
     """The settings, and why."""
 
     heldout_fraction: float
+    max_length: int  # tokens of a row
     epochs: int
     accumulation: int  # batches of 4 rows per optimizer step
     packing: bool
@@ -287,9 +270,7 @@ def choose_settings(
     Args:
         rows: the number of chats, held-out ones included.
         heldout_fraction: the share of rows to hold out; 0 if whole files are held out.
-        tokens: the number of tokens of all chats, roughly.
         max_length: tokens of a packed row.
-        may_pack: whether several chats may share a row.
     """
     train = max(1, round(rows * (1 - heldout_fraction)))
     epochs = 3 if rows < FEW_ROWS else 1
@@ -304,6 +285,7 @@ def choose_settings(
     steps = math.ceil(per_epoch / batch) * epochs
     return SizeSettings(
         heldout_fraction=heldout_fraction,
+        max_length=max_length,
         epochs=epochs,
         accumulation=accumulation,
         packing=packing,

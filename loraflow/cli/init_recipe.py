@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraflow.cli.init_dataset import SizeSettings, UserDataset, estimated_tokens, tokens_of
+from loraflow.cli.init_dataset import FEW_ROWS, SizeSettings, UserDataset, estimated_tokens, tokens_of
 from loraflow.data.rendered_calls import call_text
 from loraflow.data.split import label_values
 
@@ -70,15 +70,7 @@ register:
 
 
 def recipe_text(name: str, file: Path, source: str, base: str, dataset: UserDataset) -> str:
-    """Fill in the template from the lengths and formats of the chats.
-
-    Args:
-        name: the recipe's name.
-        file: where the recipe is written.
-        source: the dataset's `.dvc` file.
-        base: the base model.
-        dataset: the chats.
-    """
+    """Fill in the template from the lengths and formats of the chats."""
     chats, size = dataset.chats, dataset.size
     text = RECIPE.format(
         title=f"{name}: LoRA on {base}",
@@ -128,9 +120,8 @@ def _base_values(base: str, size: SizeSettings) -> dict[str, object]:
 
 
 def _training_values(chats: list[list[Message]], size: SizeSettings) -> dict[str, object]:
-    longest = max(map(tokens_of, chats))
     why_epochs = "enough to train on each once"
-    if len(chats) < 2000:
+    if len(chats) < FEW_ROWS:
         why_epochs = "few, so train on each several times" if size.epochs > 3 else "few, so train on each three times"
     return {
         "epochs": size.epochs,
@@ -139,8 +130,8 @@ def _training_values(chats: list[list[Message]], size: SizeSettings) -> dict[str
         "why_warmup": "a share of the steps" if size.warmup_steps else "so few steps have no warm-up",
         "accumulation": size.accumulation,
         "logging_steps": size.logging_steps,
-        "max_length": min(2048, max(256, 1 << (longest - 1).bit_length())),
-        "longest": longest,
+        "max_length": size.max_length,
+        "longest": max(map(tokens_of, chats)),
     }
 
 

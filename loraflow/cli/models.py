@@ -7,6 +7,8 @@ import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,25 +59,37 @@ def merge(
 ) -> None:
     """Merge ADAPTER (a PEFT folder) into BASE (a model's folder) and write the model to OUT."""
     from loraflow.adapters.merge_folders import merge as merge_folders
-    from loraflow.serving.artifacts import require_intact_files
+
+    with _written_whole(out, adapter, base) as unfinished:
+        unfinished.mkdir(parents=True)
+        figures = merge_folders(
+            base, adapter, unfinished, dtype=dtype, max_shard_bytes=int(max_shard_size_gb * 1e9), threads=threads
+        )
+    click.echo(f"{figures['adapted']} matrices merged in {figures['seconds']} s ({figures['route']}): {out}")
+
+
+@contextmanager
+def _written_whole(out: Path, *inputs: Path) -> Iterator[Path]:
+    """Yield the name of a folder that becomes `out` at the end; if the command fails, nothing is left of it.
+
+    Raises:
+        BadConfig: `out` exists.
+        CorruptArtifact: an input belongs to a damaged artifact.
+    """
+    from loraflow.serving.models import require_intact_files
     from loraflow.store.files import set_default_modes
 
     if out.exists():
         raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")
-    require_intact_files(adapter, base)
-    unfinished = out.with_name(out.name + ".part")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True)
+    require_intact_files(*inputs)
+    unfinished = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        figures = merge_folders(
-            base, adapter, unfinished, dtype=dtype, max_shard_bytes=int(max_shard_size_gb * 1e9), threads=threads
-        )
+        yield unfinished
         set_default_modes(unfinished)
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    click.echo(f"{figures['adapted']} matrices merged in {figures['seconds']} s ({figures['route']}): {out}")
 
 
 @click.group()
@@ -103,26 +117,15 @@ def convert(source: Path, base: Path, out: Path, alpha: float | None, enable_lor
     """
     from loraflow.adapters.convert import convert as convert_adapter
     from loraflow.adapters.convert import parse_enabled
-    from loraflow.serving.artifacts import require_intact_files
-    from loraflow.store.files import set_default_modes
 
-    if out.exists():
-        raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")
     if source.is_dir() and (alpha is not None or enable_lora):
         raise BadConfig(
             "--alpha and --enable-lora are for loralib checkpoints only.",
             where=str(source),
             next_step="omit these options: a PEFT adapter contains both",
         )
-    require_intact_files(source, base)
-    unfinished = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with _written_whole(out, source, base) as unfinished:
         figures = convert_adapter(source, base, unfinished, lora_alpha=alpha, enable_lora=parse_enabled(enable_lora))
-        set_default_modes(unfinished)
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     click.echo(
         f"{figures['kept']} modules unchanged, {figures['split']} split, {figures['fused']} fused; "
         f"ranks {', '.join(map(str, figures['ranks']))}: {out}"

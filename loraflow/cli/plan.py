@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import click
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from loraflow.evaluation.power import GatePower
     from loraflow.execution.plan import PlannedStep
     from loraflow.execution.plan_notes import PlannedMemory
+    from loraflow.execution.sweep_plan import PlannedTrial
     from loraflow.execution.workspace import Workspace
     from loraflow.registry.reserve import ReserveState
 
@@ -39,7 +41,7 @@ def plan(recipe: str, sets: tuple[str, ...], force: tuple[str, ...], as_json: bo
         _show_run(planned)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _PlannedRun:
     """What `loraflow plan` shows."""
 
@@ -48,12 +50,12 @@ class _PlannedRun:
     base: list[str]
     sources: list[str]
     note: str  # about the base's positions
-    reserve: ReserveState | None
-    power: GatePower | None  # what the held-out rows can show
-    slices: list[str]
-    problem: str  # why the gate cannot decide
-    forgetting: list[str]
-    tokens: list[str]  # warnings about the tokens of base and champion
+    reserve: ReserveState | None = None
+    power: GatePower | None = None  # what the held-out rows can show
+    slices: list[str] = field(default_factory=list)
+    problem: str = ""  # why the gate cannot decide
+    forgetting: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)  # warnings about the tokens of base and champion
 
 
 def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:
@@ -71,23 +73,22 @@ def _plan_run(workspace: Workspace, force: tuple[str, ...]) -> _PlannedRun:
     steps = plan(workspace, force)
     workspace.save()
     trains = any(step.stage == TRAIN.name and step.status != "cached" for step in steps)
-    memory = planned_memory(workspace) if trains else None
-    note = too_few_positions(workspace) if trains else ""
-    base = base_report(workspace) if trains else []
-    sources = planned_sources(workspace)
-    power, problem = None, ""
-    slices: list[str] = []
-    tokens: list[str] = []
-    try:
-        power = gate_power(workspace)
-        slices = slice_power_lines(workspace)
-        tokens = token_lines(workspace)
-    except Failure as failure:  # planning continues, as for a champion that is missing
-        problem = f"will fail: {failure.what}"
-    forgetting = forgetting_lines(workspace)
-    return _PlannedRun(
-        steps, memory, base, sources, note, workspace.reserve, power, slices, problem, forgetting, tokens
+    planned = _PlannedRun(
+        steps=steps,
+        memory=planned_memory(workspace) if trains else None,
+        note=too_few_positions(workspace) if trains else "",
+        base=base_report(workspace) if trains else [],
+        sources=planned_sources(workspace),
     )
+    try:
+        planned.power = gate_power(workspace)
+        planned.slices = slice_power_lines(workspace)
+        planned.tokens = token_lines(workspace)
+    except Failure as failure:  # planning continues, as for a champion that is missing
+        planned.problem = f"will fail: {failure.what}"
+    planned.forgetting = forgetting_lines(workspace)
+    planned.reserve = workspace.reserve
+    return planned
 
 
 def _document(planned: _PlannedRun) -> dict[str, JsonValue]:
@@ -126,7 +127,7 @@ def _document(planned: _PlannedRun) -> dict[str, JsonValue]:
 
 
 def _show_run(planned: _PlannedRun) -> None:
-    _show(planned.steps, planned.memory, planned.base)
+    _show_steps(planned.steps, planned.memory, planned.base)
     for line in planned.sources:
         click.echo(line)
     if planned.note:
@@ -145,22 +146,33 @@ def _show_run(planned: _PlannedRun) -> None:
         click.secho(f"\n{line}", fg="yellow")
 
 
-def _show(steps: list[PlannedStep], memory: PlannedMemory | None, base: list[str]) -> None:
-    colours = {"cached": "green", "runs": "yellow", "depends": "cyan"}
+def _show_steps(steps: list[PlannedStep], memory: PlannedMemory | None, base: list[str]) -> None:
     width = max(len(step.label) for step in steps)
     for step in steps:
-        seconds = f"{step.seconds:7.1f} s" if step.seconds is not None else " " * 9
-        click.echo(
-            f"{step.label:<{width}}  {click.style(f'{step.status:<8}', fg=colours[step.status])}"
-            f"{seconds}  {(step.fingerprint or '')[:12]:<12}  {'; '.join(step.why)}".rstrip()
-        )
+        click.echo(step_line(step, width).rstrip())
     if base:
         click.echo("\n" + "\n".join(base))
     if memory:
         _show_memory(memory)
-    todo = [step.seconds for step in steps if step.status != "cached"]
-    if todo and all(seconds is not None for seconds in todo):
-        click.echo(f"\nthe stages to run took {sum(s for s in todo if s is not None):.0f} s the last time")
+    if (seconds := seconds_to_run(steps)) is not None:
+        click.echo(f"\nthe stages to run took {seconds:.0f} s the last time")
+
+
+def step_line(step: PlannedStep | PlannedTrial, width: int) -> str:
+    """Return a line about a stage or trial, whose label has this width."""
+    colours = {"cached": "green", "runs": "yellow", "depends": "cyan"}
+    seconds = f"{step.seconds:7.1f} s" if step.seconds is not None else " " * 9
+    return (
+        f"{step.label:<{width}}  {click.style(f'{step.status:<8}', fg=colours[step.status])}"
+        f"{seconds}  {(step.fingerprint or '')[:12]:<12}  {'; '.join(step.why)}"
+    )
+
+
+def seconds_to_run(steps: Sequence[PlannedStep | PlannedTrial]) -> float | None:
+    """Return how long those that are not cached took the last time; None if that is not known of all, or all are cached."""
+    times = [step.seconds for step in steps if step.status != "cached"]
+    known = [seconds for seconds in times if seconds is not None]
+    return sum(known) if times and len(known) == len(times) else None
 
 
 def _show_memory(memory: PlannedMemory) -> None:

@@ -16,13 +16,14 @@ from loraflow.registry.champions import choose_intact
 from loraflow.registry.log import HeadChanged, PromotionLog, actor
 from loraflow.registry.looks import LookRecord, LostLooks
 from loraflow.registry.rebuild import how_to_rebuild
-from loraflow.registry.runs import RunRecord, StageRun, read_run
+from loraflow.registry.runs import RunRecord, read_run
 from loraflow.registry.signature import sign
 from loraflow.serving.models import only_model
 from loraflow.store import Ref, Store, hash_memo, open_store, require_intact_in_store
 from loraflow.tracking.git_tags import tag_log
 from loraflow.tracking.mirror import mirror_log, open_tracker, summary_line, sync, tracking_of_model
 
+own_store_option = click.option("--store", help="The store; the default is that of `loraflow registry`.")
 reason_option = click.option("--reason", required=True, help="The reason, for readers of the promotion log.")
 
 
@@ -59,19 +60,17 @@ def registry(context: click.Context, store: str, model: str | None, as_json: boo
 
 @registry.command()
 @reason_option
-@click.option("--store", help="The store; the default is that of `loraflow registry`.")
+@own_store_option
 @model_option
 @click.pass_context
 def accept(context: click.Context, reason: str, store: str | None, model: str | None) -> None:
-    """Go on with a promotion log or a record of looks that lost entries or was changed, if there is no backup of it.
+    """Continue with a promotion log or a record of looks that lost entries or was changed, if there is no backup of it.
 
     The intact entries stay; lost looks count as spent. What is lost, who accepted it and why is stored beside the log.
     Nothing is done to a log that is not damaged.
     """
-    given = context.parent.params if context.parent else {}
-    opened = open_store(store or given["store"])
-    log = PromotionLog(opened, model or given["model"] or only_model(opened))
-    lost_looks = LookRecord(opened, log.model).accept_loss(reason, actor())
+    log = _log(context, store, model)
+    lost_looks = LookRecord(log.store, log.model).accept_loss(reason, actor())
     if lost_looks is not None:
         for line in _lost_look_lines(lost_looks):
             click.echo(line)
@@ -93,7 +92,7 @@ def accept(context: click.Context, reason: str, store: str | None, model: str | 
 
 @registry.command(name="sign")
 @click.option("--key", required=True, help="A private SSH key, or the public one of a key in ssh-agent.")
-@click.option("--store", help="The store; the default is that of `loraflow registry`.")
+@own_store_option
 @model_option
 @click.pass_context
 def sign_log(context: click.Context, key: str, store: str | None, model: str | None) -> None:
@@ -101,9 +100,7 @@ def sign_log(context: click.Context, key: str, store: str | None, model: str | N
 
     All entries are signed, so read them first: `loraflow registry`.
     """
-    given = context.parent.params if context.parent else {}
-    opened = open_store(store or given["store"])
-    log = PromotionLog(opened, model or given["model"] or only_model(opened))
+    log = _log(context, store, model)
     log.entries(all_runs=True)
     if log.last_seen is None or not log.last_seen.seq:
         raise BadConfig(
@@ -111,8 +108,15 @@ def sign_log(context: click.Context, key: str, store: str | None, model: str | N
             where=f"registry of {log.model}",
             next_step="`loraflow registry` lists the entries",
         )
-    sign(opened, log.model, log.last_seen, key, log.hashes)
+    sign(log.store, log.model, log.last_seen, key, log.hashes)
     click.echo(f"signed: entry {log.last_seen.seq} of {log.model} with hash {log.last_seen.hash}")
+
+
+def _log(context: click.Context, store: str | None, model: str | None) -> PromotionLog:
+    """Return the promotion log that a command of `loraflow registry` is about; both take the options."""
+    given = context.parent.params if context.parent else {}
+    opened = open_store(store or given["store"])
+    return PromotionLog(opened, model or given["model"] or only_model(opened))
 
 
 def _lost_look_lines(accepted: LostLooks) -> Iterator[str]:
@@ -163,18 +167,14 @@ def promote(run: str, reason: str, store: str) -> None:
 
 
 def _artifact(store: Store, record: RunRecord, stage: str) -> Ref:
-    """Return the artifact of a run's stage.
-
-    Raises:
-        CorruptArtifact: it is gone or damaged.
-    """
+    """Return the artifact of a run's stage."""
     done = record.stage(stage)
     found = store.find(stage, done.fingerprint) if done else None
     if done is None or found is None or found.digest != done.digest:
         raise CorruptArtifact(
             f"The {stage} artifact of {record.run} is gone.",
             where=store.uri,
-            next_step=how_to_rebuild(store, _recorded(store, done)) if done else "`loraflow runs` lists the runs",
+            next_step=how_to_rebuild(store, done.ref(store)) if done else "`loraflow runs` lists the runs",
         )
     try:
         require_intact_in_store(store, found, hash_memo(store))
@@ -186,10 +186,6 @@ def _artifact(store: Store, record: RunRecord, stage: str) -> Ref:
             next_step=how_to_rebuild(store, found),
         ) from failure
     return found
-
-
-def _recorded(store: Store, done: StageRun) -> Ref:
-    return Ref(stage=done.stage, fingerprint=done.fingerprint, digest=done.digest, uri=store.uri)
 
 
 @click.command()

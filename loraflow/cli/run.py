@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,11 @@ def run(
         summary, document = _run_flow(recipe, overrides, force, quiet)
         if dvclive:
             _write_dvclive(recipe, overrides, summary.run)
+    finish(summary, document, as_json=as_json, strict_gate=strict_gate)
+
+
+def finish(summary: RunSummary, document: dict[str, JsonValue], *, as_json: bool, strict_gate: bool) -> None:
+    """Print the outcome of a run. With `strict_gate`, exit with 3 if nothing was promoted."""
     if as_json:
         click.echo(json.dumps(document, ensure_ascii=False))
     else:
@@ -66,7 +71,6 @@ def run(
 def _run_flow(
     recipe: str, overrides: dict[str, JsonValue], force: tuple[str, ...], quiet: bool
 ) -> tuple[RunSummary, dict[str, JsonValue]]:
-    """Run the flow; return its summary, also as the JSON document."""
     from loraflow.base.resolve import require_base
     from loraflow.config import load_recipe
     from loraflow.tracking.dvclive import lost_with_experiment
@@ -129,38 +133,33 @@ def show(summary: RunSummary) -> None:
 
 
 def _score_table(summary: RunSummary, set_name: str, tuned: SetScores) -> Table:
-    from rich.table import Table
-
     rows = next(iter(tuned.values())).n
-    table = Table(title=f"{summary.recipe}: {set_name}, {rows} rows", title_justify="left")
-    table.add_column("metric")
-    for side in SIDES:
-        table.add_column(side, justify="right")
+    table = _table(f"{summary.recipe}: {set_name}, {rows} rows", "metric", *SIDES, right=SIDES)
     for name in tuned:
         cells = [(summary.metrics.get(side) or {}).get(set_name, {}).get(name) for side in SIDES]
         table.add_row(name, *["" if s is None else f"{s.value:.3f}  {s.low:.3f}–{s.high:.3f}" for s in cells])
     return table
 
 
-def _row_table(rows: RowsSummary) -> Table:
+def _table(title: str, *names: str, right: Sequence[str] = ()) -> Table:
+    """Return an empty table with these columns; the values of those in `right` end at the right."""
     from rich.table import Table
 
-    table = Table(title="rows of the dataset", title_justify="left")
-    table.add_column("rows")
-    table.add_column("", justify="right")
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, justify="right" if name in right else "left")
+    return table
+
+
+def _row_table(rows: RowsSummary) -> Table:
+    table = _table("rows of the dataset", "rows", "", right=[""])
     for count in rows.counts:
         table.add_row(count.what, f"{count.rows:,}")
     return table
 
 
 def _stage_table(summary: RunSummary) -> Table:
-    from rich.table import Table
-
-    table = Table(title="stages", title_justify="left")
-    table.add_column("stage")
-    table.add_column("state")
-    table.add_column("seconds", justify="right")
-    table.add_column("fingerprint")
+    table = _table("stages", "stage", "state", "seconds", "fingerprint", right=["seconds"])
     for stage in summary.stages:
         table.add_row(stage.stage, stage.state, f"{stage.seconds:.1f}", stage.fingerprint[:12])
     return table
@@ -175,11 +174,6 @@ def call_flow(
     flow: Callable[..., dict[str, JsonValue]], parameters: Mapping[str, JsonValue], *, quiet: bool
 ) -> tuple[RunSummary, dict[str, JsonValue]]:
     """Call a flow, with a temporary server if none is configured; return its summary, also as the JSON document.
-
-    Args:
-        flow: the flow.
-        parameters: its own.
-        quiet: show warnings only.
 
     Raises:
         Failure: the flow's own, or the server was lost.

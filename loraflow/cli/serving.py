@@ -305,11 +305,7 @@ def predict(
 
 
 def _print_report(report: PredictionReport, target: Path, seconds: float, *, as_json: bool) -> None:
-    """Print how many rows were answered.
-
-    Raises:
-        Failure: a row has an error instead of an answer.
-    """
+    """Print how many rows were answered."""
     rows, errors = report["rows"], report["errors"]
     if as_json:
         click.echo(json.dumps(report, ensure_ascii=False))

@@ -44,7 +44,8 @@ def show(what: str, model: str | None, store: str, as_json: bool) -> None:
         return
     if model is not None:
         raise BadConfig("--model belongs to `loraflow show champion`.", where=what, next_step="leave --model out")
-    record = _find_record(opened, what)
+    is_run = RUN_ID.fullmatch(what) or PREFECT_ID.fullmatch(what)
+    record = find_named_run(opened, what) if is_run else None
     if record is not None:
         report = None if as_json else read_report(opened, record.run)
         click.echo(report or json.dumps(record.model_dump(), indent=1, sort_keys=True, ensure_ascii=False))
@@ -62,10 +63,6 @@ def show(what: str, model: str | None, store: str, as_json: bool) -> None:
         click.echo(line)
 
 
-def _find_record(store: Store, run: str) -> RunRecord | None:
-    return find_named_run(store, run) if RUN_ID.fullmatch(run) or PREFECT_ID.fullmatch(run) else None
-
-
 def _show_memory(store: Store, record: RunRecord) -> None:
     lines = list(run_memory_lines(store, record.stages))
     if lines:
@@ -81,7 +78,6 @@ def _find_artifact(store: Store, prefix: str) -> Ref | None:
 
 
 def _artifact_lines(store: Store, ref: Ref, manifest: Manifest) -> Iterator[str]:
-
     yield f"{ref}   {store.location(ref)}"
     yield f"  computed  {manifest.provenance['started']} in {manifest.provenance['seconds']} s"
     yield f"  size      {manifest.size:,} bytes in {len(manifest.files)} files"
@@ -291,9 +287,8 @@ def run_memory_lines(store: Store, stages: Iterable[StageRun]) -> Iterator[str]:
     shown = list(stages)
     width = max((len(stage.stage) for stage in shown), default=0) + 2
     for stage in shown:
-        ref = Ref(stage=stage.stage.split()[0], fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
         try:
-            line = memory_of(store.manifest(ref))
+            line = memory_of(store.manifest(stage.ref(store)))
         except Failure:  # removed since then
             continue
         if line:

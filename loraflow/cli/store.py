@@ -203,11 +203,10 @@ def verify_model(store: Store, what: str, model: str | None) -> None:
     from loraflow.execution.rederive import rederive
     from loraflow.registry.rebuild import how_to_rebuild
     from loraflow.registry.runs import read_run
-    from loraflow.serving.models import champion_entry, only_model
-    from loraflow.store import Ref
+    from loraflow.serving.models import named_champion
 
-    if what.split(":")[0] == "champion":
-        merged = champion_entry(store, what.partition(":")[2] or model or only_model(store)).merged
+    if (champion := named_champion(store, what, model)) is not None:
+        merged = champion.merged
     else:
         record = read_run(store, what)
         stage = record.stage("merge") if record else None
@@ -217,7 +216,7 @@ def verify_model(store: Store, what: str, model: str | None) -> None:
                 where=what,
                 next_step="`loraflow runs` lists the runs",
             )
-        merged = Ref(stage="merge", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
+        merged = stage.ref(store)
     started, failed = time.perf_counter(), 0
     with store.reader_lock():
         for check in rederive(store, merged):
@@ -249,12 +248,10 @@ def reproduce(run: str, into: str, store: str, as_json: bool) -> None:
     """
     quiet_logging()
     from loraflow.execution.rederive import reproduce as run_again
-    from loraflow.registry.runs import read_run
+    from loraflow.registry.runs import require_run
 
     opened = open_store(store)
-    record = read_run(opened, run)
-    if record is None:
-        raise BadConfig("There is no such run.", where=run, next_step="`loraflow runs` lists the runs")
+    record = require_run(opened, run)
     results = []
     for result in run_again(opened, record, into):
         results.append(result)

@@ -14,9 +14,10 @@ from loraflow.config.grid import MAX_TRIALS, check_grid, parse_grid
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
+    from loraflow.config.grid import Grid
+    from loraflow.config.load import RecipeFile
     from loraflow.execution.sweep import Trial
     from loraflow.execution.sweep_plan import SweepPlan
-    from loraflow.registry.runs import RunSummary
     from loraflow.registry.sweeps import SweepRecord
 
 
@@ -61,101 +62,57 @@ def sweep(
 ) -> None:
     """Train RECIPE with each combination of settings; merge, score and judge the one with the lowest validation loss."""
     overrides, grid = parse_overrides(sets), parse_grid(grids)
-    check_grid(grid, seeds, overrides, max_trials)
+    checked = check_grid(grid, seeds, overrides, max_trials)
     if quiet:
         os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
     if plans:
         quiet_logging()
+    from loraflow.base.resolve import require_base
+    from loraflow.config.load import read_recipe
     from loraflow.config.recipe_text import recipes_read_once
 
     with recipes_read_once():
+        # Before prefect starts, so that a mistake is reported at once.
+        read = read_recipe(recipe, overrides)
         if plans:
-            planned = _plan(recipe, grid, seeds, overrides, max_trials)
+            from loraflow.execution.sweep_plan import plan_sweep
+
+            planned = plan_sweep(_make_trials(read, checked), [*grid])
             click.echo(json.dumps(planned.to_json(), ensure_ascii=False)) if as_json else _show_plan(planned)
             return
-        _check(recipe, grid, seeds, overrides, max_trials)
-        summary, document = _run_flow(recipe, grid, seeds, overrides, max_trials, quiet)
-    if as_json:
-        click.echo(json.dumps(document, ensure_ascii=False))
-    else:
-        from loraflow.cli.run import show
+        require_base(read.recipe.base)
+        if not read.recipe.data.add:  # the flow versions the dataset first, then checks the same
+            _make_trials(read, checked)
+        from loraflow.cli.run import call_flow, finish
+        from loraflow.flows.sweep import sweep as flow
 
-        if summary.sweep is not None:
-            show_trials(summary.sweep)
-        show(summary)
-    if strict_gate and (summary.decision is None or summary.decision.verdict != "promote"):
-        raise click.exceptions.Exit(3)
-
-
-def _check(
-    recipe: str, grid: dict[str, JsonValue], seeds: int, overrides: dict[str, JsonValue], max_trials: int
-) -> None:
-    """Check the trials before prefect starts, so that a mistake is reported at once."""
-    from loraflow.base.resolve import require_base
-    from loraflow.config.load import read_recipe
-
-    read = read_recipe(recipe, overrides).recipe
-    require_base(read.base)
-    if not read.data.add:  # the flow versions the dataset first, then checks the same
-        _trials(recipe, grid, seeds, overrides, max_trials)
+        parameters: dict[str, JsonValue] = {
+            "recipe": recipe, "grid": grid, "seeds": seeds, "settings": overrides, "max_trials": max_trials,
+        }  # fmt: skip
+        summary, document = call_flow(flow, parameters, quiet=quiet)
+    if summary.sweep is not None and not as_json:
+        show_trials(summary.sweep)
+    finish(summary, document, as_json=as_json, strict_gate=strict_gate)
 
 
-def _plan(
-    recipe: str, grid: dict[str, JsonValue], seeds: int, overrides: dict[str, JsonValue], max_trials: int
-) -> SweepPlan:
-    from loraflow.execution.sweep_plan import plan_sweep
-
-    return plan_sweep(_trials(recipe, grid, seeds, overrides, max_trials), [*grid])
-
-
-def _trials(
-    recipe: str, grid: dict[str, JsonValue], seeds: int, overrides: dict[str, JsonValue], max_trials: int
-) -> list[Trial]:
-    from loraflow.config.load import read_recipe
+def _make_trials(read: RecipeFile, grid: Grid) -> list[Trial]:
     from loraflow.execution.sweep import make_trials
     from loraflow.execution.workspace import Workspace
 
-    recipe_file = read_recipe(recipe, overrides)
-    workspace = Workspace(recipe_file.recipe)
-    trials = make_trials(recipe_file, check_grid(grid, seeds, overrides, max_trials), workspace)
+    workspace = Workspace(read.recipe)
+    trials = make_trials(read, grid, workspace)
     workspace.save()
     return trials
 
 
-def _run_flow(
-    recipe: str,
-    grid: dict[str, JsonValue],
-    seeds: int,
-    overrides: dict[str, JsonValue],
-    max_trials: int,
-    quiet: bool,
-) -> tuple[RunSummary, dict[str, JsonValue]]:
-    """Run the flow; return its summary, also as the JSON document."""
-    from loraflow.cli.run import call_flow
-    from loraflow.flows.sweep import sweep as flow
-
-    parameters: dict[str, JsonValue] = {
-        "recipe": recipe,
-        "grid": grid,
-        "seeds": seeds,
-        "settings": overrides,
-        "max_trials": max_trials,
-    }
-    return call_flow(flow, parameters, quiet=quiet)
-
-
 def _show_plan(planned: SweepPlan) -> None:
+    from loraflow.cli.plan import seconds_to_run, step_line
     from loraflow.stages import TRAIN_GROUP
 
-    colours = {"cached": "green", "runs": "yellow", "depends": "cyan"}
     width = max(len(trial.label) for trial in planned.trials)
     for trial in planned.trials:
-        seconds = f"{trial.seconds:7.1f} s" if trial.seconds is not None else " " * 9
         loss = f"  validation loss {trial.loss:.4f}" if trial.loss is not None else ""
-        click.echo(
-            f"{trial.label:<{width}}  {click.style(f'{trial.status:<8}', fg=colours[trial.status])}"
-            f"{seconds}  {(trial.fingerprint or '')[:12]:<12}  {'; '.join(trial.why)}{loss}".rstrip()
-        )
+        click.echo(f"{step_line(trial, width)}{loss}".rstrip())
     click.echo()
     for note in planned.notes:
         click.echo(note)
@@ -163,9 +120,7 @@ def _show_plan(planned: SweepPlan) -> None:
     to_run += [f"{count} x {way}" for way, count in planned.trainings.items()]
     before = f"to run: {', '.join(to_run)}; then" if to_run else "all trials are trained;"
     click.echo(f"{before} the chosen trial is merged, scored and judged")
-    times = [trial.seconds for trial in planned.trials if trial.status != "cached"]
-    if times and all(time is not None for time in times):
-        total = sum(time for time in times if time is not None)
+    if (total := seconds_to_run(planned.trials)) is not None:
         apart = ", one after another" if TRAIN_GROUP.name in planned.trainings else ""
         click.echo(f"trainings like these took {total:.0f} s the last time{apart}")
 

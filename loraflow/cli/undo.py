@@ -89,9 +89,6 @@ def dvc_undone_on_failure(data: Path) -> Iterator[None]:
     A `.dvc` folder that was not there is removed, with the cache in it. In a cache that was there, the dataset's objects
     that it did not have are removed. Git's index gets its earlier entries back: `dvc init` stages files. What was pushed
     to a remote stays there.
-
-    Args:
-        data: the dataset's folder, whose files are there already.
     """
     from loraflow.data import dvc
 

@@ -86,11 +86,7 @@ def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
 
 
 def _read(file: Path) -> str:
-    """Return a file's text with its own line endings.
-
-    Raises:
-        BadConfig: it is not UTF-8, or cannot be read.
-    """
+    """Return a file's text with its own line endings."""
     try:
         return file.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -109,11 +105,7 @@ def _show_difference(file: Path, before: str, after: str) -> None:
 
 
 def _write(file: Path, old: bytes, new: bytes) -> None:
-    """Replace a file atomically, with its permissions; a link stays a link.
-
-    Raises:
-        BadConfig: somebody changed the file after the changes were shown.
-    """
+    """Replace a file atomically, with its permissions; a link stays a link."""
     target = file.resolve()
     present = target.read_bytes() if target.exists() else b""
     if present != old:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from loraflow.credentials import mask
-from loraflow.frozen import FrozenModel
+from loraflow.frozen import FrozenModel, Positive
 
 RowFormat = Literal[
     "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "gemini", "xlam", "glaive", "tree", "transcript"
@@ -79,9 +79,7 @@ class DataSource(FrozenModel):
         description="How often a row enters training. Below 1: a seeded share of the rows is used. 2: every row twice. "
         "Held-out rows are not repeated.",
     )
-    limit: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Use a seeded sample of this many rows, before weight and split."
-    )
+    limit: Positive | None = Field(None, description="Use a seeded sample of this many rows, before weight and split.")
     format: RowFormat = Field("auto", description="Format of the rows.")
     columns: dict[str, str] = Field({}, description="Columns with other names: {prompt: question, completion: answer}.")
     ignore: list[str] = Field(

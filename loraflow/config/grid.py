@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from loraflow.config import yaml
 from loraflow.config.recipe_text import shorten
-from loraflow.config.renamed_keys import TRANSLATED
+from loraflow.config.renamed_keys import current_name
 from loraflow.credentials import hide_in_json
 from loraflow.failures import BadConfig
 
@@ -91,9 +91,6 @@ def check_grid(
 
     Args:
         given: {key of the recipe: list of values}.
-        seeds: how many seeds each combination is trained with.
-        overrides: the settings that all trials share.
-        max_trials: the largest number of trials that is allowed.
 
     Raises:
         BadConfig: there is nothing to try, a key or a value is given twice, or there are too many trials.
@@ -153,9 +150,9 @@ def _refuse_repeated_values(values: list[JsonValue], where: str) -> None:
 
 def _refuse_repeated_keys(keys: list[str], overrides: Mapping[str, JsonValue], seeds: int) -> None:
     """Refuse keys that would replace each other, such as a key and its older name, or a section and a key in it."""
-    taken = {_current_name(key): f"--set {shorten(key)}" for key in overrides}
+    taken = {current_name(key): f"--set {shorten(key)}" for key in overrides}
     for key in keys:
-        name, where = _current_name(key), f"--grid {shorten(key)}"
+        name, where = current_name(key), f"--grid {shorten(key)}"
         if name == SEED and seeds > 1:
             raise BadConfig(
                 "The seeds are given twice.",
@@ -166,11 +163,6 @@ def _refuse_repeated_keys(keys: list[str], overrides: Mapping[str, JsonValue], s
             if name == other or name.startswith(f"{other}.") or other.startswith(f"{name}."):
                 raise BadConfig("A key is set twice.", where=f"{where} and {option}", next_step="leave one of them out")
         taken[name] = where
-
-
-def _current_name(key: str) -> str:
-    section, _, name = key.partition(".")
-    return f"{section}.{TRANSLATED.get(section, {}).get(name, name)}" if name else section
 
 
 def _same(value: JsonValue) -> str:

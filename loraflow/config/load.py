@@ -23,7 +23,7 @@ from loraflow.config.data_sources import DataSource
 from loraflow.config.gate import contradictions
 from loraflow.config.recipe import Recipe
 from loraflow.config.recipe_text import find_and_read, shorten
-from loraflow.config.renamed_keys import IGNORED, REFUSED, TRANSLATED, translate
+from loraflow.config.renamed_keys import IGNORED, REFUSED, TRANSLATED, current_name, translate
 from loraflow.config.yaml import Edit, apply, scalars
 from loraflow.credentials import hide_in_json
 from loraflow.failures import BadConfig
@@ -53,11 +53,7 @@ class RecipeFile:
     recipe: Recipe
 
     def with_overrides(self, overrides: Mapping[str, JsonValue]) -> RecipeFile:
-        """Return the recipe with other overrides. The file is not read again.
-
-        Raises:
-            BadConfig: there are problems.
-        """
+        """Return the recipe with other overrides. The file is not read again."""
         return _parse_file(self.path, self.text, overrides)
 
 
@@ -90,14 +86,8 @@ def parse_recipe(
     """Parse a recipe. See `load_recipe`.
 
     Args:
-        text: the recipe.
-        name: the file's name in messages.
-        overrides: {dotted key: value}, which replace the text's values.
         is_recorded: it is the recipe of a run that was made. Rules of the gate that earlier versions accepted are no
             problem then: they do not change what the run's stages compute.
-
-    Raises:
-        BadConfig: the recipe has problems.
     """
     try:
         parsed, lines = yaml.parse(text)
@@ -231,7 +221,7 @@ def _find_override(
     """
     outside_file = lines is not None and loc[:1] not in lines
     path = [str(part) for part in loc]
-    keys_of = {dotted: _current_keys(dotted) for dotted in overrides}
+    keys_of = {dotted: current_name(dotted).split(".") for dotted in overrides}
     if not path and (named := list(_first_key(message))):
         for dotted, keys in keys_of.items():
             if named[: len(keys)] == keys or (len(named) == 1 and keys[:1] == named):  # a whole section is named
@@ -242,12 +232,6 @@ def _find_override(
         if path == keys[: len(path)] and (outside_file or re.search(rf"\b{re.escape(keys[-1])}\b", message)):
             return dotted
     return ""
-
-
-def _current_keys(dotted: str) -> list[str]:
-    """Return the parts of an override's key, with the current name of a renamed one."""
-    section, _, key = dotted.partition(".")
-    return f"{section}.{TRANSLATED.get(section, {}).get(key, key)}".split(".") if key else [section]
 
 
 def _move_attention_to_runtime(document: dict[str, JsonValue]) -> None:

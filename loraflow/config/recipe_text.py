@@ -62,11 +62,7 @@ def recipe_names(folder: Path = Path()) -> list[str]:
 
 
 def find_recipe(path: str | Path) -> Path:
-    """Return a recipe's file, given its path or the name of a recipe in `configs/`.
-
-    Raises:
-        BadConfig: there is no such recipe.
-    """
+    """Return a recipe's file, given its path or the name of a recipe in `configs/`."""
     file = Path(path)
     instead = _instead_of_file(file)
     if instead is None:

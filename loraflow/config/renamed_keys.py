@@ -73,6 +73,12 @@ class Translated(NamedTuple):
     refused: dict[str, str]  # key → what is wrong with it
 
 
+def current_name(dotted: str) -> str:
+    """Return a dotted key with the current name of a renamed one."""
+    section, _, key = dotted.partition(".")
+    return f"{section}.{TRANSLATED.get(section, {}).get(key, key)}" if key else section
+
+
 def translate(section: str, values: dict[str, JsonValue]) -> Translated:
     """Translate the keys of a section."""
     out: dict[str, JsonValue] = {}

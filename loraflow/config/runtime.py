@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from loraflow.frozen import FrozenModel
+from loraflow.frozen import FrozenModel, Positive
 
 
 class Rendezvous(FrozenModel):
@@ -61,7 +61,7 @@ class Runtime(FrozenModel):
         {}, description="{stage: deployment} to run a stage on another work pool, such as {train: gpu} for stage/gpu."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device of the heavy stages.")
-    devices: Annotated[int, Field(ge=1)] = Field(
+    devices: Positive = Field(
         1, description="Number of GPUs (or CPU processes) per node that train and evaluate together."
     )
     rendezvous: Rendezvous = Field(Rendezvous(), description="Training on several machines.")
@@ -95,20 +95,16 @@ class Runtime(FrozenModel):
         "of half of the layers. full: of all layers. offload: nothing is recomputed; main memory stores them. auto uses "
         "gradient_checkpointing if that is set, else the free memory.",
     )
-    micro_tokens: Annotated[int, Field(ge=1)] | None = Field(
+    micro_tokens: Positive | None = Field(
         None,
         description="Tokens per forward pass on a GPU; the default fits the memory. The global batch stays the same.",
     )
-    micro_batch: Annotated[int, Field(ge=1)] | None = Field(
+    micro_batch: Positive | None = Field(
         None, description="Rows per forward pass; the default on a CPU is per_device_train_batch_size."
     )
-    eval_batch_size: Annotated[int, Field(ge=1)] = Field(16, description="Rows per batch of generation.")
-    threads: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="CPU threads of a worker; the default is all cores."
-    )
-    processes: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Tokenizer processes; the default is all cores."
-    )
+    eval_batch_size: Positive = Field(16, description="Rows per batch of generation.")
+    threads: Positive | None = Field(None, description="CPU threads of a worker; the default is all cores.")
+    processes: Positive | None = Field(None, description="Tokenizer processes; the default is all cores.")
     worker_start: Literal["fork", "spawn"] = Field(
         "fork",
         description="How a heavy stage's process starts. fork: from a process that has imported the libraries once (on "
@@ -141,7 +137,7 @@ class Runtime(FrozenModel):
     grace_seconds: Annotated[float, Field(ge=0)] = Field(
         20.0, description="Time between SIGTERM and SIGKILL for a worker, in which it saves a checkpoint."
     )
-    keep: Annotated[int, Field(ge=1)] = Field(
+    keep: Positive = Field(
         3,
         description="Number of merged models to keep besides the champions. Every run that computed a stage removes "
         "older ones, as `loraflow gc` does.",

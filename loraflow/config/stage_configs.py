@@ -75,9 +75,8 @@ class VersionDatasetConfig(StageConfig):
 
     md5: str
     name: str | None = None  # a folder's md5 covers its files' names; a single file's does not
-    sources: dict[
-        str, dict[str, str]
-    ] = {}  # {source: {file, or "" for a folder: md5}}; set only if the recipe has some
+    # {source: {file, or "" for a folder: md5}}; set only if the recipe has some
+    sources: dict[str, dict[str, str]] = {}
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, context: RecipeContext) -> Self:

@@ -17,9 +17,7 @@ from pydantic import JsonValue
 
 # The limits keep the time below a second on two slow cores. The longest recipe of configs/ is a fiftieth of each.
 MAX_CHARACTERS = 200_000
-MAX_VALUES = (
-    5_000  # also after aliases are replaced by what they stand for: a few hundred bytes can expand to gigabytes
-)
+MAX_VALUES = 5_000  # with aliases written out: a few hundred bytes can expand to gigabytes
 MAX_DEPTH = 40  # sections and lists inside each other
 MAX_DIGITS = 300  # digits of a number
 TOO_DEEP = f"values are nested more than {MAX_DEPTH} deep"

@@ -104,10 +104,7 @@ class ByteAlignment:
         """Map each text's spans of characters to spans of tokens; None for a text that cannot be verified.
 
         Args:
-            texts: the texts that were encoded.
             ids: the ids of all texts, one text after another.
-            lengths: the number of ids of each text.
-            spans: the spans of each text, in characters.
         """
         ends = np.zeros(len(ids) + 1, np.int64)  # ends[k]: bytes before token k
         np.cumsum(self._bytes[ids], out=ends[1:])
@@ -178,11 +175,7 @@ def _without_swallowed(greedy: re.Pattern[str], text: str, spans: Sequence[Span]
 
 
 def _normalizer(part: dict[str, JsonValue] | None) -> bool:
-    """Tell whether only ASCII text is safe from the normalizer (NFC); without a normalizer, all text is.
-
-    Raises:
-        ValueError: the normalizer may change ASCII text.
-    """
+    """Tell whether only ASCII text is safe from the normalizer (NFC); without a normalizer, all text is."""
     if part is None:
         return False
     if part["type"] == "NFC":
@@ -191,11 +184,7 @@ def _normalizer(part: dict[str, JsonValue] | None) -> bool:
 
 
 def _byte_levels(part: JsonValue) -> int:
-    """Return how often a pre-tokenizer converts text to bytes.
-
-    Raises:
-        ValueError: the pre-tokenizer may lose text.
-    """
+    """Return how often a pre-tokenizer converts text to bytes."""
     match part:
         case {"type": "Sequence", "pretokenizers": list(inner)}:
             return sum(map(_byte_levels, inner))
@@ -209,11 +198,7 @@ def _byte_levels(part: JsonValue) -> int:
 
 
 def _trims(part: JsonValue) -> bool:
-    """Tell whether a post-processor excludes white space from the offsets.
-
-    Raises:
-        ValueError: the post-processor is unknown.
-    """
+    """Tell whether a post-processor excludes white space from the offsets."""
     match part:
         case None | {"type": "TemplateProcessing"}:
             return False
@@ -225,11 +210,7 @@ def _trims(part: JsonValue) -> bool:
 
 
 def _vocabulary(model: BpeModel) -> dict[str, int]:
-    """Return {token: id}.
-
-    Raises:
-        ValueError: the model is not a plain byte-level BPE.
-    """
+    """Return {token: id}."""
     if model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback"):
         raise ValueError("not a plain BPE")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):

@@ -59,7 +59,6 @@ class AnswerFinder:
 
     Args:
         renderer: renders the template that a server uses.
-        source: its source.
         special: the tokenizer's control tokens, longest first.
         marking: renders the same text with `{% generation %}` blocks, if another template than the server's does so.
         ends: the control tokens at which the model's own configuration ends an answer.
@@ -98,8 +97,6 @@ class AnswerFinder:
         """Return the answers of each chat.
 
         Args:
-            chats: the chats.
-            texts: the rendered chats.
             loss_on: answers that are not learned are not checked.
             if_cut: what to do with an answer that the template does not render completely: refuse the chat, or use the
                 answer as context of later answers only.
@@ -153,9 +150,8 @@ class AnswerFinder:
 
     def _unmarked(self, chat: Chat, text: str, head: str, turn: AnswerTurn) -> Answer:
         start, content = len(head), chat[turn.message]["content"]
-        if (
-            text.startswith(head) and content.strip()
-        ):  # the end of an empty answer may also be what is inserted before it
+        # The end of an empty answer may also be what is inserted before it.
+        if text.startswith(head) and content.strip():
             for inserted in self._insertions:
                 if _thinks_twice(inserted, content):
                     continue
@@ -206,11 +202,7 @@ class AnswerFinder:
         return self._closed(text, start, start + len(rendered.rstrip()), "", turn)
 
     def _require_reasoning(self, chat: Chat, text: str, answer: Answer, turn: AnswerTurn) -> None:
-        """Require that the reasoning beside an answer's content is learned with it.
-
-        Raises:
-            CutAnswer: the template leaves it out.
-        """
+        """Require that the reasoning beside an answer's content is learned with it."""
         message = chat[turn.message]
         reasoning = message.get("reasoning_content", "")
         learned = "".join(text[first:last] for first, last in answer.spans)
@@ -253,9 +245,8 @@ class AnswerFinder:
         if stop is None:
             refuse_open(text[end : end + 40], turn)
         closed = stop.end()
-        if (
-            turn.is_last
-        ):  # the template refused the chat of `_tail_of_chats`: all tokens behind a whole chat are learned
+        # The template refused the chat of `_tail_of_chats`: all tokens behind a whole chat are learned.
+        if turn.is_last:
             while self._stop and (more := self._stop.match(text, closed)):
                 closed = more.end()
         return Answer(((start, closed),), inserted, text[end:closed])
@@ -399,7 +390,6 @@ def _end_of_closing(tail: str, tokens: Iterable[re.Match[str]], shared: int, end
     the footer of a chat, is a part of it only between tokens that are none of the model's, if earlier answers have it too.
 
     Args:
-        tail: what the template writes.
         tokens: its control tokens, and perhaps some behind it.
         shared: characters of it that an earlier answer has too.
         ends: the model's own stop tokens.

@@ -56,11 +56,7 @@ def is_null(cell: str) -> bool:
 
 
 def refuse_error_value(text: str, where: str) -> None:
-    """Refuse a text that is an error of a spreadsheet.
-
-    Raises:
-        BadRow: the text is one, such as #NAME?.
-    """
+    """Refuse a text that is an error of a spreadsheet."""
     if text.startswith("#") and text.strip() in _SPREADSHEET_ERRORS:
         raise BadRow(f"{where} {text.strip()} is an error of a spreadsheet, not a text; correct the cell")
 
@@ -111,12 +107,7 @@ def _is_media(key: str, value: JsonValue) -> bool:
 
 
 def media_key(row: Mapping[str, JsonValue], read: Collection[str]) -> str | None:
-    """Return the key of a row or message that has an image, video or sound; None without.
-
-    Args:
-        row: the row or message.
-        read: the keys that were read.
-    """
+    """Return the key of a row or message that has an image, video or sound; None without."""
     for key, value in row.items():
         if isinstance(value, str) and not value.startswith(_MEDIA_TEXTS):
             continue
@@ -129,14 +120,6 @@ def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue], found
     """Refuse a row with an image, video or sound: its answer would be learned without it.
 
     A path or URL alone may belong to a text that does not need it, so it counts only beside a placeholder in the text.
-
-    Args:
-        row: the row.
-        texts: the texts of its chat.
-        found: the key of the row, or of a message, that has one.
-
-    Raises:
-        BadRow: it has one.
     """
     if found is not None:
         name = found if found in row else found.rpartition(".")[2]  # of a message: messages.images
@@ -161,11 +144,7 @@ class Unreadable(ValueError):
 
 
 def parsed_text(text: str) -> JsonValue:
-    """Return the value of a text that begins with { or [. NaN, numpy's values and a call such as Timestamp(…) are allowed.
-
-    Raises:
-        Unreadable: it cannot be parsed.
-    """
+    """Return the value of a text that begins with { or [. NaN, numpy's values and calls such as Timestamp(…) are allowed."""
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"it has more than {MAX_CHARACTERS:,} characters")
     try:
@@ -230,11 +209,7 @@ def _key(node: ast.expr | None) -> str:
 
 
 def strict_json(text: str) -> JsonValue:
-    """Parse JSON without NaN, infinities, lone surrogates and duplicated keys, which Python's parser accepts.
-
-    Raises:
-        ValueError: the text is not valid JSON.
-    """
+    """Parse JSON without NaN, infinities, lone surrogates and duplicated keys, which Python's parser accepts."""
     try:
         value: JsonValue = _decode(text)
         if "\\u" in text:

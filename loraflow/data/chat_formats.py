@@ -91,12 +91,8 @@ def read_chat(
     """Return a row's chat, which answers of it are learned, and which keys were not read.
 
     Args:
-        row: the row.
-        format_name: messages, sharegpt, alpaca, prompt_completion or auto.
         columns: {loraflow's column: the row's column}, for columns with other names.
         labels: tells whether a label is a class. By default none is.
-        tools: the tools of a row that has none of its own (data.tools).
-        ignore: keys of the row and its messages that are not looked at.
 
     Raises:
         MarkedFalse: marks exclude every answer of the row.
@@ -160,12 +156,7 @@ def _marked(
 
 
 def to_messages(row: JsonValue, format_name: str = "auto") -> list[Message]:
-    """Return a row's chat.
-
-    Raises:
-        MarkedFalse: marks exclude every answer of the row.
-        BadRow: the row is not a valid chat.
-    """
+    """Return a row's chat."""
     return read_chat(row, format_name).messages
 
 
@@ -391,9 +382,8 @@ class ChatFormat:
 
     read: Callable[[RowFields], list[Turn]]
     needs: tuple[frozenset[str], ...]
-    fits: Callable[[RawRow], bool] = lambda row: (
-        True
-    )  # tells it of a row with these keys, which may have other meanings
+    # Tells whether a row with these keys has the format: the keys may have other meanings.
+    fits: Callable[[RawRow], bool] = lambda row: True
 
 
 FORMATS = {

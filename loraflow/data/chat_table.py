@@ -40,7 +40,6 @@ class ChatTable:
 
     Args:
         folder: where the temporary file is. It has no name, so it vanishes if the process ends.
-        config: the stage's config.
 
     Attributes:
         flags: bits of each row, see `loraflow/data/row_segment.py`.
@@ -105,11 +104,8 @@ class ChatTable:
         """Add the rows of a segment; return their numbers.
 
         Args:
-            segment: the rows.
             place: what their places begin with, such as `train.jsonl:`.
             first: the number of the segment's first line in its file.
-            set_name: of the rows.
-            source: of the rows (data.sources).
         """
         begin, rows, arrays = len(self), len(segment), segment.arrays
         for to, name in self._columns:
@@ -155,11 +151,6 @@ class ChatTable:
         """Yield the lines of rows in train.jsonl, validation.jsonl or heldout.jsonl, some at a time.
 
         Of a held-out row, only the last answer is used: marks and weights are left out.
-
-        Args:
-            rows: their numbers.
-            split: of the rows.
-            group: returns the group of a row; None if no row has one.
         """
         is_heldout = split == "heldout"
         names = [to_json(name if is_heldout else split) for name in self._set_names]
@@ -295,7 +286,6 @@ def source_of(place: str) -> str:
 
 
 def _number(name: str, numbers: dict[str, int], names: list[str]) -> int:
-    """Return the number of a name; a new one if it has none."""
     number = numbers.get(name)
     if number is None:
         number = numbers[name] = len(names)

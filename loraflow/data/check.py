@@ -166,7 +166,6 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
 def _read(
     files: Path, config: CheckDatasetConfig, reading: _Reading
 ) -> tuple[dict[Split, Rows], Columns, Clusters | None]:
-    """Read all files and split their rows; malformed rows go to the quarantine."""
     table, found = reading.table, array("q")
     hold_out = partial(_hold_out, found=found, config=config, reading=reading)
     numbers: Iterable[int] = chain.from_iterable(_valid_rows(files, config, reading))

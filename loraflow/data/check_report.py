@@ -134,9 +134,6 @@ class Quarantined(TypedDict):
 class Quarantine:
     """Count the rows that are left out, and write them.
 
-    Args:
-        file: quarantine.jsonl, open for writing.
-
     Attributes:
         counts: reason → rows, with other counts of the report.
     """
@@ -151,10 +148,6 @@ class Quarantine:
         """Count and write a row.
 
         Args:
-            reason: its key in the report's counts.
-            place: where it was read.
-            set_name: its set.
-            problem: the reason as a sentence.
             raw: the row's text, unless it is valid.
             first: whether the report names it before others.
         """

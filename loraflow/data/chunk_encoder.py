@@ -183,10 +183,6 @@ def encoded_chunks(
     """Encode a file's rows in order.
 
     Args:
-        source: the file.
-        template: the base's template.
-        config: the stage's config.
-        processes: how many to use.
         cache: the cache of encoded rows; None encodes all of them.
         key: what the cache's entries depend on beside their rows.
 

@@ -72,11 +72,7 @@ def read_files(
     """Read the rows of files, as they are read for training: without those that a column `split` keeps for tests.
 
     Args:
-        folder: the dataset's folder.
-        names: files relative to it.
-        format_name: the format of the rows, or auto.
         columns: `data.columns`; if empty and the format is auto, they are guessed for each file.
-        ignore: `data.ignore`.
 
     Raises:
         BadData: a file cannot be read, or no row is a chat.
@@ -108,12 +104,6 @@ def read_files(
 
 def count_fields(folder: Path, name: str, found: Version, query: str | None = None) -> None:
     """Count a file's rows, and in how many of them each field has a value.
-
-    Args:
-        folder: the dataset's folder.
-        name: the file, relative to it.
-        found: is added to.
-        query: for a database, a table or a SELECT statement; None takes its only table.
 
     Raises:
         BadData: the file cannot be read.

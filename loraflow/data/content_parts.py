@@ -56,10 +56,6 @@ class Parts:
 def read_parts(content: list[JsonValue], where: str) -> Parts:
     """Read a message's parts, such as [{"type": "text", "text": "Look."}, {"type": "tool_use", "name": …, "input": …}].
 
-    Args:
-        content: the parts.
-        where: the message, for the problem's text.
-
     Raises:
         BadRow: a part is of another type, or the parts are not in the order of templates: reasoning, text, calls; or
             results, text.
@@ -121,11 +117,7 @@ def _key(body: dict[str, JsonValue], *names: str) -> str:
 
 
 def reasoning_text(value: JsonValue, where: str) -> str:
-    """Return a reasoning's text: a text, a list of texts, parts with texts or reasoning, or Bedrock's reasoningText.
-
-    Raises:
-        BadRow: it is something else.
-    """
+    """Return a reasoning's text: a text, a list of texts, parts with texts or reasoning, or Bedrock's reasoningText."""
     if isinstance(value, dict):
         value = value.get("text")
     if is_texts(value):

@@ -27,7 +27,6 @@ def read_table(path: Path, name: str) -> Iterator[tuple[dict[str, str] | str, st
 
     Args:
         path: the file, in UTF-8.
-        name: the file's name in messages.
 
     Raises:
         BadData: the table has no header, a duplicated column, or an unclosed quote.

@@ -162,10 +162,6 @@ def dataset_file(path: Path) -> DatasetFile:
 def dataset_files(folder: Path, ignored: IgnoreRules | None) -> Iterator[DatasetFile]:
     """Yield the files of a dataset, in the order of a walk from the top.
 
-    Args:
-        folder: the dataset's folder.
-        ignored: what does not belong to it; None if everything does.
-
     Raises:
         BadData: the folder contains a link to anything but DVC's cache, a pipe or a socket (DVC silently follows links to
             files and drops the others), or a `.dvcignore` file, which DVC refuses inside of a dataset.

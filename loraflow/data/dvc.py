@@ -36,11 +36,7 @@ def resolve_commit(repo: str, rev: str) -> str:
 
 
 def work_tree_md5(path: Path, memo: HashMemo | None = None) -> str:
-    """Return DVC's id of a folder or file in a work tree, without what DVC ignores.
-
-    Raises:
-        BadData: as `dvc_md5`.
-    """
+    """Return DVC's id of a folder or file in a work tree, without what DVC ignores."""
     return dvc_md5(path, memo, IgnoreRules(path))
 
 
@@ -48,8 +44,6 @@ def dvc_md5(path: Path, memo: HashMemo | None = None, ignored: IgnoreRules | Non
     """Return DVC's id of a folder (`….dir`) or of a file.
 
     Args:
-        path: the folder or file.
-        memo: known hashes of files.
         ignored: which files of the folder do not belong to the dataset; None if all do.
 
     Raises:
@@ -143,11 +137,6 @@ def _has_pinned_content(output: Path, pin: Pin, rev: str | None, memo: HashMemo)
 def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
     """Version a folder or file: `dvc add`, and `dvc push` if there is a remote. Return the new pin.
 
-    Args:
-        folder: the folder or file to version.
-        push: whether to push it.
-        remote: the DVC remote to push to; None is the default remote.
-
     Raises:
         BadConfig: the remote does not exist; nothing was added.
         BadData: the folder does not exist, or DVC failed.
@@ -169,15 +158,7 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
 
 
 def push_pin(pin: Pin, remote: str | None = None) -> None:
-    """Push a pinned dataset; without any remote, only warn.
-
-    Args:
-        pin: the pin.
-        remote: the DVC remote to push to; None is the default remote.
-
-    Raises:
-        BadData: DVC failed.
-    """
+    """Push a pinned dataset; without any remote, only warn."""
     if remotes("."):
         run_dvc(["push", *(["--remote", remote] if remote else []), "--", pin.dvc_file])
     else:
@@ -187,11 +168,7 @@ def push_pin(pin: Pin, remote: str | None = None) -> None:
 
 
 def cache_objects(folder: Path) -> list[Path]:
-    """Return the files in the cache of the current repository that `dvc add` of a folder writes, if they are not there.
-
-    Raises:
-        BadData: as `dvc_md5`.
-    """
+    """Return the files in the cache of the current repository that `dvc add` of a folder writes, if they are not there."""
     cache = cache_folder(Path.cwd())
     if cache is None:
         return []
@@ -213,10 +190,6 @@ def make_repository() -> None:
 
 def pull(dvc_file: str, *, remote: str | None = None) -> Pin:
     """Pull pinned files into the work tree, and verify them. Return the pin.
-
-    Args:
-        dvc_file: the `.dvc` file that pins them.
-        remote: the DVC remote to pull from; None is the default remote.
 
     Raises:
         BadConfig: the remote does not exist.

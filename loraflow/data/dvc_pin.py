@@ -96,11 +96,7 @@ def parse_pin(text: str, dvc_file: str, where: str, key: str = "data.source") ->
 
 
 def _only_output(text: str, dvc_file: str, where: str, key: str) -> tuple[str, str, object, object]:
-    """Return md5, path, hash algorithm and wdir of the file's single output.
-
-    Raises:
-        BadData: it has no such output.
-    """
+    """Return md5, path, hash algorithm and wdir of the file's single output."""
     try:
         _check_yaml(text)
         document = yaml.load(text, Loader=yaml.BaseLoader)  # all scalars are text: an md5 can be all digits
@@ -128,11 +124,7 @@ def _only_output(text: str, dvc_file: str, where: str, key: str) -> tuple[str, s
 
 
 def _output_path(path: str, wdir: object, dvc_file: str, where: str) -> str:
-    """Return the output's path relative to the repository.
-
-    Raises:
-        BadData: it is outside the repository, or a name that must not be written.
-    """
+    """Return the output's path relative to the repository."""
     output = (PurePosixPath(dvc_file).parent / path).as_posix()
     reason = wrong_name(output) or (f"wdir is {wdir!a}"[:100] if wdir != "." else None)
     if reason is None and "://" in path:
@@ -198,11 +190,7 @@ def _git_show(repo: str, rev: str, name: str, where: str) -> str:
 
 
 def show_git(arguments: list[str], folder: str | None, where: str) -> str:
-    """Run a git command that reads the dataset's `.dvc` file or its commit.
-
-    Raises:
-        BadData: git failed.
-    """
+    """Run a git command that reads the dataset's `.dvc` file or its commit."""
     try:
         return git(arguments, folder)
     except GitError as error:
@@ -315,10 +303,7 @@ def parse_listing(raw: bytes, md5: str, where: str, next_step: str) -> list[List
     """Return the files of a `.dir` object.
 
     Args:
-        raw: the object's bytes.
         md5: the name of the object, which is the md5 of its bytes and `.dir`.
-        where: the object's place, for the message.
-        next_step: how to replace a damaged object, for the message.
 
     Raises:
         BadData: the bytes have another md5, are not a list as DVC writes it, or name a file that must not be written.

@@ -116,11 +116,7 @@ def _outputs(repo: Repo, pin: Pin) -> list[Output]:
 
 
 def _find_listing(repo: Repo, pin: Pin, remote: str | None) -> tuple[list[ListedFile], bytes] | None:
-    """Return the checked list of a folder's files and its bytes; None if it has to come from another repository.
-
-    Raises:
-        FileNotFoundError: neither the cache nor the remote has it.
-    """
+    """Return the checked list of a folder's files and its bytes; None if it has to come from another repository."""
     raw = _read_object(repo.cache.local, pin.md5)
     if raw is not None:
         path = repo.cache.local.oid_to_path(pin.md5)
@@ -190,11 +186,7 @@ _LOCKED = "nable to acquire lock"
 
 
 def run_dvc(arguments: list[str], repo: str = ".") -> str:
-    """Run a DVC command and return its standard output. Wait for another DVC process that uses the repository.
-
-    Raises:
-        BadData: DVC failed.
-    """
+    """Run a DVC command and return its standard output. Wait for another DVC process that uses the repository."""
     done = _call(arguments, repo)
     if done.returncode and _LOCKED in done.stderr:
         log.warning("waiting for another DVC process in %s", Path(repo).absolute())
@@ -231,11 +223,7 @@ def remotes(repo: str) -> list[str]:
 
 
 def check_remote(remote: str, repo: str) -> None:
-    """Refuse a DVC remote that is not configured.
-
-    Raises:
-        BadConfig: there is no such remote.
-    """
+    """Refuse a DVC remote that is not configured."""
     have = remotes(repo)
     if remote not in have:
         raise BadConfig(

@@ -37,11 +37,7 @@ WHAT: dict[ProfileCheckName, str] = {
 
 
 class Detector:
-    """Look at rows one after another. Rows are numbered from 0.
-
-    Args:
-        rules: the checks to make.
-    """
+    """Look at rows one after another. Rows are numbered from 0."""
 
     def __init__(self, rules: Mapping[ProfileCheckName, ProfileRule]):
         self._rules = rules
@@ -59,9 +55,6 @@ class Detector:
         """Look at a row.
 
         Args:
-            place: where it is.
-            set_name: its set.
-            chat: its messages.
             is_learned: whether its last answer is. Checks of answers leave out those that are not.
         """
         number, answer = len(self._places), chat[-1]["content"]
@@ -149,8 +142,6 @@ def leave_out_findings(
     Args:
         numbers: of the valid rows, training and held-out ones, in the table. Rows that a source does not use are not
             among them.
-        table: all rows.
-        rules: the recipe's.
         leave_out: is called with each row that a check with `quarantine` concerns, the reason, and a sentence.
         may_leave_out: tells whether a row is for training. Held-out rows are only counted: without them, scores would be
             those of other rows.
@@ -306,9 +297,7 @@ class Placeholders:
         """Look at the answer of a row.
 
         Args:
-            row: number of the row.
             set_name: the row's set. Each set is judged by its own answers, and by the classes of the others.
-            answer: its text.
         """
         text = answer.strip()
         self._rows[set_name] += 1

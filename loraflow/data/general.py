@@ -106,8 +106,6 @@ def check_limits(counts: Mapping[str, JsonValue], wanted: Mapping[str, float], m
     """Stop the run before it trains, if the general set cannot confirm what gate.forgetting asks for.
 
     Args:
-        counts: the figures of check_general.
-        wanted: gate.forgetting.
         minimum: independent rows that the gate needs to decide anything.
 
     Raises:

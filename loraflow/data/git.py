@@ -27,8 +27,6 @@ def git(
 
     Args:
         arguments: the command and its arguments, such as `["rev-parse", "HEAD"]`.
-        folder: a folder inside the repository; None is the current folder.
-        variables: variables of git's environment, such as GIT_COMMITTER_DATE.
 
     Raises:
         GitError: git exits with an error, or is not installed.

@@ -65,12 +65,7 @@ def newest_settings(data: Data, branch: str) -> dict[str, JsonValue]:
 
 
 def find_newest_commit(repo: str, branch: str, remote: str = "origin") -> DatasetCommit:
-    """Find the newest commit of a branch. The remote's branch is fetched, but neither merged nor checked out.
-
-    Raises:
-        BadConfig: the branch does not exist, or the folder is not a git repository.
-        Network: the remote does not answer.
-    """
+    """Find the newest commit of a branch. The remote's branch is fetched, but neither merged nor checked out."""
     if is_url(repo):
         found = _git(["ls-remote", "--", repo, f"refs/heads/{branch}"], None).split()
         if not found:
@@ -95,7 +90,6 @@ def find_newest_commit(repo: str, branch: str, remote: str = "origin") -> Datase
 
 
 def _fetch_branch(repo: str, branch: str, remote: str) -> str | None:
-    """Fetch a remote's branch and return its commit; None if there is no such remote or branch."""
     if git_or_none(["remote", "get-url", remote], repo) is None:
         return None
     if not _git(["ls-remote", remote, f"refs/heads/{branch}"], repo):
@@ -113,11 +107,7 @@ def _contains(repo: str, commit: str, ancestor: str) -> bool:
 
 
 def commit(pin: Pin) -> None:
-    """Commit a `.dvc` file. Other staged changes stay out of the commit.
-
-    Raises:
-        BadConfig: git failed.
-    """
+    """Commit a `.dvc` file. Other staged changes stay out of the commit."""
     if committed(pin) is not None:
         return
     ignore = Path(pin.dvc_file).parent / ".gitignore"  # `dvc add` writes the folder's name into it
@@ -134,11 +124,7 @@ def committed(pin: Pin) -> str | None:
 
 
 def push() -> None:
-    """Push the branch that is checked out to its upstream.
-
-    Raises:
-        Network: the push failed.
-    """
+    """Push the branch that is checked out to its upstream."""
     _git(["push", "--quiet"], ".")
 
 

@@ -158,7 +158,6 @@ def guess_columns(row: JsonValue, others: Sequence[JsonValue | BadRow] = ()) -> 
     The answer of a recipe's columns is taken as it is. So nothing is guessed beside an answer that was corrected.
 
     Args:
-        row: the row.
         others: the rows that follow. A passage must be one in most rows that have the column.
     """
     if not isinstance(row, dict):
@@ -265,7 +264,6 @@ def _system(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:
 
 
 def _columns_of_classes(names: dict[str, str], rows: Sequence[dict[str, JsonValue]]) -> dict[str, str]:
-    """Return the columns of a text and its class, if there is one of each."""
     row = rows[0]
     if are_messages(rows):
         return {}

@@ -38,11 +38,7 @@ def write_field_values(
     """Read the fields of the gate's held-out rows from the dataset's files, and write their values.
 
     Args:
-        files: the dataset's folder.
         gate_rows: (id, place) of each of them.
-        fields: the names of the fields.
-        out: the folder that `heldout_fields.jsonl` is written to.
-        queries: of the sources that are databases, by their names.
 
     Raises:
         BadData: no row has one of the fields, it has many different values, or a value is a list or an object.

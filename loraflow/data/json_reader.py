@@ -31,10 +31,6 @@ class RawValue(NamedTuple):
 def read_json_lines(path: Path, name: str) -> Iterator[RawValue]:
     """Read one JSON value per line. Blank lines are skipped; a malformed line yields a `BadRow`.
 
-    Args:
-        path: the file.
-        name: the file's name in messages.
-
     Raises:
         BadData: the rows are spread over several lines, or end with the line breaks of old Macs.
     """

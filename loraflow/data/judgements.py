@@ -69,9 +69,8 @@ _BETWEEN = frozenset({
     "unsatisfactory", "terrible", "success", "successful", "succeeded", "med", "mid", "middle", "meh", "so so", "middling",
     "passable", "borderline", "avg", "partially accepted",
 })  # fmt: skip
-_LOW = frozenset(
-    {"low", "very low", "very bad", "very poor", "terrible", "unsatisfactory"}
-)  # wrong in a column of grades
+# Wrong in a column of grades
+_LOW = frozenset({"low", "very low", "very bad", "very poor", "terrible", "unsatisfactory"})
 _COUNTS = frozenset({"correct", "accepted"})  # verdicts that may also be the number of the right choice, or a count
 # What a column of verdicts says of an answer that is not finished.
 _NOT_DONE = frozenset({
@@ -92,8 +91,6 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     Args:
         name: the key's normal name.
         here: the keys that lead to the value.
-        value: the value.
-        beside: the answer.
     """
     side = label_side(value)
     is_word = isinstance(value, bool) or (isinstance(value, str) and not value.strip().isdigit())
@@ -339,9 +336,6 @@ def names_the_class(name: str, here: tuple[str, ...], value: JsonValue, beside: 
 
     Args:
         name: the opinion's name, such as `correctness` or `is_safe`.
-        here: the keys that lead to the value.
-        value: the value.
-        beside: the answer.
     """
     first = _CLASS if name in SAFETY else _GRADE
     if any(first.match(answer) or (name in SAFETY and _is_yes_or_no(answer)) for answer in beside.said):

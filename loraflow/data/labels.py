@@ -306,7 +306,6 @@ class Labels:
     Otherwise they are marks, and a label that is neither true nor false is refused.
 
     Args:
-        rows: reads the file.
         is_training: the file's rows may be learned; they are not all held out.
 
     Attributes:
@@ -323,12 +322,7 @@ class Labels:
         self.asked: dict[Question, Answer] = {}
 
     def some_row(self, question: tuple[str, ...], holds: Callable[[dict[str, JsonValue]], bool]) -> bool:
-        """Tell whether something holds for a row of the file. Without rows, it does not.
-
-        Args:
-            question: names it; the file is read once for each.
-            holds: tells it of a row.
-        """
+        """Tell whether something holds for a row of the file. Without rows, it does not."""
         if question not in self._facts:
             rows = () if self._rows is None else self._rows()
             self._facts[question] = any(holds(row) for row in rows if isinstance(row, dict))
@@ -347,7 +341,6 @@ class Labels:
         """Return whether the labels of a key are classes. Without rows, they are marks.
 
         Args:
-            key: the key.
             values: returns its values in a row, for a key inside an object.
         """
         are_classes = self._rows is not None and self._column(key, values).is_class

@@ -74,7 +74,6 @@ class ChatTemplate:
     """A model's tokenizer and chat template, read from its folder without transformers' model code.
 
     Args:
-        folder: the model's folder.
         eos: the ids at which the model ends an answer; None reads them from its configuration.
     """
 
@@ -138,7 +137,6 @@ class ChatTemplate:
         """Encode chats.
 
         Args:
-            chats: the chats.
             loss_on: the trained tokens: every answer, the last answer, or all tokens.
             if_cut: for answers that the template does not render completely: the chat is refused, or they are only context.
             learned: of each chat, the numbers of the messages that are learned; None: all answers. The other answers are
@@ -229,9 +227,6 @@ class ChatTemplate:
         """Return the ids of the control tokens with which the template closes an answer.
 
         Control tokens inside an answer, such as those of a channel or of reasoning, are not among them.
-
-        Raises:
-            BadModel: there is no such token.
         """
         answer = self._probe()
         tokens = self._answers.stop_tokens(answer)

@@ -194,11 +194,7 @@ def named_marks(marks: Mapping[str, int]) -> str:
 
 
 def split_hint(marks: Mapping[str, int]) -> str:
-    """Return how rows are scored that a column such as `split` keeps for tests; empty if marks name none.
-
-    Args:
-        marks: as in named_marks.
-    """
+    """Return how rows are scored that a column such as `split` keeps for tests; empty if marks name none."""
     keys = {normal_name(mark.partition(": ")[0].rpartition(".")[2]) for mark in marks}
     if not keys & (SPLITS | HELD_OUT_FLAGS):
         return ""

@@ -51,7 +51,6 @@ class MarkedFalse(BadRow):
     """A row without an answer to learn, because its marks exclude them all. It is left out and counted, not malformed.
 
     Args:
-        problem: the reason as a sentence.
         by: the keys and values of the marks, such as `is_correct: False`.
     """
 
@@ -85,12 +84,8 @@ def answer_weight(
 
     Args:
         values: the row or message.
-        where: the message, for the problem's text; empty for a row.
         used: the keys that are read as marks are added to it.
-        labels: tells whether a label is a class.
         columns: the columns that a recipe names as the answer, such as `chosen`; beside it, `rejected` is a text too.
-        said: the answers.
-        row: the whole row; None for a message.
 
     Raises:
         BadRow: a mark is unclear, or a weight is not between 0 and 10.
@@ -226,10 +221,6 @@ def judged_generation(row: Mapping[str, JsonValue], answers: Collection[str]) ->
 
     An answer that is not complete is left out. So is one that a list such as `correctness_math_verify` says is wrong, unless
     another of these lists says that it is right.
-
-    Args:
-        row: the row.
-        answers: its answers.
     """
     if row.keys().isdisjoint(_GENERATIONS):
         return None
@@ -275,12 +266,6 @@ _KEY_IN_TEXT = re.compile(r"([A-Za-z][\w -]*?)[\"']?\s*[:=]")
 
 def contained(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
     """Return what the objects of a key say about an answer: of one that was flattened to the columns meta.weight, … too.
-
-    Args:
-        key: the key.
-        here: the keys that lead to the value.
-        value: the value.
-        beside: the answer.
 
     Raises:
         BadRow: objects are nested too deeply, or a text that seems to have a mark cannot be parsed.
@@ -365,11 +350,7 @@ def _agreed(found: list[Said | None]) -> Said | None:
 
 
 def _parsed(text: str, here: tuple[str, ...]) -> JsonValue:
-    """Parse the text of an object; None if it is none and has no mark.
-
-    Raises:
-        BadRow: it cannot be parsed, and the name of a mark is in it.
-    """
+    """Parse the text of an object; None if it is none and has no mark."""
     try:
         return parsed_text(text)
     except Unreadable as error:

@@ -44,10 +44,7 @@ def masked_row(rows: Path, number: int, template: ChatTemplate, config: Tokenize
     """Return a row of a file of checked chats with its mask.
 
     Args:
-        rows: the file, such as train.jsonl.
         number: the row, from 1.
-        template: the base's tokenizer and template.
-        config: how rows are tokenized.
 
     Raises:
         BadConfig: the file has fewer rows.
@@ -103,14 +100,6 @@ def sample_rows(rows: Path, template: ChatTemplate, config: TokenizeConfig) -> l
     """Return a few rows of a file of checked chats for a report, in the order of the file.
 
     A fixed seed draws them.
-
-    Args:
-        rows: the file.
-        template: the base's tokenizer and template.
-        config: how rows are tokenized.
-
-    Raises:
-        BadModel: the template cannot render a row.
     """
     with rows.open("rb") as file:
         total = sum(1 for _ in file)

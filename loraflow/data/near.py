@@ -145,7 +145,6 @@ class Comparison:
     """Compare rows by the exact Jaccard index of their 5-grams.
 
     Args:
-        text_of: returns the comparable text of a row.
         keys: of the texts [rows].
         compared: pairs of texts that were compared before.
     """
@@ -176,7 +175,6 @@ class Compared:
 
     Args:
         cache: of the stage; None keeps nothing.
-        of_job: what its entries depend on.
     """
 
     def __init__(self, cache: ChunkCache | None, of_job: bytes):

@@ -141,16 +141,8 @@ def place_near(
     """Return the clusters, and the side of each row [numbers]. With `drop`, near rows are never on two sides.
 
     Args:
-        table: all rows.
-        columns: what is known of them.
         numbers: the rows to place: those of held-out files, then those of training files.
-        config: the stage's config.
-        hold_out: is called with each row that is held out.
         leave_out: is called with each row that has no side, the reason, and a sentence.
-        compared: pairs of texts that were compared before.
-
-    Raises:
-        MissingExtra: rensa is not installed.
     """
     is_drop = config.near_duplicates == "drop"
     sides = np.where(columns.sets != 0, np.int8(HELDOUT_FILE), columns.drawn)
@@ -186,11 +178,7 @@ def place_near(
 
 
 def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:
-    """Choose `data.near_duplicates` for a new recipe: drop, unless so many rows are near that they would be one side.
-
-    Raises:
-        MissingExtra: rensa is not installed.
-    """
+    """Choose `data.near_duplicates` for a new recipe: drop, unless so many rows are near that they would be one side."""
     sketches = Sketches()
     sketches.add([comparable_text(chat) for chat in chats])
     comparison = Comparison(lambda number: comparable_text(chats[number]))
@@ -246,8 +234,6 @@ def _names(table: ChatTable, order: Rows, firsts: Rows) -> ClusterNames:
     """Name the clusters by the chats of their first rows.
 
     Args:
-        table: all rows.
-        order: the rows that were placed.
         firsts: for each of them, the position of the first row of its cluster; -1 for none.
     """
     sizes = np.bincount(firsts[firsts >= 0], minlength=len(order))

@@ -19,7 +19,6 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
     Args:
         lengths: tokens of each document, each between 1 and `capacity`.
-        capacity: tokens of a row.
 
     Raises:
         ValueError: a length is out of range.

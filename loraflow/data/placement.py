@@ -61,8 +61,6 @@ class Placer:
 
     Args:
         rows: all rows, those of held-out files first.
-        candidates: pairs that are worth comparing.
-        comparison: a function that compares two rows.
     """
 
     def __init__(self, rows: Unplaced, candidates: Candidates, comparison: Comparison):
@@ -107,7 +105,6 @@ class Placer:
         return self._result(self._hold_out_one(hold_out_one))
 
     def _place(self, row: int, side: int, followed: _Followed) -> bool:
-        """Choose the side of a row; tell whether it has one."""
         near = list(self._near(row))
         if side != HELDOUT_FILE:
             near += [other for other in followed.before(row) if other not in near]

@@ -53,12 +53,7 @@ class Positions:
         """Check the lengths of documents that are computed together.
 
         Args:
-            lengths: of the documents, in tokens.
-            where: what they are.
             scored: the place of each document, if they are scored: max_length does not apply to them then.
-
-        Raises:
-            BadData: a document has more tokens than the model has positions.
         """
         longest = max(lengths, default=0)
         if self.limit is not None and longest > self.limit:
@@ -81,7 +76,6 @@ class Positions:
         """Return the switch, if a call with some of the documents, and padding, has positions on both sides of it.
 
         Args:
-            lengths: the lengths of all documents.
             row_length: the length of packed rows, whose padding counts its own positions; None if rows are not packed.
         """
         if self.switch is None or not len(lengths) or min(lengths) > self.switch:

@@ -87,10 +87,8 @@ def answer_texts(
 
     Args:
         values: the row, without the columns that are read.
-        labels: knows the other rows of the file.
         columns: the columns that a recipe names as the answer, such as `chosen`; beside it, a text `rejected` is the other
             answer.
-        said: the answers of the row.
 
     Raises:
         BadRow: the keys may be answers or marks.
@@ -148,12 +146,7 @@ def refuse_rejected(row: Mapping[str, JsonValue], messages: list[Message], read:
     """Refuse a row whose answer is the rejected one of its preference pair.
 
     Args:
-        row: the row.
-        messages: its chat.
         read: columns that a recipe names as the answer: then it means what it says.
-
-    Raises:
-        BadRow: it is.
     """
     answer = messages[-1]["content"].strip()
     for key, value in row.items():
@@ -176,12 +169,7 @@ def refuse_corrected(row: Mapping[str, JsonValue], messages: list[Message], used
     """Refuse a row whose answer was corrected in another column, such as `corrected_answer` or `edited_response`.
 
     Args:
-        row: the row.
-        messages: its chat.
         used: the keys that were read: loraflow's name → the row's column. An answer that a recipe names was chosen.
-
-    Raises:
-        BadRow: the column has another text than the answer.
     """
     if any(ours != theirs for ours, theirs in used.items() if ours in ANSWERS):
         return
@@ -219,8 +207,6 @@ def _corrects(value: JsonValue, answer: str, *, is_flag: bool) -> bool:
     """Tell whether a value replaces an answer: not if it says that nothing was changed, or whether or when it was.
 
     Args:
-        value: the value.
-        answer: the answer.
         is_flag: the name may be that of a flag, as `answer_edited` is.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):

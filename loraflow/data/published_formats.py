@@ -153,11 +153,7 @@ def is_xlam(row: Mapping[str, JsonValue]) -> bool:
 
 
 def read_xlam(fields: RowFields) -> list[Turn]:
-    """Read a question whose answer is a list of calls.
-
-    Raises:
-        BadRow: there is no call.
-    """
+    """Read a question whose answer is a list of calls."""
     query, calls = fields.value("query"), read_calls(fields.value("answers"), "answers")
     if not calls:
         raise BadRow("answers has no call: write the answer that is expected then, as messages")
@@ -165,11 +161,7 @@ def read_xlam(fields: RowFields) -> list[Turn]:
 
 
 def read_gemini(fields: RowFields) -> list[Turn]:
-    """Read `contents` of {role, parts}, and the text of `systemInstruction`.
-
-    Raises:
-        BadRow: a part is malformed.
-    """
+    """Read `contents` of {role, parts}, and the text of `systemInstruction`."""
     contents = objects(parsed_list(fields.value("contents"), "contents"))
     if contents is None:
         raise BadRow("contents: expected a list of {role, parts}")
@@ -186,7 +178,6 @@ def template_arguments(fields: RowFields, turns: list[Turn]) -> tuple[JsonValue,
     """Return the system message and the tools that smoltalk2 has in `chat_template_kwargs`, an object or its JSON text.
 
     Args:
-        fields: the row.
         turns: its chat. None is returned for its own system message.
 
     Raises:

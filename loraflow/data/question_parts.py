@@ -31,9 +31,8 @@ _QUESTIONS = frozenset({"question", "query", "problem", "hypothesis"})  # a prom
 _SHARE = 0.5
 _SHARE_OF_QUESTIONS = 0.2
 MIN_WORDS = 8  # of a passage
-MIN_LENGTH = (
-    80  # characters of a passage that is a single sentence; one without spaces between words counts three times
-)
+# Characters of a passage that is a single sentence; one without spaces between words counts three times.
+MIN_LENGTH = 80
 _MAX_LOOKED_AT = 4000  # characters of a text that are looked at to tell whether it is a passage
 _WORDS = re.compile(r"\w{4,}")
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # Thai to Chinese
@@ -69,11 +68,6 @@ def question_parts(row: Mapping[str, JsonValue]) -> list[str]:
 def refuse_answers_by_letter(row: Mapping[str, JsonValue], messages: list[Message], read: Collection[str]) -> None:
     """Refuse a row whose answer is the letter or number of a choice, if its question names no choice.
 
-    Args:
-        row: the row.
-        messages: its chat.
-        read: the keys that were read.
-
     Raises:
         BadRow: it is. What would be learned is a guess.
     """
@@ -98,10 +92,7 @@ def refuse_lost_parts(
     Only passages are such parts. Ids, file names, categories and short texts beside a prompt are metadata.
 
     Args:
-        row: the row as its file has it.
-        messages: its chat.
         used: the keys that were read: loraflow's name → the row's column. Chats of messages have their parts.
-        columns: data.columns.
 
     Raises:
         LostPart: it has. The answer would be learned without it.

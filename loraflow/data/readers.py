@@ -85,14 +85,8 @@ def read_rows(
     """Read files row by row. A malformed row is yielded with its problem.
 
     Args:
-        folder: the dataset's folder.
         names: the files to read, relative to the folder.
-        format_name: the rows' format: messages, sharegpt, alpaca, prompt_completion or auto.
         columns: {loraflow's column: the files' column}, for columns with other names.
-        group: the field that names a row's group.
-        tools: the tools of rows that have none of their own.
-        query: for databases, a table or a SELECT statement; None takes the only table.
-        ignore: keys of rows and messages that are not looked at.
         is_training: the files are for training, so rows that their column `split` keeps for tests are left out.
 
     Raises:
@@ -159,12 +153,7 @@ def read_values(path: Path, name: str, query: str | None = None) -> Iterator[Raw
     """Read a file's rows as they are, without converting them to chats.
 
     Args:
-        path: the file.
-        name: the file's name in messages.
         query: for a database, a table or a SELECT statement; None takes its only table.
-
-    Raises:
-        BadData: the file cannot be read, or its kind is unknown.
     """
     suffix = checked_suffix(path, name)
     if suffix in SUFFIXES:
@@ -262,11 +251,7 @@ _UNPACK = {".gz": "gunzip --keep", ".zst": "unzstd", ".bz2": "bunzip2 --keep", "
 
 
 def _refuse_binary(begin: bytes, name: str) -> None:
-    """Refuse a file whose first bytes show that its suffix is wrong.
-
-    Raises:
-        BadData: it is not text in UTF-8.
-    """
+    """Refuse a file whose first bytes show that its suffix is wrong."""
     if begin[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
         raise _not_utf8(name, name, "UTF-32", "UTF-32")
     if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -340,11 +325,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawValue]:
 
 
 def _records(batch: pa.RecordBatch, name: str) -> list[RawRow]:
-    """Return a batch's rows as Python values.
-
-    Raises:
-        BadData: a column has a value that Python has no type for, such as a date after the year 9999.
-    """
+    """Return a batch's rows as Python values."""
     cells: dict[str, list[JsonValue]] = {}
     for column in batch.schema.names:
         try:

@@ -85,8 +85,6 @@ def drop_group_leaks(
     """Drop training and validation rows of a group that is held out. A seeded split has kept groups together already.
 
     Args:
-        table: all rows.
-        columns: what is known of them.
         splits: the rows of each split; changed in place.
         heldout: {group: row}, also of held-out rows that were dropped as duplicates: their content is held out.
         drop: is called with each dropped row, its split, the reason, and a sentence.
@@ -104,10 +102,7 @@ def find_similar(table: ChatTable, columns: Columns, train: Rows, heldout: Rows)
     """Compare training rows with held-out rows, and with each other.
 
     Args:
-        table: all rows.
-        columns: what is known of them.
         train: training and validation rows; no prompt of them is a held-out prompt.
-        heldout: held-out rows.
     """
     prompts, held = columns.prompts[train], columns.prompts[heldout]
     near = np.flatnonzero(np.isin(prompts, held))
@@ -146,14 +141,7 @@ def with_near_prompts(similar: Similar, table: ChatTable, columns: Columns, trai
     """Return what was found about similar rows, with the prompts that are near to another one with another answer.
 
     Args:
-        similar: what was found among equal prompts.
-        table: all rows.
-        columns: what is known of them.
         train: training and validation rows. Answers that are not learned do not count.
-        compared: pairs of texts that were compared before.
-
-    Raises:
-        MissingExtra: rensa is not installed.
     """
     assert table.prompts is not None
     learned = train[columns.has(LAST_LEARNED)[train]]

@@ -38,10 +38,7 @@ class RowFields:
     """A row, and which keys of it and of its messages were read.
 
     Args:
-        row: the row.
-        columns: {loraflow's column: the row's column}, for columns with other names.
         labels: tells whether a label is a class; None if marks are not read.
-        ignore: keys of the row and its messages that are not looked at.
 
     Raises:
         BadRow: the row lacks a column of `columns`.
@@ -140,10 +137,6 @@ class RowFields:
         """Read messages and their marks.
 
         Args:
-            column: their column.
-            items: the messages.
-            roles: the keys of a message's role.
-            contents: the keys of its content.
             first: the number of the first message, for the problem's text.
 
         Raises:
@@ -206,11 +199,7 @@ class RowFields:
         return Turn(role, content, weight.value, tuple(calls), *ids, reasoning, weight.excluded_by)
 
     def _of_parts(self, turn: Turn, where: str, column: str) -> list[Turn]:
-        """Return the turns of a message whose content is a list of parts: results of tools are messages of their own.
-
-        Raises:
-            BadRow: a part is malformed, or is not one of a message with this role.
-        """
+        """Return the turns of a message whose content is a list of parts: results of tools are messages of their own."""
         content = turn.content
         assert isinstance(content, list)
         if turn.role == TOOL and content and not is_parts(content):
@@ -242,11 +231,7 @@ class RowFields:
         return out
 
     def _marks_of_part(self, turn: Turn, part: RawRow, where: str) -> set[str]:
-        """Return the keys of a part that are marks: only answers are learned.
-
-        Raises:
-            BadRow: one marks a part of an answer as not to be learned. Masks are those of whole answers.
-        """
+        """Return the keys of a part that are marks: only answers are learned."""
         if turn.role != ASSISTANT or self.labels is None:
             return {key for key, value in part.items() if is_mark(key) and excludes(key, value)}
         used: set[str] = set()
@@ -257,11 +242,7 @@ class RowFields:
         return used
 
     def joined(self, content: list[JsonValue], column: str) -> str:
-        """Join the text parts of a system column: [{"type": "text", "text": …}].
-
-        Raises:
-            BadRow: a part is not text.
-        """
+        """Join the text parts of a system column: [{"type": "text", "text": …}]."""
         (turn,) = self._of_parts(Turn("system", content), column, column)
         return str(turn.content)
 
@@ -325,11 +306,7 @@ def _is_open_call(item: RawRow) -> bool:
 
 
 def _reasoning(message: RowFields, where: str) -> str:
-    """Return the reasoning beside an answer's content: texts, or lists of texts or parts; other values stay unread.
-
-    Raises:
-        BadRow: two keys have different values.
-    """
+    """Return the reasoning beside an answer's content: texts, or lists of texts or parts; other values stay unread."""
     found: dict[str, str] = {}  # text → its key
     for key in REASONING_KEYS:
         value = message.row.get(key)

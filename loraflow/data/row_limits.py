@@ -25,10 +25,6 @@ def check_limits(
     """Stop the run if a report of check_dataset exceeds the recipe's limits.
 
     Args:
-        report: the report in the artifact's manifest.
-        max_quarantined: largest share of malformed rows (data.max_quarantined).
-        where: location of the report, for messages.
-        dataset: the dataset's name, for messages.
         refuse_near_leaks: whether training rows that are near to a held-out row stop the run (data.near_duplicates).
 
     Raises:
@@ -80,11 +76,6 @@ def _short(problem: str) -> str:
 
 def refuse_poor_sources(report: CheckReport, max_quarantined: float, where: str) -> None:
     """Stop the run if a source gives no row, or too many malformed ones: the other sources would hide it.
-
-    Args:
-        report: the report of check_dataset.
-        max_quarantined: largest share of malformed rows (data.max_quarantined).
-        where: location of the report, for messages.
 
     Raises:
         BadData: no row of a source is left.

@@ -130,7 +130,6 @@ class SegmentBuilder:
     """Collect the rows of a segment.
 
     Args:
-        config: the stage's config.
         is_training: the rows are not those of a held-out file.
         is_pinned: the source of the rows is used for training only.
     """

@@ -75,11 +75,7 @@ class RowsFile:
             yield read_row(value, self.settings, labels)
 
     def segments(self) -> Iterator[FileRows]:
-        """Yield the rows as they are.
-
-        Raises:
-            BadData: the file cannot be read, or its kind is unknown.
-        """
+        """Yield the rows as they are."""
         path = self.folder / self.name
         if checked_suffix(path, self.name) in _LINES:
             first = 1
@@ -106,12 +102,6 @@ def _item(value: RawValue) -> RowItem:
 def read_segment(segment: FileRows, file: RowsFile, config: CheckDatasetConfig, labels: Labels) -> RowSegment:
     """Convert the rows of a segment to chats.
 
-    Args:
-        segment: the rows.
-        file: their file.
-        config: the stage's config.
-        labels: knows the labels of the file.
-
     Raises:
         BadData: the file cannot be read.
         MissingExtra: rensa is not installed.
@@ -133,12 +123,7 @@ NOT_RENDERED = "would not be learned: put it into content, as <think> … </thin
 
 
 def with_thinking(row: Row, thinking: Literal["strip"] | None) -> Row:
-    """Return a row as data.thinking wants it: without its reasoning, or malformed if its reasoning would not be learned.
-
-    Args:
-        row: as read.
-        thinking: whether reasoning is removed.
-    """
+    """Return a row as data.thinking wants it: without its reasoning, or malformed if its reasoning would not be learned."""
     if row.messages is None:
         return row
     if thinking == "strip":

@@ -35,9 +35,6 @@ def processors() -> int:
 class SegmentProcesses:
     """Processes that read segments.
 
-    Args:
-        config: the stage's config.
-
     Raises:
         OSError: a process cannot be started. None is left.
     """

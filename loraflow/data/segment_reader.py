@@ -59,7 +59,6 @@ class SegmentReader:
     """Read files one after another.
 
     Args:
-        config: the stage's config.
         cache: of segments; None reads all rows.
         of_job: what the cache's entries depend on beside file and rows.
 

@@ -87,7 +87,6 @@ def write_served_template(folder: Path, chosen: str | None, *, no_thinking: bool
     """Write the template that a model is served with into its folder, and return the date that is fixed in it.
 
     Args:
-        folder: the model's folder.
         chosen: the template of the recipe; None uses the model's own. A template with {% generation %} blocks only marks
             the answers, if the model has a template of its own.
         no_thinking: answers come after an empty think block, which a server sends.
@@ -160,10 +159,6 @@ def _without_block(source: str, empty: str | None) -> str:
 
     DeepSeek-R1's end with the tag that opens it, Gemma 4's with an empty block. Their answers are rendered without
     reasoning, so this is what they follow.
-
-    Args:
-        source: the template.
-        empty: the empty block; None: the tag.
 
     Raises:
         BadModel: the template writes no such tag, or marks its answers.

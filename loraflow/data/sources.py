@@ -27,11 +27,7 @@ SourceCounts = dict[str, dict[str, int]]  # source → what is counted → rows
 
 
 def files_of_sources(files: Path, config: CheckDatasetConfig, tools: list[Tool] | None) -> Iterator[RowsFile]:
-    """Yield the files of all sources: those that are held out first.
-
-    Raises:
-        BadData: a pattern matches no file, or two sources have the same file.
-    """
+    """Yield the files of all sources: those that are held out first."""
     names = _names(files, config.sources)
     for source in sorted(config.sources, key=lambda source: source.split != "heldout"):
         is_training = source.split != "heldout"
@@ -50,11 +46,7 @@ def files_of_sources(files: Path, config: CheckDatasetConfig, tools: list[Tool] 
 
 
 def _names(files: Path, sources: Sequence[SourceConfig]) -> dict[str, list[str]]:
-    """Return the files of each source, relative to the folder of all.
-
-    Raises:
-        BadData: a pattern matches no file, or two files of sources have the same content.
-    """
+    """Return the files of each source, relative to the folder of all."""
     names: dict[str, list[str]] = {}
     sizes: dict[tuple[int, str | None], list[tuple[str, str]]] = {}  # of files that are not empty, and their query
     for number, source in enumerate(sources, 1):

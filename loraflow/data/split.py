@@ -44,9 +44,7 @@ def in_share(key: str, share: float, seed: int, purpose: str) -> bool:
     """Tell whether a row belongs to a random share of all rows.
 
     Args:
-        key: the row's prompt key.
         share: the fraction of rows, 0 to 1.
-        seed: the recipe's split seed.
         purpose: heldout or validation; each purpose is an independent draw.
     """
     return draw(key, seed, purpose) < share * 2**64
@@ -64,12 +62,6 @@ def sample(keys: Sequence[str], size: int, seed: int, purpose: str) -> list[int]
     """Return the positions of a seeded sample, in ascending order.
 
     The rows with the smallest random numbers are taken, so that n added rows change at most n rows of the sample.
-
-    Args:
-        keys: a key of each row, such as its prompt key.
-        size: the number of rows to take.
-        seed: the seed.
-        purpose: each purpose is an independent draw.
     """
     if size >= len(keys):
         return list(range(len(keys)))
@@ -107,11 +99,7 @@ ROWS_PER_LABEL = 3
 
 
 def label_values(answers: Iterable[str]) -> list[str] | None:
-    """Return the label of each row of a classification set; None if its answers are no labels.
-
-    Args:
-        answers: the last answer of each row.
-    """
+    """Return the label of each row of a classification set; None if its answers are no labels."""
     different: dict[str, str] = {}
     labels: list[str] = []
     for answer in answers:
@@ -127,7 +115,6 @@ def spread_values(groups: Sequence[str | None], answers: Iterable[str]) -> list[
 
     Args:
         groups: the group of each row by data.group. Clusters of near-duplicates are none: most rows have no cluster.
-        answers: the last answer of each row.
     """
     named = [group if group and not group.startswith(CLUSTER) else "" for group in groups]
     labels = label_values(answers)
@@ -144,11 +131,7 @@ def spread_sample(keys: Sequence[str], values: Sequence[str] | None, size: int, 
     rows. Values and rows keep their random numbers, so adding rows changes few rows of the sample.
 
     Args:
-        keys: a key of each row, such as its prompt key.
         values: the value of each row; None for a sample that looks at no value.
-        size: the number of rows to take.
-        seed: the seed.
-        purpose: each purpose is an independent draw.
     """
     if values is None or size >= len(keys):
         return sample(keys, size, seed, purpose)

@@ -19,8 +19,6 @@ def read_sqlite(path: Path, name: str, query: str | None = None) -> Iterator[dic
     """Yield the rows of a table or of a query. The database is opened so that nothing can be written.
 
     Args:
-        path: the database.
-        name: its name in messages.
         query: a table or a SELECT statement; None for the only table.
 
     Raises:
@@ -46,11 +44,7 @@ def read_sqlite(path: Path, name: str, query: str | None = None) -> Iterator[dic
 
 
 def refuse_unsaved(path: Path) -> None:
-    """Refuse a SQLite database whose last changes are in another file: they would not be read.
-
-    Raises:
-        BadData: there are such changes.
-    """
+    """Refuse a SQLite database whose last changes are in another file: they would not be read."""
     log = path.with_name(f"{path.name}-wal")
     if log.is_file() and log.stat().st_size:
         raise BadData(

@@ -156,12 +156,7 @@ Document = tuple[np.ndarray, np.ndarray]  # ids and labels, int32
 
 
 class TokenRows:
-    """Rows as memory maps of the files. A row is one document, or several if they are packed.
-
-    Args:
-        folder: the folder of the Arrow files.
-        packing: the packing plan; None if rows are not packed.
-    """
+    """Rows as memory maps of the files. A row is one document, or several if they are packed."""
 
     def __init__(self, folder: Path, packing: Path | None = None):
         files = sorted(folder.glob("*.arrow"))

@@ -49,10 +49,7 @@ class Lengths(StoredModel):
         """Return the lengths of rows.
 
         Args:
-            lengths: tokens of each row.
             longest: the rows with the most tokens, or more rows than these.
-            max_length: training_config.max_length.
-            too_long: data.too_long.
         """
         import numpy as np  # not above: who only reads reports does without it
 

@@ -140,11 +140,7 @@ def _write(
     *,
     weighted: bool,
 ) -> TokenizedFile:
-    """Write encoded rows to an Arrow folder, and add their problems to `problems`. `weighted` adds the tokens' weights.
-
-    Raises:
-        BadData: a row has a problem whose policy is error.
-    """
+    """Write encoded rows to an Arrow folder, and add their problems to `problems`. `weighted` adds the tokens' weights."""
     none = np.empty(0, np.int32)
     lengths, all_lengths = [none], [none]
     longest: list[LongRow] = []

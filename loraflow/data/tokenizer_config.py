@@ -13,9 +13,8 @@ from loraflow.failures import BadModel
 FILE = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 DEFAULT_TEMPLATE = "additional_chat_templates/default.jinja"  # transformers prefers it to TEMPLATE
-TOOL_TEMPLATE = (
-    "additional_chat_templates/tool_use.jinja"  # for chats with tools, if there is another one for the others
-)
+# For chats with tools, if the other chats have another template.
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 TRAINING_TEMPLATE = "chat_template_training.jinja"  # renders the same text, and marks the answers
 SPECIAL_TOKENS = "special_tokens_map.json"  # of older models; newer ones have everything in FILE
 # What transformers gives to the template, where that does not follow from the files. resolve_base writes it.
@@ -52,11 +51,7 @@ class TokenizerConfig(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerConfig:
-        """Read the file in a model's folder.
-
-        Raises:
-            BadModel: it is missing or damaged.
-        """
+        """Read the file in a model's folder."""
         file = folder / FILE
         try:
             with file.open("rb") as opened:
@@ -163,11 +158,7 @@ def find_template(folder: Path) -> str | None:
 
 
 def find_tool_template(folder: Path) -> str | None:
-    """Return the template that transformers uses for chats with tools, if it is another one.
-
-    Raises:
-        BadModel: the file is damaged, or the template is longer than any template is.
-    """
+    """Return the template that transformers uses for chats with tools, if it is another one."""
     if (folder / TOOL_TEMPLATE).exists():
         return _text_of(folder / TOOL_TEMPLATE)
     if (folder / DEFAULT_TEMPLATE).exists() or (folder / TEMPLATE).exists():
@@ -186,11 +177,7 @@ def _text_of(file: Path) -> str | None:
 
 
 def _checked(template: str | None, where: Path) -> str | None:
-    """Return a template, None for an empty one.
-
-    Raises:
-        BadModel: it is longer than any template is.
-    """
+    """Return a template, None for an empty one."""
     if template is not None and len(template) > MAX_TEMPLATE:
         raise BadModel(
             "The chat template is too long.",

@@ -151,11 +151,7 @@ def _without_nulls(value: JsonValue) -> JsonValue:
 
 @lru_cache(1024)
 def _validator(schema: str, where: str) -> Validator:
-    """Return the validator of a JSON schema. References to other documents are not followed.
-
-    Raises:
-        BadRow: the schema is not valid.
-    """
+    """Return the validator of a JSON schema. References to other documents are not followed."""
     from jsonschema import SchemaError
     from jsonschema.validators import validator_for
     from referencing import Registry

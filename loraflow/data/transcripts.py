@@ -189,17 +189,12 @@ def _without_end(text: str, dialect: _Dialect, also: tuple[str, ...] = ()) -> st
 
 
 def _role(label: re.Match[str]) -> JsonValue:
-    """Return the role that a label names."""
     name = label[label.lastindex or 0]
     return _ROLES.get(name) or normal_role(name)
 
 
 def _turns(text: str, dialect: _Dialect) -> list[Turn]:
-    """Return the messages of a text.
-
-    Raises:
-        BadRow: a text belongs to no message, or two answers follow each other.
-    """
+    """Return the messages of a text."""
     labels = list(dialect.label.finditer(text))
     before = (text[: labels[0].start()] if labels else text).strip()
     turns: list[Turn] = []
@@ -233,11 +228,7 @@ def _turns(text: str, dialect: _Dialect) -> list[Turn]:
 
 
 def alternating(turns: list[Turn]) -> list[Turn]:
-    """Return the messages of a text, in which two answers that follow each other have been cut at the wrong places.
-
-    Raises:
-        BadRow: they do.
-    """
+    """Return the messages of a text, in which two answers that follow each other have been cut at the wrong places."""
     for number, (turn, following) in enumerate(itertools.pairwise(turns), 1):
         if turn.role == following.role and turn.role in ("user", ASSISTANT):
             raise BadRow(
@@ -291,7 +282,6 @@ def read_glaive(fields: RowFields) -> list[Turn]:
 
 
 def _functions(system: str) -> tuple[str, JsonValue]:
-    """Return a system text without its functions, and the functions."""
     begin = re.search(r"^(?:\[\s*)?\{", system, re.MULTILINE)
     if begin is None:
         return system, None

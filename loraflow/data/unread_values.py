@@ -44,12 +44,7 @@ Told = tuple[tuple[str, str], ...]  # keys, and what their values say: true, fal
 
 
 def told_by(row: Mapping[str, JsonValue], unread: Sequence[str]) -> Told:
-    """Return what the keys of a row that are not read say.
-
-    Args:
-        row: the row.
-        unread: its keys that are not read.
-    """
+    """Return what the keys of a row that are not read say."""
     found: list[tuple[str, str]] = []
     for key in unread:
         value = row.get(key)
@@ -103,12 +98,7 @@ def _word_of_text(kind: str, value: str) -> str:
 
 
 def doubtful(told: Mapping[tuple[str, str], int], unread: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Return the columns that may mark answers: {column: {value: rows}}.
-
-    Args:
-        told: how often a key said something.
-        unread: in how many rows each key was not read.
-    """
+    """Return the columns that may mark answers: {column: {value: rows}}."""
     columns: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for (key, word), rows in told.items():
         columns[key][word] = rows
@@ -157,7 +147,6 @@ def without_ignored(row: Mapping[str, JsonValue], ignore: Collection[str]) -> di
     """Return a row or message without the keys of `data.ignore`.
 
     Args:
-        row: the row or message.
         ignore: the keys. `metadata.quality` is the key `quality` of the object, list of objects or JSON text `metadata`,
             unless a key has this whole name.
     """

@@ -138,11 +138,7 @@ def locate_sources(sources: list[DataSource], memo: HashMemo, locate_one: _Locat
 
 
 def refuse_other_sources(origin: SourcesOrigin, config: VersionDatasetConfig) -> None:
-    """Refuse origins that are not those of the config, which is what the artifact is found by.
-
-    Raises:
-        BadData: they differ.
-    """
+    """Refuse origins that are not those of the config, which is what the artifact is found by."""
     got = _md5s(origin.sources)
     if got != config.sources or _md5(got) != config.md5:
         raise BadData(

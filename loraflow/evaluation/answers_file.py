@@ -39,9 +39,7 @@ def append_answers(file: Path, owner: str, answers: Mapping[int, GeneratedAnswer
     """Append answers by the number of their prompt.
 
     Args:
-        file: this process's file.
         owner: identity of the job: model, prompts and settings.
-        answers: to append.
     """
     lines = [
         json.dumps({"index": i, **answer, "checksum": _checksum(owner, i, answer)}, ensure_ascii=False) + "\n"
@@ -58,7 +56,6 @@ def read_answers(file: Path, owner: str, rows: int | None = None) -> dict[int, G
 
     Args:
         file: the main process's file. The files of other processes, also those of earlier attempts, are beside it.
-        owner: identity of the job.
         rows: how many prompts there are; None if that is not known.
     """
     found: dict[int, GeneratedAnswer] = {}

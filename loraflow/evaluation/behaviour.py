@@ -87,9 +87,7 @@ def check_behaviour(
     """Check the challenger's answers; those of the other models are counted beside them.
 
     Args:
-        challenger: a score table of all sets.
         others: {"base": table, "champion": table}.
-        rules: by their names in the recipe.
 
     Raises:
         BadConfig: a set has no rows.
@@ -210,10 +208,7 @@ def find_worse(
     """Return for each metric and model the rows that got worse by at least the limit's drop.
 
     Args:
-        challenger: a score table; see `decide`.
         others: {"base": table, "champion": table}, of the same rows.
-        limits: of each metric.
-        lower_is_better: metrics, in addition to loraflow's own, where lower is better.
 
     Raises:
         BadData: a score is not a finite number.

@@ -73,12 +73,9 @@ def compare_tables(
 
     Args:
         first: a table with columns id, prompt and metrics, of one set.
-        second: another one.
         confidence: of the intervals, and of each bound.
-        lower_is_better: metrics, in addition to loraflow's own, where lower is better.
         ranges: the smallest and the largest value of scores of the user's metrics. Unlike the gate, a comparison does
             not use a range that a score is outside of.
-        listed: rows that are listed for each metric and direction.
 
     Raises:
         BadData: they have no row in common, or a score is not a finite number.

@@ -121,14 +121,10 @@ def decide(
         challenger: a table with columns id and metrics. Rows with the same `group` or `prompt` are not independent.
         others: {"base": table, "champion": table}; a champion may be missing.
         primary: the metric that must gain by more than `min_gain`.
-        guards: {metric: the largest drop that is accepted}.
-        confidence: one-sided level of the bounds, and of the guards.
         lower_is_better: metrics, in addition to loraflow's own, where lower is better.
         level: largest p-value of the gain; by default 1 - confidence. 0 promotes nothing.
-        look: which look at these rows it is, for the reasons.
         vocabulary: number of tokens of the models, which limits a loss.
         ranges: {metric: (smallest, largest value)} of the user's metrics. Without one, nothing is confirmed.
-        parts: guards for parts of the rows.
         general: guards on tables of other rows (gate.forgetting).
 
     Raises:
@@ -183,9 +179,8 @@ def _general_tests(guard: GeneralGuard, confidence: float, allowed: float, vocab
         theirs = _by_id(other, name)
         _require_same_rows(ours, theirs, name)
         evidence, reported = pair(ours, theirs, guard.metric, name, vocabulary=vocabulary)
-        evidence = replace(
-            evidence, is_assumed=False
-        )  # score_general computes shares of right answers: 0 or 1 in each row
+        # score_general computes shares of right answers: 0 or 1 in each row.
+        evidence = replace(evidence, is_assumed=False)
         rule = _Rule(guard.name, -guard.margin, "guard")
         yield _Test(rule, name, evidence, reported, evidence.bounds(confidence), confidence, allowed)
 
@@ -197,12 +192,6 @@ def require_comparable(
     ranges: Mapping[str, tuple[float, float]] = NO_RANGES,
 ) -> None:
     """Check score tables before a look is spent on them.
-
-    Args:
-        challenger: as for `decide`.
-        others: as for `decide`.
-        metrics: the names that the rules use.
-        ranges: as for `decide`.
 
     Raises:
         BadData: they cannot be compared; see `decide`.

@@ -76,7 +76,6 @@ def _losses(
     questions: list[GeneralRow],
     group: ProcessGroup,
 ) -> tuple[Losses, Losses]:
-    """Return the losses of the chats' last answers, and of all choices of all questions."""
     from loraflow.base.load import load_model, load_tokenizer
     from loraflow.data.loss_mask import ChatTemplate, name_row
     from loraflow.data.positions import Positions
@@ -207,8 +206,6 @@ def is_right(losses: Sequence[float], choices: Sequence[str], answer: int) -> tu
 
     Args:
         losses: the sum of -log p of each choice's tokens, in nats.
-        choices: the texts.
-        answer: the position of the right one.
     """
     sums = -np.asarray(losses)
     by_length = sums / np.array([len(choice) for choice in choices])

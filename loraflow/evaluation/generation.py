@@ -48,16 +48,9 @@ def generate_answers(
 
     Args:
         model: the model, in evaluation mode.
-        tokenizer: the model's tokenizer.
-        prompts: ids of each prompt.
-        stop_ids: ids that end an answer.
-        max_new_tokens: the largest number of tokens of an answer.
-        batch_size: the number of prompts at a time.
         done_file: finished answers, a line of JSON each; None keeps nothing.
         owner: identity of model, prompts and settings. Finished answers of another owner are not used.
-        on_batch: is called with the number of finished answers after each batch.
         inserted: text that the chat template writes before each answer; it is removed from the answers.
-        group: the devices that share the work.
     """
     finished = {} if done_file is None else read_answers(done_file, owner, len(prompts))
     answers = [finished.get(i) for i in range(len(prompts))]
@@ -233,10 +226,6 @@ def batches_are_exact(model: PreTrainedModel, pad_id: int) -> bool:
     """Compare a prompt's logits in a padded batch with those of the prompt alone, for untested architectures.
 
     Some layers with a state, and some with an index of earlier tokens, ignore the mask and read the padding.
-
-    Args:
-        model: the model, in evaluation mode.
-        pad_id: the token id of the padding.
     """
     return is_tested(model.config) or _is_exact(model, pad_id, 0, "Answers are generated one at a time")
 
@@ -253,10 +242,7 @@ def _is_exact(model: PreTrainedModel, pad_id: int, prefix: int, otherwise: str) 
     """Compare a prompt's logits in a padded batch with those of the prompt alone.
 
     Args:
-        model: the model, in evaluation mode.
-        pad_id: the token id of the padding.
         prefix: tokens that the prompts share, before the padding.
-        otherwise: what is logged if they differ.
     """
     import torch
 

@@ -148,9 +148,6 @@ def decode(
         mask: 1 where an id counts.
         cache: `PreallocatedLayer`s with a capacity of at least `width + max_new_tokens`, best a multiple of ALIGNED.
             It may already hold the first tokens of each row.
-        stop_ids: ids that end an answer.
-        max_new_tokens: the largest number of tokens of an answer.
-        pad_id: the id of padding.
     """
     answers = _Answers(len(ids), max_new_tokens, stop_ids, pad_id, ids.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -195,12 +192,8 @@ def _decoding_step(
     A captured CUDA graph reads and writes tensors at their addresses. So the step changes its tensors only in place.
 
     Args:
-        model: see `decode`.
         token: the last token [rows, 1] of each row.
-        mask: the prompts' mask [rows, width].
         position: the position of the next token [rows, 1].
-        cache: `PreallocatedLayer`s that hold the prompts.
-        answers: the answers, to which the step adds its tokens.
     """
     rows, width = mask.shape
     slot = torch.tensor([width], device=mask.device)

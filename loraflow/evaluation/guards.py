@@ -39,9 +39,7 @@ def slice_guards(
     """Return the guards of each part of the rows.
 
     Args:
-        table: the scores that are compared, of the gate's set.
         rules: {`length`, `script` or a field: {metric: margin}}.
-        fields: the values of the rows' fields.
     """
     return [
         SliceGuard(part, metric, margin)
@@ -58,9 +56,6 @@ def unscored_parts(everything: pd.DataFrame, scored: Set[str], by: Iterable[str]
 
     Args:
         everything: id and prompt of all held-out rows of the gate's set.
-        scored: the ids of the rows that are compared.
-        by: what gate.slices divides them by.
-        fields: the values of the rows' fields.
     """
     return [
         f"{part} ({len(part.ids)} held-out row{'s' if len(part.ids) > 1 else ''})"
@@ -84,8 +79,6 @@ def power_lines(
 
     Args:
         parts: {name of a part: its independent rows}.
-        margins: the margin of each metric.
-        confidence: the level of the guards.
         reaches: the largest difference of each score that has one.
     """
     lines = []
@@ -133,8 +126,6 @@ def general_guards(
 
     Args:
         margins: {score: how much worse it may get}.
-        challenger: the tables of score_general for the new model.
-        others: the same for base and champion.
     """
     found = []
     for score, margin in margins.items():
@@ -155,12 +146,6 @@ def why_not_promoted(
     Only numbers of rows count here. A reason that depends on scores or answers, such as a check of behaviour that fails,
     uses a look: if only comparisons that may still promote did, their promotions would be wrong more often than
     `gate.error` says.
-
-    Args:
-        table: the challenger's scores of the held-out rows.
-        parts: guards for parts of these rows.
-        general: guards on general rows.
-        unscored: parts of which no row was scored.
     """
     tables = {"held-out rows": table}
     tables |= {f"rows of {guard.part}": table[table["id"].isin(guard.part.ids)] for guard in parts}

@@ -52,8 +52,6 @@ def mean_interval(
     """Return the mean of scores [rows] with its interval.
 
     Args:
-        scores: the scores of the rows.
-        confidence: the two-sided level.
         weights: the numbers of tokens of the rows.
         groups: a number for each row; rows with the same number are not independent.
         largest: the largest possible value of a score that is at least 0, 100 for chrf. The interval is within this
@@ -88,7 +86,6 @@ def ratio_interval(
     Args:
         sums: [groups].
         weights: rows, or tokens [groups].
-        confidence: the two-sided level.
         skewness: between 0 and 1.
     """
     total, n = float(weights.sum()), len(sums)

@@ -31,10 +31,7 @@ def macro_f1(
     The labels are those of the references.
 
     Args:
-        answers: the answers of the rows.
-        references: the references of the rows.
         groups: a number for each row; rows with the same number are not independent.
-        confidence: the two-sided level.
     """
     names = {name: number for number, name in enumerate(dict.fromkeys(map(label, references)))}
     count = len(names)

@@ -47,7 +47,6 @@ def answer_losses(
 
 
 def _first_learned(row: Encoded) -> int | None:
-    """Return the position that predicts a row's first learned token; None if it has none."""
     at = np.flatnonzero(row.labels[1:] != IGNORED)
     return int(at[0]) if len(at) else None
 

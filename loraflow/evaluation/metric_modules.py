@@ -41,12 +41,7 @@ _COPYING_CALLS = frozenset({"copy", "copy2", "copyfile", "move", "replace", "ren
 
 
 def metric_hash(script: Path, memo: HashMemo) -> str:
-    """Return the hash of a metric: of its script, or of all its files if it has more.
-
-    Args:
-        script: of the metric's module.
-        memo: that may know the files' hashes.
-    """
+    """Return the hash of a metric: of its script, or of all its files if it has more."""
     files = metric_files(script)
     if files == [script]:
         return memo.hash(script)
@@ -192,7 +187,6 @@ def _modules(start: Path, name: str, by: Path) -> Iterator[Path]:
 
     Args:
         start: the folder that the name starts in: the working directory for an absolute import.
-        name: the dotted name.
         by: the file that imports it, for a warning.
     """
     top = name.partition(".")[0]
@@ -219,9 +213,8 @@ def _is_library(name: str, folder: Path, python_path: str) -> bool:
     if name in sys.stdlib_module_names:
         return True
     spec = PathFinder.find_spec(name, [entry for entry in sys.path if Path(entry).absolute() != folder])
-    return (
-        spec is not None and spec.origin is not None
-    )  # without an origin it is a folder, and a module comes before it
+    # Without an origin it is a folder, and a module comes before it.
+    return spec is not None and spec.origin is not None
 
 
 @cache

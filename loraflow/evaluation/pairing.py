@@ -50,10 +50,7 @@ def pair(
         ours: the challenger's table, with its ids as the index.
         theirs: the other model's table, with the same index.
         metric: a column of both, or `stops`.
-        name: of the other model, for messages.
-        lower_is_better: metrics, in addition to loraflow's own, where lower is better.
         vocabulary: the number of tokens; a loss counts at most its logarithm, in nats per token.
-        ranges: the smallest and the largest value of scores of the user's metrics (gate.ranges).
 
     Raises:
         BadData: a score is not a finite number, too large to compute with, or outside of its range.
@@ -80,11 +77,7 @@ def pair(
 
 
 def require_in_range(table: pd.DataFrame, ends: tuple[float, float], metric: str, where: str) -> None:
-    """Refuse a score outside of the range that the recipe says it has.
-
-    Raises:
-        BadData: there is one.
-    """
+    """Refuse a score outside of the range that the recipe says it has."""
     values = scores(table, metric, where)
     outside = (values < ends[0]) | (values > ends[1])
     if outside.any():
@@ -143,11 +136,6 @@ def require_same_tokens(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> 
 
     With half as many tokens, the same likelihood of a text is twice the loss per token. A champion can be from another base
     model than the challenger, or have another chat template, which ends an answer with other tokens.
-
-    Args:
-        ours: the challenger's table, with its ids as the index.
-        theirs: the other model's table, with the same index.
-        name: of the other model.
 
     Raises:
         BadConfig: a reference has another number of tokens.

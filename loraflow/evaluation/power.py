@@ -20,9 +20,6 @@ def margin_of_unchanged(rows: int, confidence: float, metric: str, reach: float 
     """Return the margin above which a guard passes if all outputs are unchanged; None if the metric has no range.
 
     Args:
-        rows: independent rows.
-        confidence: of the guard.
-        metric: its name.
         reach: the largest difference of a metric of the user's own, or of `token_loss`: then the rows are equally long.
     """
     if metric in BINARY:  # where Tango's bound of no differences is
@@ -60,7 +57,6 @@ def largest_differences(largest_loss: float, ranges: Mapping[str, tuple[float, f
 
     Args:
         largest_loss: the logarithm of the vocabulary.
-        ranges: the smallest and the largest value of scores of the user's metrics.
     """
     return {"token_loss": largest_loss, **RANGES, **{name: high - low for name, (low, high) in ranges.items()}}
 
@@ -75,22 +71,13 @@ def rows_that_rule_out(margin: float, confidence: float, reach: float) -> int:
 
     Args:
         margin: of the guard, in nats per token.
-        confidence: of the guard.
         reach: the largest loss of a token, the logarithm of the vocabulary.
     """
     return 1 if margin >= reach else math.ceil(math.log(1 - confidence) / math.log1p(-margin / reach))
 
 
 def smallest_gain(rows: int, level: float, min_gain: float, metric: str, reach: float) -> float:
-    """Return the gain that the gate shows at all, or for scores of 0 and 1 that it shows in four of five looks.
-
-    Args:
-        rows: independent rows.
-        level: of the look.
-        min_gain: of the gate.
-        metric: the primary.
-        reach: the largest possible difference.
-    """
+    """Return the gain that the gate shows at all, or for scores of 0 and 1 that it shows in four of five looks."""
     if metric not in BINARY:  # if each row gains the same; with any spread, more is needed
         return min_gain + (min_gain + reach) * math.expm1(-math.log(level) / rows)
     alpha, power = _NORMAL.inv_cdf(1 - level), _NORMAL.inv_cdf(POWER)
@@ -181,14 +168,7 @@ def gate_power(
 
     Args:
         rows: held-out rows that are independent of each other.
-        look: which look it is, in words.
-        level: of this look.
-        primary: the primary metric.
-        min_gain: of the gate.
-        guards: of the gate.
-        confidence: of the guards.
         largest_loss: the logarithm of the vocabulary.
-        ranges: the smallest and the largest value of scores of the user's metrics.
     """
     reaches = largest_differences(largest_loss, ranges)
     reach = reaches.get(primary)

@@ -55,8 +55,6 @@ def shared_prefix(
     rotary angles that depend on the sequence length, no attention window shorter than a row.
 
     Args:
-        model: the model, in evaluation mode.
-        rows: ids of each row.
         longest: the largest number of ids to share.
         length: positions of the longest row, with its padding and its answer.
         side: whether a longrope model's angles are fixed (`fixed_angles`).
@@ -138,9 +136,7 @@ def group_rows(
 
     Args:
         lengths: tokens of each row.
-        batch_size: the number of rows of a batch.
         switch: longer rows have other angles; None for models without one.
-        new_tokens: the number of tokens that may be added to each row.
         fixable: the model's angles are computed by transformers' own code, so that they can be fixed.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))

@@ -106,9 +106,6 @@ def read_rows(file: Path, max_rows: int | None, seed: int) -> tuple[list[Heldout
 
     At most `max_rows` of a set are returned: a seeded sample, in which each group, or each label of a classification set,
     has its share of the set.
-
-    Raises:
-        BadData: there are none.
     """
     with file.open(encoding="utf-8") as lines:
         rows, available = sampled_rows(lines, max_rows, seed)
@@ -136,7 +133,6 @@ def sampled_rows(lines: Iterable[str], max_rows: int | None, seed: int) -> tuple
 
 
 def _sample(rows: list[HeldoutRow], size: int, seed: int) -> list[int]:
-    """Return the positions of a sample of a set's rows."""
     values = spread_values([row.group for row in rows], [row.messages[-1]["content"] or "" for row in rows])
     return spread_sample([prompt_key(row.messages) for row in rows], values, size, seed, "max_rows")
 
@@ -277,11 +273,7 @@ def _reserved(metric: str) -> set[str]:
 
 
 def _require_own_names(metric: str, found: Mapping[str, Sequence[float]], known: Iterable[str], rows: int) -> None:
-    """Refuse a metric whose scores have the name of another score or column, or no value for some rows.
-
-    Raises:
-        BadConfig: it does.
-    """
+    """Refuse a metric whose scores have the name of another score or column, or no value for some rows."""
     taken = sorted(found.keys() & (ROW_COLUMNS | OF_ALL_ROWS | set(known)))
     if taken:
         raise BadConfig(

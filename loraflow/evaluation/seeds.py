@@ -87,15 +87,7 @@ def with_seeds(
     """Return the decision about the mean, unless the model that would be registered is itself shown as worse.
 
     Args:
-        decision: of the mean over the seeds.
-        own: the scores of the model that would be registered.
-        others: {"base": table, "champion": table}.
         seeds: of all models, the registered one first.
-        primary: as for `decide`.
-        min_gain: as for `decide`.
-        guards: as for `decide`.
-        lower_is_better: as for `decide`.
-        parts: as for `decide`.
     """
     names = ", ".join(map(str, seeds))
     noted = decision.with_reason(f"the mean of {len(seeds)} models (seeds {names}) is compared")

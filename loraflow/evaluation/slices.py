@@ -50,8 +50,6 @@ def divide(table: pd.DataFrame, by: str, fields: FieldValues = NO_FIELDS) -> lis
     """Return the parts of a table's rows.
 
     Args:
-        table: scores of the gate's set.
-        by: `length`, `script`, or a field.
         fields: the values of fields; rows that it lacks have no value.
     """
     ids: list[str] = list(table["id"])
@@ -80,9 +78,6 @@ def slice_scores(
     Args:
         tables: {model: score table of the gate's set}; the slices are those of the first one, by row ids.
         by: what the rows are divided by: `length`, `script`, or a field.
-        metrics: the scores that are returned, where a table has them.
-        confidence: the two-sided level of the intervals.
-        fields: the values of the rows' fields.
     """
     first = next(iter(tables.values()))
     found: list[Slice] = []

@@ -16,9 +16,8 @@ from pydantic.dataclasses import dataclass
 
 from loraflow.frozen import StoredModel
 
-BINARY = frozenset(
-    {"exact_match", "accuracy", "json_valid", "stops", "tool_name", "valid_call_rate"}
-)  # scores of 0 and 1
+# Scores of 0 and 1
+BINARY = frozenset({"exact_match", "accuracy", "json_valid", "stops", "tool_name", "valid_call_rate"})
 # Scores between 0 and this number. A score that is not here, or is outside, has no known range.
 RANGES = {
     **dict.fromkeys(BINARY, 1.0),

@@ -56,7 +56,6 @@ def known_changes(store: Store, known: Mapping[str, JsonValue], unknown: Collect
     """Return why a job runs whatever its unknown inputs are; empty if an artifact may be reused.
 
     Args:
-        store: the store.
         known: the job's payload, without the inputs that are not computed yet.
         unknown: the names of those inputs.
     """

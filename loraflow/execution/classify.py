@@ -40,8 +40,6 @@ def classify(error: BaseException, stage: str, folders: Sequence[Path] = ()) -> 
     """Return the failure for an unexpected exception.
 
     Args:
-        error: the exception.
-        stage: the stage's name.
         folders: where the stage writes, the most likely place first.
     """
     where = str(folders[0]) if folders else stage

@@ -15,7 +15,7 @@ from loraflow.registry.deals import DealRecord, DealRequest, DealtRows
 from loraflow.registry.log import actor
 from loraflow.registry.reserve import read_rows
 from loraflow.registry.runs import StageRun
-from loraflow.stages import CHECK_DATASET, DEAL_ROWS, VERSION_DATASET
+from loraflow.stages import CHECK_DATASET, VERSION_DATASET
 from loraflow.store import Ref, Store, read_intact
 
 if TYPE_CHECKING:
@@ -38,12 +38,7 @@ def deal_heldout(workspace: Workspace, rows: Ref, merged: Ref) -> DealtRows:
 
 
 def preview_heldout(workspace: Workspace, rows: Ref, merged: Ref | None) -> DealtRows:
-    """Return what `deal_heldout` would, without dealing; `merged` is None if the model is not trained yet.
-
-    Raises:
-        BadConfig: no row is left for a look.
-        DamagedLog: the record of looks or of deals is damaged.
-    """
+    """Return what `deal_heldout` would, without dealing; `merged` is None if the model is not trained yet."""
     heldout = read_rows(workspace.store.read(rows, "heldout.jsonl"))
     challenger = None if merged is None else merged.digest
     dealt = _record(workspace).preview(challenger, heldout, workspace.looks.scored_keys, _request(workspace))
@@ -55,10 +50,6 @@ def deal_for_scores(workspace: Workspace, rows: Ref, model: Ref) -> None:
     """Choose rows to score a model on without a look: rows that were dealt before, so that the reserve stays unseen.
 
     If no rows were dealt yet, the model is dealt some.
-
-    Raises:
-        BadConfig: no row is left for a look.
-        DamagedLog: the record of looks or of deals is damaged.
     """
     heldout = read_rows(read_intact(workspace.store, rows, "heldout.jsonl"))
     workspace.dealt = _record(workspace).for_scores(model.digest, heldout)
@@ -73,8 +64,6 @@ def use_dealt_rows(workspace: Workspace, store: Store, merged: str, recorded: St
 
     Args:
         workspace: whose next jobs are about these rows; without data.heldout_reserve, nothing changes.
-        store: has the record of deals.
-        merged: digest of the model.
         recorded: deal_rows in that run. Without it, or if its artifact is gone, the model's last deal counts.
 
     Raises:
@@ -92,8 +81,7 @@ def use_dealt_rows(workspace: Workspace, store: Store, merged: str, recorded: St
 def _dealt_to(store: Store, recorded: StageRun) -> frozenset[str] | None:
     """Return the keys of the rows in an artifact of deal_rows; None if the artifact is gone or damaged."""
     try:
-        ref = Ref(stage=DEAL_ROWS.name, fingerprint=recorded.fingerprint, digest=recorded.digest, uri=store.uri)
-        config = store.manifest(ref).payload.get("config")
+        config = store.manifest(recorded.ref(store)).payload.get("config")
     except Failure:
         return None
     keys = config.get("keys") if isinstance(config, dict) else None
@@ -129,14 +117,7 @@ def rows_of_a_look(workspace: Workspace, rows: Ref) -> list[tuple[str, HeldoutRo
 def compared_rows(
     lines: bytes, max_rows: int | None, seed: int, dealt: Set[str] | None = None
 ) -> list[tuple[str, HeldoutRow]]:
-    """Return (key, row) for each row of the gate's set in a heldout.jsonl that evaluate scores.
-
-    Args:
-        lines: the lines of the file.
-        max_rows: evaluation.max_rows.
-        seed: evaluation.seed.
-        dealt: the keys of the rows that are dealt; None without data.heldout_reserve.
-    """
+    """Return (key, row) for each row of the gate's set in a heldout.jsonl that evaluate scores."""
     from loraflow.evaluation.score import sampled_rows
 
     texts = [text for text in lines.decode().split("\n") if text]

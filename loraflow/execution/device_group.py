@@ -90,12 +90,7 @@ def _watched_by_ranks() -> Iterator[None]:
 
 
 def _launch(file: JobFile, job_path: Path) -> dict[int, int]:
-    """Run this node's ranks to their end; return the exit codes by rank if a rank failed, and nothing otherwise.
-
-    Raises:
-        Network: the nodes did not meet.
-        Preempted: this process was asked to stop.
-    """
+    """Run this node's ranks to their end; return the exit codes by rank if a rank failed, and nothing otherwise."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
@@ -143,11 +138,7 @@ def _timeouts(rendezvous: Rendezvous) -> dict[str, bool | int]:
 
 
 def _own_address(endpoint: str) -> str:
-    """Return this node's address on the route to the endpoint: the other nodes may not resolve its host name.
-
-    Raises:
-        Network: the endpoint's name cannot be resolved.
-    """
+    """Return this node's address on the route to the endpoint: the other nodes may not resolve its host name."""
     host, _, port = endpoint.rpartition(":")
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -89,7 +89,6 @@ class Server:
 
     Args:
         connection: a socket that keeps the borders of messages, whose other end the launcher has.
-        parent: the process id of the launcher.
     """
 
     def __init__(self, connection: socket.socket, parent: int):

@@ -125,7 +125,6 @@ def _run_with_less_memory_if_needed(
     on_progress: OnProgress | None,
     ends: float | None,
 ) -> tuple[Summary, JobRuntime]:
-    """Run a job's stage, again with less memory if it runs out; return its summary and the runtime that succeeded."""
     stage = STAGES[job.stage]
     folders = {name: store.path(ref) for name, ref in job.inputs.items()}
     if not stage.in_worker:
@@ -186,7 +185,6 @@ def saves_since(work: Path, started: float, *, is_shared: bool) -> bool:
     """Tell whether a job's work folder has a complete checkpoint, finished answers or shards that are new.
 
     Args:
-        work: the job's work folder.
         started: when the attempt started, in seconds since 1970.
         is_shared: whether other machines see the work folder. If not, they see its checkpoints only.
     """
@@ -197,11 +195,7 @@ def saves_since(work: Path, started: float, *, is_shared: bool) -> bool:
 
 
 def check_free_space(job: Job[StageConfig], store: Store) -> None:
-    """Check the free disk space, for a stage whose result is about as large as one of its inputs.
-
-    Raises:
-        DiskFull: there is too little.
-    """
+    """Check the free disk space, for a stage whose result is about as large as one of its inputs."""
     need = _size_of_source(job, store)
     if need is None:
         return

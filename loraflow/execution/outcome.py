@@ -74,8 +74,6 @@ def read_outcome(file: JobFile, pipe: int, code: int, *, oom_killed: bool) -> Su
     """Return the summary of a worker that has ended, or raise its failure.
 
     Args:
-        file: the worker's job.
-        pipe: the end of the pipe to read from.
         code: the worker's exit status; negative is the number of the signal that ended it.
         oom_killed: whether the kernel killed a process for lack of memory meanwhile.
 
@@ -120,11 +118,7 @@ def _from_file(path: Path) -> dict[str, JsonValue] | None:
 
 
 def parse_outcome(path: Path) -> dict[str, JsonValue] | None:
-    """Return an outcome's values; None if the file is damaged, or that of another job.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Return an outcome's values; None if the file is damaged, or that of another job."""
     try:
         return _parsed(check_document(f"{path.parent.name}/{path.name}", path.read_bytes()))
     except ChangedDocument:

@@ -168,8 +168,6 @@ def plan(workspace: Workspace, force: Iterable[str] = (), steps: Sequence[Step] 
     """Return what a recipe's run would do, step by step. Reports are not checked: only a run does that.
 
     Args:
-        workspace: the recipe's workspace.
-        force: stages to plan as if they were recomputed.
         steps: the steps to plan, with the steps that they read from; by default the recipe's whole pipeline.
     """
     planned: list[PlannedStep] = []

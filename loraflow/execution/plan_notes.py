@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -22,7 +21,7 @@ from loraflow.execution.plan import base_config, vocabulary_of
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, DamagedLog
 from loraflow.stages import CHECK_GENERAL, EVALUATE, RESOLVE_BASE, TOKENIZE
-from loraflow.store import Ref, read_intact
+from loraflow.store import Ref, read_table
 from loraflow.training import memory
 from loraflow.training.adapter_rank import adapter_rank
 from loraflow.training.memory import MemoryParts, MicroBatch, Recompute, generation_parts, training_parts
@@ -65,7 +64,6 @@ def slice_power_lines(workspace: Workspace) -> list[str]:
 
 
 def _table(rows: Sequence[HeldoutRow]) -> pd.DataFrame:
-    """Return rows as a score table without scores."""
     import pandas as pd
 
     return pd.DataFrame(
@@ -179,15 +177,9 @@ def _rows_with_other_tokens(workspace: Workspace, base: Ref, champion: Ref) -> i
     scores = [look_up(workspace.store, job).ref for job in jobs]
     if not scores or None in scores:
         return None
-    import pandas as pd
-
     from loraflow.evaluation.pairing import rows_with_other_tokens
 
-    first, second = (
-        pd.read_parquet(io.BytesIO(read_intact(workspace.store, ref, "scores.parquet"))).set_index("id").sort_index()
-        for ref in scores
-        if ref is not None
-    )
+    first, second = (read_table(workspace.store, ref).set_index("id").sort_index() for ref in scores if ref is not None)
     return rows_with_other_tokens(first, second, "champion")
 
 

@@ -206,7 +206,6 @@ def reproduce(store: Store, record: RunRecord, fresh: str) -> Iterator[Reproduce
 
     Args:
         store: the store with the run's record and, if they are still there, its artifacts.
-        record: the run's record.
         fresh: the address of a store without artifacts.
 
     Raises:
@@ -248,7 +247,7 @@ def reproduce(store: Store, record: RunRecord, fresh: str) -> Iterator[Reproduce
 def _compared(store: Store, stage: StageRun, fresh: Store, now: Manifest) -> Reproduced:
     if stage.digest == now.digest:
         return Reproduced(stage.stage, stage.digest, now.digest)
-    ref = Ref(stage=now.stage, fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
+    ref = stage.ref(store)
     try:
         before = store.manifest(ref)
     except Failure:

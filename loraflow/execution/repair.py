@@ -161,7 +161,6 @@ def _why_not(store: Store, lost: Lost, record: RunRecord, stage: StageRun) -> st
 
 
 def _recipe(store: Store, record: RunRecord) -> Recipe:
-    """Return the recipe of a run, with its settings and its version of the data, for this store."""
     settings = {**record.overrides, **revision_of(store, record), "runtime.store": store.uri}
     name = f"the recipe of run {record.run}"
     return parse_recipe(record.recipe_text, name=name, overrides=settings, is_recorded=True)

@@ -22,10 +22,7 @@ def run_stage(workspace: Workspace, stage: Stage, seed: int | None = None, /, **
     """Return a stage's artifact: from the store, or computed by a worker process of this process.
 
     Args:
-        workspace: builds the job.
-        stage: the stage.
         seed: the training seed, if it is not the recipe's own.
-        **inputs: the stage's input artifacts.
     """
     job, store = workspace.job(stage, inputs, seed), workspace.store
     found = look_up(store, job).ref
@@ -40,9 +37,6 @@ def intact_result(workspace: Workspace, stage: Stage, **inputs: Ref) -> Ref:
     """Run a stage if it is not cached, and hash its result, for callers that read the files without a stage.
 
     A damaged artifact is moved to the quarantine, and computed again.
-
-    Raises:
-        CorruptArtifact: it is damaged again.
     """
     ref = run_stage(workspace, stage, **inputs)
     try:

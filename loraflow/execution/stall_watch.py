@@ -65,8 +65,6 @@ class StallWatch:
     """The signs of progress of one worker process and its children.
 
     Args:
-        pid: the worker.
-        work: its work folder, with its log and progress.
         minutes: time without progress after which it has stalled; None is never.
         silent_minutes: time with nothing but processor time after which it is taken to be in a loop; None is never.
     """

@@ -84,11 +84,7 @@ class ForkedWorker:
         return self._code
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end of the process and return its exit status.
-
-        Raises:
-            subprocess.TimeoutExpired: it has not ended in time.
-        """
+        """Wait for the end of the process and return its exit status."""
         ends = None if timeout is None else time.monotonic() + timeout
         while self._code is None:
             left = None if ends is None else max(0.0, ends - time.monotonic())
@@ -157,9 +153,8 @@ class _ForkServer:
             if not worker.started(START_SECONDS):
                 raise ChildProcessError(f"the fork server ended with {self.process.poll()}, or it does not answer")
             self._workers = [running for running in (*self._workers, worker) if not running.has_ended]
-        except (
-            BaseException
-        ):  # an interruption too: the server may be about to fork, and nobody would follow the worker
+        # An interruption too: the server may be about to fork, and nobody would follow the worker.
+        except BaseException:
             worker.close()
             self._socket.close()
             self.process.kill()  # the server's workers end with it
@@ -189,9 +184,6 @@ def start_worker(
 
     Args:
         command: starts a worker; the job file is appended to it.
-        file: the job; only `WORKER` can be forked.
-        environment: the worker's environment.
-        log_file: the file descriptor of its log.
         outcome: the file descriptor of the pipe for its outcome.
     """
     job_file = file.write()

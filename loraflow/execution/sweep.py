@@ -70,9 +70,7 @@ def make_trials(recipe_file: RecipeFile, grid: Grid, workspace: Workspace) -> li
     """Return the trials of a sweep, in the order in which they run.
 
     Args:
-        recipe_file: the recipe with the settings that all trials share.
         grid: what differs between trials.
-        workspace: the recipe's. Dataset and base are looked up once for all trials that name the same.
 
     Raises:
         BadConfig: a trial is no valid recipe, a key of the grid does not change the training, the recipe has no validation
@@ -139,11 +137,7 @@ def _variant(recipe_file: RecipeFile, settings: Mapping[str, JsonValue]) -> Reci
 
 
 def _measured(found: RecipeFile) -> RecipeFile:
-    """Return the recipe with a measurement of the validation loss at its end, if it has none. No fingerprint changes.
-
-    Raises:
-        BadConfig: it has no validation rows.
-    """
+    """Return the recipe with a measurement of the validation loss at its end, if it has none. No fingerprint changes."""
     recipe = found.recipe
     if not recipe.data.validation_fraction:
         raise BadConfig(

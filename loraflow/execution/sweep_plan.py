@@ -52,9 +52,8 @@ class SweepPlan:
     trials: tuple[PlannedTrial, ...]
     times: dict[str, int]  # how often each shared stage runs, at most
     to_run: dict[str, int]  # how many of these runs are not cached
-    trainings: dict[
-        str, int
-    ]  # trainings that will run: of groups, of single trials, and of the chosen trial after its group
+    # Trainings that will run: of groups, of single trials, and of the chosen trial after its group
+    trainings: dict[str, int]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, JsonValue]:
@@ -108,8 +107,6 @@ def _trainings(planned: Sequence[PlannedTrial], division: Division, trained: Set
     """Return how many trainings of each way will run.
 
     Args:
-        planned: the trials.
-        division: how the trials are divided into groups.
         trained: labels of the trials whose own adapter is in the store.
     """
     groups, equal = division.groups.groups, division.groups.equal

@@ -69,12 +69,7 @@ class Division:
 
 
 def divide(trials: Sequence[Trial], inputs: Mapping[str, Mapping[str, Ref]]) -> Division:
-    """Look up trials in the store, and divide those that are left into groups.
-
-    Args:
-        trials: the trials of a sweep.
-        inputs: {label: what the trial trains on}, as far as it is in the store.
-    """
+    """Look up trials in the store, and divide those that are left into groups."""
     workspace = trials[0].workspace
     size = workspace.recipe.runtime.trials_together
     if size == 1:
@@ -115,7 +110,6 @@ def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -
     """Divide trials into groups of about equal sizes. Of trials that are the same training, a group has only one.
 
     Args:
-        trials: the trials to train.
         inputs: {label of a trial: what its training reads}; trials with an equal value read the same.
         size: the largest number of trials of a group (`runtime.trials_together`).
     """
@@ -217,8 +211,6 @@ def known_results(
     """Return what the store has of trials that were trained in some group: {label: result}.
 
     Args:
-        store: the artifact store.
-        trials: the trials to look up.
         jobs: {label: the job of a group that has only this trial}; labels that are absent are not looked up.
     """
     by_key: dict[str, list[Trial]] = {}  # several trials may be the same training

@@ -79,7 +79,6 @@ def main(argv: list[str]) -> int:
 
 
 def _attempt(file: JobFile, run: Callable[[JobFile], Summary]) -> tuple[failures.Failure | None, Summary]:
-    """Run a job, and return its failure if it raises any exception."""
     try:
         return None, run(file)
     except failures.Failure as failure:

@@ -40,8 +40,6 @@ def run_in_worker_process(
 
     Args:
         command: starts a worker; the job file is appended to it.
-        file: the job and its folders.
-        on_progress: called with each line of progress.
         ends: when the time of the run is over, in seconds since 1970.
 
     Raises:
@@ -129,11 +127,7 @@ def _stall_minutes(file: JobFile) -> list[float | None]:
 
 
 def check_budget(job: Job[StageConfig], ends: float | None) -> None:
-    """Check the time of the run, of which the worker needs the last seconds to save a checkpoint.
-
-    Raises:
-        BudgetSpent: it is over.
-    """
+    """Check the time of the run, of which the worker needs the last seconds to save a checkpoint."""
     if ends is not None and time.time() > ends - job.runtime.grace_seconds:
         raise failures.BudgetSpent(
             "The run reached its time limit.",

@@ -100,10 +100,6 @@ def choose_for_training(
     """Choose the attention of a training; return it with its kernel for concatenated documents, if it uses one.
 
     Args:
-        runtime: its `attn_implementation`.
-        device: where the model computes.
-        dtype: the dtype in which the model computes.
-        config: the model's.
         load: returns a document kernel, or raises if the kernel does not work on this GPU.
 
     Raises:

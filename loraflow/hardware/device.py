@@ -12,11 +12,7 @@ Device = Literal["cpu", "cuda"]
 
 
 def pick_device(runtime: Runtime) -> Device:
-    """Return the device that the runtime asks for.
-
-    Raises:
-        MissingExtra: cuda is asked for and there is no CUDA device.
-    """
+    """Return the device that the runtime asks for."""
     import torch
 
     requested, has_cuda = runtime.device, torch.cuda.is_available()

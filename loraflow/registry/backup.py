@@ -66,8 +66,6 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
 
 
 class _Documents(NamedTuple):
-    """The documents of a store, by name."""
-
     runs: dict[str, bytes]
     anchors: dict[str, bytes]
     registry: dict[str, bytes]
@@ -77,9 +75,6 @@ def _read_consistently(store: Store) -> _Documents:
     """Read run records and anchors, then the registry, which may only be ahead of them.
 
     If a person accepts a loss meanwhile, the registry is behind the anchors that were read before: then all are read again.
-
-    Raises:
-        DamagedLog: a promotion log, or a record of looks or deals, is damaged.
     """
     while True:
         runs = store.read_documents(RUNS)

@@ -98,8 +98,6 @@ def share_of_error(number: int, horizon: int, *, independent: bool = False) -> f
     """Return the share of the error that a look may spend in any case: half for the first, half evenly for the others.
 
     Args:
-        number: of the look.
-        horizon: gate.looks.
         independent: gate.independent_rows: then the others share 0.38.
     """
     if number > horizon:
@@ -146,11 +144,7 @@ def next_look(
     Args:
         looks: all looks of the model, oldest first.
         sets: the keys of the rows of each digest in `looks`.
-        rows: the keys of the rows of this look.
-        error: gate.error.
-        horizon: gate.looks.
         assumed: looks right before this one that have no record.
-        promotions: the entries of the promotion log.
         nearly: numbers (seq) of looks that nearly showed a gain, and did not promote; None without gate.independent_rows.
     """
     fresh = len(rows - set().union(*sets.values()))
@@ -206,15 +200,7 @@ def _counted(looks: Sequence[Look], sets: Mapping[str, Set[str]], rows: Set[str]
 
 
 def _further_left(looks: Sequence[Look], counted: Sequence[Look], assumed: int, error: float, horizon: int) -> float:
-    """Return what is left of the further 0.12 of the error, in this period and in `horizon` looks in a row.
-
-    Args:
-        looks: all looks, oldest first.
-        counted: those that share the budget with the next one.
-        assumed: looks right before the next one that have no record.
-        error: gate.error.
-        horizon: gate.looks.
-    """
+    """Return what is left of the further 0.12 of the error, in this period and in `horizon` looks in a row."""
     if horizon == 1:
         return 0.0
     lost = assumed * share_of_following(horizon) * error
@@ -281,10 +267,7 @@ def gains_to_follow(
     group follow none.
 
     Args:
-        log: the promotion log.
-        looks: all looks of the model.
         groups: of the rows of the next look; None for a row without one.
-        independent: gate.independent_rows.
     """
     if not independent:
         return None

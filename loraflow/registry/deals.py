@@ -71,7 +71,7 @@ Scored = Callable[[Set[str]], Set[str]]
 
 
 class DealRecord:
-    """The deals of one model in a store."""
+    """The deals of one model in a store. Each method raises DamagedLog if a deal or its rows are missing or were changed."""
 
     def __init__(self, store: Store, model: str):
         self._store, self._model = store, model
@@ -84,11 +84,7 @@ class DealRecord:
         """Return the rows that a model is scored on. If it has none yet, they are dealt and recorded.
 
         Args:
-            challenger: digest of the merged model.
-            rows: all held-out rows of the gate's set.
             scored: returns those of some keys that were scored in a look (`LookRecord.scored_keys`).
-            request: what the recipe asks for.
-            actor: who runs this.
 
         Raises:
             BadConfig: no row is left for a look.
@@ -134,9 +130,6 @@ class DealRecord:
         """Return the keys of rows to score a model on without a look: its own, or else those that were dealt last.
 
         None if no rows were dealt, or some of them are not in the dataset any more.
-
-        Raises:
-            DamagedLog: a deal or its rows are missing or were changed.
         """
         entries, dealt = self._read()
         present = {row.key for row in rows}
@@ -145,21 +138,13 @@ class DealRecord:
         return dealt[(own or there)[-1].rows] if there else None
 
     def of_model(self, challenger: str, reserve: int | float) -> frozenset[str] | None:
-        """Return the keys of the rows that a model was dealt last with this reserve; None if it was dealt none.
-
-        Raises:
-            DamagedLog: a deal or its rows are missing or were changed.
-        """
+        """Return the keys of the rows that a model was dealt last with this reserve; None if it was dealt none."""
         entries, dealt = self._read()
         own = [entry for entry in entries if (entry.challenger, entry.reserve) == (challenger, reserve)]
         return dealt[own[-1].rows] if own else None
 
     def check(self) -> None:
-        """Read all deals and their rows.
-
-        Raises:
-            DamagedLog: a deal or its rows are missing or were changed.
-        """
+        """Read all deals and their rows."""
         self._read()
 
     def _read(self) -> tuple[list[Deal], dict[str, frozenset[str]]]:

@@ -178,7 +178,7 @@ class PromotionLog:
         return True
 
     def accept_loss(self, reason: str, actor: str) -> Acceptance:
-        """Go on with the entries that are intact, and store who decided this and why.
+        """Continue with the entries that are intact, and store who decided this and why.
 
         Files after the last intact entry are moved into the stored decision.
 

@@ -106,10 +106,6 @@ class LookRecord:
             key: identity of the comparison: scores, rules, champion.
             challenger: digest of the merged model.
             rows: keys of the held-out rows (`row_key`).
-            error: gate.error.
-            horizon: gate.looks.
-            promotions: the entries of the promotion log.
-            actor: who runs this.
             nearly: numbers (seq) of looks that nearly showed a gain (`near_gains`); None without gate.independent_rows.
 
         Raises:

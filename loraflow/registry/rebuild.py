@@ -59,7 +59,6 @@ def made_by(store: Store, ref: Ref) -> RunRecord | None:
 
 
 def _recipe_file(record: RunRecord) -> Path | None:
-    """Return the file that has the recipe as it was in the run, else the file with the recipe's name."""
     for file in sorted([*recipe_files(), *Path().glob("*.yaml")]):
         if mask(_text(file)) == record.recipe_text:
             return file
@@ -143,9 +142,8 @@ def revision_of(store: Store, record: RunRecord) -> dict[str, JsonValue]:
     )
     if not (in_work_tree and isinstance(source, str) and stage and record.commit):
         return {}
-    dataset = Ref(stage="version_dataset", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
     try:
-        config = store.manifest(dataset).payload["config"]
+        config = store.manifest(stage.ref(store)).payload["config"]
         pinned = dvc.read_pin(".", source, None).md5
     except (Failure, OSError):  # unknown; the command still names all other settings
         return {}

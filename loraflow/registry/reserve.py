@@ -70,7 +70,6 @@ def rows_of_a_look(reserve: float, rows: int) -> int:
 
     Args:
         reserve: data.heldout_reserve, a share of the rows below 1, or their number.
-        rows: held-out rows of the gate's set.
 
     Raises:
         BadConfig: no row is left for a look.
@@ -91,10 +90,7 @@ def deal(rows: Sequence[ReserveRow], used: Set[str], size: int, seed: int) -> De
     """Return the rows of the next look.
 
     Args:
-        rows: all held-out rows of the gate's set.
         used: keys of rows that were scored, or dealt to a model that may have been scored on them.
-        size: rows of a look.
-        seed: data.seed.
     """
     fresh = _fresh_units(rows, used, seed)
     if not _is_enough(_count(fresh), size):
@@ -114,7 +110,7 @@ def deal(rows: Sequence[ReserveRow], used: Set[str], size: int, seed: int) -> De
 
 
 def state(rows: Sequence[ReserveRow], used: Set[str], size: int, *, is_fresh: bool = True) -> ReserveState:
-    """Return how many rows are left; for the arguments see `deal`."""
+    """Return how many rows are left; `used` as for `deal`."""
     fresh = _count(_fresh_units(rows, used, 0))
     looks = fresh // size + (1 if fresh % size and _is_enough(fresh % size, size) else 0)
     return ReserveState(rows=len(rows), fresh=fresh, size=size, looks=looks, is_fresh=is_fresh)

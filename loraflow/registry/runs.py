@@ -17,7 +17,7 @@ from pydantic import JsonValue, SerializerFunctionWrapHandler, model_serializer
 from loraflow import identity
 from loraflow.data.drift import DataDrift
 from loraflow.evaluation.values import Scores, SeedScores, Slice
-from loraflow.failures import CorruptArtifact
+from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.frozen import StoredModel
 from loraflow.registry.reserve import ReserveState
 from loraflow.registry.sweeps import SweepRecord
@@ -44,6 +44,10 @@ class StageRun(StoredModel):
     digest: FolderName
     seconds: float = 0.0
     uri: str = ""
+
+    def ref(self, store: Store) -> Ref:
+        """Return the artifact in a store. Its stage is the label's first word, except for the trials of a sweep."""
+        return Ref(stage=self.stage.split()[0], fingerprint=self.fingerprint, digest=self.digest, uri=store.uri)
 
 
 class RecordedDecision(StoredModel):
@@ -129,9 +133,8 @@ class RunRecord(StoredModel):
     uncommitted: bool | None = None  # whether tracked files differed from it
     prefect_run: str | None = None
     recipe_text: str = ""  # the file's text when the run started
-    overrides: dict[
-        str, JsonValue
-    ] = {}  # {dotted key: value} of `--set` and the form, which replaced the file's values
+    # {dotted key: value} of `--set` and the form, which replaced the file's values
+    overrides: dict[str, JsonValue] = {}
     resolved: dict[str, JsonValue] = {}  # the recipe with all its defaults
     stages: list[StageRun] = []
     summary: RunSummary | None = None
@@ -190,12 +193,20 @@ def read_run(store: Store, run: str) -> RunRecord | None:
     return None if data is None else _parse(store, name, data)
 
 
-def find_named_run(store: Store, name: str) -> RunRecord | None:
-    """Return the record of a run by its own id, or by the id that Prefect's UI shows in the address of a run's page.
+def require_run(store: Store, run: str) -> RunRecord:
+    """Return the record of a run.
 
     Raises:
+        BadConfig: there is none.
         CorruptArtifact: it cannot be read.
     """
+    if (record := read_run(store, run)) is None:
+        raise BadConfig("There is no such run.", where=run, next_step="`loraflow runs` lists the runs")
+    return record
+
+
+def find_named_run(store: Store, name: str) -> RunRecord | None:
+    """Return the record of a run by its own id, or by the id that Prefect's UI shows in the address of a run's page."""
     if PREFECT_ID.fullmatch(name):
         return next((record for record in reversed(read_runs(store)) if record.prefect_run == name), None)
     return read_run(store, name)

@@ -72,9 +72,6 @@ def sign(store: Store, model: str, head: LogHead, key: str, hashes: Callable[[],
     The signature of a later entry, which another process wrote meanwhile, is kept: it covers this one too.
 
     Args:
-        store: the store with the log.
-        model: the model's name in the registry.
-        head: the last entry.
         key: file of a private SSH key, or of the public one if ssh-agent has the private one.
         hashes: a function that reads the hashes of the log's entries, oldest first.
 
@@ -99,7 +96,6 @@ def sign(store: Store, model: str, head: LogHead, key: str, hashes: Callable[[],
 
 
 def _read(store: Store, model: str) -> _Signed | None:
-    """Return the stored signature; None if there is none, or it cannot be read."""
     try:
         return _Signed.model_validate_json(store.read_document(_name(model)) or b"")
     except ValueError:  # pydantic's error is one
@@ -110,9 +106,6 @@ def check_signature(store: Store, model: str, hashes: Sequence[str], signers: Pa
     """Check that a person on the list signed the log.
 
     Args:
-        store: the store with the log.
-        model: the model's name in the registry.
-        hashes: the hashes of the log's entries, oldest first.
         signers: a file of allowed signers, as in ssh-keygen's manual: `NAME KEY-TYPE KEY` on each line.
 
     Raises:
@@ -205,12 +198,6 @@ def verified_models(store: Store, signers: Path) -> set[str]:
 def require_not_older(store: Store, model: str, hashes: Sequence[str], signers: Path) -> None:
     """Check that a log has the entry that was verified last.
 
-    Args:
-        store: has the log.
-        model: its name.
-        hashes: of the log's entries, oldest first.
-        signers: the list of signers.
-
     Raises:
         DamagedLog: it is an older log, or another one.
         BadConfig: the file of verified entries cannot be read.
@@ -233,9 +220,6 @@ def remember_verified(store: Store, model: str, head: LogHead, signers: Path) ->
 
     Another process may have verified a longer log since this one was read. If the file cannot be locked or written, that is
     only a warning.
-
-    Raises:
-        BadConfig: the file cannot be read.
     """
     file = heads_file(signers)
     try:

@@ -14,11 +14,6 @@ MAX_POINTS = 400  # the image is not wide enough for more
 MAX_TICKS = 7  # on an axis
 
 
-def image(points: Sequence[tuple[float, float]], title: str) -> str:
-    """Return markdown with the curve of (step, loss) points."""
-    return embedded(svg(points, title), title)
-
-
 def embedded(drawing: str, title: str) -> str:
     """Return markdown with an SVG in a data URI."""
     return f"![{title}](data:image/svg+xml;base64,{base64.b64encode(drawing.encode()).decode()})"
@@ -28,16 +23,34 @@ def svg(points: Sequence[tuple[float, float]], title: str) -> str:
     """Draw (step, loss) points as a curve with its axes."""
     points = _thin(points)
     axes = _Axes.around(points)
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (axes.pixel(*point) for point in points))
-    x, y = axes.pixel(*points[-1])
+    style = 'stroke="#1860f2" stroke-width="2"'
+    return frame(title, "step", axes.ticks() + _polyline(axes, points, style, "#1860f2"))
+
+
+def frame(title: str, across: str, drawing: str, height: int = HEIGHT) -> str:
+    """Return an SVG with a title, and the name of what is drawn from left to right."""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
         ' font-family="sans-serif" font-size="11" fill="#444">'
-        f'<title>{title}</title><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>{axes.ticks()}'
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>'
-        f'<polyline points="{line}" fill="none" stroke="#1860f2" stroke-width="2"/>'
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#1860f2"/></svg>'
+        f'<title>{escape(title)}</title><rect width="{WIDTH}" height="{height}" fill="white"/>{drawing}'
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">{across}</text></svg>'
     )
+
+
+def level_line(y: float, text: str) -> str:
+    """Return a horizontal line with its label on the left."""
+    return (
+        f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e2e2e2"/>'
+        f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
+    )
+
+
+def _polyline(axes: _Axes, points: Sequence[tuple[float, float]], style: str, colour: str) -> str:
+    """Return a curve with a dot at its end."""
+    pixels = [axes.pixel(*point) for point in points]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
+    x, y = pixels[-1]
+    return f'<polyline points="{line}" fill="none" {style}/><circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
@@ -68,9 +81,7 @@ class _Axes:
     def ticks(self) -> str:
         marks = []
         for level in round_numbers(self.low, self.high):
-            _, y = self.pixel(self.first, level)
-            marks.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e2e2e2"/>')
-            marks.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{level:g}</text>')
+            marks.append(level_line(self.pixel(self.first, level)[1], f"{level:g}"))
         for step in round_numbers(self.first, self.last, at_least=1):
             x, _ = self.pixel(step, self.low)
             marks.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{step:g}</text>')
@@ -108,37 +119,35 @@ MAX_LABEL = 90  # characters that fit into the width
 
 
 def curves_image(curves: Sequence[Curve], title: str, across: str = "step") -> str:
-    """Return markdown with several curves in one image. Each needs a point; `across` names what the first numbers are."""
-    return embedded(curves_svg(curves, title, across), title)
+    """Return markdown with several curves in one image, with common axes and a legend.
 
-
-def curves_svg(curves: Sequence[Curve], title: str, across: str = "step") -> str:
-    """Draw several curves with common axes, and a legend below them."""
+    Each curve needs a point; `across` names what the first numbers are.
+    """
     axes = _Axes.around([point for curve in curves for point in curve.points])
     height = HEIGHT + LEGEND_LINE * len(curves) + 8
     lines, legend = [], []
     for number, curve in enumerate(curves):
         colour, width = COLOURS[number % len(COLOURS)], 3 if curve.is_main else 1.2
-        pixels = [axes.pixel(*point) for point in _thin(curve.points)]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
         dashes = ' stroke-dasharray="5 3"' if number >= len(COLOURS) else ""
         style = f'stroke="{colour}" stroke-width="{width}"{dashes}'
-        x, y = pixels[-1]
-        drawn = (
-            f'<polyline points="{line}" fill="none" {style}/><circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
-        )
-        lines.append((curve.is_main, drawn))
+        lines.append((curve.is_main, _polyline(axes, _thin(curve.points), style, colour)))
         top = HEIGHT + 8 + LEGEND_LINE * number
         weight = ' font-weight="bold"' if curve.is_main else ""
         legend.append(
             f'<line x1="{LEFT}" x2="{LEFT + 24}" y1="{top}" y2="{top}" {style}/>'
             f'<text x="{LEFT + 32}" y="{top + 4}"{weight}>{escape(curve.label[:MAX_LABEL])}</text>'
         )
-    drawn_lines = "".join(drawn for _, drawn in sorted(lines, key=lambda item: item[0]))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
-        ' font-family="sans-serif" font-size="11" fill="#444">'
-        f'<title>{escape(title)}</title><rect width="{WIDTH}" height="{height}" fill="white"/>{axes.ticks()}'
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">{across}</text>'
-        f"{drawn_lines}{''.join(legend)}</svg>"
-    )
+    drawn = [line for _, line in sorted(lines, key=lambda item: item[0])]
+    return embedded(frame(title, across, "".join([axes.ticks(), *drawn, *legend]), height), title)
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Draw values as a line of bars, for terminals."""
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    step = (high - low) / (len(_BARS) - 1) or 1.0
+    return "".join(_BARS[round((value - low) / step)] for value in values)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
 
+from loraflow.data.chats import GATE_SET
 from loraflow.data.drift import DataDrift
 from loraflow.evaluation.values import (
     Confusion,
@@ -21,15 +22,12 @@ from loraflow.evaluation.values import (
     Verdict,
 )
 from loraflow.identity import short
-from loraflow.registry.runs import RowsSummary, StageRun
-from loraflow.registry.sweeps import SweepRecord
+from loraflow.registry.runs import RowsSummary, RunSummary, StageRun
 from loraflow.reporting import chart
 from loraflow.reporting.sections import History, Learned, TrialCurves, history_lines, learned_lines, sweep_lines
 
-GATE_SET = "heldout"  # its scores are shown first: the gate decides by them
 LOSS_ROWS = 12  # rows of the table below the loss curve
 QUOTED = 300  # characters of a quoted text
-_BARS = "▁▂▃▄▅▆▇█"
 
 VERDICTS: dict[Verdict, str] = {
     "promote": "The new model is the champion now.",
@@ -54,26 +52,15 @@ T = TypeVar("T")
 class RunReport:
     """The content of a run's report."""
 
-    run: str
-    recipe: str  # the recipe's name
+    summary: RunSummary
     decision: Decision
     scores: ModelScores
     confidence: float  # the level of the scores' intervals
     losses: Sequence[tuple[float, float]]  # (step, training loss)
     samples: Sequence[Sample]  # answers of the tuned model
-    stages: Sequence[StageRun]
-    store: str  # locations
-    adapter: str
-    merged: str
-    advice: Sequence[str] = ()  # after `undecided`
-    rows: RowsSummary | None = None
-    slices: Sequence[Slice] = ()  # by evaluation.slices
-    seeds: Sequence[SeedScores] = ()  # by gate.seeds
-    drift: DataDrift | None = None  # how the training rows changed since the champion
+    store: str  # its location
     confusions: Sequence[Confusion] = ()  # the tuned model's worst labels in the gate's set
     learned: Learned | None = None
-    reserve: str = ""  # what is left of data.heldout_reserve
-    sweep: SweepRecord | None = None  # the trials among which the model was chosen
     trial_curves: Mapping[str, TrialCurves] | None = None  # by the trials' labels
     base_answers: Mapping[str, str] = field(default_factory=dict)  # the base's answers, by a sample's id
     history: History | None = None  # settings, and earlier runs of the recipe
@@ -81,35 +68,35 @@ class RunReport:
 
 def run_report(report: RunReport, *, image: bool = False) -> str:
     """Return a run's report. Its charts are images with `image`, otherwise lines of bars for terminals."""
-    decision = report.decision
+    summary, decision = report.summary, report.decision
     lines = [
-        f"# {report.recipe}: {decision.verdict}",
+        f"# {summary.recipe}: {decision.verdict}",
         "",
         VERDICTS[decision.verdict],
         "",
         *_items(decision.reasons),
         "",
         *([SIGN, ""] if decision.comparisons else []),
-        *(["What can be done:", "", *_items(report.advice), ""] if report.advice else []),
+        *(["What can be done:", "", *_items(summary.advice), ""] if summary.advice else []),
         *([decision.budget, ""] if decision.budget else []),
-        *([f"Reserve: {report.reserve}.", ""] if report.reserve else []),
+        *([] if summary.reserve is None else [f"Reserve: {summary.reserve}.", ""]),
     ]
-    lines += sweep_lines(report.sweep, report.trial_curves or {}, image=image) if report.sweep else []
+    lines += sweep_lines(summary.sweep, report.trial_curves or {}, image=image) if summary.sweep else []
     lines += _comparison(report.scores, report.confidence)
-    lines += seed_lines(report.seeds)
-    lines += slice_lines(report.slices)
+    lines += seed_lines(summary.seeds)
+    lines += slice_lines(summary.slices)
     lines += _worse(decision)
     lines += _behaviour(decision)
     lines += history_lines(report.history) if report.history else []
-    lines += _rows(report.rows)
-    lines += drift_lines(report.drift, image=image)
-    lines += learned_lines(report.learned, sparkline, image=image) if report.learned else []
+    lines += _rows(summary.rows)
+    lines += drift_lines(summary.drift, image=image)
+    lines += learned_lines(report.learned, image=image) if report.learned else []
     lines += _training_loss(report.losses, image=image)
     lines += _confusions(report.confusions)
     lines += _answers(report.samples, report.base_answers)
-    lines += _lineage(report.stages, report.store)
-    lines += ["## Files", "", "Adapter:", "", *_code(report.adapter), "Merged model:", "", *_code(report.merged)]
-    lines += ["Chat with the model:", "", *_code(f"loraflow chat {report.run}")]
+    lines += _lineage(summary.stages, report.store)
+    lines += ["## Files", "", "Adapter:", "", *_code(summary.adapter), "Merged model:", "", *_code(summary.merged)]
+    lines += ["Chat with the model:", "", *_code(f"loraflow chat {summary.run}")]
     return "\n".join(lines)
 
 
@@ -127,14 +114,7 @@ def scores_report(
     """Return the report of one model's scores.
 
     Args:
-        model: its name.
-        recipe: the name of the recipe by which it was scored.
-        scores: the model's scores.
-        confidence: the level of the scores' intervals.
-        folder: the location of the model.
-        table: the location of the score table.
         available: held-out rows of each set, of which a sample is scored.
-        confusions: the worst labels of each set.
     """
     lines = [f"# Scores of {model}, recipe {recipe}", ""]
     for rows, part in _gate_set_first(scores):
@@ -214,7 +194,8 @@ def _behaviour(decision: Decision) -> Iterator[str]:
 def _training_loss(losses: Sequence[tuple[float, float]], *, image: bool) -> list[str]:
     if not losses:
         return []
-    curve = chart.image(losses, "training loss") if image else f"`{sparkline([loss for _, loss in losses])}`"
+    title, bars = "training loss", chart.sparkline([loss for _, loss in losses])
+    curve = chart.embedded(chart.svg(losses, title), title) if image else f"`{bars}`"
     rows = [f"| {step} | {loss:.4f} |" for step, loss in thin(losses, LOSS_ROWS)]
     return ["## Training loss", "", curve, "", "| step | loss |", "|---:|---:|", *rows, ""]
 
@@ -260,15 +241,6 @@ def _lineage(stages: Iterable[StageRun], store: str) -> list[str]:
 def _code(text: str) -> list[str]:
     """Return a block for a path or a command: long lines scroll in it, instead of widening the page."""
     return ["```", text, "```", ""]
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """Draw values as a line of bars."""
-    if not values:
-        return ""
-    low, high = min(values), max(values)
-    step = (high - low) / (len(_BARS) - 1) or 1.0
-    return "".join(_BARS[round((value - low) / step)] for value in values)
 
 
 def thin(rows: Sequence[T], most: int) -> Sequence[T]:

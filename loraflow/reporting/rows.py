@@ -21,6 +21,7 @@ from loraflow.evaluation.metric_modules import find_module, metric_files
 from loraflow.evaluation.values import EvaluationReport
 from loraflow.failures import BadConfig
 from loraflow.registry.runs import RowCount, RowsSummary
+from loraflow.reporting.sections import figure
 
 MAX_KEYS = 10  # keys that are named as not read
 _LEFT_OUT = {
@@ -50,7 +51,7 @@ class RowPolicy:
     max_length: int  # training_config.max_length, in tokens
     too_long: Literal["error", "drop", "truncate"]  # data.too_long
     deals_rows: bool = False  # whether the recipe has data.heldout_reserve
-    used_elsewhere: frozenset[str] = frozenset()  # of `used_elsewhere`
+    used_elsewhere: frozenset[str] = frozenset()  # files; see the function of this name
 
 
 def used_elsewhere(recipe: Recipe) -> frozenset[str]:
@@ -76,14 +77,7 @@ def _texts(value: JsonValue) -> Iterator[str]:
 def summarise_rows(
     check: CheckReport, tokens: Mapping[str, JsonValue], evaluation: EvaluationReport, policy: RowPolicy
 ) -> RowsSummary:
-    """Return what became of the rows.
-
-    Args:
-        check: the report of check_dataset.
-        tokens: the figures of tokenize.
-        evaluation: the report of an evaluation.
-        policy: what the recipe says about long rows and held-out rows.
-    """
+    """Return what became of the rows."""
     rows = list(_counts(check, tokens, evaluation, policy))
     notes = [
         *_too_long_notes(tokens, policy),
@@ -96,10 +90,6 @@ def summarise_rows(
 def _counts(
     check: CheckReport, tokens: Mapping[str, JsonValue], evaluation: EvaluationReport, policy: RowPolicy
 ) -> Iterator[RowCount]:
-    def figure(name: str) -> int:
-        found = tokens.get(name, 0)
-        return int(found) if isinstance(found, int | float) else 0
-
     yield RowCount(what="read", rows=check.counts.get("read", 0))
     long = "cut" if policy.too_long == "truncate" else "left out of training"
     by = f" ({named_marks(check.marks)})" if check.marks else ""
@@ -110,16 +100,16 @@ def _counts(
         f"left out: {text} (data.profile)": check.counts.get(f"profile_{name}", 0) for name, text in WHAT.items()
     }
     reasons |= {
-        "left out of training: a control token in its text": figure("rows_special_tokens"),
-        f"{long}: longer than max_length, {policy.max_length} tokens": figure("rows_too_long"),
-        "left out of training: no token to learn": figure("rows_nothing_to_learn"),
+        "left out of training: a control token in its text": figure(tokens, "rows_special_tokens"),
+        f"{long}: longer than max_length, {policy.max_length} tokens": figure(tokens, "rows_too_long"),
+        "left out of training: no token to learn": figure(tokens, "rows_nothing_to_learn"),
     }
     yield from (RowCount(what=what, rows=count) for what, count in reasons.items() if count)
-    yield RowCount(what="trained on", rows=figure("train_rows"))
-    yield RowCount(what="  tokens learned", rows=figure("supervised_tokens"))
-    yield RowCount(what="  of tokens", rows=figure("train_tokens"))
+    yield RowCount(what="trained on", rows=figure(tokens, "train_rows"))
+    yield RowCount(what="  tokens learned", rows=figure(tokens, "supervised_tokens"))
+    yield RowCount(what="  of tokens", rows=figure(tokens, "train_tokens"))
     if check.rows.validation:
-        yield RowCount(what="validation", rows=figure("validation_rows"))
+        yield RowCount(what="validation", rows=figure(tokens, "validation_rows"))
     for name, count in check.sets.items():
         scored = next((value.n for value in evaluation.metrics.get(name, {}).values()), 0)
         yield RowCount(what=f"scored, {name}{_chosen(name, scored, count, policy)}", rows=scored)
@@ -135,12 +125,7 @@ def _chosen(name: str, scored: int, count: int, policy: RowPolicy) -> str:
 
 
 def check_notes(check: CheckReport, elsewhere: Collection[str] = ()) -> list[str]:
-    """Return the notes of a check_dataset report, apart from its counts.
-
-    Args:
-        check: the report.
-        elsewhere: files of the dataset that are used for something else than rows.
-    """
+    """Return the notes of a check_dataset report, apart from its counts."""
     notes = source_lines(check)
     if files := [name for name in check.unread_files if name not in elsewhere]:
         count = max(check.unread_file_count, len(check.unread_files)) - (len(check.unread_files) - len(files))

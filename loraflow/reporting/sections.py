@@ -6,8 +6,9 @@ their loss curves.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -29,7 +30,10 @@ from loraflow.reporting.chart import (
     Curve,
     curves_image,
     embedded,
+    frame,
+    level_line,
     round_numbers,
+    sparkline,
 )
 
 
@@ -41,16 +45,10 @@ class Learned:
     report: TokenReport
 
 
-def learned_lines(learned: Learned, sparkline: Callable[[Sequence[float]], str], *, image: bool) -> Iterator[str]:
-    """Yield the part of the report, as markdown.
-
-    Args:
-        learned: what tokenize says.
-        sparkline: draws numbers as a line of bars, for terminals.
-        image: draw the lengths as an image.
-    """
+def learned_lines(learned: Learned, *, image: bool) -> Iterator[str]:
+    """Yield the part of the report, as markdown; with `image`, the lengths are an image."""
     tokens, supervised, without = (
-        _figure(learned.figures, name) for name in ("train_tokens", "supervised_tokens", "rows_nothing_to_learn")
+        figure(learned.figures, name) for name in ("train_tokens", "supervised_tokens", "rows_nothing_to_learn")
     )
     if not tokens:
         return
@@ -59,24 +57,25 @@ def learned_lines(learned: Learned, sparkline: Callable[[Sequence[float]], str],
     yield f"- rows without a token to learn: {without:,}" + (", left out" if without else "")
     yield ""
     if lengths := learned.report.lengths:
-        yield from _lengths(lengths, sparkline, image=image)
+        yield from _lengths(lengths, image=image)
     for number, row in enumerate(learned.report.samples):
         if not number:
             yield from ("Training rows, drawn at random, as the model reads them. What is learned is in ⟦ ⟧:", "")
         yield from _sample(row)
 
 
-def _figure(figures: Mapping[str, JsonValue], name: str) -> int:
+def figure(figures: Mapping[str, JsonValue], name: str) -> int:
+    """Return a number of tokenize's report; 0 if it has none of this name."""
     found = figures.get(name, 0)
     return int(found) if isinstance(found, int | float) else 0
 
 
-def _lengths(lengths: Lengths, sparkline: Callable[[Sequence[float]], str], *, image: bool) -> Iterator[str]:
+def _lengths(lengths: Lengths, *, image: bool) -> Iterator[str]:
     title = "lengths of the training rows"
     last = lengths.first + lengths.width * (len(lengths.rows) - 1)
     start = max(1, lengths.first - lengths.width + 1)
     yield from ("### Lengths", "")
-    yield lengths_image(lengths, title) if image else f"`{sparkline([0, *lengths.rows])[1:]}`"
+    yield embedded(svg(lengths, title), title) if image else f"`{sparkline([0, *lengths.rows])[1:]}`"
     yield ""
     fate = "cut there" if lengths.too_long == "truncate" else "left out"
     over = f"{lengths.too_long_rows:,} rows are longer than max_length ({lengths.max_length} tokens)"
@@ -93,7 +92,9 @@ def _lengths(lengths: Lengths, sparkline: Callable[[Sequence[float]], str], *, i
 
 
 def _sample(row: SampleRow) -> Iterator[str]:
-    text = "".join(map(_marked, row.parts)) + (f"\n[{row.more_parts} more parts]" if row.more_parts else "")
+    text = "".join(itertools.starmap(marked, row.parts)) + (
+        f"\n[{row.more_parts} more parts]" if row.more_parts else ""
+    )
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)  # a text may hold code blocks itself
     yield f"{row.place}: {row.tokens:,} tokens, {row.learned_tokens:,} learned" + (
@@ -102,8 +103,8 @@ def _sample(row: SampleRow) -> Iterator[str]:
     yield from ("", fence, text, fence, "")
 
 
-def _marked(part: tuple[str, float]) -> str:
-    text, weight = part
+def marked(text: str, weight: float) -> str:
+    """Return a part of a row: in ⟦ ⟧ if it is learned, with its weight if that is not 1."""
     if not weight:
         return text
     return f"⟦{text}⟧" + ("" if weight == 1 else f"×{weight:g}")
@@ -111,11 +112,6 @@ def _marked(part: tuple[str, float]) -> str:
 
 LABEL_ROOM = 14  # pixels above the bars, for the label of max_length
 INSIDE, OVER, LIMIT = "#1860f2", "#d9822b", "#b00020"  # colours: bars up to max_length, bars beyond it, and its line
-
-
-def lengths_image(lengths: Lengths, title: str) -> str:
-    """Return markdown with the histogram."""
-    return embedded(svg(lengths, title), title)
 
 
 def svg(lengths: Lengths, title: str) -> str:
@@ -131,9 +127,7 @@ def svg(lengths: Lengths, title: str) -> str:
 
     drawn = []
     for count in round_numbers(0, most, at_least=1):
-        y = base - count / most * height
-        drawn.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e2e2e2"/>')
-        drawn.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{count:,.0f}</text>')
+        drawn.append(level_line(base - count / most * height, f"{count:,.0f}"))
     for tokens in round_numbers(0, end, at_least=1):
         x, y = across(tokens), base + 16
         drawn.append(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{tokens:g}</text>')
@@ -144,12 +138,7 @@ def svg(lengths: Lengths, title: str) -> str:
         colour = INSIDE if to <= lengths.max_length else OVER
         drawn.append(f'<rect x="{left:.1f}" y="{base - tall:.1f}" {size} fill="{colour}"/>')
     drawn.append(_limit(across(lengths.max_length) if shows_limit else None, lengths.max_length))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
-        ' font-family="sans-serif" font-size="11" fill="#444">'
-        f'<title>{title}</title><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>{"".join(drawn)}'
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">tokens of a row</text></svg>'
-    )
+    return frame(title, "tokens of a row", "".join(drawn))
 
 
 def _limit(x: float | None, max_length: int) -> str:
@@ -249,7 +238,6 @@ def _text(value: JsonValue) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text for a cell of a table."""
     return " ".join(text.split()).replace("|", "\\|").replace("`", "'")
 
 
@@ -311,14 +299,14 @@ def sweep_lines(sweep: SweepRecord, curves: Mapping[str, TrialCurves], *, image:
     seeds = f"{count} seed{'s' if count > 1 else ''} for each combination"
     yield from (f"## Trials ({len(sweep.trials)})", "", f"Chosen by the loss on validation rows: {sweep.chosen}.", "")
     header = ["rank", *keys, "validation loss", "mean", "spread", "seconds"]
-    yield from (f"| {' | '.join(map(_sweep_cell, header))} |", "|---:" * len(header) + "|")
+    yield from (f"| {' | '.join(map(_cell, header))} |", "|---:" * len(header) + "|")
     for row in rows:
         cells = [row.rank, *row.settings, row.losses, row.mean, row.deviation, row.seconds]
         marks = "**" if row.is_chosen else ""
-        yield f"| {' | '.join(f'{marks}{_sweep_cell(cell)}{marks}' if cell else '' for cell in cells)} |"
+        yield f"| {' | '.join(f'{marks}{_cell(cell)}{marks}' if cell else '' for cell in cells)} |"
     yield from ("", f"{seeds}; the spread is the standard deviation between seeds.", "")
-    yield from (f"- {_sweep_cell(note)}" for note in sweep.notes)
-    yield from (f"- {_sweep_cell(row.problem)}" for row in rows if row.problem)
+    yield from (f"- {_cell(note)}" for note in sweep.notes)
+    yield from (f"- {_cell(row.problem)}" for row in rows if row.problem)
     yield ""
     if image:
         yield from _images(sweep, curves)
@@ -333,7 +321,3 @@ def _images(sweep: SweepRecord, curves: Mapping[str, TrialCurves]) -> Iterator[s
         if any(len(curve.points) > 1 for curve in drawn):
             of_all = f"the best {len(best)} of {len(done)} trials" if len(best) < len(done) else "all trials"
             yield from (curves_image(drawn, f"{title} of {of_all}"), "")
-
-
-def _sweep_cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import JsonValue
@@ -13,7 +13,7 @@ from loraflow.data.served_template import served_date
 from loraflow.evaluation.values import Scores
 from loraflow.identity import short
 from loraflow.registry.runs import RunRecord
-from loraflow.serving.lineage import read_lineage
+from loraflow.serving.lineage import Lineage, read_lineage
 from loraflow.serving.models import Model
 
 # The store knows only the hash of the bundled file; the rest is from the metadata of its package.
@@ -33,24 +33,19 @@ class Facts:
 
     name: str
     digest: str
+    lineage: Lineage
+    run: RunRecord | None  # the run that made the model
+    recipe: Settings
     base: str | None = None  # a hub id
     base_origin: str | None = None  # a hub commit, or where else its weights come from
-    base_digest: str | None = None
-    repacked: bool = False  # the base's projections were fused: an adapter does not fit the base on the hub
     licence: str | None = None
-    dataset: str | None = None  # the md5 that DVC pins
-    rows: dict[str, int] = field(default_factory=dict)
-    recipe: Settings = field(default_factory=dict)
-    metrics: dict[str, Scores] = field(default_factory=dict)  # base, tuned and champion → scores
-    confidence: float = 0.95
-    verdict: str | None = None
-    reasons: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
     template_date: str | None = None  # the date that the chat template prints
-    device: str | None = None  # where it was trained: the GPU's product name, or cpu
-    commit: str | None = None  # HEAD of the project's git repository
-    uncommitted: bool = False  # tracked files differed from it
-    artifacts: dict[str, str] = field(default_factory=dict)  # stage → fingerprint/digest
+
+    @property
+    def metrics(self) -> dict[str, Scores]:
+        """The scores of base, tuned and champion."""
+        summary = self.run.summary if self.run else None
+        return {side: scores for side, scores in summary.metrics.items() if scores} if summary else {}
 
     @property
     def subject(self) -> str:
@@ -58,37 +53,24 @@ class Facts:
         parts = [f"{self.name} {short(self.digest)}"]
         if self.recipe:
             parts.append(f"LoRA r={self.recipe['peft_config'].get('r')}" + (f" on {self.base}" if self.base else ""))
-        if self.dataset:
-            parts.append(f"dataset {short(self.dataset)}")
+        if self.lineage.dataset:
+            parts.append(f"dataset {short(self.lineage.dataset)}")
         return ", ".join(parts)
 
 
 def collect_facts(model: Model, digest: str, licence: str | None = None) -> Facts:
     """Collect the facts about a model from its lineage in the store and from the record of its run."""
     lineage, run = read_lineage(model.adapter_ref), model.run
-    summary = run.summary if run else None
-    decision = summary.decision if summary else None
     bundled = lineage.base.gguf is not None
     return Facts(
         name=(run.model if run else None) or model.name,
         digest=digest,
+        lineage=lineage,
+        run=run,
+        recipe=training_settings(run) if run and run.resolved else {},
         base=BUNDLED_HUB_ID if bundled else lineage.base.hub,
         base_origin=BUNDLED_ORIGIN if bundled else lineage.base.commit,
-        base_digest=lineage.base_digest,
-        repacked=lineage.repacked,
         licence=licence or (BUNDLED_LICENCE if bundled else None),
-        dataset=lineage.dataset,
-        rows=lineage.rows,
-        recipe=training_settings(run) if run and run.resolved else {},
-        metrics={side: scores for side, scores in summary.metrics.items() if scores} if summary else {},
-        confidence=run.confidence if run else 0.95,
-        verdict=decision.verdict if decision else None,
-        reasons=decision.reasons if decision else [],
-        versions=lineage.versions,
-        device=lineage.device,
-        commit=run.commit if run else None,
-        uncommitted=bool(run and run.uncommitted),
-        artifacts=lineage.artifacts,
         template_date=served_date(model.folder),
     )
 
@@ -122,8 +104,8 @@ def write_card(facts: Facts, what: PublishedForm, repo: str) -> str:
     lines = [*_front_matter(facts, what), f"# {repo.split('/')[-1]}", "", _opening(facts, what), ""]
     if facts.metrics:
         lines += _scores(facts)
-    if facts.verdict:
-        lines += ["## Gate", "", f"Verdict: **{facts.verdict}**", "", *[f"- {reason}" for reason in facts.reasons], ""]
+    if facts.run and facts.run.summary and (decision := facts.run.summary.decision):
+        lines += ["## Gate", "", f"Verdict: **{decision.verdict}**", "", *[f"- {why}" for why in decision.reasons], ""]
     lines += ["## Use", "", *_usage(facts, what, repo), ""]
     if facts.recipe:
         text = yaml.safe_dump(facts.recipe, sort_keys=True, allow_unicode=True, default_flow_style=False)
@@ -135,7 +117,7 @@ def write_card(facts: Facts, what: PublishedForm, repo: str) -> str:
 def _front_matter(facts: Facts, what: PublishedForm) -> list[str]:
     from huggingface_hub import ModelCardData
 
-    base = None if what == "adapter" and facts.repacked else facts.base
+    base = None if what == "adapter" and facts.lineage.repacked else facts.base
     data = ModelCardData(
         license=facts.licence,
         base_model=base,
@@ -156,15 +138,16 @@ def _opening(facts: Facts, what: PublishedForm) -> str:
     if what == "merged":
         return f"A LoRA fine-tune of {base}, merged into its base."
     fused = " It fits that base after `repack: phi3` of loraflow fused its projections, not the files on the hub."
-    return f"A LoRA adapter for {base}." + (fused if facts.repacked else "")
+    return f"A LoRA adapter for {base}." + (fused if facts.lineage.repacked else "")
 
 
 def _scores(facts: Facts) -> list[str]:
     sides = [side for side in ("base", "tuned", "champion") if side in facts.metrics]
+    confidence = facts.run.confidence if facts.run else 0.95
     lines = [
         "## Scores",
         "",
-        f"Values with their {100 * facts.confidence:.4g}% intervals, on rows that training did not see.",
+        f"Values with their {100 * confidence:.4g}% intervals, on rows that training did not see.",
         "",
     ]
     for rows, tuned in facts.metrics.get("tuned", {}).items():
@@ -178,7 +161,7 @@ def _scores(facts: Facts) -> list[str]:
 
 
 def _usage(facts: Facts, what: PublishedForm, repo: str) -> list[str]:
-    if what == "adapter" and (facts.repacked or not facts.base):
+    if what == "adapter" and (facts.lineage.repacked or not facts.base):
         return ["`PeftModel.from_pretrained(base, repo)`, on the base that it was trained on (see Origin)."]
     if what == "adapter":
         code = [
@@ -206,18 +189,19 @@ def _usage(facts: Facts, what: PublishedForm, repo: str) -> list[str]:
 
 
 def _origin(facts: Facts) -> list[str]:
-    rows = ", ".join(f"{count} {name}" for name, count in facts.rows.items())
+    made, run = facts.lineage, facts.run
+    rows = ", ".join(f"{count} {name}" for name, count in made.rows.items())
     known = {
         "base": ", ".join(filter(None, (facts.base, facts.base_origin))),
-        "base artifact": f"`{facts.base_digest}`" if facts.base_digest else "",
-        "dataset": f"DVC md5 `{facts.dataset}`" + (f" ({rows} rows)" if rows else "") if facts.dataset else "",
+        "base artifact": f"`{made.base_digest}`" if made.base_digest else "",
+        "dataset": f"DVC md5 `{made.dataset}`" + (f" ({rows} rows)" if rows else "") if made.dataset else "",
         "model": f"`{facts.digest}`",
         "licence": facts.licence or "that of the base model; it is not recorded here",
-        "made with": ", ".join(f"{name} {v}" for name, v in {"loraflow": __version__, **facts.versions}.items()),
-        "trained on": facts.device or "",
-        "git commit": f"`{facts.commit}`" + (" with uncommitted changes" if facts.uncommitted else "")
-        if facts.commit
+        "made with": ", ".join(f"{name} {v}" for name, v in {"loraflow": __version__, **made.versions}.items()),
+        "trained on": made.device or "",
+        "git commit": f"`{run.commit}`" + (" with uncommitted changes" if run.uncommitted else "")
+        if run and run.commit
         else "",
-        **{f"artifact of {stage}": f"`{name}`" for stage, name in facts.artifacts.items()},
+        **{f"artifact of {stage}": f"`{name}`" for stage, name in made.artifacts.items()},
     }
     return [f"- {key}: {value}" for key, value in known.items() if value]

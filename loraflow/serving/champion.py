@@ -12,7 +12,7 @@ from loraflow.evaluation.values import Scores, SeedScores, Slice
 from loraflow.frozen import FrozenModel
 from loraflow.registry.log import Entry, PromotionLog
 from loraflow.registry.reserve import ReserveState
-from loraflow.registry.runs import RunRecord, computed, has_model, read_runs
+from loraflow.registry.runs import RunRecord, RunSummary, computed, has_model, read_runs
 from loraflow.serving.card import Settings, training_settings
 from loraflow.serving.lineage import Lineage, read_lineage
 from loraflow.serving.models import champion_entry
@@ -126,12 +126,7 @@ class Champion(FrozenModel):
 
 
 def describe_champion(store: Store, model: str) -> Champion:
-    """Collect the facts about the champion of a registered model.
-
-    Raises:
-        BadConfig: the model has no champion.
-        CorruptArtifact: the promotion log is damaged.
-    """
+    """Collect the facts about the champion of a registered model."""
     head = champion_entry(store, model)
     promoted = _promotion(PromotionLog(store, model), head)
     records = list(reversed(read_runs(store)))
@@ -152,9 +147,7 @@ def describe_champion(store: Store, model: str) -> Champion:
         base=_base(lineage, made_by, promoted),
         recipe=_recipe(made_by, promoted),
         scores=_scores(scored) if scored else None,
-        made_with=MadeWith(
-            versions=lineage.versions, device=lineage.device, machine=lineage.machine, artifacts=lineage.artifacts
-        ),
+        made_with=MadeWith(**{name: getattr(lineage, name) for name in MadeWith.model_fields}),
         reserve=newest.summary.reserve if newest and newest.summary else None,
         merged=_files(store, head.merged),
         adapter=_files(store, adapter, "/adapter") if adapter else None,
@@ -183,22 +176,12 @@ def _adapter(store: Store, head: Entry) -> Ref | None:
 
 
 def _entry(entry: Entry) -> PromotionEntry:
-    return PromotionEntry(
-        entry=entry.seq, action=entry.action, time=entry.time, actor=entry.actor, reasons=entry.reasons
-    )
+    return PromotionEntry(entry=entry.seq, **entry.model_dump(include={"action", "time", "actor", "reasons"}))
 
 
 def _run(record: RunRecord) -> ModelRun:
-    return ModelRun(
-        run=record.run,
-        computed=computed(record, "merge"),
-        state=record.state,
-        started=record.started,
-        seconds=record.seconds,
-        actor=record.actor,
-        commit=record.commit,
-        uncommitted=record.uncommitted,
-    )
+    same = set(ModelRun.model_fields) - {"computed"}
+    return ModelRun(computed=computed(record, "merge"), **record.model_dump(include=same))
 
 
 def _dataset(lineage: Lineage, record: RunRecord | None, promoted: Entry) -> Dataset:
@@ -219,7 +202,6 @@ def _dataset(lineage: Lineage, record: RunRecord | None, promoted: Entry) -> Dat
 
 
 def _sources(record: RunRecord) -> list[str]:
-    """Return the sources of a run's mixture (data.sources)."""
     sources = record.section("data").get("sources")
     found = sources if isinstance(sources, list) else []
     return [str(source.get("source")) for source in found if isinstance(source, dict)]
@@ -245,15 +227,9 @@ def _recipe(record: RunRecord | None, promoted: Entry) -> RecipeFacts:
 
 
 def _scores(record: RunRecord) -> RunScores:
-    if record.summary is None:
-        return RunScores(run=record.run, confidence=record.confidence, metrics={})
-    summary = record.summary
+    found = record.summary or RunSummary(run=record.run, recipe=record.recipe)
     return RunScores(
-        run=record.run,
-        confidence=record.confidence,
-        metrics=summary.metrics,
-        slices=summary.slices,
-        seeds=summary.seeds,
+        run=record.run, confidence=record.confidence, metrics=found.metrics, slices=found.slices, seeds=found.seeds
     )
 
 

@@ -218,7 +218,6 @@ class Session:
 
     Args:
         chats: name shown before the answers → conversation.
-        write: takes the text of answers.
         note: takes all other text, one line at a time.
         interactive: after Ctrl-C or an error ask for the next line; a pipe ends instead.
     """
@@ -250,12 +249,7 @@ class Session:
                 self.note(str(failure))
 
     def handle_line(self, line: str) -> None:
-        """Answer a message, or run a command.
-
-        Raises:
-            Quit: the line is /quit.
-            Failure: the message cannot be answered.
-        """
+        """Answer a message, or run a command."""
         if not line:
             return
         if line.startswith("/") and not line.startswith("//"):

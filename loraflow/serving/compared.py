@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from loraflow.registry.runs import RunRecord, changes, find_named_run, find_run
 from loraflow.reporting.chart import svg
 from loraflow.reporting.markdown import quote
 from loraflow.serving.lineage import logged_losses
-from loraflow.serving.models import champion_entry, only_model
-from loraflow.store import Ref, Store, read_intact
+from loraflow.serving.models import named_champion
+from loraflow.store import Store, read_table
 
 
 class _Rules(StoredModel):
@@ -96,13 +95,9 @@ def _rules(model: Compared) -> _Rules:
 
 
 def _find(store: Store, name: str) -> Compared:
-    is_champion = name.split(":")[0] == "champion"
-    if is_champion:
-        entry = champion_entry(store, name.partition(":")[2] or only_model(store))
-        record = find_run(store, entry.merged)
-    else:
-        record = find_named_run(store, name)
-    if record is None and is_champion:
+    champion = named_champion(store, name)
+    record = find_run(store, champion.merged) if champion else find_named_run(store, name)
+    if record is None and champion:
         raise BadConfig(
             "The run that made the champion has no record in this store, so its scores are not known.",
             where=name,
@@ -113,14 +108,13 @@ def _find(store: Store, name: str) -> Compared:
     stage = record.stage("evaluate tuned")
     if stage is None:
         raise BadConfig("This run did not score a model.", where=name, next_step="`loraflow runs` lists the runs")
-    ref = Ref(stage="evaluate", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
-    table = pd.read_parquet(io.BytesIO(read_intact(store, ref, "scores.parquet")))
+    ref = stage.ref(store)
+    table = read_table(store, ref)
     losses: tuple[tuple[float, float], ...] = ()
     trained = record.stage("train")
     if trained is not None:
-        adapter = Ref(stage="train", fingerprint=trained.fingerprint, digest=trained.digest, uri=store.uri)
         with suppress(CorruptArtifact):  # cleanup removes adapters before scores
-            losses = logged_losses(store, adapter)
+            losses = logged_losses(store, trained.ref(store))
     return Compared(name, record, heldout_rows(table, store.location(ref)), losses)
 
 

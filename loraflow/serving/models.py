@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +20,11 @@ from loraflow.adapters.tokenizer_files import served_folder, tokenizer_files
 from loraflow.config import Runtime
 from loraflow.config.data import read_tools_file
 from loraflow.data.tokenizer_config import further_templates
-from loraflow.failures import BadConfig, BadModel
+from loraflow.failures import BadConfig, BadModel, CorruptArtifact
 from loraflow.registry.log import Entry, PromotionLog, models
+from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.registry.runs import RUN_ID, RunRecord, find_run, read_run
-from loraflow.serving.artifacts import artifact_at, intact_folder
-from loraflow.store import Ref, Store, hash_memo, open_store
+from loraflow.store import LocalStore, Ref, Store, hash_memo, open_store, require_intact
 from loraflow.store.base import MANIFEST
 from loraflow.store.files import HashMemo
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 # Files that make a model: weights, configuration, tokenizer and template.
 MODEL_FILE_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LEVELS = 2  # an adapter's file is two folders below its artifact
 
 
 @dataclass(frozen=True)
@@ -74,21 +77,13 @@ class Model:
         return identity.digest(hashes)
 
     def intact_base(self) -> Path | None:
-        """Return the folder of the base, where that is known; an artifact is hashed if it changed.
-
-        Raises:
-            CorruptArtifact: it is damaged.
-        """
+        """Return the folder of the base, where that is known; an artifact is hashed if it changed."""
         if self.base_ref is not None:
             intact_folder(open_store(self.base_ref.uri), self.base_ref)
         return self.base
 
     def refuse_unmerged(self, what: str) -> None:
-        """Refuse an adapter that is not merged, for `what` needs a whole model.
-
-        Raises:
-            BadConfig: it is an adapter.
-        """
+        """Refuse an adapter that is not merged, for `what` needs a whole model."""
         if self.unmerged_adapter is not None:
             raise BadConfig(
                 f"{what} needs a merged model, but this is an adapter.",
@@ -103,10 +98,7 @@ def find_model(store: Store, model: str, base: str | None = None, memo: HashMemo
     If it is an artifact, its files were hashed when this returns: now, or earlier and they have not changed since.
 
     Args:
-        store: holds the registry and the run records.
-        model: the name or path.
         base: folder of an adapter's base, where the adapter's own configuration does not name it.
-        memo: known hashes; by default those of the store.
 
     Raises:
         BadConfig: there is no such model.
@@ -121,18 +113,15 @@ def find_model(store: Store, model: str, base: str | None = None, memo: HashMemo
             expected="a folder with config.json",
             next_step="correct --base",
         )
-    if model.split(":")[0] == "champion":
-        name = model.partition(":")[2] or only_model(store)
-        entry = champion_entry(store, name)
-        return _of_artifact(store, entry.merged, name, given, memo, adapter_ref=entry.adapter)
+    if (champion := named_champion(store, model)) is not None:
+        return _of_artifact(store, champion.merged, champion.model, given, memo, adapter_ref=champion.adapter)
     if RUN_ID.fullmatch(model):
         record = read_run(store, model)
         stage = record.stage("merge") if record else None
         if record is None or stage is None:
             raise BadConfig("This run made no merged model.", where=model, next_step="`loraflow runs` lists the runs")
-        ref = Ref(stage="merge", fingerprint=stage.fingerprint, digest=stage.digest, uri=store.uri)
         # Other runs may have made the same model with another recipe, so set the run that was named.
-        return replace(_of_artifact(store, ref, model, given, memo), run=record)
+        return replace(_of_artifact(store, stage.ref(store), model, given, memo), run=record)
     folder = Path(model).expanduser()
     for adapter in (folder, folder / "adapter"):
         if (adapter / "adapter_config.json").exists():
@@ -168,6 +157,19 @@ def only_model(store: Store) -> str:
         where=store.uri,
         next_step="loraflow run RECIPE promotes a model that passes the gate; loraflow promote RUN does so by hand",
     )
+
+
+def named_champion(store: Store, name: str, model: str | None = None) -> Entry | None:
+    """Return the champion that `champion` or `champion:NAME` names; None for other names.
+
+    `model` is the one that `champion` means; None is the only model of the registry.
+
+    Raises:
+        BadConfig: there is no such champion.
+        CorruptArtifact: the log is damaged.
+    """
+    word, _, named = name.partition(":")
+    return champion_entry(store, named or model or only_model(store)) if word == "champion" else None
 
 
 def champion_entry(store: Store, name: str) -> Entry:
@@ -290,11 +292,7 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
 
 
 def check_unmerged(model: Model) -> None:
-    """Refuse an adapter that is not complete, or does not fit the base that it is applied to.
-
-    Raises:
-        BadModel: see `check_adapter`.
-    """
+    """Refuse an adapter that is not complete, or does not fit the base that it is applied to."""
     from loraflow.adapters.validation import check_adapter
 
     if model.unmerged_adapter is not None:
@@ -356,3 +354,58 @@ def tools_of(store: Store, model: Model) -> list[JsonValue] | None:
             got=failure.got or failure.what,
             next_step="give them with `loraflow predict … --tools FILE`, or put the file back",
         ) from failure
+
+
+# Artifacts that are about to be used as models are hashed once per change, and refused if they are damaged.
+
+
+def intact_folder(store: Store, ref: Ref, memo: HashMemo | None = None) -> Path:
+    """Return the folder of an artifact that is used as a model. Files that changed since they were hashed are hashed.
+
+    Raises:
+        CorruptArtifact: it is gone, incomplete or damaged; the next step rebuilds it.
+    """
+    problems = store.check(ref)
+    if problems:
+        raise CorruptArtifact(
+            "The model's artifact is gone or incomplete.",
+            where=store.location(ref),
+            got="; ".join(problems[:3]),
+            next_step=how_to_rebuild(store, ref),
+        )
+    try:
+        require_intact(store, ref, memo or hash_memo(store))
+        return store.path(ref)
+    except CorruptArtifact as failure:
+        raise CorruptArtifact(
+            "The model's artifact is damaged, so it is not used.",
+            where=failure.where,
+            got=failure.got,
+            next_step=how_to_rebuild(store, ref),
+        ) from failure
+
+
+def artifact_at(folder: Path) -> tuple[LocalStore, Ref] | None:
+    """Return the store and ref of a folder that is an artifact, or a link to one; None if it is not.
+
+    Raises:
+        CorruptArtifact: its manifest is missing, unreadable, or was changed.
+    """
+    folder = folder.resolve()
+    if len(folder.parts) < 4 or not all(_SHA256.fullmatch(part) for part in folder.parts[-2:]):
+        return None
+    stage, fingerprint, digest = folder.parts[-3:]
+    store = LocalStore(folder.parents[2])
+    manifest = store.manifest(Ref(stage=stage, fingerprint=fingerprint, digest=digest, uri=store.uri))
+    return store, manifest.ref(store.uri)
+
+
+def require_intact_files(*paths: Path) -> None:
+    """Refuse files and folders of damaged artifacts. Others are not checked: nothing says what they should be."""
+    for path in paths:
+        resolved = path.resolve()
+        for folder in (resolved, *resolved.parents[:_LEVELS]):
+            found = artifact_at(folder)
+            if found is not None:
+                intact_folder(*found)
+                break

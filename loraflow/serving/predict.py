@@ -128,12 +128,8 @@ def predict(
     """Answer the rows of a file and write them, in their order, to another file.
 
     Args:
-        model: the model to ask.
         source: JSONL, JSON, CSV, TSV or Parquet.
         target: JSONL, CSV, TSV or Parquet; it must not exist.
-        options: how rows are read and answered.
-        memo: known hashes of the model's files.
-        on_batch: called after each batch.
 
     Raises:
         BadConfig: the target exists, or unfinished answers belong to another input, model or setting.
@@ -201,11 +197,7 @@ def _require_new(target: Path) -> None:
 
 @contextmanager
 def _unfinished(work: Path, target: Path) -> Iterator[None]:
-    """Lock the folder of unfinished answers. Remove it at the end, unless it has answers to resume from.
-
-    Raises:
-        BadConfig: another process has locked it.
-    """
+    """Lock the folder of unfinished answers. Remove it at the end, unless it has answers to resume from."""
     try:
         work.mkdir(exist_ok=True)
         with flock(work / "lock", wait=False):
@@ -223,11 +215,7 @@ def _unfinished(work: Path, target: Path) -> Iterator[None]:
 
 
 def _resume(work: Path, request: _RequestIdentity) -> int:
-    """Return the number of rows that an earlier attempt at the same work answered.
-
-    Raises:
-        BadConfig: the unfinished answers belong to another input, model or setting.
-    """
+    """Return the number of rows that an earlier attempt at the same work answered."""
     file = work / "begun.json"
     if not _has_answers(work) or not file.exists():
         write_atomic(file, add_checksum(file.name, json_bytes(request.model_dump())))
@@ -312,7 +300,6 @@ def _answer(
 
 
 def _with_calls(answers: list[Prediction], questions: list[Question], loaded: Loaded) -> list[Prediction]:
-    """Return the answers with the calls in their texts, of rows with tools."""
     if "tool_calls" not in added_columns(questions):
         return answers
     if not reads_calls_of(loaded.template):

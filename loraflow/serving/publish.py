@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,10 +19,10 @@ from loraflow.adapters.tokenizer_files import VOCABULARY, tokenizer_files
 from loraflow.data.tokenizer_config import further_templates
 from loraflow.failures import BadConfig, BadModel, Failure, Network
 from loraflow.identity import short
+from loraflow.registry.anchor import now
 from loraflow.registry.runs import Publication
-from loraflow.serving.artifacts import intact_folder
 from loraflow.serving.card import Facts, PublishedForm, collect_facts, write_card
-from loraflow.serving.models import MODEL_FILE_SUFFIXES, Model, check_unmerged
+from loraflow.serving.models import MODEL_FILE_SUFFIXES, Model, check_unmerged, intact_folder
 from loraflow.store import Store, open_store
 from loraflow.store.base import MANIFEST
 from loraflow.store.checksum import add_checksum, check_document
@@ -144,12 +143,10 @@ def find_publication(store: Store, model: Model, repo: str, what: PublishedForm)
 
 
 def _write_publication(store: Store, model: Model, publication: Publication) -> None:
-    if (
-        model.ref is None or publication.what is None
-    ):  # a model that is not an artifact of the store has no record there
+    # A model that is not an artifact of the store has no record there.
+    if model.ref is None or publication.what is None:
         return
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    document = publication.model_copy(update={"time": now}).model_dump(mode="json")
+    document = publication.model_copy(update={"time": now()}).model_dump(mode="json")
     name = _record_name(model, publication.repo, publication.what)
     store.write_document(name, add_checksum(name, json_bytes(document)))
 
@@ -203,7 +200,7 @@ def _without_paths(file: Path, facts: Facts) -> str:
         if isinstance(values.get(key), str):
             del values[key]
     if file.name == "adapter_config.json":
-        values["base_model_name_or_path"] = None if facts.repacked else facts.base
+        values["base_model_name_or_path"] = None if facts.lineage.repacked else facts.base
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -125,11 +125,7 @@ def _has_cuda() -> bool:
 
 
 def _refuse_taken(host: str, port: int) -> None:
-    """Bind the port now: the server would report a taken port only after loading the model.
-
-    Raises:
-        BadConfig: the port is taken, or the address does not belong to this machine.
-    """
+    """Bind the port now: the server would report a taken port only after loading the model."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -59,11 +59,8 @@ def read_questions(
     """Read a file's rows.
 
     Args:
-        path: the file.
         format_name: messages, sharegpt, alpaca, prompt_completion or auto.
         column: the column that holds the question, instead of a chat format.
-        system: a message to put before chats that have none.
-        tools: the tools of rows that have none of their own.
 
     Raises:
         BadData: the file cannot be read, has no rows, or none of them is a question.
@@ -196,11 +193,7 @@ def _write_parquet(path: Path, questions: Sequence[Question], answers: Sequence[
 
 
 def _column(name: str, questions: Sequence[Question]) -> pa.Array:
-    """Return a column's values in a type that Parquet has.
-
-    Raises:
-        BadData: there is none: types are mixed, a number is beyond 64 bits, or an object has no keys.
-    """
+    """Return a column's values in a type that Parquet has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

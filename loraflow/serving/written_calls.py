@@ -47,7 +47,6 @@ def written_calls(text: str, chat: Chat) -> list[WrittenCall] | None:
     """Return the calls of an answer; None if there are none, or if a call is begun that cannot be read.
 
     Args:
-        text: the answer.
         chat: the prompt. The ids of calls are hashes of both, so a repeated prediction has the same ones.
     """
     called = parse_calls(text)

@@ -231,8 +231,6 @@ def parse_manifest(content: bytes, ref: Ref, pointer: Pointer | None) -> Manifes
     """Parse the manifest of an artifact and compare it with the artifact's address, and with its hash in the pointer.
 
     Args:
-        content: the bytes of `manifest.json`.
-        ref: the artifact.
         pointer: the pointer of its fingerprint; None if there is none: then address and checksum are compared.
 
     Raises:

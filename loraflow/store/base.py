@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import JsonValue
 
 from loraflow.failures import CorruptArtifact, ReadOnlyStore
 from loraflow.store.artifact import MANIFEST, Manifest, PreviousState, Ref, Summary, damaged_artifact, result_problems
 from loraflow.store.files import HashMemo
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +48,7 @@ class Store(Protocol):
         """Return a local folder with the artifact's files. Files that were downloaded are hashed on arrival."""
 
     def read(self, ref: Ref, name: str) -> bytes:
-        """Return the content of one file of an artifact. Its hash is always compared with the manifest.
-
-        Raises:
-            CorruptArtifact: the file or the manifest is missing or was changed.
-        """
+        """Return the content of one file of an artifact. Its hash is always compared with the manifest."""
 
     def check(self, ref: Ref) -> list[str]:
         """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
@@ -155,11 +155,7 @@ class Store(Protocol):
         """Block cleanups while artifacts are in use."""
 
     def cleanup_lock(self) -> AbstractContextManager[None]:
-        """Block readers while artifacts are removed.
-
-        Raises:
-            LockHeld: there are readers.
-        """
+        """Block readers while artifacts are removed."""
 
     def committed_at(self, ref: Ref) -> float:
         """Return when an artifact was committed, in seconds since 1970."""
@@ -189,20 +185,12 @@ def require_intact(store: Store, ref: Ref, memo: HashMemo | None = None) -> None
 
 
 def require_intact_in_store(store: Store, ref: Ref, memo: HashMemo | None = None) -> None:
-    """Hash all contents of an artifact where the store has them, before a promotion names it.
-
-    Raises:
-        CorruptArtifact: it is damaged. It was moved to the quarantine, so that its stage recomputes it.
-    """
+    """Hash all contents of an artifact where the store has them, before a promotion names it."""
     _require(store, ref, lambda: store.verify(ref, memo), memo)
 
 
 def require_unchanged(store: Store, ref: Ref, memo: HashMemo) -> None:
-    """Hash those files of an artifact that changed since this machine hashed them, where the store has them.
-
-    Raises:
-        CorruptArtifact: it is damaged. It was moved to the quarantine, so that its stage recomputes it.
-    """
+    """Hash those files of an artifact that changed since this machine hashed them, where the store has them."""
     _require(store, ref, lambda: store.check_changed(ref, memo), memo)
 
 
@@ -233,6 +221,13 @@ def read_intact(store: Store, ref: Ref, name: str) -> bytes:
         if where is None:
             return store.read(ref, name)
         raise damaged_artifact(ref, where, [failure.got]) from failure
+
+
+def read_table(store: Store, ref: Ref, name: str = "scores.parquet") -> pd.DataFrame:
+    """Return a table of an artifact: the bytes that are parsed are the bytes that were hashed (`read_intact`)."""
+    import pandas as pd
+
+    return pd.read_parquet(io.BytesIO(read_intact(store, ref, name)))
 
 
 def _quarantine(store: Store, ref: Ref, problems: list[str]) -> str | None:

@@ -274,11 +274,7 @@ _SHA256 = "loraflow-sha256"  # metadata with the hash of an object's content
 
 
 def upload_file(bucket: Bucket, path: Path, key: str, sha256: str) -> None:
-    """Upload a file. An object that is already complete is skipped; an interrupted upload continues at its missing parts.
-
-    Raises:
-        Network: the store did not answer for `RETRY_SECONDS`.
-    """
+    """Upload a file. An object that is already complete is skipped; an interrupted upload continues at its missing parts."""
     if _is_uploaded(bucket, path, key, sha256):
         return
     if path.stat().st_size > PART_SIZE:
@@ -356,7 +352,6 @@ def _upload_in_parts(bucket: Bucket, path: Path, key: str, sha256: str) -> None:
 
 
 def _send_parts(bucket: Bucket, path: Path, key: str, upload_id: str) -> list[Part]:
-    """Send the parts of a file that the upload does not have yet; return all parts."""
     uploaded = {part["PartNumber"]: part["ETag"] for part in _uploaded_parts(bucket, key, upload_id)}
     parts: list[Part] = []
     with path.open("rb") as file:

@@ -26,7 +26,6 @@ def add_checksum(name: str, document: bytes) -> bytes:
 
     Args:
         name: where the document belongs, such as its name in the store.
-        document: indented JSON.
     """
     assert document.startswith(_START), name
     rest = document.removeprefix(_START)
@@ -56,9 +55,7 @@ def add_inner_checksum(name: str, key: str, document: bytes) -> bytes:
     """Return a document with its checksum in one of its objects: for documents of which earlier versions refuse other keys.
 
     Args:
-        name: where the document belongs.
         key: of an object in the document that may have any keys. The checksum becomes its first one.
-        document: an object as `json_bytes` writes it.
     """
     line = b'  "checksum": "%s"' % checksum(name, document).encode()
     start, empty = b'\n "%s": {\n' % key.encode(), b'\n "%s": {}' % key.encode()
@@ -67,11 +64,7 @@ def add_inner_checksum(name: str, key: str, document: bytes) -> bytes:
 
 
 def check_inner_checksum(name: str, key: str, document: bytes) -> bytes:
-    """Return a document without the checksum that `add_inner_checksum` has put into it.
-
-    Raises:
-        ChangedDocument: the checksum is not that of this name and content.
-    """
+    """Return a document without the checksum that `add_inner_checksum` has put into it."""
     head = rb'\n "%s": \{' % key.encode()
     found = re.search(head + rb'\n  "checksum": "([0-9a-f]{64})"(,\n|\n \})', document)
     if found is None:

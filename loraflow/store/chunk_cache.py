@@ -91,8 +91,6 @@ def stale_entries(root: Path, before: float, *, remove: bool) -> Iterator[tuple[
 
     Args:
         root: the folder of the store, or of its local copy.
-        before: in seconds since 1970.
-        remove: whether to remove them.
     """
     for folder in sorted((root / FOLDER).glob("*")):
         size = 0

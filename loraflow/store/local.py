@@ -85,11 +85,7 @@ class LocalStore(LocalDocuments):
         return None if _check(self._folder(ref), manifest) else manifest.ref(self.uri)
 
     def manifest(self, ref: Ref) -> Manifest:
-        """Return an artifact's manifest.
-
-        Raises:
-            CorruptArtifact: it is missing, unreadable, or was changed.
-        """
+        """Return an artifact's manifest."""
         try:
             return self._read_manifest(ref)
         except (OSError, ValueError) as error:
@@ -105,11 +101,7 @@ class LocalStore(LocalDocuments):
         return str(self._folder(ref))
 
     def read(self, ref: Ref, name: str) -> bytes:
-        """Return the content of one file of an artifact.
-
-        Raises:
-            CorruptArtifact: it is missing, or its hash differs from the manifest's.
-        """
+        """Return the content of one file of an artifact."""
         manifest, path = self.manifest(ref), self._folder(ref) / name
         content = path.read_bytes() if path.is_file() else None
         problems = check_content(manifest, name, content)
@@ -355,12 +347,7 @@ class LocalStore(LocalDocuments):
 
     @contextmanager
     def cleanup_lock(self) -> Iterator[None]:
-        """Block readers while artifacts are removed.
-
-        Raises:
-            LockHeld: there are readers.
-            ReadOnlyStore: nothing can be removed.
-        """
+        """Block readers while artifacts are removed."""
         with ExitStack() as locks:
             with translate_os_errors(self.uri):
                 locks.enter_context(flock(self.root / "locks" / "readers", wait=False))
@@ -421,11 +408,7 @@ class LocalStore(LocalDocuments):
         return parse_manifest(read_file(self._manifest_file(ref)), ref, self._pointer(ref.stage, ref.fingerprint))
 
     def _pointer(self, stage: str, fingerprint: str) -> Pointer | None:
-        """Return the pointer of a fingerprint; None if there is none.
-
-        Raises:
-            DamagedPointer: it cannot be read.
-        """
+        """Return the pointer of a fingerprint; None if there is none."""
         try:
             return parse_pointer(read_file(self.root / stage / fingerprint / POINTER), stage, fingerprint)
         except FileNotFoundError:

@@ -33,11 +33,6 @@ def tag_log(store: Store, model: str, folder: Path | None = None) -> None:
     """Make the tags that are missing, in the git repository of the folder, if the model's newest run asks for them.
 
     Nothing that happens here changes the outcome: the promotion log is written by now.
-
-    Args:
-        store: has the promotion log.
-        model: the name in the registry.
-        folder: None is the current folder.
     """
     try:
         records = [record for record in read_runs(store) if record.model == model]
@@ -92,7 +87,6 @@ def make_tags(entries: Sequence[Entry], records: Iterable[RunRecord], model: str
 
 
 def _read_tags(model: str, folder: Path) -> dict[str, str]:
-    """Return the messages of the tags of a model, by name."""
     form = "--format=%(refname:strip=2)%00%(contents)%01"
     listed = git(["for-each-ref", form, f"refs/tags/{model}@*", f"refs/tags/{model}#*"], folder)
     parts = [part.strip("\n").partition("\0") for part in listed.split("\1") if part.strip("\n")]
@@ -100,7 +94,6 @@ def _read_tags(model: str, folder: Path) -> dict[str, str]:
 
 
 def _commits(entries: Iterable[Entry], records: Iterable[RunRecord]) -> Mapping[int, str]:
-    """Return the git commit of each promotion's run, by the number of its entry."""
     known = {record.run: record for record in records if record.commit}
     by_hand = {entry.seq: known.get(entry.inputs.get("run", "")) for entry in entries}
     by_run = {run.summary.registered: run for run in known.values() if run.summary and run.summary.registered}
@@ -141,7 +134,6 @@ def _tag(name: str, where: str, message: str, date: datetime, folder: Path) -> N
 
 
 def _identity_options(folder: Path) -> Sequence[str]:
-    """Return git's options for an identity, if none is configured."""
     return () if git_or_none(["var", "GIT_COMMITTER_IDENT"], folder) else _IDENTITY
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from loraflow.failures import Failure, Network
@@ -15,7 +16,6 @@ from loraflow.store import Store
 from loraflow.tracking.tracker import (
     RunContent,
     TrackedRun,
-    Tracker,
     Tracking,
     content_of,
     content_of_lost_run,
@@ -24,6 +24,9 @@ from loraflow.tracking.tracker import (
     is_news,
     missing_extra,
 )
+
+if TYPE_CHECKING:
+    from loraflow.tracking.mlflow_tracker import MlflowTracker
 
 log = logging.getLogger("loraflow")
 MAX_MOVES = 10  # moves of the alias in one call, if others promote at the same time
@@ -39,7 +42,7 @@ class Synced:
 
 
 def mirror_run(store: Store, record: RunRecord) -> None:
-    """Mirror a run that has ended. A server that does not take it costs a warning, never the run.
+    """Mirror a run that has ended. If the server refuses it, that is a warning; the run does not fail.
 
     A run that changed nothing imports nothing and sends nothing, unless something is left to send.
     """
@@ -111,7 +114,7 @@ def try_to_sync(store: Store, model: str, tracking: Tracking, record: RunRecord 
         remove_marks(store, [*left, own])
 
 
-def open_tracker(tracking: Tracking) -> Tracker:
+def open_tracker(tracking: Tracking) -> MlflowTracker:
     """Connect to MLflow.
 
     Raises:
@@ -127,13 +130,10 @@ def open_tracker(tracking: Tracking) -> Tracker:
     return MlflowTracker(tracking)
 
 
-def sync(store: Store, model: str, tracker: Tracker, records: Iterable[RunRecord] | None = None) -> Synced:
+def sync(store: Store, model: str, tracker: MlflowTracker, records: Iterable[RunRecord] | None = None) -> Synced:
     """Send the runs that MLflow does not have, register promoted models, and move the alias to the champion.
 
     Args:
-        store: the truth.
-        model: the name in loraflow's registry.
-        tracker: the server.
         records: the runs to send; None for all of the model.
 
     Raises:
@@ -150,7 +150,7 @@ def sync(store: Store, model: str, tracker: Tracker, records: Iterable[RunRecord
     return Synced(sent, created, champion)
 
 
-def _send(tracker: Tracker, known: dict[str, TrackedRun], content: RunContent) -> bool:
+def _send(tracker: MlflowTracker, known: dict[str, TrackedRun], content: RunContent) -> bool:
     """Send a run, unless the server has all of it. Complete an interrupted one."""
     run = known.get(content.run)
     if run is not None and run.is_complete:
@@ -164,7 +164,7 @@ def _send(tracker: Tracker, known: dict[str, TrackedRun], content: RunContent) -
 
 
 def _mirror_registry(
-    store: Store, model: str, tracker: Tracker, known: dict[str, TrackedRun]
+    store: Store, model: str, tracker: MlflowTracker, known: dict[str, TrackedRun]
 ) -> tuple[int, str | None]:
     """Register all models of the log, then move the alias to the last one. Return how many are new, and the alias."""
     promotions = PromotionLog(store, model)
@@ -188,7 +188,7 @@ def _mirror_registry(
     raise Network("The promotion log changes faster than MLflow's alias can follow.", next_step="loraflow mlflow sync")
 
 
-def _register(store: Store, tracker: Tracker, known: dict[str, TrackedRun], entry: Entry) -> str:
+def _register(store: Store, tracker: MlflowTracker, known: dict[str, TrackedRun], entry: Entry) -> str:
     record = find_run(store, entry.merged)
     location = store.location(entry.merged)
     if record is not None:
@@ -214,16 +214,11 @@ def summary_line(synced: Synced, model: str, uri: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error's text."""
     return (str(error).splitlines() or [""])[0][:300]
 
 
 def read_marks(store: Store, model: str) -> list[str]:
-    """Return the names of a model's marks; none if all was sent.
-
-    Raises:
-        Network: the store does not answer.
-    """
+    """Return the names of a model's marks; none if all was sent."""
     return store.documents(f"mlflow/{model}/")
 
 
@@ -239,7 +234,7 @@ def add_mark(store: Store, model: str, writer: str) -> str:
 
 
 def remove_marks(store: Store, names: Iterable[str]) -> None:
-    """Remove the marks of what was sent. One that stays costs the next run a comparison with MLflow, nothing else."""
+    """Remove the marks of what was sent. A mark that stays only makes the next run compare with MLflow."""
     for name in names:
         with suppress(Failure, OSError):
             store.remove_document(name)

@@ -46,6 +46,8 @@ T = TypeVar("T")
 class MlflowTracker:
     """The experiment and the registered model of one MLflow server or database.
 
+    Each method can be repeated after a failure: what was done already stays the same.
+
     Raises:
         Network: it does not answer, or refuses.
     """

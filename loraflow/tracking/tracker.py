@@ -1,8 +1,7 @@
-"""What is mirrored of a run, where to, and what the mirror needs of a tracking server. `mlflow_tracker` implements it."""
+"""What is mirrored of a run, and where to."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -10,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from pydantic import JsonValue
 
@@ -18,7 +17,7 @@ from loraflow.credentials import hide_in_url, mask
 from loraflow.failures import CorruptArtifact, MissingExtra
 from loraflow.registry.runs import RunRecord, read_report
 from loraflow.reporting import chart
-from loraflow.store import Ref, Store, read_intact
+from loraflow.store import Ref, Store, read_table
 
 log = logging.getLogger("loraflow")
 
@@ -55,37 +54,6 @@ class RunContent:
     tables: Mapping[str, Mapping[str, Sequence[object]]] = field(default_factory=dict)  # {path: {column: values}}
 
 
-class Tracker(Protocol):
-    """A tracking server with a model registry. Each method raises `Network` if the server does not do it.
-
-    Each method can be repeated after a failure: what was done already stays the same.
-    """
-
-    def find_runs(self) -> dict[str, TrackedRun]:
-        """Return the runs of the experiment, by loraflow's id."""
-
-    def start_run(self, content: RunContent) -> TrackedRun:
-        """Create a run."""
-
-    def write_run(self, run: TrackedRun, content: RunContent) -> None:
-        """Write parameters, metrics, tags, files and tables."""
-
-    def finish_run(self, run: TrackedRun, content: RunContent) -> None:
-        """Set the run's state and end, and mark it as complete."""
-
-    def find_versions(self) -> dict[str, str]:
-        """Return the versions of the model, {digest of the merged model: version}."""
-
-    def create_version(self, digest: str, run: TrackedRun, tags: Mapping[str, str], description: str) -> str:
-        """Register a model of a run, and return its version."""
-
-    def champion(self) -> str | None:
-        """Return the version that the alias champion names; None if there is no such alias."""
-
-    def set_champion(self, version: str) -> None:
-        """Move the alias champion, in one request."""
-
-
 VARIABLE = "MLFLOW_TRACKING_URI"
 EXPERIMENT = "loraflow"
 
@@ -105,8 +73,6 @@ def find_tracking(section: JsonValue, model: str, environment: Mapping[str, str]
 
     Args:
         section: `runtime.mlflow`, as in a recipe or a run's record.
-        model: the name in loraflow's registry.
-        environment: variables of the process.
     """
     given = section if isinstance(section, dict) else {}
     uri = given.get("uri") or environment.get(VARIABLE)
@@ -218,7 +184,7 @@ def _key(text: str) -> str:
 
 def curves(store: Store, record: RunRecord) -> list[Point]:
     """Return all numbers that training logged, by step."""
-    ref = _artifact(store, record, "train", "train")
+    ref = _artifact(store, record, "train")
     if ref is None:
         return []
     try:
@@ -253,11 +219,11 @@ def _answers(store: Store, record: RunRecord) -> dict[str, Sequence[object]]:
 
     frames = []
     for side in SIDES:
-        ref = _artifact(store, record, f"evaluate {side}", "evaluate")
+        ref = _artifact(store, record, f"evaluate {side}")
         if ref is None:
             continue
         try:
-            frame = pd.read_parquet(io.BytesIO(read_intact(store, ref, "scores.parquet")))
+            frame = read_table(store, ref)
         except CorruptArtifact as failure:
             log.debug("no scores of %s: %s", record.run, failure)
             continue
@@ -270,10 +236,6 @@ def _answers(store: Store, record: RunRecord) -> dict[str, Sequence[object]]:
     return {str(name): list(values.values()) for name, values in plain.items()}
 
 
-def _artifact(store: Store, record: RunRecord, label: str, stage: str) -> Ref | None:
-    """Return a stage's artifact if the store still has it."""
+def _artifact(store: Store, record: RunRecord, label: str) -> Ref | None:
     done = record.stage(label)
-    if done is None:
-        return None
-    ref = Ref(stage=stage, fingerprint=done.fingerprint, digest=done.digest, uri=store.uri)
-    return None if store.check(ref) else ref
+    return None if done is None or store.check(ref := done.ref(store)) else ref

@@ -32,7 +32,6 @@ def adapter_rank(shape: ModelShape, adapters: Sequence[PeftConfig]) -> float:
     rank.
 
     Args:
-        shape: the base's sizes.
         adapters: the adapters that are trained in one pass; most trainings have one.
     """
     largest = max(rank for adapter in adapters for rank in (adapter.r, *adapter.rank_pattern.values()))
@@ -101,7 +100,6 @@ def _trained(adapter: PeftConfig, matrix: Matrix) -> int:
 
 
 def _rank_of(adapter: PeftConfig, name: str) -> int:
-    """Return a module's rank; 0 without an adapter."""
     targets = adapter.target_modules
     is_adapted = "layers" in name.split(".") if targets == ALL_LINEAR else selects(targets, name)
     if not is_adapted or selects(adapter.exclude_modules, name) or not in_layers(name, adapter.layers_to_transform):

@@ -160,10 +160,7 @@ def attend(
     """Attend within each document, causally.
 
     Args:
-        module: the attention module; unused.
         query: [1, heads, tokens, head_dim].
-        key: as the query, with as many or fewer heads.
-        value: as the key.
         attention_mask: unused; the borders of the documents say which tokens a token attends to.
         scaling: the factor of the products q kᵀ; default 1/√head_dim.
         sliding_window: how many tokens a token attends to, itself included; None is all earlier ones.

@@ -84,7 +84,6 @@ def obstacle_to_sharing(model: PreTrainedModel, longest: int) -> str:
 
     Args:
         model: with its adapter.
-        longest: tokens of the longest document.
     """
     from loraflow.base.load import sees_all_before
 
@@ -105,7 +104,6 @@ def share_prefix(documents: Sequence[Document], prefix: int, weights: Weights | 
 
     Args:
         documents: ids and labels of each; all begin with the same ids.
-        prefix: the number of common ids.
         weights: the weights of the documents' tokens, one row for each document.
     """
     rests = [len(ids) - prefix for ids, _ in documents]
@@ -165,10 +163,7 @@ def concatenated_layout(
     """Choose the allowed lengths of concatenated micro-batches.
 
     Args:
-        rows: all training rows, or all validation rows.
         steps: row numbers of each optimizer step, [steps, global batch].
-        budget: tokens of a micro-batch that fit into memory.
-        devices: number of devices that share the micro-batches of a step.
         length_cost: what one more length costs, in tokens of padding. It depends on how the layers are computed.
     """
     longest = int(rows.lengths.max())
@@ -197,7 +192,6 @@ def assign(tokens: NDArray[np.integer], capacity: int) -> list[list[int]]:
     """Assign rows to few micro-batches, by first-fit-decreasing bin packing.
 
     Args:
-        tokens: number of tokens of each row.
         capacity: largest number of tokens of a micro-batch.
 
     Returns:
@@ -228,14 +222,9 @@ class StepDataset(Dataset[StepItem]):
     """The optimizer steps of a training: item i is the work of this process in step i.
 
     Args:
-        rows: all training rows, or all validation rows.
         steps: row numbers of each step, [steps, global batch].
-        layout: the layout of the micro-batches.
-        pad_id: token id of the padding.
-        seed: the seed of dropout and noise.
         dropout: whether to give every token a key, from which its dropout mask is computed.
         noise: whether to give every token a key and the length of its document, from which NEFTune's noise is computed.
-        group: the processes that share the micro-batches.
         sharing: when to compute the common prefix of a grid's rows only once; None is never.
         equal_count: whether all processes get the same number of micro-batches, as a sharded base needs. A process that has
             fewer also computes padding batches, which have no loss.

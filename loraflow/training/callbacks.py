@@ -109,7 +109,6 @@ class CheckpointFinalizer(TrainerCallback):
     """Finalize each checkpoint once all processes have written it, with the other files that a resume needs.
 
     Args:
-        group: the processes that train.
         carried: files that are copied into each checkpoint.
         resumed_from: the checkpoint that this training starts from.
     """
@@ -212,11 +211,7 @@ def early_stopping(patience: int, checkpoint: Path | None) -> EarlyStopping:
 
 
 def refuse_non_finite(model: torch.nn.Module, step: int) -> None:
-    """Check the trained tensors.
-
-    Raises:
-        NonFiniteLoss: a tensor holds a NaN or an infinity.
-    """
+    """Check the trained tensors."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(parameter.detach().isfinite().all()):
             raise NonFiniteLoss(
@@ -243,7 +238,6 @@ def log_untrained(trained: Mapping[str, bool], whose: str = "") -> None:
 
     Args:
         trained: names of the adapted modules, in peft's model, and whether B of their adapter is other than 0.
-        whose: the start of the message, which names one of several adapters.
     """
     untrained = [name.removeprefix("base_model.model.") for name, is_trained in trained.items() if not is_trained]
     if not untrained:

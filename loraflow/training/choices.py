@@ -65,8 +65,6 @@ def shard(model: PreTrainedModel, device: Device, devices: int) -> PreTrainedMod
 
     Args:
         model: without adapters, in main memory; nothing of it is trained.
-        device: cpu or cuda, the current device of this process.
-        devices: how many there are.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -173,11 +171,7 @@ def choose_attention(setup: TrainingSetup, config: PreTrainedConfig) -> Attentio
 
 
 def refuse_packing(setup: TrainingSetup, config: PreTrainedConfig) -> None:
-    """Refuse packed rows for a model whose layers carry a state over the borders of documents.
-
-    Raises:
-        BadConfig: the rows are packed.
-    """
+    """Refuse packed rows for a model whose layers carry a state over the borders of documents."""
     obstacle = obstacle_to_packing(config)
     if setup.rows.row_length is not None and obstacle:
         raise BadConfig(
@@ -234,11 +228,7 @@ def _sharding(setup: TrainingSetup) -> ShardingChoice:
 
 
 def refuse_mixed_devices(group: ProcessGroup, device: Device) -> None:
-    """Refuse GPUs of several types: the slowest sets the speed, and the smallest the memory.
-
-    Raises:
-        BadConfig: the GPUs differ.
-    """
+    """Refuse GPUs of several types: the slowest sets the speed, and the smallest the memory."""
     names = sorted(set(group.all_gather(device_name(device))))
     if len(names) > 1:
         raise BadConfig(

@@ -29,7 +29,6 @@ def token_keys(seed: int, step: int, index: int, tokens: int) -> NDArray[np.int3
         seed: the training's seed.
         step: the optimizer step, from 0.
         index: the row's index in the step.
-        tokens: number of tokens of the row.
     """
     token = np.arange(tokens, dtype=np.uint64) + np.uint64(index << 32)
     return (mix(token ^ mix(np.array([(seed << 32) ^ step], np.uint64))) >> np.uint64(32)).astype(np.int32)
@@ -71,9 +70,8 @@ class Grid(TypedDict):
     document_lengths: NotRequired[Tensor]
 
 
-Weights = Sequence[
-    list[NDArray[np.float32]] | None
-]  # for each row, the weights of its documents' tokens; None: all are 1
+# For each row, the weights of its documents' tokens; None: all are 1.
+Weights = Sequence[list[NDArray[np.float32]] | None]
 
 
 class MicroBatch(TypedDict):
@@ -84,9 +82,8 @@ class MicroBatch(TypedDict):
     targets: Tensor  # [supervised tokens]
     loss_weights: NotRequired[Tensor]  # [supervised tokens] float32; absent: 1 for all
     token_keys: NotRequired[Tensor]  # [rows · tokens] int32, for dropout and noise
-    document_lengths: NotRequired[
-        Tensor
-    ]  # [rows · tokens] int32, tokens of each token's document, for noise; 0: padding
+    # [rows · tokens] int32, tokens of each token's document, for noise; 0: padding
+    document_lengths: NotRequired[Tensor]
     attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
     cu_seq_lens_q: NotRequired[Tensor]  # where documents begin, [entries] int32
@@ -109,9 +106,6 @@ def padded(
     """Return one document a row, padded on the right to the longest.
 
     Args:
-        rows: rows of one document each.
-        pad_id: the token id of the padding.
-        weights: the loss weights of the documents' tokens.
         with_positions: add position ids that show where a document ends: the padding repeats its last one.
     """
     longest = max(len(ids) for ((ids, _),) in rows)
@@ -214,11 +208,7 @@ def concatenated(
     """Return concatenated documents, padded to `tokens` with documents of padding that have no loss.
 
     Args:
-        rows: the documents of each row.
-        tokens: length of the result.
         entries: length of `cu_seq_lens_q`; unused entries are `tokens`.
-        longest: tokens of the longest document of all rows, the constant `max_length_q`.
-        pad_id: the token id of the padding.
     """
     ids, positions = np.full(tokens, pad_id, np.int64), np.zeros(tokens, np.int64)
     begins, index, targets = [0], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -274,10 +264,6 @@ class RowCollator:
     """Data collator of the stock trainer: turns row numbers into padded or packed grids. Validation rows are not packed.
 
     Args:
-        train: the training rows.
-        validation: the validation rows, or None.
-        pad_id: the token id of the padding.
-        with_positions: whether padded rows get position ids that show where a document ends.
         noise: add to training rows what NEFTune's noise is computed from; None adds nothing.
     """
 
@@ -311,7 +297,6 @@ class RowCollator:
         return grid
 
     def _keys(self, example: RowNumber, tokens: int) -> NDArray[np.int32]:
-        """Return the keys of a training row's tokens."""
         assert self.noise is not None
         step, index = divmod(int(example["position"]), self.noise.global_batch)
         return token_keys(self.noise.seed, step, index, tokens)

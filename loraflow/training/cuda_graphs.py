@@ -51,7 +51,6 @@ class GraphedPass:
     Args:
         body: the function: tensors by name, and numbers by name → output. Its kernels may not depend on values of tensors.
         trained: the parameters whose gradients are computed. The body uses all of them.
-        on_failure: is called when graphs are given up, before the ordinary pass.
         sums: where the gradients of the parameters are added up; new tensors by default.
     """
 
@@ -199,9 +198,7 @@ class _Replay(torch.autograd.Function):
         return None, None, None
 
 
-LAUNCH_SECONDS = (
-    4.3e-3  # to start the kernels of a compiled layer, forward and backward; uncompiled ones take twice that
-)
+LAUNCH_SECONDS = 4.3e-3  # to start the kernels of a compiled layer, both ways; uncompiled ones take twice that
 FLOPS = 6e14  # operations per second of the frozen products in bfloat16
 RECORDING_PASSES = 10  # recording a shape takes as long
 LEAST_PASSES = 50
@@ -229,10 +226,6 @@ def choose_graphs(
     """Return whether passes are recorded, and why. A resumed training decides the same: the whole training counts.
 
     Args:
-        setup: the training.
-        attention: the attention that was chosen.
-        fit: the micro-batch that was chosen.
-        trainer: the trainer, with its adapter.
         passes: micro-batches of the whole training, on one device.
     """
     setting = setup.runtime.cuda_graphs
@@ -313,11 +306,7 @@ def seconds_saved(width: int, layers: int, dropout: float, passes: int, tokens: 
 
     Args:
         width: the model's hidden size. Between and beyond the measured widths, the next narrower one counts.
-        layers: the number of the model's layers.
         dropout: LoRA's dropout. Its masks are most of what an uncompiled layer computes in addition.
-        passes: micro-batches of the whole training, on one device.
-        tokens: the tokens of a pass.
-        graphed: whether the passes are recorded as CUDA graphs.
     """
     if graphed:
         return passes * layers * tokens * width * (GRAPHED_WITH_DROPOUT if dropout > 0 else GRAPHED) / 1e3

@@ -42,12 +42,7 @@ def refuse_leaking_documents(
 
     Args:
         model: the base as it is trained, on its device.
-        pad_id: the token id of the padding.
         is_concatenated: the layout of training: concatenated documents with their borders, else packed rows.
-        compute_dtype: the dtype of matrix products.
-
-    Raises:
-        BadModel: the second document's logits depend on the first document.
     """
     size = model.config.get_text_config().vocab_size
     draw = np.random.default_rng(0)
@@ -81,13 +76,7 @@ def refuse_seeing_later_tokens(
     In an encoder with a head for text, each token sees the answer that it has to predict: training learns nothing.
 
     Args:
-        model: the base as it is trained, on its device.
-        pad_id: the token id of the padding.
         is_concatenated: the layout of training: concatenated documents with their borders, else padded rows.
-        compute_dtype: the dtype of matrix products.
-
-    Raises:
-        BadModel: they change by more than rounding.
     """
     size = model.config.get_text_config().vocab_size
     ids = np.random.default_rng(0).integers(0, size, sum(LENGTHS))
@@ -114,11 +103,6 @@ def refuse_padding_that_is_seen(model: PreTrainedModel, pad_id: int, *, compute_
 
     Args:
         model: the base as it is trained, on its device; its tokens do not see later ones.
-        pad_id: the token id of the padding.
-        compute_dtype: the dtype of matrix products.
-
-    Raises:
-        BadModel: they change by more than rounding.
     """
     size = model.config.get_text_config().vocab_size
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, size, (2, LENGTHS[1])))
@@ -208,11 +192,6 @@ _ROUNDING_16_BITS = 0.1  # a cache and a whole row are computed by different ker
 def refuse_other_generation(model: PreTrainedModel, pad_id: int, *, compute_dtype: torch.dtype) -> None:
     """Generate a few fixed tokens. Their logits must be those of the whole row, which training computes.
 
-    Args:
-        model: the base as it is trained, on its device.
-        pad_id: the token id of the padding.
-        compute_dtype: the dtype of matrix products.
-
     Raises:
         BadModel: the model does not generate, cannot compute the row, or computes other logits.
     """
@@ -247,16 +226,7 @@ def refuse_other_generation(model: PreTrainedModel, pad_id: int, *, compute_dtyp
 
 @contextlib.contextmanager
 def errors_as_refusal(model: PreTrainedModel, what: str, expected: str) -> Iterator[None]:
-    """Refuse a model whose own code fails, in any way; errors of the device and of tested architectures pass.
-
-    Args:
-        model: whose code runs.
-        what: the sentence of the refusal.
-        expected: what a model for this must be able to do.
-
-    Raises:
-        BadModel: the model's code failed.
-    """
+    """Refuse a model whose own code fails, in any way; errors of the device and of tested architectures pass."""
     try:
         yield
     except Exception as error:  # code of an architecture may fail in any way

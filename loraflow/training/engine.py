@@ -77,11 +77,7 @@ def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
 
 
 def _check_model(setup: TrainingSetup, model: PreTrainedModel, *, is_concatenated: bool) -> None:
-    """Compute some tokens, and refuse a model whose tokens depend on what they must not see.
-
-    Raises:
-        BadModel: on later tokens, on padding, or on other documents; or it does not generate what it was trained for.
-    """
+    """Compute some tokens, and refuse a model whose tokens depend on what they must not see."""
     import torch
 
     pad_id, dtype = setup.tokenizer.pad_token_id, getattr(torch, setup.compute_dtype)
@@ -99,7 +95,6 @@ def separate_angles(model: PreTrainedModel, setup: TrainingSetup) -> None:
 
     Args:
         model: the base, changed in place.
-        setup: the training.
 
     Raises:
         BadModel: the angles are computed by code that comes with the model.

@@ -175,9 +175,6 @@ def choose_memory_fit(
     """Choose the tokens of a micro-batch, and what is recomputed in the backward pass.
 
     Args:
-        setup: the training.
-        attention: the attention that was chosen.
-        compiled: whether the layers may be compiled, unless the runtime says otherwise.
         adapters: the adapters that are trained in one pass. A micro-batch has the tokens of all of them.
     """
     recompute: Recompute | None = None if setup.runtime.checkpointing == "auto" else setup.runtime.checkpointing
@@ -299,8 +296,6 @@ def cost_of_length(setup: TrainingSetup, tokens: int, is_compiling: bool) -> flo
     """Return what one more length of micro-batches costs, in tokens of padding.
 
     Args:
-        setup: the training.
-        tokens: the tokens of a pass.
         is_compiling: whether the layers are compiled, once for each length. Otherwise, passes may be recorded.
     """
     if not is_compiling or setup.shape is None:
@@ -318,15 +313,7 @@ def passes_of(setup: TrainingSetup, micro_batch_tokens: int) -> tuple[int, int]:
 def choose_compile(
     setup: TrainingSetup, attention: Attention, tokens: int, passes: int, *, graphed: bool
 ) -> tuple[bool, str]:
-    """Return whether the layers are compiled, and why. A resumed training decides the same: the whole training counts.
-
-    Args:
-        setup: the training.
-        attention: the attention that was chosen.
-        tokens: the tokens of a pass.
-        passes: micro-batches of the whole training, on one device.
-        graphed: whether passes are recorded as CUDA graphs.
-    """
+    """Return whether the layers are compiled, and why. A resumed training decides the same: the whole training counts."""
     if setup.runtime.compile != "auto":
         return setup.runtime.compile == "on", f"runtime.compile is {setup.runtime.compile}"
     if setup.device != "cuda" or not attention.concatenated or setup.shape is None:
@@ -341,9 +328,8 @@ def _prepare_adapter(
     setup: TrainingSetup, trainer: FastTrainer, base_dtype: torch.dtype, compute_dtype: torch.dtype
 ) -> None:
     """Keep the adapter in fp32, and use the fast LoRA kernels if the base computes in its own dtype."""
-    for (
-        parameter
-    ) in trainer.trained:  # trl casts a quantized base's adapter to 16 bits, which rounds small updates away
+    # trl casts a quantized base's adapter to 16 bits, which rounds small updates away.
+    for parameter in trainer.trained:
         parameter.data = parameter.data.float()
     if trainer.autocast_dtype is None:
         trainer.loras = accelerate_loras(trainer.model, base_dtype)

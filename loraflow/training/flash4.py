@@ -29,11 +29,7 @@ def flash4(
 
     Args:
         q: [tokens, heads, width]; k and v with as many or fewer heads.
-        k: see q.
-        v: see q.
         begins: where documents begin, int32; the last entry is the number of tokens.
-        longest: tokens of the longest document.
-        scale: the factor of the products q kᵀ.
         window: how many earlier tokens a token attends to; -1 is all of its document.
     """
     out, lse, *_ = _kernel("_flash_attn_fwd")(

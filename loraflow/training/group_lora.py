@@ -134,8 +134,6 @@ def stack_adapters(model: PreTrainedModel, names: Sequence[str], dtype: torch.dt
 
     Args:
         model: peft's model, with all adapters on the same linear layers.
-        names: the adapters' names.
-        dtype: the dtype in which the base computes.
 
     Returns:
         the adapters; None if a trained parameter is not one of plain LoRA on a linear layer in this dtype.

@@ -43,14 +43,7 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class GroupModel:
-    """The passes of a model with stacked adapters.
-
-    Args:
-        model: peft's model.
-        adapters: the model's adapters, stacked.
-        logit_factor: what the model multiplies the head's product by.
-        device: the device to compute on.
-    """
+    """The passes of a model with stacked adapters."""
 
     def __init__(self, model: PreTrainedModel, adapters: Adapters, logit_factor: float, device: str):
         self.model, self.adapters, self.logit_factor, self.device = model, adapters, logit_factor, device
@@ -119,9 +112,7 @@ def build_member(arguments: SFTConfig, values: Tensor, gradients: Tensor) -> Mem
     """Return an adapter's optimizer and schedule, which are those of transformers' Trainer.
 
     Args:
-        arguments: the arguments of this adapter's training.
         values: the adapter's weights, as one vector.
-        gradients: where their gradient is added up.
     """
     from transformers import Trainer, get_scheduler
 
@@ -143,13 +134,7 @@ class GroupTrainer:
     """The training loop of a group.
 
     Args:
-        model: the model with the adapters.
-        members: the adapters' optimizers and schedules.
-        steps: the optimizer steps.
         validation: the validation rows, as one step; None without any.
-        checkpoints: the folder of checkpoints.
-        is_preempted: tells whether this process was asked to stop.
-        on_step: is called after each step with its number.
     """
 
     def __init__(

@@ -39,7 +39,6 @@ def prepare_layers(
 
     Args:
         decoder: its `layers` are changed in place.
-        compiled: compile them.
         recomputed: share of the layers that recompute their activations.
         elementwise: compiled layers recompute norms, activation functions, rotations and dropout masks instead of
             storing their results.
@@ -91,7 +90,6 @@ def recomputing(layer: torch.nn.Module, forward: Forward, draws: bool) -> Forwar
 
     Args:
         layer: the layer, whose `training` says whether to recompute.
-        forward: the forward pass.
         draws: whether it draws random numbers, which must be the same the second time.
     """
 

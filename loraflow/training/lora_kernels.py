@@ -180,7 +180,6 @@ def accelerate_loras(model: torch.nn.Module, dtype: torch.dtype) -> list[FastLor
     """Replace the passes of a model's plain LoRA linear layers of peft, and leave all other modules unchanged.
 
     Args:
-        model: peft's model.
         dtype: the dtype in which the base computes. A base in another dtype needs autocast, and is left alone.
 
     Returns:
@@ -261,7 +260,6 @@ def add_noise(embedded: Tensor, token_keys: Tensor, document_lengths: Tensor, al
         embedded: of the tokens [rows, tokens, width].
         token_keys: of each token [rows · tokens], int32; see `token_keys`.
         document_lengths: the number of tokens of each token's document [rows · tokens]; 0 for padding, which has no noise.
-        alpha: `training_config.neftune_noise_alpha`.
     """
     width = embedded.shape[-1]
     key = torch.tensor(_KEY, dtype=torch.int32, device=embedded.device)

@@ -159,9 +159,6 @@ def head_loss(
     """Return the sum of -log p of targets [n] given hidden states [n, width], in fp32.
 
     Args:
-        head: the output embeddings.
-        hidden: the hidden states at the supervised positions.
-        targets: the next tokens.
         factor: what the model multiplies the head's product by.
         weights: the weight of each target's -log p [n], fp32; None is 1.
     """

@@ -122,10 +122,8 @@ def fixed_bytes(shape: ModelShape, weights: str, rank: float, devices: int = 1) 
     """Return the bytes that do not depend on the number of tokens: weights, adapter, gradients, AdamW's two moments.
 
     Args:
-        shape: the model's sizes.
         weights: dtype of the frozen weights, or fp8, or nf4.
         rank: the adapters' rank; see `lora_weights`.
-        devices: over how many devices the frozen weights are sharded; 1 if each holds all of them.
     """
     adapters = lora_weights(shape, rank) * (ADAPTER_BYTES + OPTIMIZER_BYTES)
     return weight_bytes(shape, weights, devices) + adapters + RESERVE
@@ -150,7 +148,6 @@ def token_bytes(
     """Return the bytes of a token's activations.
 
     Args:
-        shape: the model's sizes.
         recompute: none keeps the activations of all layers; elementwise keeps those of matrix products and attention;
             full keeps the input of each layer, and the activations of one layer at a time.
         width: bytes of a number.
@@ -170,11 +167,7 @@ def needed(shape: ModelShape, weights: str, rank: float, longest: int, width: in
     """Return the bytes that training needs at least, and those that it needs at full speed.
 
     Args:
-        shape: the model's sizes.
-        weights: see `fixed_bytes`.
-        rank: the adapters' rank; see `lora_weights`.
         longest: tokens of the longest row: the smallest micro-batch has as many, with all layers recomputed.
-        width: bytes of a number.
     """
     fixed = fixed_bytes(shape, weights, rank)
     fast = max(longest, ENOUGH_TOKENS) * token_bytes(shape, "none", width)
@@ -209,15 +202,10 @@ def fit_memory(
     """Choose the tokens of a micro-batch, and how many layers are recomputed.
 
     Args:
-        shape: the model's sizes.
         free: bytes of memory, including what the model itself takes.
-        weights: see `fixed_bytes`.
-        rank: the adapters' rank; see `lora_weights`.
         least: tokens of the longest document, or of a packed row: a micro-batch cannot have fewer.
         step_tokens: the tokens of an optimizer step: a micro-batch does not need more.
         recompute: what to recompute, if the recipe or the runtime asks for it.
-        width: bytes of a number.
-        devices: see `fixed_bytes`.
         compiled: whether the layers can be compiled. Only compiled layers can recompute elementwise operations alone.
         enough: tokens of a micro-batch for which activations are recomputed if they do not fit.
     """
@@ -296,17 +284,7 @@ def training_parts(
     width: int,
     devices: int = 1,
 ) -> MemoryParts:
-    """Return the memory of a training process.
-
-    Args:
-        shape: the base's sizes.
-        device: cpu or cuda.
-        weights: dtype of the frozen weights, or fp8, or nf4.
-        rank: the adapters' rank; see `lora_weights`.
-        batch: what is computed at a time.
-        width: bytes of a number of the activations.
-        devices: over how many devices the frozen weights are sharded; 1 if each holds all of them.
-    """
+    """Return the memory of a training process."""
     trained = lora_weights(shape, rank)
     logits = _logits(shape, min(HEAD_ROWS, batch.tokens * batch.learned))
     return MemoryParts(
@@ -334,12 +312,6 @@ def generation_parts(
     """Return the memory of a process that generates answers.
 
     Args:
-        shape: the model's sizes.
-        device: cpu or cuda.
-        weights: the dtype.
-        rows: answers at a time.
-        prompt: tokens of the longest prompt.
-        answer: tokens of the longest answer.
         width: bytes of a number of keys and values.
         shared: tokens that all prompts begin with, and that are computed once.
     """
@@ -393,11 +365,7 @@ def explain_out_of_memory(where: str, retry_with: RetryWith) -> Iterator[None]:
     """Turn torch's out-of-memory error into a failure.
 
     Args:
-        where: what the process did, with which choices.
         retry_with: runtime settings of the next attempt; without changes if there should be none.
-
-    Raises:
-        OutOfMemory: torch ran out of memory.
     """
     import torch
 

@@ -35,10 +35,6 @@ _STEPS = 16  # the same, where each token is a step (Mamba)
 def preview(base: Path, recipe: Recipe) -> list[str]:
     """Return what a recipe will train in a base, a line each.
 
-    Args:
-        base: folder with the base's config.json.
-        recipe: says what to adapt, and how.
-
     Raises:
         BadConfig: peft_config names modules that the base does not have or that cannot be adapted; or the architecture
             does not allow packed rows or the quantization.
@@ -53,11 +49,7 @@ def preview(base: Path, recipe: Recipe) -> list[str]:
 
 
 def describe(base: Path) -> list[str]:
-    """Return what an architecture is trained with, and what all-linear adapts in it, a line each.
-
-    Raises:
-        BadModel: the base's model cannot be built from its config.
-    """
+    """Return what an architecture is trained with, and what all-linear adapts in it, a line each."""
     model = model_without_weights(base)
     return [*_lines(base, model.config), f"  all-linear: {_summary(base, model, find_targets(model, PeftConfig()))}"]
 
@@ -77,8 +69,6 @@ def without_gradient(model: PreTrainedModel, modules: list[str], tokens: int) ->
     Args:
         model: on the meta device, with eager attention; its dtype is changed. No module is returned if its code needs
             values (many recurrent layers).
-        modules: full names.
-        tokens: of the row.
     """
     import torch
 

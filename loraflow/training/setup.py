@@ -354,7 +354,6 @@ def _read_rows(tokens: Path, *, with_validation: bool) -> tuple[TokenRows, Token
 
 
 def _figures(tokens: Path) -> dict[str, float]:
-    """Return the figures of the tokenize stage's report."""
     figures: dict[str, float] = json.loads((tokens / "report.json").read_text(encoding="utf-8"))["figures"]
     return figures
 

@@ -18,12 +18,7 @@ LEAST_PROGRAMS = 2 * 132  # two for each multiprocessor of an H100
 
 
 def tokens_of_a_program(dy: Tensor, rank: int) -> int:
-    """Return how many tokens each program of the kernel adds up; 0 if torch's products are to be used.
-
-    Args:
-        dy: the output's gradient [tokens, out].
-        rank: the adapter's.
-    """
+    """Return how many tokens each program of the kernel adds up; 0 if torch's products are to be used."""
     tokens, columns = dy.shape
     if dy.dtype not in (torch.bfloat16, torch.float16) or columns < LEAST_COLUMNS or rank > LARGEST_RANK:
         return 0
@@ -67,7 +62,6 @@ def products(dy: Tensor, up: Tensor, h: Tensor, block_tokens: int) -> tuple[Tens
         dy: the output's gradient [tokens, out] on a GPU, in 16 bits.
         up: the adapter's B [out, r].
         h: the rank-r product of the forward pass [tokens, r].
-        block_tokens: of `tokens_of_a_program`.
     """
     (tokens, out), rank = dy.shape, up.shape[1]
     dy, up, h = (dy if dy.stride(1) == 1 else dy.contiguous()), up.contiguous(), h.contiguous()

@@ -104,14 +104,9 @@ class StockTrainer(LoraTrainer):
 
     Args:
         train_rows: row numbers in the order of training.
-        validation_rows: how many validation rows there are.
-        collator: turns row numbers into a batch.
         noise_alpha: the scale of NEFTune's noise; None trains without it.
         model: a model of transformers, or with loralib's layers; without peft's adapter.
         args: see SFTTrainer, down to `callbacks`.
-        processing_class: the tokenizer.
-        peft_config: peft's config of the adapter; None if the model has its own.
-        callbacks: the trainer's callbacks.
     """
 
     def __init__(
@@ -238,7 +233,6 @@ def use_own_logits_where_trl_is_wrong(model: PreTrainedModel, compute_dtype: tor
 
     Args:
         model: transformers' model after trl has patched it (`add_fused_lm_head`). Changed in place.
-        compute_dtype: the dtype of matrix products.
 
     Returns:
         whether trl's were replaced. The model's own logits take more memory.

@@ -123,7 +123,6 @@ def _expected_memory(setup: TrainingSetup, shape: ModelShape, choices: EngineCho
 
 
 def _count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Return how many parameters are trained, and how many there are."""
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(count for count, is_trained in counts if is_trained), sum(count for count, _ in counts)
 

@@ -186,9 +186,6 @@ def _add_adapters(setups: list[TrainingSetup], attention: Attention) -> tuple[Pr
 def _fit(setups: list[TrainingSetup], attention: Attention) -> MemoryFit:
     """Choose the tokens of each trial in a micro-batch, and what is recomputed: together they need the memory of one
     micro-batch that is K times as large.
-
-    Raises:
-        OutOfMemory: not even the smallest micro-batch is expected to fit.
     """
     setup, count = setups[0], len(setups)
     fit = choose_memory_fit(setup, attention, adapters=count)

@@ -104,17 +104,10 @@ class FastTrainer(LoraTrainer):
     """SFTTrainer whose training step is a whole optimizer step.
 
     Args:
-        steps: the optimizer steps of the training.
-        validation: the validation rows in the same form, or None.
-        group: the processes that train together.
-        preemption: tells whether this process was asked to stop.
         autocast: dtype of autocast; None computes in the base's dtype.
         noise_alpha: the scale of NEFTune's noise; None trains without it.
         model: a model of transformers, without peft's adapter.
         args: see SFTTrainer, down to `callbacks`.
-        processing_class: the tokenizer.
-        peft_config: peft's config of the adapter.
-        callbacks: the trainer's callbacks.
     """
 
     def __init__(
@@ -235,7 +228,6 @@ class FastTrainer(LoraTrainer):
 
         Args:
             tensors: the micro-batch's tensors on the device: ids, positions, document borders, keys for dropout and noise.
-            lengths: the micro-batch's constants.
         """
         inputs = dict(tensors)
         keys, document_lengths = inputs.pop("token_keys", None), inputs.pop("document_lengths", None)

@@ -11,7 +11,7 @@ from loraflow.reporting import chart
 
 @pytest.mark.parametrize("points", [[(1, 2.0)], [(1, 3.0), (2, 3.0)], [(i, 5 / i) for i in range(1, 3000)]])
 def test_the_curve_is_well_formed_and_inside_its_image(points):
-    text = chart.image(points, "training loss")
+    text = chart.embedded(chart.svg(points, "training loss"), "training loss")
     assert text.startswith("![training loss](data:image/svg+xml;base64,") and "\n" not in text
     root = ElementTree.fromstring(base64.b64decode(re.search(r"base64,([^)]*)", text)[1]))
     line = root.find("{http://www.w3.org/2000/svg}polyline").attrib["points"].split()

@@ -87,7 +87,7 @@ SAMPLE = SampleRow(
 
 def shown(**changes):
     content = TokenReport(lengths=lengths_of([5, 5, 9, 200]), samples=[SAMPLE]).model_dump()
-    return "\n".join(learned_lines(Learned(FIGURES, TokenReport(**content | changes)), markdown.sparkline, image=False))
+    return "\n".join(learned_lines(Learned(FIGURES, TokenReport(**content | changes)), image=False))
 
 
 def test_the_report_says_how_much_is_learned_and_marks_it_in_samples():
@@ -100,7 +100,7 @@ def test_the_report_says_how_much_is_learned_and_marks_it_in_samples():
 
 
 def test_a_report_of_an_earlier_tokenize_has_the_shares_alone():
-    text = "\n".join(learned_lines(Learned(FIGURES, TokenReport()), markdown.sparkline, image=False))
+    text = "\n".join(learned_lines(Learned(FIGURES, TokenReport()), image=False))
     assert "345 of 900" in text and "###" not in text and "⟦" not in text
 
 

@@ -22,7 +22,8 @@ from loraflow.evaluation.values import (
     Verdict,
     scores_to_dict,
 )
-from loraflow.reporting import markdown
+from loraflow.registry.runs import RunSummary
+from loraflow.reporting import chart, markdown
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ SAMPLE = Sample(id="a", prompt="what\n is `this`?", reference='{"a": 1}', answer
 def test_the_report_and_the_closing_table_say_what_was_left_out(capsys):
     from loraflow.cli.run import show
     from loraflow.data.check_report import CheckReport
-    from loraflow.registry.runs import RunSummary
     from loraflow.reporting.rows import RowPolicy, summarise_rows
 
     check = CheckReport(
@@ -86,19 +86,22 @@ def test_the_report_and_the_closing_table_say_what_was_left_out(capsys):
 
 def report(**changes):
     content = {
-        "run": "20260101-000000-abcdef",
-        "recipe": "quickstart",
         "decision": DECISION,
         "scores": ModelScores(base=BASE, tuned=TUNED),
         "confidence": 0.95,
         "losses": [(1, 2.0), (2, 1.0)],
         "samples": [SAMPLE],
-        "stages": [Stage(), Stage("evaluate base", "cached", "f" * 64, "e" * 64, 0.04)],
         "store": "store",
-        "adapter": "store/train/0123/4567/adapter",
-        "merged": "store/merge/89ab",
     }
-    return markdown.RunReport(**content | changes)
+    summary = RunSummary.model_construct(
+        run="20260101-000000-abcdef",
+        recipe="quickstart",
+        stages=[Stage(), Stage("evaluate base", "cached", "f" * 64, "e" * 64, 0.04)],
+        rows=changes.pop("rows", None),
+        adapter="store/train/0123/4567/adapter",
+        merged="store/merge/89ab",
+    )
+    return markdown.RunReport(summary=summary, **content | changes)
 
 
 RUN = """\
@@ -241,7 +244,7 @@ def test_the_scores_of_one_model_are_reported():
     ("values", "bars"), [([], ""), ([3.0], "▁"), ([2.0, 2.0], "▁▁"), ([0, 1, 2, 3, 4, 5, 6, 7], "▁▂▃▄▅▆▇█")]
 )
 def test_a_sparkline_reaches_from_the_lowest_to_the_highest_value(values, bars):
-    assert markdown.sparkline(values) == bars
+    assert chart.sparkline(values) == bars
 
 
 def test_thinned_rows_include_the_first_and_the_last():

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,6 +228,7 @@ def test_the_mark_of_an_earlier_version_is_read_and_removed(store, serve):
 
 @pytest.mark.parametrize("broken", ["tracking_of_model", "open_tracker"])
 def test_a_mistake_in_the_mirror_does_not_fail_a_rollback(store, monkeypatch, caplog, broken):
+    import loraflow.cli.registry  # noqa: F401  (before the patch: it binds the functions)
     from loraflow.cli import cli
 
     monkeypatch.setattr(mirror, "is_installed", lambda: True)
@@ -266,11 +266,10 @@ def test_sync_with_an_address_keeps_the_model_and_experiment_of_the_newest_run(s
 def test_the_table_of_answers_shares_its_rows_among_the_models_that_are_there(store, monkeypatch, sides):
     import pandas as pd
 
-    buffer = BytesIO()
-    pd.DataFrame({"answer": [str(i) for i in range(20)]}).to_parquet(buffer)
+    table = pd.DataFrame({"answer": [str(i) for i in range(20)]})
     monkeypatch.setattr(content_module, "MAX_ROWS", 12)
-    monkeypatch.setattr(content_module, "_artifact", lambda _s, _r, label, _n: label.split()[1] in sides or None)
-    monkeypatch.setattr(content_module, "read_intact", lambda *_: buffer.getvalue())
+    monkeypatch.setattr(content_module, "_artifact", lambda _s, _r, label: label.split()[1] in sides or None)
+    monkeypatch.setattr(content_module, "read_table", lambda *_: table.copy())
     table = content_module._answers(store, None)
     assert [table["model"].count(side) for side in sides] == [12 // len(sides)] * len(sides)
 

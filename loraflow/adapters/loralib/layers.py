@@ -121,7 +121,6 @@ class MergedLinear(MergeableLayer, loralib.MergedLinear):
 
     Args:
         sizes: rows of each block; loralib's are equal.
-        enable_lora: which blocks are adapted.
     """
 
     def __init__(

@@ -62,8 +62,6 @@ def prepare(model: PreTrainedModel, settings: Settings, seed: int, *, checkpoint
 
     Args:
         model: transformers'; it is changed in place and returned.
-        settings: which layers, and how.
-        seed: the seed of A's initial values.
         checkpointing: activations are recomputed; then the input needs gradients, if nothing before it is trained.
     """
     torch.manual_seed(seed)
