@@ -23,14 +23,22 @@ log = logging.getLogger("loraflow")
 
 
 def read_field_values(workspace: Workspace, result: PipelineResult) -> FieldValues:
-    """Return the values of the held-out rows' fields, as check_dataset wrote them; none if the recipe names no field."""
+    """Return the values of the held-out rows' fields, as check_dataset wrote them; none if the recipe names no field.
+
+    Raises:
+        CorruptArtifact: the file is damaged; the artifact is quarantined by now.
+    """
     if not workspace.recipe.slice_fields:
         return {}
     return parse_field_values(read_intact(workspace.store, result.rows, FILE))
 
 
 def read_unscored_parts(workspace: Workspace, result: PipelineResult, scored: Set[str]) -> list[str]:
-    """Return the parts that gate.slices guards and of which no row was scored."""
+    """Return the parts that gate.slices guards and of which no row was scored.
+
+    Raises:
+        CorruptArtifact: the held-out rows are damaged; the artifact is quarantined by now.
+    """
     rules = workspace.recipe.gate.slices
     if not rules:
         return []
@@ -72,7 +80,11 @@ def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:
 
 
 def read_general_guards(workspace: Workspace, result: PipelineResult) -> list[GeneralGuard]:
-    """Return what gate.forgetting asks for; nothing if it is not set."""
+    """Return what gate.forgetting asks for; nothing if it is not set.
+
+    Raises:
+        CorruptArtifact: scores are damaged; they are quarantined by now.
+    """
     margins, store = workspace.recipe.gate.forgetting_margins, workspace.store
     if not margins:
         return []

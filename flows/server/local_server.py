@@ -60,7 +60,11 @@ def _local_address(host: str) -> str:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Check that a server can listen on a port."""
+    """Check that a server can listen on a port.
+
+    Raises:
+        BadConfig: the port is in use, or the host is not an address of this machine.
+    """
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -46,6 +46,9 @@ def find_prefect_yaml() -> Path:
 
     It is in the working directory. A project with recipes and without this file gets one. A folder without recipes is no
     project; there, the file of the checkout that loraflow is imported from is used.
+
+    Raises:
+        BadConfig: there is no such file.
     """
     if Path(FILE).is_file():
         return Path(FILE)

@@ -29,7 +29,11 @@ CONSTRAINTS = ("type", "anyOf", "allOf", "enum", "items", "$ref", "minimum", "ma
 
 
 def find_project() -> Path:
-    """Return the project's folder: LORAFLOW_HOME, else the checkout that loraflow is imported from."""
+    """Return the project's folder: LORAFLOW_HOME, else the checkout that loraflow is imported from.
+
+    Raises:
+        BadConfig: the folder has no recipes.
+    """
     home = os.environ.get("LORAFLOW_HOME")
     folder = Path(home) if home else Path(loraflow.__file__).parent.parent
     if not (folder / "configs").is_dir():
@@ -88,6 +92,9 @@ def refuse_shadowed_modules(folder: Path) -> None:
     """Refuse a project with a file that has the name of a module of Python or a library which a run imports.
 
     Prefect starts each run with the project's folder in PYTHONPATH, in front of Python's own modules.
+
+    Raises:
+        BadConfig: there is one: each run would crash, or use it in place of the module.
     """
     python, root = Path(os.__file__).resolve().parent, folder.resolve()
     others = [path for path in sys.path if Path(path).resolve() != root]

@@ -285,7 +285,11 @@ def _bytes_of(block: torch.Tensor) -> memoryview:
 
 
 def require_finite(name: str, merged: torch.Tensor) -> None:
-    """Refuse merged values that are not finite: a model with such a value answers nothing."""
+    """Refuse merged values that are not finite: a model with such a value answers nothing.
+
+    Raises:
+        BadModel: a value is NaN or infinite.
+    """
     if not is_finite(merged):
         raise _not_finite(name, merged)
 

@@ -71,7 +71,11 @@ def check_tokenizer_files(adapter: Path) -> None:
 
 
 def own_template(adapter: Path) -> str | None:
-    """Return the chat template beside an adapter; None if it has none."""
+    """Return the chat template beside an adapter; None if it has none.
+
+    Raises:
+        BadModel: it is damaged.
+    """
     return find_template(adapter) if any((adapter / name).exists() for name in (*_OF_CHATS, FILE)) else None
 
 
@@ -80,6 +84,9 @@ def write_tokenizer(base: Path, adapter: Path, out: Path) -> None:
 
     Args:
         adapter: PEFT's folder; its tokenizer replaces all files of the base's, its template the base's template.
+
+    Raises:
+        BadModel: a file is damaged.
     """
     has_tokenizer = (adapter / VOCABULARY).exists()
     if has_tokenizer:

@@ -131,7 +131,11 @@ def check_tensors(adapter: Path) -> None:
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: Path) -> None:
-    """Refuse an adapter with NaN or infinity, which a merge would spread to every answer."""
+    """Refuse an adapter with NaN or infinity, which a merge would spread to every answer.
+
+    Raises:
+        BadModel: a tensor has one, or holds no floating-point numbers of 16 bits or more.
+    """
     for name, tensor in tensors:
         if tensor.itemsize < 2 or not tensor.is_floating_point():
             raise BadModel(

@@ -216,6 +216,9 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
 
     Args:
         template: the same, as training reads it.
+
+    Raises:
+        BadModel: an answer ends elsewhere.
     """
     training = folder / TRAINING_TEMPLATE
     marking = training.read_text(encoding="utf-8") if training.exists() else template.template

@@ -115,6 +115,9 @@ def refuse_code_elsewhere(folder: Path) -> None:
     """Refuse a base whose own code is in another repository of the hub: transformers runs its newest version each time.
 
     Such a base is often a fine-tuned copy, whose config.json says `OWNER/NAME--modeling.Class`.
+
+    Raises:
+        BadModel: it is.
     """
     for name in ("config.json", "tokenizer_config.json"):
         elsewhere = [reference for reference in code_references(folder / name) if "--" in reference]
@@ -131,7 +134,11 @@ def refuse_code_elsewhere(folder: Path) -> None:
 
 
 def refuse_adapter_folder(folder: Path) -> None:
-    """Refuse an adapter, alone or beside a model: transformers would apply it to its base when it opens the folder."""
+    """Refuse an adapter, alone or beside a model: transformers would apply it to its base when it opens the folder.
+
+    Raises:
+        BadModel: the folder has adapter_config.json.
+    """
     if not (folder / "adapter_config.json").is_file():
         return
     has_model = (folder / "config.json").is_file()

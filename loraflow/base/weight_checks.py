@@ -185,7 +185,11 @@ def _refuse_quantized(folder: Path, unused: Set[str]) -> None:
 
 
 def refuse_non_finite_weights(folder: Path) -> None:
-    """Refuse a model with NaN or infinity in a weight that it loads. All weights are read, in blocks."""
+    """Refuse a model with NaN or infinity in a weight that it loads. All weights are read, in blocks.
+
+    Raises:
+        BadModel: there is such a weight.
+    """
     from safetensors import safe_open
 
     unused: frozenset[str] | None = None

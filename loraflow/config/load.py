@@ -53,7 +53,11 @@ class RecipeFile:
     recipe: Recipe
 
     def with_overrides(self, overrides: Mapping[str, JsonValue]) -> RecipeFile:
-        """Return the recipe with other overrides. The file is not read again."""
+        """Return the recipe with other overrides. The file is not read again.
+
+        Raises:
+            BadConfig: there are problems.
+        """
         return _parse_file(self.path, self.text, overrides)
 
 
@@ -88,6 +92,9 @@ def parse_recipe(
     Args:
         is_recorded: it is the recipe of a run that was made. Rules of the gate that earlier versions accepted are no
             problem then: they do not change what the run's stages compute.
+
+    Raises:
+        BadConfig: the recipe has problems.
     """
     try:
         parsed, lines = yaml.parse(text)

@@ -45,13 +45,21 @@ def unreadable(file: Path, error: Exception) -> BadConfig:
 
 
 def project_name(folder: Path) -> str | None:
-    """Return the `name` in a project's `prefect.yaml`; None if it has no such file, or no name."""
+    """Return the `name` in a project's `prefect.yaml`; None if it has no such file, or no name.
+
+    Raises:
+        BadConfig: the file cannot be read.
+    """
     name = _read(folder).get("name")
     return str(name) if name is not None else None
 
 
 def project_id(folder: Path) -> str | None:
-    """Return the id in the deployments of a project's `prefect.yaml`; None if they have none, as in older files."""
+    """Return the id in the deployments of a project's `prefect.yaml`; None if they have none, as in older files.
+
+    Raises:
+        BadConfig: the file cannot be read.
+    """
     return id_in(_read(folder))
 
 
@@ -95,5 +103,9 @@ def _read(folder: Path) -> dict[str, JsonValue]:
 
 
 def served_project(folder: Path) -> str | None:
-    """Return the project that runs in a folder belong to: that of its `prefect.yaml`, or else LORAFLOW_PROJECT."""
+    """Return the project that runs in a folder belong to: that of its `prefect.yaml`, or else LORAFLOW_PROJECT.
+
+    Raises:
+        BadConfig: see `project_name`.
+    """
     return project_name(folder) or os.environ.get(PROJECT_VARIABLE, "").strip() or None

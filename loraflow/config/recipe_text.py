@@ -62,7 +62,11 @@ def recipe_names(folder: Path = Path()) -> list[str]:
 
 
 def find_recipe(path: str | Path) -> Path:
-    """Return a recipe's file, given its path or the name of a recipe in `configs/`."""
+    """Return a recipe's file, given its path or the name of a recipe in `configs/`.
+
+    Raises:
+        BadConfig: there is no such recipe.
+    """
     file = Path(path)
     instead = _instead_of_file(file)
     if instead is None:

@@ -56,7 +56,11 @@ def is_null(cell: str) -> bool:
 
 
 def refuse_error_value(text: str, where: str) -> None:
-    """Refuse a text that is an error of a spreadsheet."""
+    """Refuse a text that is an error of a spreadsheet.
+
+    Raises:
+        BadRow: the text is one, such as #NAME?.
+    """
     if text.startswith("#") and text.strip() in _SPREADSHEET_ERRORS:
         raise BadRow(f"{where} {text.strip()} is an error of a spreadsheet, not a text; correct the cell")
 
@@ -120,6 +124,9 @@ def refuse_media(row: Mapping[str, JsonValue], texts: Sequence[JsonValue], found
     """Refuse a row with an image, video or sound: its answer would be learned without it.
 
     A path or URL alone may belong to a text that does not need it, so it counts only beside a placeholder in the text.
+
+    Raises:
+        BadRow: it has one.
     """
     if found is not None:
         name = found if found in row else found.rpartition(".")[2]  # of a message: messages.images
@@ -144,7 +151,11 @@ class Unreadable(ValueError):
 
 
 def parsed_text(text: str) -> JsonValue:
-    """Return the value of a text that begins with { or [. NaN, numpy's values and calls such as Timestamp(…) are allowed."""
+    """Return the value of a text that begins with { or [. NaN, numpy's values and calls such as Timestamp(…) are allowed.
+
+    Raises:
+        Unreadable: it cannot be parsed.
+    """
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"it has more than {MAX_CHARACTERS:,} characters")
     try:
@@ -209,7 +220,11 @@ def _key(node: ast.expr | None) -> str:
 
 
 def strict_json(text: str) -> JsonValue:
-    """Parse JSON without NaN, infinities, lone surrogates and duplicated keys, which Python's parser accepts."""
+    """Parse JSON without NaN, infinities, lone surrogates and duplicated keys, which Python's parser accepts.
+
+    Raises:
+        ValueError: the text is not valid JSON.
+    """
     try:
         value: JsonValue = _decode(text)
         if "\\u" in text:

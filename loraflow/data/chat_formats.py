@@ -156,7 +156,12 @@ def _marked(
 
 
 def to_messages(row: JsonValue, format_name: str = "auto") -> list[Message]:
-    """Return a row's chat."""
+    """Return a row's chat.
+
+    Raises:
+        MarkedFalse: marks exclude every answer of the row.
+        BadRow: the row is not a valid chat.
+    """
     return read_chat(row, format_name).messages
 
 

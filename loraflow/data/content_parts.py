@@ -117,7 +117,11 @@ def _key(body: dict[str, JsonValue], *names: str) -> str:
 
 
 def reasoning_text(value: JsonValue, where: str) -> str:
-    """Return a reasoning's text: a text, a list of texts, parts with texts or reasoning, or Bedrock's reasoningText."""
+    """Return a reasoning's text: a text, a list of texts, parts with texts or reasoning, or Bedrock's reasoningText.
+
+    Raises:
+        BadRow: it is something else.
+    """
     if isinstance(value, dict):
         value = value.get("text")
     if is_texts(value):

@@ -36,7 +36,11 @@ def resolve_commit(repo: str, rev: str) -> str:
 
 
 def work_tree_md5(path: Path, memo: HashMemo | None = None) -> str:
-    """Return DVC's id of a folder or file in a work tree, without what DVC ignores."""
+    """Return DVC's id of a folder or file in a work tree, without what DVC ignores.
+
+    Raises:
+        BadData: as `dvc_md5`.
+    """
     return dvc_md5(path, memo, IgnoreRules(path))
 
 
@@ -158,7 +162,11 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
 
 
 def push_pin(pin: Pin, remote: str | None = None) -> None:
-    """Push a pinned dataset; without any remote, only warn."""
+    """Push a pinned dataset; without any remote, only warn.
+
+    Raises:
+        BadData: DVC failed.
+    """
     if remotes("."):
         run_dvc(["push", *(["--remote", remote] if remote else []), "--", pin.dvc_file])
     else:
@@ -168,7 +176,11 @@ def push_pin(pin: Pin, remote: str | None = None) -> None:
 
 
 def cache_objects(folder: Path) -> list[Path]:
-    """Return the files in the cache of the current repository that `dvc add` of a folder writes, if they are not there."""
+    """Return the files in the cache of the current repository that `dvc add` of a folder writes, if they are not there.
+
+    Raises:
+        BadData: as `dvc_md5`.
+    """
     cache = cache_folder(Path.cwd())
     if cache is None:
         return []

@@ -190,7 +190,11 @@ def _git_show(repo: str, rev: str, name: str, where: str) -> str:
 
 
 def show_git(arguments: list[str], folder: str | None, where: str) -> str:
-    """Run a git command that reads the dataset's `.dvc` file or its commit."""
+    """Run a git command that reads the dataset's `.dvc` file or its commit.
+
+    Raises:
+        BadData: git failed.
+    """
     try:
         return git(arguments, folder)
     except GitError as error:

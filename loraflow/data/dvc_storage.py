@@ -186,7 +186,11 @@ _LOCKED = "nable to acquire lock"
 
 
 def run_dvc(arguments: list[str], repo: str = ".") -> str:
-    """Run a DVC command and return its standard output. Wait for another DVC process that uses the repository."""
+    """Run a DVC command and return its standard output. Wait for another DVC process that uses the repository.
+
+    Raises:
+        BadData: DVC failed.
+    """
     done = _call(arguments, repo)
     if done.returncode and _LOCKED in done.stderr:
         log.warning("waiting for another DVC process in %s", Path(repo).absolute())
@@ -223,7 +227,11 @@ def remotes(repo: str) -> list[str]:
 
 
 def check_remote(remote: str, repo: str) -> None:
-    """Refuse a DVC remote that is not configured."""
+    """Refuse a DVC remote that is not configured.
+
+    Raises:
+        BadConfig: there is no such remote.
+    """
     have = remotes(repo)
     if remote not in have:
         raise BadConfig(

@@ -65,7 +65,12 @@ def newest_settings(data: Data, branch: str) -> dict[str, JsonValue]:
 
 
 def find_newest_commit(repo: str, branch: str, remote: str = "origin") -> DatasetCommit:
-    """Find the newest commit of a branch. The remote's branch is fetched, but neither merged nor checked out."""
+    """Find the newest commit of a branch. The remote's branch is fetched, but neither merged nor checked out.
+
+    Raises:
+        BadConfig: the branch does not exist, or the folder is not a git repository.
+        Network: the remote does not answer.
+    """
     if is_url(repo):
         found = _git(["ls-remote", "--", repo, f"refs/heads/{branch}"], None).split()
         if not found:
@@ -107,7 +112,11 @@ def _contains(repo: str, commit: str, ancestor: str) -> bool:
 
 
 def commit(pin: Pin) -> None:
-    """Commit a `.dvc` file. Other staged changes stay out of the commit."""
+    """Commit a `.dvc` file. Other staged changes stay out of the commit.
+
+    Raises:
+        BadConfig: git failed.
+    """
     if committed(pin) is not None:
         return
     ignore = Path(pin.dvc_file).parent / ".gitignore"  # `dvc add` writes the folder's name into it
@@ -124,7 +133,11 @@ def committed(pin: Pin) -> str | None:
 
 
 def push() -> None:
-    """Push the branch that is checked out to its upstream."""
+    """Push the branch that is checked out to its upstream.
+
+    Raises:
+        Network: the push failed.
+    """
     _git(["push", "--quiet"], ".")
 
 

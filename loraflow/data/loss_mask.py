@@ -227,6 +227,9 @@ class ChatTemplate:
         """Return the ids of the control tokens with which the template closes an answer.
 
         Control tokens inside an answer, such as those of a channel or of reasoning, are not among them.
+
+        Raises:
+            BadModel: there is no such token.
         """
         answer = self._probe()
         tokens = self._answers.stop_tokens(answer)

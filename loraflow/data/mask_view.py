@@ -100,6 +100,9 @@ def sample_rows(rows: Path, template: ChatTemplate, config: TokenizeConfig) -> l
     """Return a few rows of a file of checked chats for a report, in the order of the file.
 
     A fixed seed draws them.
+
+    Raises:
+        BadModel: the template cannot render a row.
     """
     with rows.open("rb") as file:
         total = sum(1 for _ in file)

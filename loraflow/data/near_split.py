@@ -143,6 +143,9 @@ def place_near(
     Args:
         numbers: the rows to place: those of held-out files, then those of training files.
         leave_out: is called with each row that has no side, the reason, and a sentence.
+
+    Raises:
+        MissingExtra: rensa is not installed.
     """
     is_drop = config.near_duplicates == "drop"
     sides = np.where(columns.sets != 0, np.int8(HELDOUT_FILE), columns.drawn)
@@ -178,7 +181,11 @@ def place_near(
 
 
 def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:
-    """Choose `data.near_duplicates` for a new recipe: drop, unless so many rows are near that they would be one side."""
+    """Choose `data.near_duplicates` for a new recipe: drop, unless so many rows are near that they would be one side.
+
+    Raises:
+        MissingExtra: rensa is not installed.
+    """
     sketches = Sketches()
     sketches.add([comparable_text(chat) for chat in chats])
     comparison = Comparison(lambda number: comparable_text(chats[number]))

@@ -54,6 +54,9 @@ class Positions:
 
         Args:
             scored: the place of each document, if they are scored: max_length does not apply to them then.
+
+        Raises:
+            BadData: a document has more tokens than the model has positions.
         """
         longest = max(lengths, default=0)
         if self.limit is not None and longest > self.limit:

@@ -147,6 +147,9 @@ def refuse_rejected(row: Mapping[str, JsonValue], messages: list[Message], read:
 
     Args:
         read: columns that a recipe names as the answer: then it means what it says.
+
+    Raises:
+        BadRow: it is.
     """
     answer = messages[-1]["content"].strip()
     for key, value in row.items():
@@ -170,6 +173,9 @@ def refuse_corrected(row: Mapping[str, JsonValue], messages: list[Message], used
 
     Args:
         used: the keys that were read: loraflow's name → the row's column. An answer that a recipe names was chosen.
+
+    Raises:
+        BadRow: the column has another text than the answer.
     """
     if any(ours != theirs for ours, theirs in used.items() if ours in ANSWERS):
         return

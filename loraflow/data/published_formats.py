@@ -153,7 +153,11 @@ def is_xlam(row: Mapping[str, JsonValue]) -> bool:
 
 
 def read_xlam(fields: RowFields) -> list[Turn]:
-    """Read a question whose answer is a list of calls."""
+    """Read a question whose answer is a list of calls.
+
+    Raises:
+        BadRow: there is no call.
+    """
     query, calls = fields.value("query"), read_calls(fields.value("answers"), "answers")
     if not calls:
         raise BadRow("answers has no call: write the answer that is expected then, as messages")
@@ -161,7 +165,11 @@ def read_xlam(fields: RowFields) -> list[Turn]:
 
 
 def read_gemini(fields: RowFields) -> list[Turn]:
-    """Read `contents` of {role, parts}, and the text of `systemInstruction`."""
+    """Read `contents` of {role, parts}, and the text of `systemInstruction`.
+
+    Raises:
+        BadRow: a part is malformed.
+    """
     contents = objects(parsed_list(fields.value("contents"), "contents"))
     if contents is None:
         raise BadRow("contents: expected a list of {role, parts}")

@@ -154,6 +154,9 @@ def read_values(path: Path, name: str, query: str | None = None) -> Iterator[Raw
 
     Args:
         query: for a database, a table or a SELECT statement; None takes its only table.
+
+    Raises:
+        BadData: the file cannot be read, or its kind is unknown.
     """
     suffix = checked_suffix(path, name)
     if suffix in SUFFIXES:

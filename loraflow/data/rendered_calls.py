@@ -128,7 +128,11 @@ def refuse_left_out(chats: Sequence[Chat], texts: Sequence[str]) -> None:
 
 
 def refuse_cut_questions(chats: Sequence[Chat], texts: Sequence[str]) -> None:
-    """Refuse questions that the template does not render completely."""
+    """Refuse questions that the template does not render completely.
+
+    Raises:
+        BadModel: there is one. The failure's details have the number of the chat.
+    """
     for number, (chat, text) in enumerate(zip(chats, texts, strict=True)):
         for message in chat:
             if message["role"] == "user" and not has_text(text, message["content"]):
@@ -142,7 +146,11 @@ def refuse_cut_questions(chats: Sequence[Chat], texts: Sequence[str]) -> None:
 
 
 def refuse_other_text(texts: Sequence[str], marked: Sequence[str]) -> None:
-    """Refuse a training template that renders another text than the template that a server uses."""
+    """Refuse a training template that renders another text than the template that a server uses.
+
+    Raises:
+        BadModel: a text differs. The failure's details have the number of the chat.
+    """
     for number, (served, trained) in enumerate(zip(texts, marked, strict=True)):
         if served != trained:
             at = len(os.path.commonprefix([served, trained]))  # noqa: RUF071 (letters, not folders)
@@ -159,7 +167,11 @@ def refuse_other_text(texts: Sequence[str], marked: Sequence[str]) -> None:
 def refuse_ignored_tools(
     chats: Sequence[Chat], texts: Sequence[str], render: Callable[[Sequence[Chat]], Sequence[str]]
 ) -> None:
-    """Refuse tools that the template does not render. `render` is the function that rendered `texts`."""
+    """Refuse tools that the template does not render. `render` is the function that rendered `texts`.
+
+    Raises:
+        BadModel: a chat is rendered as without its tools. The failure's details have the number of the chat.
+    """
     numbers = [number for number, chat in enumerate(chats) if "tools" in chat[0]]
     if not numbers:
         return
@@ -227,7 +239,11 @@ def refuse_cut(cut: CutAnswer, turn: AnswerTurn) -> NoReturn:
 
 
 def refuse_missing_call(rendered: str, message: Message, turn: AnswerTurn) -> None:
-    """Refuse an answer whose calls the template does not render completely."""
+    """Refuse an answer whose calls the template does not render completely.
+
+    Raises:
+        BadModel: a part is missing.
+    """
     missing = missing_part(rendered, message)
     if missing is not None:
         raise BadModel(

@@ -142,6 +142,9 @@ def with_near_prompts(similar: Similar, table: ChatTable, columns: Columns, trai
 
     Args:
         train: training and validation rows. Answers that are not learned do not count.
+
+    Raises:
+        MissingExtra: rensa is not installed.
     """
     assert table.prompts is not None
     learned = train[columns.has(LAST_LEARNED)[train]]

@@ -242,7 +242,11 @@ class RowFields:
         return used
 
     def joined(self, content: list[JsonValue], column: str) -> str:
-        """Join the text parts of a system column: [{"type": "text", "text": …}]."""
+        """Join the text parts of a system column: [{"type": "text", "text": …}].
+
+        Raises:
+            BadRow: a part is not text.
+        """
         (turn,) = self._of_parts(Turn("system", content), column, column)
         return str(turn.content)
 

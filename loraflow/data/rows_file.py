@@ -75,7 +75,11 @@ class RowsFile:
             yield read_row(value, self.settings, labels)
 
     def segments(self) -> Iterator[FileRows]:
-        """Yield the rows as they are."""
+        """Yield the rows as they are.
+
+        Raises:
+            BadData: the file cannot be read, or its kind is unknown.
+        """
         path = self.folder / self.name
         if checked_suffix(path, self.name) in _LINES:
             first = 1

@@ -27,7 +27,11 @@ SourceCounts = dict[str, dict[str, int]]  # source → what is counted → rows
 
 
 def files_of_sources(files: Path, config: CheckDatasetConfig, tools: list[Tool] | None) -> Iterator[RowsFile]:
-    """Yield the files of all sources: those that are held out first."""
+    """Yield the files of all sources: those that are held out first.
+
+    Raises:
+        BadData: a pattern matches no file, or two sources have the same file.
+    """
     names = _names(files, config.sources)
     for source in sorted(config.sources, key=lambda source: source.split != "heldout"):
         is_training = source.split != "heldout"

@@ -44,7 +44,11 @@ def read_sqlite(path: Path, name: str, query: str | None = None) -> Iterator[dic
 
 
 def refuse_unsaved(path: Path) -> None:
-    """Refuse a SQLite database whose last changes are in another file: they would not be read."""
+    """Refuse a SQLite database whose last changes are in another file: they would not be read.
+
+    Raises:
+        BadData: there are such changes.
+    """
     log = path.with_name(f"{path.name}-wal")
     if log.is_file() and log.stat().st_size:
         raise BadData(

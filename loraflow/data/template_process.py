@@ -55,7 +55,11 @@ class TemplateProcess:
             self._start()
 
     def variables(self) -> list[str]:
-        """Return the names that the template reads and does not define."""
+        """Return the names that the template reads and does not define.
+
+        Raises:
+            BadModel: it is not valid, or exceeds a limit.
+        """
         self.compile()
         return self._reads
 
@@ -68,7 +72,11 @@ class TemplateProcess:
         return [text for reply in self._replies(chats, prompt=prompt, spans=False) for text in reply["texts"]]
 
     def marked(self, chats: Sequence[Chat]) -> list[list[Span]]:
-        """Return each chat's spans of characters that are inside `{% generation %}` blocks."""
+        """Return each chat's spans of characters that are inside `{% generation %}` blocks.
+
+        Raises:
+            BadModel: the template raises an error, or exceeds a limit.
+        """
         return [
             [(start, end) for start, end in spans]
             for reply in self._replies(chats, prompt=False, spans=True)

@@ -51,7 +51,11 @@ class TokenizerConfig(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerConfig:
-        """Read the file in a model's folder."""
+        """Read the file in a model's folder.
+
+        Raises:
+            BadModel: it is missing or damaged.
+        """
         file = folder / FILE
         try:
             with file.open("rb") as opened:
@@ -158,7 +162,11 @@ def find_template(folder: Path) -> str | None:
 
 
 def find_tool_template(folder: Path) -> str | None:
-    """Return the template that transformers uses for chats with tools, if it is another one."""
+    """Return the template that transformers uses for chats with tools, if it is another one.
+
+    Raises:
+        BadModel: the file is damaged, or the template is longer than any template is.
+    """
     if (folder / TOOL_TEMPLATE).exists():
         return _text_of(folder / TOOL_TEMPLATE)
     if (folder / DEFAULT_TEMPLATE).exists() or (folder / TEMPLATE).exists():

@@ -228,7 +228,11 @@ def _turns(text: str, dialect: _Dialect) -> list[Turn]:
 
 
 def alternating(turns: list[Turn]) -> list[Turn]:
-    """Return the messages of a text, in which two answers that follow each other have been cut at the wrong places."""
+    """Return the messages of a text, in which two answers that follow each other have been cut at the wrong places.
+
+    Raises:
+        BadRow: they do.
+    """
     for number, (turn, following) in enumerate(itertools.pairwise(turns), 1):
         if turn.role == following.role and turn.role in ("user", ASSISTANT):
             raise BadRow(

@@ -138,7 +138,11 @@ def locate_sources(sources: list[DataSource], memo: HashMemo, locate_one: _Locat
 
 
 def refuse_other_sources(origin: SourcesOrigin, config: VersionDatasetConfig) -> None:
-    """Refuse origins that are not those of the config, which is what the artifact is found by."""
+    """Refuse origins that are not those of the config, which is what the artifact is found by.
+
+    Raises:
+        BadData: they differ.
+    """
     got = _md5s(origin.sources)
     if got != config.sources or _md5(got) != config.md5:
         raise BadData(

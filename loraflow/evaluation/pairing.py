@@ -77,7 +77,11 @@ def pair(
 
 
 def require_in_range(table: pd.DataFrame, ends: tuple[float, float], metric: str, where: str) -> None:
-    """Refuse a score outside of the range that the recipe says it has."""
+    """Refuse a score outside of the range that the recipe says it has.
+
+    Raises:
+        BadData: there is one.
+    """
     values = scores(table, metric, where)
     outside = (values < ends[0]) | (values > ends[1])
     if outside.any():

@@ -106,6 +106,9 @@ def read_rows(file: Path, max_rows: int | None, seed: int) -> tuple[list[Heldout
 
     At most `max_rows` of a set are returned: a seeded sample, in which each group, or each label of a classification set,
     has its share of the set.
+
+    Raises:
+        BadData: there are none.
     """
     with file.open(encoding="utf-8") as lines:
         rows, available = sampled_rows(lines, max_rows, seed)

@@ -38,7 +38,12 @@ def deal_heldout(workspace: Workspace, rows: Ref, merged: Ref) -> DealtRows:
 
 
 def preview_heldout(workspace: Workspace, rows: Ref, merged: Ref | None) -> DealtRows:
-    """Return what `deal_heldout` would, without dealing; `merged` is None if the model is not trained yet."""
+    """Return what `deal_heldout` would, without dealing; `merged` is None if the model is not trained yet.
+
+    Raises:
+        BadConfig: no row is left for a look.
+        DamagedLog: the record of looks or of deals is damaged.
+    """
     heldout = read_rows(workspace.store.read(rows, "heldout.jsonl"))
     challenger = None if merged is None else merged.digest
     dealt = _record(workspace).preview(challenger, heldout, workspace.looks.scored_keys, _request(workspace))
@@ -50,6 +55,10 @@ def deal_for_scores(workspace: Workspace, rows: Ref, model: Ref) -> None:
     """Choose rows to score a model on without a look: rows that were dealt before, so that the reserve stays unseen.
 
     If no rows were dealt yet, the model is dealt some.
+
+    Raises:
+        BadConfig: no row is left for a look.
+        DamagedLog: the record of looks or of deals is damaged.
     """
     heldout = read_rows(read_intact(workspace.store, rows, "heldout.jsonl"))
     workspace.dealt = _record(workspace).for_scores(model.digest, heldout)

@@ -70,7 +70,11 @@ class JobFile:
 
     @classmethod
     def read(cls, path: Path) -> JobFile:
-        """Read a file that `write` wrote."""
+        """Read a file that `write` wrote.
+
+        Raises:
+            ValueError: it was changed, or is the file of another job.
+        """
         values = json.loads(check_document(_name(path), path.read_bytes()))
         return cls(
             Job[StageConfig].model_validate({key: values[key] for key in Job.model_fields if key in values}),

@@ -195,7 +195,11 @@ def saves_since(work: Path, started: float, *, is_shared: bool) -> bool:
 
 
 def check_free_space(job: Job[StageConfig], store: Store) -> None:
-    """Check the free disk space, for a stage whose result is about as large as one of its inputs."""
+    """Check the free disk space, for a stage whose result is about as large as one of its inputs.
+
+    Raises:
+        DiskFull: there is too little.
+    """
     need = _size_of_source(job, store)
     if need is None:
         return

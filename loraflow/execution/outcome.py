@@ -118,7 +118,11 @@ def _from_file(path: Path) -> dict[str, JsonValue] | None:
 
 
 def parse_outcome(path: Path) -> dict[str, JsonValue] | None:
-    """Return an outcome's values; None if the file is damaged, or that of another job."""
+    """Return an outcome's values; None if the file is damaged, or that of another job.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     try:
         return _parsed(check_document(f"{path.parent.name}/{path.name}", path.read_bytes()))
     except ChangedDocument:

@@ -37,6 +37,9 @@ def intact_result(workspace: Workspace, stage: Stage, **inputs: Ref) -> Ref:
     """Run a stage if it is not cached, and hash its result, for callers that read the files without a stage.
 
     A damaged artifact is moved to the quarantine, and computed again.
+
+    Raises:
+        CorruptArtifact: it is damaged again.
     """
     ref = run_stage(workspace, stage, **inputs)
     try:

@@ -84,7 +84,11 @@ class ForkedWorker:
         return self._code
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end of the process and return its exit status."""
+        """Wait for the end of the process and return its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not ended in time.
+        """
         ends = None if timeout is None else time.monotonic() + timeout
         while self._code is None:
             left = None if ends is None else max(0.0, ends - time.monotonic())

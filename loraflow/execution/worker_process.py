@@ -127,7 +127,11 @@ def _stall_minutes(file: JobFile) -> list[float | None]:
 
 
 def check_budget(job: Job[StageConfig], ends: float | None) -> None:
-    """Check the time of the run, of which the worker needs the last seconds to save a checkpoint."""
+    """Check the time of the run, of which the worker needs the last seconds to save a checkpoint.
+
+    Raises:
+        BudgetSpent: it is over.
+    """
     if ends is not None and time.time() > ends - job.runtime.grace_seconds:
         raise failures.BudgetSpent(
             "The run reached its time limit.",

@@ -12,7 +12,11 @@ Device = Literal["cpu", "cuda"]
 
 
 def pick_device(runtime: Runtime) -> Device:
-    """Return the device that the runtime asks for."""
+    """Return the device that the runtime asks for.
+
+    Raises:
+        MissingExtra: cuda is asked for and there is no CUDA device.
+    """
     import torch
 
     requested, has_cuda = runtime.device, torch.cuda.is_available()

@@ -108,7 +108,11 @@ def write_anchor(store: Store, model: str, head: LogHead, name: str = "") -> Non
 
 
 def read_anchor(store: Store, name: str) -> LogHead:
-    """Return what the anchor of this name says: number 0 if there is none."""
+    """Return what the anchor of this name says: number 0 if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     data = store.read_document(name)
     if data is None:
         return LogHead()

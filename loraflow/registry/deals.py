@@ -130,6 +130,9 @@ class DealRecord:
         """Return the keys of rows to score a model on without a look: its own, or else those that were dealt last.
 
         None if no rows were dealt, or some of them are not in the dataset any more.
+
+        Raises:
+            DamagedLog: a deal or its rows are missing or were changed.
         """
         entries, dealt = self._read()
         present = {row.key for row in rows}
@@ -138,13 +141,21 @@ class DealRecord:
         return dealt[(own or there)[-1].rows] if there else None
 
     def of_model(self, challenger: str, reserve: int | float) -> frozenset[str] | None:
-        """Return the keys of the rows that a model was dealt last with this reserve; None if it was dealt none."""
+        """Return the keys of the rows that a model was dealt last with this reserve; None if it was dealt none.
+
+        Raises:
+            DamagedLog: a deal or its rows are missing or were changed.
+        """
         entries, dealt = self._read()
         own = [entry for entry in entries if (entry.challenger, entry.reserve) == (challenger, reserve)]
         return dealt[own[-1].rows] if own else None
 
     def check(self) -> None:
-        """Read all deals and their rows."""
+        """Read all deals and their rows.
+
+        Raises:
+            DamagedLog: a deal or its rows are missing or were changed.
+        """
         self._read()
 
     def _read(self) -> tuple[list[Deal], dict[str, frozenset[str]]]:

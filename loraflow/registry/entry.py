@@ -44,7 +44,11 @@ class Entry(BaseModel):
 
 
 def parse_entry(content: bytes, before: Sequence[Entry]) -> Entry:
-    """Parse an entry and check its hash, its number, and that it follows the entries before it."""
+    """Parse an entry and check its hash, its number, and that it follows the entries before it.
+
+    Raises:
+        ValueError: it does not.
+    """
     try:
         stored = JSON_OBJECT.validate_json(content)
         claimed = stored.pop("hash", None)

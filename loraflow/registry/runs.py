@@ -206,7 +206,11 @@ def require_run(store: Store, run: str) -> RunRecord:
 
 
 def find_named_run(store: Store, name: str) -> RunRecord | None:
-    """Return the record of a run by its own id, or by the id that Prefect's UI shows in the address of a run's page."""
+    """Return the record of a run by its own id, or by the id that Prefect's UI shows in the address of a run's page.
+
+    Raises:
+        CorruptArtifact: it cannot be read.
+    """
     if PREFECT_ID.fullmatch(name):
         return next((record for record in reversed(read_runs(store)) if record.prefect_run == name), None)
     return read_run(store, name)

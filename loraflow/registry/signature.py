@@ -220,6 +220,9 @@ def remember_verified(store: Store, model: str, head: LogHead, signers: Path) ->
 
     Another process may have verified a longer log since this one was read. If the file cannot be locked or written, that is
     only a warning.
+
+    Raises:
+        BadConfig: the file cannot be read.
     """
     file = heads_file(signers)
     try:

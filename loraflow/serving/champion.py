@@ -126,7 +126,12 @@ class Champion(FrozenModel):
 
 
 def describe_champion(store: Store, model: str) -> Champion:
-    """Collect the facts about the champion of a registered model."""
+    """Collect the facts about the champion of a registered model.
+
+    Raises:
+        BadConfig: the model has no champion.
+        CorruptArtifact: the promotion log is damaged.
+    """
     head = champion_entry(store, model)
     promoted = _promotion(PromotionLog(store, model), head)
     records = list(reversed(read_runs(store)))

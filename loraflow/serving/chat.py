@@ -249,7 +249,12 @@ class Session:
                 self.note(str(failure))
 
     def handle_line(self, line: str) -> None:
-        """Answer a message, or run a command."""
+        """Answer a message, or run a command.
+
+        Raises:
+            Quit: the line is /quit.
+            Failure: the message cannot be answered.
+        """
         if not line:
             return
         if line.startswith("/") and not line.startswith("//"):

@@ -77,13 +77,21 @@ class Model:
         return identity.digest(hashes)
 
     def intact_base(self) -> Path | None:
-        """Return the folder of the base, where that is known; an artifact is hashed if it changed."""
+        """Return the folder of the base, where that is known; an artifact is hashed if it changed.
+
+        Raises:
+            CorruptArtifact: it is damaged.
+        """
         if self.base_ref is not None:
             intact_folder(open_store(self.base_ref.uri), self.base_ref)
         return self.base
 
     def refuse_unmerged(self, what: str) -> None:
-        """Refuse an adapter that is not merged, for `what` needs a whole model."""
+        """Refuse an adapter that is not merged, for `what` needs a whole model.
+
+        Raises:
+            BadConfig: it is an adapter.
+        """
         if self.unmerged_adapter is not None:
             raise BadConfig(
                 f"{what} needs a merged model, but this is an adapter.",
@@ -292,7 +300,11 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
 
 
 def check_unmerged(model: Model) -> None:
-    """Refuse an adapter that is not complete, or does not fit the base that it is applied to."""
+    """Refuse an adapter that is not complete, or does not fit the base that it is applied to.
+
+    Raises:
+        BadModel: see `check_adapter`.
+    """
     from loraflow.adapters.validation import check_adapter
 
     if model.unmerged_adapter is not None:

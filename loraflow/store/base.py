@@ -48,7 +48,11 @@ class Store(Protocol):
         """Return a local folder with the artifact's files. Files that were downloaded are hashed on arrival."""
 
     def read(self, ref: Ref, name: str) -> bytes:
-        """Return the content of one file of an artifact. Its hash is always compared with the manifest."""
+        """Return the content of one file of an artifact. Its hash is always compared with the manifest.
+
+        Raises:
+            CorruptArtifact: the file or the manifest is missing or was changed.
+        """
 
     def check(self, ref: Ref) -> list[str]:
         """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
@@ -155,7 +159,11 @@ class Store(Protocol):
         """Block cleanups while artifacts are in use."""
 
     def cleanup_lock(self) -> AbstractContextManager[None]:
-        """Block readers while artifacts are removed."""
+        """Block readers while artifacts are removed.
+
+        Raises:
+            LockHeld: there are readers.
+        """
 
     def committed_at(self, ref: Ref) -> float:
         """Return when an artifact was committed, in seconds since 1970."""
@@ -185,12 +193,20 @@ def require_intact(store: Store, ref: Ref, memo: HashMemo | None = None) -> None
 
 
 def require_intact_in_store(store: Store, ref: Ref, memo: HashMemo | None = None) -> None:
-    """Hash all contents of an artifact where the store has them, before a promotion names it."""
+    """Hash all contents of an artifact where the store has them, before a promotion names it.
+
+    Raises:
+        CorruptArtifact: it is damaged. It was moved to the quarantine, so that its stage recomputes it.
+    """
     _require(store, ref, lambda: store.verify(ref, memo), memo)
 
 
 def require_unchanged(store: Store, ref: Ref, memo: HashMemo) -> None:
-    """Hash those files of an artifact that changed since this machine hashed them, where the store has them."""
+    """Hash those files of an artifact that changed since this machine hashed them, where the store has them.
+
+    Raises:
+        CorruptArtifact: it is damaged. It was moved to the quarantine, so that its stage recomputes it.
+    """
     _require(store, ref, lambda: store.check_changed(ref, memo), memo)
 
 

@@ -274,7 +274,11 @@ _SHA256 = "loraflow-sha256"  # metadata with the hash of an object's content
 
 
 def upload_file(bucket: Bucket, path: Path, key: str, sha256: str) -> None:
-    """Upload a file. An object that is already complete is skipped; an interrupted upload continues at its missing parts."""
+    """Upload a file. An object that is already complete is skipped; an interrupted upload continues at its missing parts.
+
+    Raises:
+        Network: the store did not answer for `RETRY_SECONDS`.
+    """
     if _is_uploaded(bucket, path, key, sha256):
         return
     if path.stat().st_size > PART_SIZE:

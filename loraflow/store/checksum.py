@@ -64,7 +64,11 @@ def add_inner_checksum(name: str, key: str, document: bytes) -> bytes:
 
 
 def check_inner_checksum(name: str, key: str, document: bytes) -> bytes:
-    """Return a document without the checksum that `add_inner_checksum` has put into it."""
+    """Return a document without the checksum that `add_inner_checksum` has put into it.
+
+    Raises:
+        ChangedDocument: the checksum is not that of this name and content.
+    """
     head = rb'\n "%s": \{' % key.encode()
     found = re.search(head + rb'\n  "checksum": "([0-9a-f]{64})"(,\n|\n \})', document)
     if found is None:

@@ -85,7 +85,11 @@ class LocalStore(LocalDocuments):
         return None if _check(self._folder(ref), manifest) else manifest.ref(self.uri)
 
     def manifest(self, ref: Ref) -> Manifest:
-        """Return an artifact's manifest."""
+        """Return an artifact's manifest.
+
+        Raises:
+            CorruptArtifact: it is missing, unreadable, or was changed.
+        """
         try:
             return self._read_manifest(ref)
         except (OSError, ValueError) as error:
@@ -101,7 +105,11 @@ class LocalStore(LocalDocuments):
         return str(self._folder(ref))
 
     def read(self, ref: Ref, name: str) -> bytes:
-        """Return the content of one file of an artifact."""
+        """Return the content of one file of an artifact.
+
+        Raises:
+            CorruptArtifact: it is missing, or its hash differs from the manifest's.
+        """
         manifest, path = self.manifest(ref), self._folder(ref) / name
         content = path.read_bytes() if path.is_file() else None
         problems = check_content(manifest, name, content)
@@ -347,7 +355,12 @@ class LocalStore(LocalDocuments):
 
     @contextmanager
     def cleanup_lock(self) -> Iterator[None]:
-        """Block readers while artifacts are removed."""
+        """Block readers while artifacts are removed.
+
+        Raises:
+            LockHeld: there are readers.
+            ReadOnlyStore: nothing can be removed.
+        """
         with ExitStack() as locks:
             with translate_os_errors(self.uri):
                 locks.enter_context(flock(self.root / "locks" / "readers", wait=False))

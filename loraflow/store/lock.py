@@ -55,7 +55,11 @@ def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[No
 
 
 def open_lock(path: Path, flags: int) -> int:
-    """Open a lock's file. A link is not followed: who can write to the folder would choose a file that is overwritten."""
+    """Open a lock's file. A link is not followed: who can write to the folder would choose a file that is overwritten.
+
+    Raises:
+        Failure: the file is a link.
+    """
     try:
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError as error:

@@ -70,7 +70,11 @@ class S3Store:
         return self._artifacts.find(stage, fingerprint)
 
     def manifest(self, ref: Ref) -> Manifest:
-        """Return an artifact's manifest."""
+        """Return an artifact's manifest.
+
+        Raises:
+            CorruptArtifact: it is missing, unreadable, or was changed.
+        """
         return self._artifacts.manifest(ref)
 
     def location(self, ref: Ref) -> str:
@@ -97,7 +101,11 @@ class S3Store:
         return folder
 
     def read(self, ref: Ref, name: str) -> bytes:
-        """Return the content of one file of an artifact."""
+        """Return the content of one file of an artifact.
+
+        Raises:
+            CorruptArtifact: it is missing in the bucket, or its hash there differs from the manifest's.
+        """
         manifest, cached = self.manifest(ref), self.cache.folder(ref) / name
         if cached.is_file():
             content = cached.read_bytes()
@@ -296,7 +304,11 @@ class S3Store:
 
     @contextmanager
     def cleanup_lock(self) -> Iterator[None]:
-        """Block readers while artifacts are removed."""
+        """Block readers while artifacts are removed.
+
+        Raises:
+            LockHeld: there are readers.
+        """
         with (
             flock(self.cache.local_folder("locks") / "readers", wait=False),
             leases.cleanup_lease(self.bucket, self.lease_seconds),

@@ -109,7 +109,11 @@ class S3Artifacts:
         return None if compare_sizes(file_sizes(ref, manifest, listed), manifest) else manifest.ref(self.uri)
 
     def manifest(self, ref: Ref) -> Manifest:
-        """Return an artifact's manifest, from memory if it was found before."""
+        """Return an artifact's manifest, from memory if it was found before.
+
+        Raises:
+            CorruptArtifact: it is missing, unreadable, or was changed.
+        """
         known = self._manifests.get(artifact_prefix(ref))
         if known is not None:
             return known

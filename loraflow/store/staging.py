@@ -48,7 +48,11 @@ def create(root: Path, name: str) -> Path:
 
 
 def claim(folder: Path) -> None:
-    """Lock a folder for this process, until it is released or the process ends. The folder need not exist."""
+    """Lock a folder for this process, until it is released or the process ends. The folder need not exist.
+
+    Raises:
+        Failure: the file of the lock is a link.
+    """
     path = _owner_file(folder)
     while True:
         fd = open_lock(path, os.O_RDWR | os.O_CREAT)

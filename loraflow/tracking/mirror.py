@@ -218,7 +218,11 @@ def _first_line(error: Exception) -> str:
 
 
 def read_marks(store: Store, model: str) -> list[str]:
-    """Return the names of a model's marks; none if all was sent."""
+    """Return the names of a model's marks; none if all was sent.
+
+    Raises:
+        Network: the store does not answer.
+    """
     return store.documents(f"mlflow/{model}/")
 
 

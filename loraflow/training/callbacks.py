@@ -211,7 +211,11 @@ def early_stopping(patience: int, checkpoint: Path | None) -> EarlyStopping:
 
 
 def refuse_non_finite(model: torch.nn.Module, step: int) -> None:
-    """Check the trained tensors."""
+    """Check the trained tensors.
+
+    Raises:
+        NonFiniteLoss: a tensor holds a NaN or an infinity.
+    """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(parameter.detach().isfinite().all()):
             raise NonFiniteLoss(

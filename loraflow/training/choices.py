@@ -171,7 +171,11 @@ def choose_attention(setup: TrainingSetup, config: PreTrainedConfig) -> Attentio
 
 
 def refuse_packing(setup: TrainingSetup, config: PreTrainedConfig) -> None:
-    """Refuse packed rows for a model whose layers carry a state over the borders of documents."""
+    """Refuse packed rows for a model whose layers carry a state over the borders of documents.
+
+    Raises:
+        BadConfig: the rows are packed.
+    """
     obstacle = obstacle_to_packing(config)
     if setup.rows.row_length is not None and obstacle:
         raise BadConfig(
@@ -228,7 +232,11 @@ def _sharding(setup: TrainingSetup) -> ShardingChoice:
 
 
 def refuse_mixed_devices(group: ProcessGroup, device: Device) -> None:
-    """Refuse GPUs of several types: the slowest sets the speed, and the smallest the memory."""
+    """Refuse GPUs of several types: the slowest sets the speed, and the smallest the memory.
+
+    Raises:
+        BadConfig: the GPUs differ.
+    """
     names = sorted(set(group.all_gather(device_name(device))))
     if len(names) > 1:
         raise BadConfig(

@@ -43,6 +43,9 @@ def refuse_leaking_documents(
     Args:
         model: the base as it is trained, on its device.
         is_concatenated: the layout of training: concatenated documents with their borders, else packed rows.
+
+    Raises:
+        BadModel: the second document's logits depend on the first document.
     """
     size = model.config.get_text_config().vocab_size
     draw = np.random.default_rng(0)
@@ -77,6 +80,9 @@ def refuse_seeing_later_tokens(
 
     Args:
         is_concatenated: the layout of training: concatenated documents with their borders, else padded rows.
+
+    Raises:
+        BadModel: they change by more than rounding.
     """
     size = model.config.get_text_config().vocab_size
     ids = np.random.default_rng(0).integers(0, size, sum(LENGTHS))
@@ -103,6 +109,9 @@ def refuse_padding_that_is_seen(model: PreTrainedModel, pad_id: int, *, compute_
 
     Args:
         model: the base as it is trained, on its device; its tokens do not see later ones.
+
+    Raises:
+        BadModel: they change by more than rounding.
     """
     size = model.config.get_text_config().vocab_size
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, size, (2, LENGTHS[1])))
@@ -226,7 +235,11 @@ def refuse_other_generation(model: PreTrainedModel, pad_id: int, *, compute_dtyp
 
 @contextlib.contextmanager
 def errors_as_refusal(model: PreTrainedModel, what: str, expected: str) -> Iterator[None]:
-    """Refuse a model whose own code fails, in any way; errors of the device and of tested architectures pass."""
+    """Refuse a model whose own code fails, in any way; errors of the device and of tested architectures pass.
+
+    Raises:
+        BadModel: the model's code failed.
+    """
     try:
         yield
     except Exception as error:  # code of an architecture may fail in any way

@@ -366,6 +366,9 @@ def explain_out_of_memory(where: str, retry_with: RetryWith) -> Iterator[None]:
 
     Args:
         retry_with: runtime settings of the next attempt; without changes if there should be none.
+
+    Raises:
+        OutOfMemory: torch ran out of memory.
     """
     import torch
 

@@ -49,7 +49,11 @@ def preview(base: Path, recipe: Recipe) -> list[str]:
 
 
 def describe(base: Path) -> list[str]:
-    """Return what an architecture is trained with, and what all-linear adapts in it, a line each."""
+    """Return what an architecture is trained with, and what all-linear adapts in it, a line each.
+
+    Raises:
+        BadModel: the base's model cannot be built from its config.
+    """
     model = model_without_weights(base)
     return [*_lines(base, model.config), f"  all-linear: {_summary(base, model, find_targets(model, PeftConfig()))}"]
 
