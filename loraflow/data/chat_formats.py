@@ -117,7 +117,7 @@ def read_chat(
     has_others = not fields.row.keys() <= _FORMAT_KEYS
     row_weight, excluded_by = fields.row_weight() if has_others else (1.0, "")
     if turns and turns[-1].role == "user" and (hint := hint_to_choose(fields.row)):
-        raise BadRow(f"the chat ends with a question, and its answer is in chosen{hint}")
+        raise BadRow(f"the chat ends with a question, and the chosen answer is beside it{hint}")
     messages = _with_tools(turns, *_tools(fields, turns, tools))
     if not row_weight:
         raise MarkedFalse("the row is marked as not to be learned", excluded_by)

@@ -57,13 +57,19 @@ _OTHER_PAIRS = (
     ("instruction", "generation"),  # distilabel
     ("message_1", "message_2"),  # Camel
     ("q", "a"),
+    ("context", "response"),  # messages in HelpSteer3
+    ("human", "bot"),
+    ("src", "tgt"),
+    ("content", "summary"),
 )
 
 # Usual names of a text that a question is about, in lower case, and what such a text must be. The others of these columns
 # hold ids, file names, categories or metadata.
 _PASSAGES: Mapping[str, Callable[[str], bool]] = {
     **dict.fromkeys(("context", "input", "passage", "paragraph", "document", "article", "story", "premise"), is_phrase),
-    **dict.fromkeys(("contract", "clause", "transcript", "dialogue", "background", "facts", "body"), is_passage),
+    **dict.fromkeys(
+        ("contract", "clause", "transcript", "dialogue", "background", "facts", "body", "text", "abstract"), is_passage
+    ),
     "input": bool,  # Alpaca's
 }
 # What is to be done with a question or text, and what it must be
@@ -206,7 +212,7 @@ def _columns_of_pair(
 def _is_a_part(names: dict[str, str], asked: str, answered: str, rows: Sequence[dict[str, JsonValue]]) -> bool:
     """Tell whether a column is only a part of the answer: the choice `a` of a quiz, or a result beside its derivation."""
     if answered.lower() != "answer":
-        return answered.lower() == "a" and "b" in names
+        return (answered.lower() == "a" and "b" in names) or "message_3" in names
     return any(
         len(text) > len(str(row.get(answered))) and (len(text.split()) > _LONG or _DERIVATIONS.search(key.lower()))
         for row in rows

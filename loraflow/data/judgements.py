@@ -24,6 +24,7 @@ from loraflow.data.mark_names import (
     FALSE_IS_WRONG,
     GOOD,
     GRADES,
+    HARM_LABEL,
     HELD_OUT_FLAGS,
     OPINIONS,
     REACTIONS,
@@ -191,7 +192,7 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
         return None
     if is_down or (is_direct and is_wrong) or (name in RECORD_STATES and text == "discarded"):
         return Said(False, shown(here, value))
-    if not is_direct and _is_class(name, here, text, beside):
+    if not is_direct and inner != HARM_LABEL and _is_class(name, here, text, beside):
         return None
     return Said(None, _unclear(here, value))
 
@@ -219,6 +220,8 @@ def _word(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) ->
     The word of `is_harmful: true` is false.
     """
     inner, number = opinion_name(name), as_number(value)
+    if inner == HARM_LABEL:
+        return "false" if isinstance(value, str) and _UNSAFE.fullmatch(plain(value)) else None
     if inner in TRUE_OR_FALSE and number is not None:
         is_bad = number == float(inner in TRUE_IS_BAD) and _is_flag(number, here, value, beside)
         return "false" if is_bad else "true" if number in (0, 1) else None
@@ -346,7 +349,7 @@ def names_the_class(name: str, here: tuple[str, ...], value: JsonValue, beside: 
     first = _CLASS if name in SAFETY else _GRADE
     if any(first.match(answer) or (name in SAFETY and _is_yes_or_no(answer)) for answer in beside.said):
         return True
-    if beside.labels is None or not _is_named(name, value, beside.said):
+    if beside.labels is None or name == HARM_LABEL or not _is_named(name, value, beside.said):
         return False
     return not beside.labels.some_row(("not named", *here), lambda row: _classes_differ(name, row, here))
 

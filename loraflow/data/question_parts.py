@@ -24,6 +24,7 @@ _PARTS = frozenset({
 _TEXT_PARTS = (
     "context", "input", "passage", "paragraph", "document", "article", "story", "premise", "question", "query", "problem",
     "definition", "hypothesis", "transcript", "dialogue", "contract", "clause", "background", "facts", "schema", "table",
+    "text", "abstract", "excerpt", "constraints", "evidence",
 )  # fmt: skip
 _TEXT_OR_LISTED = frozenset({*_TEXT_PARTS, "contexts", "documents", "passages", "paragraphs", "retrieved_contexts"})
 _QUESTIONS = frozenset({"question", "query", "problem", "hypothesis"})  # a prompt may say the same in other words
@@ -120,7 +121,7 @@ def refuse_lost_parts(
         ]
         if not parts:
             continue
-        asked = asked or _Asked(messages)
+        asked = asked or _Asked(messages, str(row[used[ours]]))
         share = _SHARE_OF_QUESTIONS if key.lower() in _QUESTIONS else _SHARE
         if not any(asked.has(part, share) for part in parts):
             raise LostPart(
@@ -131,17 +132,21 @@ def refuse_lost_parts(
 class _Asked:
     """The texts before a row's last answer, in which the parts of its question are looked for."""
 
-    def __init__(self, messages: list[Message]):
+    def __init__(self, messages: list[Message], question: str):
+        self._question = plain(question)
         self._text = plain(" ".join(message["content"] for message in messages[:-1]))
         self._words = set(_WORDS.findall(self._text))
         self._answer = plain(messages[-1]["content"])
 
     def has(self, part: str, share: float) -> bool:
-        """Tell whether a part is written there, literally or with at least a share of its words; or is the answer itself."""
+        """Tell whether a part is written there, literally or with at least a share of its words; or has question and answer."""
         text = plain(part)
         words = set(_WORDS.findall(text))
         is_similar = bool(words) and len(words & self._words) >= share * len(words)
-        return is_similar or text in self._text or text == self._answer
+        asked, answered = text.find(self._question), text.rfind(self._answer)
+        rest = len(text) - answered - len(self._answer)
+        is_rendered = 0 <= asked < answered and rest < 20  # the whole chat and its end token, as in Alpaca's `text`
+        return is_similar or is_rendered or text in self._text or text == self._answer
 
 
 def _way_out(
@@ -227,6 +232,8 @@ def _texts_of(value: JsonValue) -> Iterable[str]:
 def _is_part(name: str, value: JsonValue) -> bool:
     if name in _CHOICES:
         return _is_choices(value)
+    if isinstance(value, list) and all(isinstance(v, dict) and "role" in v for v in value):
+        return False  # earlier messages
     return name in _PARTS and isinstance(value, dict | list) and bool(value)
 
 

@@ -391,4 +391,4 @@ def normal_role(value: JsonValue) -> JsonValue:
     """Return a role as user, assistant, system or tool, for `Human`, `gpt` and the like; an unknown role unchanged."""
     if not isinstance(value, str):
         return value
-    return ROLES.get(value) or ROLES.get(value.strip().lower(), value)
+    return ROLES.get(value) or ROLES.get(value.strip().lower().replace("-", "_").replace(" ", "_"), value)
