@@ -294,13 +294,13 @@ def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
         ):
             continue
         if _CHAT_NAMES.search(name) or not any(map(pair_keys, turns)):
-            ours = (
+            column = (
                 "conversations"
                 if any("from" in turn for turn in turns) and not any("role" in turn for turn in turns)
                 else "messages"
             )
-            found |= {name: ours} if _is_chat(ours, value) else {}
-    return {ours: name for name, ours in found.items()} if len(found) == 1 else {}
+            found |= {name: column} if _is_chat(column, value) else {}
+    return {column: name for name, column in found.items()} if len(found) == 1 else {}
 
 
 def _is_chat(column: str, turns: JsonValue) -> bool:

@@ -222,7 +222,7 @@ def without_marks(unread: Mapping[str, int], marks: Mapping[str, int]) -> dict[s
 # What stands beside an answer: the values of a key, which may be in objects and lists, and what a key says.
 
 
-class Said(NamedTuple):
+class Judgement(NamedTuple):
     """What a key says about an answer."""
 
     is_learned: bool | None  # None: it may say that it is wrong

@@ -204,6 +204,13 @@ def test_scores_of_0_and_1_alone_are_a_question(key):
         assert (key in doubtful(told, {key: len(values)})) is is_asked, values
 
 
+@pytest.mark.parametrize(("key", "values"), [("finish_reason", ("stop", "length")), ("stop_reason", ("end_turn", "max_tokens"))])  # fmt: skip
+def test_an_answer_that_was_cut_off_is_a_question(key, values):
+    told = counted([told_by({key: value}, [key]) for value in values])
+    assert doubtful(told, {key: 2}) == {key: {values[1]: 1}}
+    assert doubtful(counted([told_by({key: values[0]}, [key])] * 2), {key: 2}) == {}
+
+
 def test_the_guess_for_a_text_beside_an_instruction_is_a_guess_for_every_row(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps({"instruction": "Sum it up.", "text": PASSAGE, "output": "a"}))
     assert columns_of(tmp_path / "t.jsonl", "t") == {"instruction": "instruction", "input": "text", "output": "output"}

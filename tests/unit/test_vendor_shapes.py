@@ -202,7 +202,7 @@ def test_a_row_is_read_as_its_file_means_it(shape):
     assert told(row) == expected
     columns = guess_columns(row)
     renamed = {key: value for key, value in row.items() if key not in columns.values()}
-    prompt = to_prompt({**renamed, **{ours: row[theirs] for ours, theirs in columns.items()}})
+    prompt = to_prompt({**renamed, **{key: row[column] for key, column in columns.items()}})
     assert len(prompt) == len(expected) - 1
 
 
