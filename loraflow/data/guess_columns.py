@@ -58,8 +58,6 @@ _OTHER_PAIRS = (
     ("message_1", "message_2"),  # Camel
     ("q", "a"),
     ("context", "response"),  # messages in HelpSteer3
-    ("human", "bot"),
-    ("src", "tgt"),
     ("content", "summary"),
 )
 
@@ -259,6 +257,8 @@ def _first(
         if is_kind is bool:
             return column
         texts = [text for row in rows if isinstance(text := row.get(column), str) and text.strip()]
+        if any(all(str(row.get(key)).strip() in str(row.get(column)) for key in but) for row in rows if len(but) > 1):
+            continue  # a whole chat, which has the answer
         if texts and 2 * sum(map(is_kind, texts)) > len(texts):
             return column
     return None

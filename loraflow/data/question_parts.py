@@ -145,7 +145,7 @@ class _Asked:
         is_similar = bool(words) and len(words & self._words) >= share * len(words)
         asked, answered = text.find(self._question), text.rfind(self._answer)
         rest = len(text) - answered - len(self._answer)
-        is_rendered = 0 <= asked < answered and rest < 20  # the whole chat and its end token, as in Alpaca's `text`
+        is_rendered = 0 <= asked < answered and rest < 60  # the whole chat and its end tokens, as in Alpaca's `text`
         return is_similar or is_rendered or text in self._text or text == self._answer
 
 

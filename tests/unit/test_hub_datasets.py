@@ -21,6 +21,11 @@ from tests.unit.test_published_shapes import FUNCTION, OUT, QA, REFUSED, answer,
 CHAT, WORSE = [user("q"), answer("a")], [user("q"), answer("b")]
 TOOLS = [{"type": "function", "function": FUNCTION}]
 RENDERED = f"{PREAMBLE}### Instruction:\nq\n\n### Response:\na"
+LLAMA = (
+    f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{PASSAGE}<|eot_id|><|start_header_id|>user<|end_header_id|>"
+    "\n\nIs it one?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nIt is.<|eot_id|><|end_of_text|>"
+)
+ALL = f"{PASSAGE}\n\nQuestion: Is it one?\nAnswer: It is."
 CONSTRAINT = "The output should be 'yes' or 'no', and nothing else than that. Do not explain the answer."
 PASSAGE_AND_Q = [f"u: q\n\n{PASSAGE}", "a: a"]
 
@@ -65,8 +70,7 @@ SHAPES = {
     "rStar-Coder": ([{"question": "q", "starter_code": "", "response": "a", "verified": True, "is_passed": said} for said in (True, False)], [QA, OUT]),
     "SWE-smith": ([{"messages": json.dumps(CHAT), "resolved": said, "patch": "d"} for said in (True, False)], [QA, REFUSED]),
     "BELLE's turns": ([{"instruction": "Human:q\nAssistant:a\nHuman:r\nAssistant:", "input": "", "output": "b"}], [TWO]),
-    "human and bot": ([{"human": "q", "bot": "a"}], [QA]),
-    "CoEdIT": ([{"_id": "1", "task": "gec", "src": "q", "tgt": "a"}], [QA]),
+    "CoEdIT": ([{"_id": "1", "task": "gec", "src": "q", "tgt": "a"}], [REFUSED]),
     "tldr": ([{"content": "q", "summary": "a"}], [QA]),
     "Camel, four messages": ([{"message_1": "q", "message_2": "a", "message_3": "r", "message_4": "b"}], [REFUSED]),
     "LeetCodeDataset": ([{"prompt": "import random", "completion": "x = 1", "query": "q", "response": "a"}], [REFUSED]),
@@ -77,6 +81,9 @@ SHAPES = {
     "a text that some questions have": ([{"text": text, "question": "q", "answer": "a"} for text in (PASSAGE, "t1", "t2")], [REFUSED, QA, QA]),
     "a rendered text": ([{"instruction": "q", "output": "a", "text": RENDERED}, {"prompt": "q", "completion": "a", "text": "<s>[INST] q [/INST] a</s>"}],
                         [QA, QA]),
+    "a text rendered by Llama 3's template": (
+        [{"system": "s", "instruction": "Is it one?", "output": "It is.", "text": LLAMA}], [["s: s", "u: Is it one?", "a: It is."]]),
+    "a question's rendered text": ([{"question": "Is it one?", "answer": "It is.", "text": ALL}], [["u: Is it one?", "a: It is."]]),
     "Unnatural Instructions": ([{"instruction": "Is it?", "input": "q", "constraints": said, "output": "yes"} for said in ("None.", CONSTRAINT)],
                                [["u: Is it?\n\nq", "a: yes"], REFUSED]),
     "BIRD": ([{"prompt": "q", "evidence": PASSAGE, "completion": "a"}], [REFUSED]),
