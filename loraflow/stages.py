@@ -69,7 +69,7 @@ VERSION_DATASET = Stage(
 
 CHECK_DATASET = Stage(
     name="check_dataset",
-    # docs/upgrade.md lists what earlier versions changed.
+    # docs/upgrade.md lists what earlier versions of the stages changed.
     # 13: labels such as unsafe of a response and texts or constraints beside a prompt are refused; roles such as tool-call
     version=13,
     module="loraflow.data.check",
@@ -81,8 +81,6 @@ CHECK_DATASET = Stage(
 
 RESOLVE_BASE = Stage(
     name="resolve_base",
-    # 2: a date is fixed in the template; special tokens as transformers reads them
-    # 3: the template in additional_chat_templates/default.jinja; old Llama tokenizers in sentencepiece's form only
     # 4: the switch for thinking is a variable that the template reads, and is set beside an empty block too
     version=4,
     module="loraflow.base.resolve",
@@ -94,7 +92,6 @@ RESOLVE_BASE = Stage(
 
 TOKENIZE = Stage(
     name="tokenize",
-    # 3: what a template leaves unmarked in an answer is learned; a question that it cuts is refused
     # 4: of what a template writes behind the last answer, the start of another answer is not learned (Command A); of a text
     # between two tokens, all of it is (Kimi K3); a GLM's call ends with <|observation|>
     version=4,
@@ -188,7 +185,7 @@ EVALUATE = Stage(
 
 CHECK_GENERAL = Stage(
     name="check_general",
-    version=5,  # 2: line ends in the cells of a table; 3, 4 and 5: chats as check_dataset 11, 12 and 13 read them
+    version=5,  # 5: chats as check_dataset 13 reads them
     module="loraflow.data.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},

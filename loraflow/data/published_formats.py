@@ -278,6 +278,9 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         made = f'{{instruction: "Translate to {target}.", input: .translation.{source}, output: .translation.{target}}}'
         return _by_jq(made)
     hint = next((_by_jq(made) for keys, made in _FILTERS if row.keys() >= keys), "")
+    for key, value in row.items():
+        if isinstance(value, dict) and not value.keys().isdisjoint(("messages", "conversations", "completion")):
+            hint = hint or _by_jq(f". + .{key} | del(.{key})")
     is_number = type(row.get("label")) is int and any(isinstance(value, str) for value in row.values())
     names = "; label is the number of a class: write its name into a column" if is_number else ""
     return hint or names + "; set data.columns: {prompt: the column of the question, completion: that of the answer}"

@@ -179,6 +179,8 @@ class RowFields:
         fields = RowFields(item, {}, self.labels)
         role, content = normal_role(fields.optional(*roles)), fields.optional(*contents)
         is_answer = role in (ASSISTANT, FUNCTION_CALL)
+        if is_answer and item.get("channel") == "analysis":
+            raise BadRow(f"message {number}: channel analysis: write it as the key thinking of the answer that follows")
         reasoning = _reasoning(fields, f"message {number}") if is_answer else ""
         weight, used = Weight(1.0), fields._used | {*roles, *contents, *_CALLS}
         if calls and not is_answer:

@@ -58,6 +58,8 @@ SHAPES = {
     "Multilingual-Thinking": ([{"developer": "s", "user": "q", "analysis": "t", "final": "a", "messages": CHAT}], [QA]),
     "HelpSteer3's feedback": ([{"context": [*CHAT, user("r")], "response": "b", "feedback": ["Mostly helpful."]}], [TWO]),
     "mental health": ([{"Context": "q", "Response": "a"}], [QA]),
+    "channels of gpt-oss": ([{"messages": [user("q"), answer("t", channel=said), answer("a", channel="final")]} for said in ("analysis", "final")],
+                            [REFUSED, ["u: q", "a: t", "a: a"]]),
     "a context with retrieved texts": ([{"context": [{"title": "t"}], "response": "a"}], [REFUSED]),
     # texts and their answers
     "MetaMathQA": ([{"type": "MATH_AnsAug", "query": "q", "original_question": "p", "response": "a"}], [QA]),
@@ -192,6 +194,17 @@ def test_a_text_with_labels_in_any_column_names_the_columns_that_read_it(tmp_pat
 def test_of_two_texts_with_labels_none_is_proposed(tmp_path):
     (row,) = read(tmp_path, [{"loser": "Human: q\n\nAssistant: b", "winner_text": "Human: q\n\nAssistant: a"}])
     assert outcome(row) == REFUSED and "text:" not in row.problem
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+@pytest.mark.parametrize("inner", [{"messages": CHAT}, {"conversations": CHAT}, {"prompt": "q", "completion": "a"}])
+def test_the_command_for_a_chat_inside_an_object_keeps_the_marks_beside_it(inner):
+    row = {"data": inner, "is_correct": False}
+    with pytest.raises(BadRow) as refused:
+        read_chat(row)
+    command = re.search(r"jq -c '(.*)' IN", str(refused.value))[1]
+    made = subprocess.run(["jq", "-c", command], input=json.dumps(row), capture_output=True, text=True, check=True)
+    assert json.loads(made.stdout) == {**inner, "is_correct": False}
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
