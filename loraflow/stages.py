@@ -69,28 +69,9 @@ VERSION_DATASET = Stage(
 
 CHECK_DATASET = Stage(
     name="check_dataset",
-    # 4: marks that exclude answers are honoured, data.limit is a sample, one row at least is held out, and a row with
-    # reasoning beside its content is malformed
-    # 5: labels such as flase or nein are refused, judgements such as correct: false are honoured, weights are read;
-    # `**` in a pattern selects files at any depth, as in a .gitignore
-    # 6: training rows of a group that a held-out file has are left out; the group 7.0 of a Parquet file is 7; the sample of
-    # data.limit is spread over groups or labels
-    # 6, too: reasoning beside an answer's content is a part of the chat; rows of held-out files that cannot be held out make
-    # no training row a leak
-    # 7: marks in other spellings and in `metadata`, cells that are no texts (nan, #NAME?), lists that were written as text,
-    # a second header, quotes that are not quotes; hidden files are no data
-    # 8: two answers of a preference pair are no marks, and a rejected answer is refused; marks in JSON text and in opinions
-    # such as `quality: bad`; data.profile looks at the rows that sources use
-    # 9: rows that a column `split` keeps for tests are left out of training; false, -1, grades and a label in `metadata` are
-    # opinions; images, corrected answers and choices are refused; systemPrompt and its like are system messages
-    # 10: parts of a question beside its prompt are refused, and earlier turns beside it are read; judgements of generations,
-    # of problems and of unfinished answers; labels that are numbers of the answers are classes; tools as JSON texts; pairs,
-    # trees, transcripts, xLAM's and Glaive's calls, Gemini's contents; line ends in cells
-    # 11: arguments of calls under other names, types of Python in tools, parts of messages with calls, results and
-    # reasoning, marks of parts, roles such as tool_call, calls joined with the text before them, pairs under other keys,
-    # User: and Assistant:
-    # 12: chats that a template rendered, calls and tools in messages, turns of speakers, rows that are lists of messages
-    version=12,
+    # docs/upgrade.md lists what earlier versions of the stages changed.
+    # 13: labels such as unsafe of a response and texts or constraints beside a prompt are refused; roles such as tool-call
+    version=13,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -100,8 +81,6 @@ CHECK_DATASET = Stage(
 
 RESOLVE_BASE = Stage(
     name="resolve_base",
-    # 2: a date is fixed in the template; special tokens as transformers reads them
-    # 3: the template in additional_chat_templates/default.jinja; old Llama tokenizers in sentencepiece's form only
     # 4: the switch for thinking is a variable that the template reads, and is set beside an empty block too
     version=4,
     module="loraflow.base.resolve",
@@ -113,7 +92,6 @@ RESOLVE_BASE = Stage(
 
 TOKENIZE = Stage(
     name="tokenize",
-    # 3: what a template leaves unmarked in an answer is learned; a question that it cuts is refused
     # 4: of what a template writes behind the last answer, the start of another answer is not learned (Command A); of a text
     # between two tokens, all of it is (Kimi K3); a GLM's call ends with <|observation|>
     version=4,
@@ -207,7 +185,7 @@ EVALUATE = Stage(
 
 CHECK_GENERAL = Stage(
     name="check_general",
-    version=4,  # 2: line ends in the cells of a table; 3 and 4: chats as check_dataset 11 and 12 read them
+    version=5,  # 5: chats as check_dataset 13 reads them
     module="loraflow.data.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},

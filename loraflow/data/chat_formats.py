@@ -7,7 +7,6 @@ with different texts are refused. Marks that exclude an answer from the loss are
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from loraflow.data.cell_values import is_chat_as_text, is_missing, media_key, pa
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
-from loraflow.data.message_checks import checked_messages, plain_messages
+from loraflow.data.message_checks import messages_with_tools, plain_messages
 from loraflow.data.preference_pairs import refuse_corrected, refuse_rejected
 from loraflow.data.published_formats import (
     conversion_hint,
@@ -45,7 +44,6 @@ from loraflow.data.row_fields import (
     objects,
     without_answer,
 )
-from loraflow.data.tools import read_tools
 from loraflow.data.transcripts import is_glaive, is_transcript, prompt_turns, read_glaive, read_transcript
 
 __all__ = [
@@ -66,7 +64,6 @@ _SYSTEM_TEXTS = (
     "systemPrompt", "SystemPrompt", "system_message", "systemMessage", "SystemMessage", "system_instruction",
     "systemInstruction",
 )  # fmt: skip
-_TOOLS = re.compile(r"<tools>(.*?)(?:</tools>|$)", re.DOTALL)
 _NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -113,8 +110,8 @@ def read_chat(
     has_others = not fields.row.keys() <= _FORMAT_KEYS
     row_weight, excluded_by = fields.row_weight() if has_others else (1.0, "")
     if turns and turns[-1].role == "user" and (hint := hint_to_choose(fields.row)):
-        raise BadRow(f"the chat ends with a question, and its answer is in chosen{hint}")
-    messages = _with_tools(turns, *_tools(fields, turns, tools))
+        raise BadRow(f"the chat ends with a question, and the chosen answer is beside it{hint}")
+    messages = messages_with_tools(fields, turns, tools)
     if not row_weight:
         raise MarkedFalse("the row is marked as not to be learned", excluded_by)
     learned, weights = _marked(turns, row_weight, messages)
@@ -175,7 +172,7 @@ def to_prompt(row: JsonValue, format_name: str = "auto", tools: list[Tool] | Non
     """
     fields = RowFields(_with_dummy_answer(_object(row)), _NO_COLUMNS, None)
     turns = _turns(fields, format_name)
-    return _with_tools(turns, *_tools(fields, turns, tools))[:-1]
+    return messages_with_tools(fields, turns, tools)[:-1]
 
 
 def _object(row: JsonValue) -> RawRow:
@@ -411,47 +408,3 @@ _NEEDS = [(name, needed) for name, chat_format in FORMATS.items() for needed in 
 _FORMAT_KEYS = {*_SYSTEM_KEYS, *_SYSTEM_TEXTS}.union(
     *(needed for name in ("messages", "sharegpt", "alpaca", "prompt_completion") for needed in FORMATS[name].needs)
 )
-
-
-def _tools(
-    fields: RowFields, turns: list[Turn], of_dataset: list[Tool] | None
-) -> tuple[list[Tool] | None, list[Tool] | None]:
-    """Return the tools by which the calls of a row are checked, and those that the template writes.
-
-    A row's own tools replace those of the dataset. Hermes' rows have them in the system message too, as the template would
-    write them: they are not written twice.
-    """
-    tools, key_of_tools = of_dataset, None
-    if fields.tools is not None:
-        tools = read_tools(fields.tools, "system")
-    for key in ("tools", "functions", "available_tools", "toolConfig"):
-        value = fields.row.get(key)
-        if key == "toolConfig":  # Bedrock's; Gemini's has no tools
-            value = value.get("tools") if isinstance(value, dict) else None
-        if has_value(value) and (found := read_tools(value, key)) is not None:
-            if fields.tools is not None and found != tools:
-                raise BadRow(f"{key} and the system message have different tools: remove one")
-            tools, key_of_tools = found, key
-            break
-    if tools is not None and _has_tools(turns, tools):
-        return tools, None
-    if key_of_tools is not None:
-        fields.value(key_of_tools)
-    return tools, tools
-
-
-def _has_tools(turns: list[Turn], tools: list[Tool]) -> bool:
-    """Tell whether the system message has tools: the name of each, in quotes or tags, in <tools> … </tools>."""
-    system = turns[0].content if turns and turns[0].role == "system" else None
-    if not isinstance(system, str) or "<tools>" not in system:
-        return False
-    written = " ".join(_TOOLS.findall(system))
-    names = (re.escape(tool["function"]["name"]) for tool in tools)
-    return all(re.search(rf"""["'>]{name}["'<]""", written) for name in names)
-
-
-def _with_tools(turns: list[Turn], tools: list[Tool] | None, written: list[Tool] | None) -> list[Message]:
-    messages = checked_messages(turns, tools)
-    if written is None:
-        messages[0].pop("tools", None)
-    return messages

@@ -57,13 +57,17 @@ _OTHER_PAIRS = (
     ("instruction", "generation"),  # distilabel
     ("message_1", "message_2"),  # Camel
     ("q", "a"),
+    ("context", "response"),  # messages in HelpSteer3
+    ("content", "summary"),
 )
 
 # Usual names of a text that a question is about, in lower case, and what such a text must be. The others of these columns
 # hold ids, file names, categories or metadata.
 _PASSAGES: Mapping[str, Callable[[str], bool]] = {
     **dict.fromkeys(("context", "input", "passage", "paragraph", "document", "article", "story", "premise"), is_phrase),
-    **dict.fromkeys(("contract", "clause", "transcript", "dialogue", "background", "facts", "body"), is_passage),
+    **dict.fromkeys(
+        ("contract", "clause", "transcript", "dialogue", "background", "facts", "body", "text", "abstract"), is_passage
+    ),
     "input": bool,  # Alpaca's
 }
 # What is to be done with a question or text, and what it must be
@@ -205,7 +209,7 @@ def _columns_of_pair(
 def _is_a_part(names: dict[str, str], asked: str, answered: str, rows: Sequence[dict[str, JsonValue]]) -> bool:
     """Tell whether a column is only a part of the answer: the choice `a` of a quiz, or a result beside its derivation."""
     if answered.lower() != "answer":
-        return answered.lower() == "a" and "b" in names
+        return (answered.lower() == "a" and "b" in names) or "message_3" in names
     return any(
         len(text) > len(str(row.get(answered))) and (len(text.split()) > _LONG or _DERIVATIONS.search(key.lower()))
         for row in rows
@@ -252,6 +256,8 @@ def _first(
         if is_kind is bool:
             return column
         texts = [text for row in rows if isinstance(text := row.get(column), str) and text.strip()]
+        if any(all(str(row.get(key)).strip() in str(row.get(column)) for key in but) for row in rows if len(but) > 1):
+            continue  # a whole chat, which has the answer
         if texts and 2 * sum(map(is_kind, texts)) > len(texts):
             return column
     return None
@@ -286,13 +292,13 @@ def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
         ):
             continue
         if _CHAT_NAMES.search(name) or not any(map(pair_keys, turns)):
-            ours = (
+            column = (
                 "conversations"
                 if any("from" in turn for turn in turns) and not any("role" in turn for turn in turns)
                 else "messages"
             )
-            found |= {name: ours} if _is_chat(ours, value) else {}
-    return {ours: name for name, ours in found.items()} if len(found) == 1 else {}
+            found |= {name: column} if _is_chat(column, value) else {}
+    return {column: name for name, column in found.items()} if len(found) == 1 else {}
 
 
 def _is_chat(column: str, turns: JsonValue) -> bool:

@@ -24,6 +24,7 @@ from loraflow.data.mark_names import (
     FALSE_IS_WRONG,
     GOOD,
     GRADES,
+    HARM_LABEL,
     HELD_OUT_FLAGS,
     OPINIONS,
     REACTIONS,
@@ -37,7 +38,7 @@ from loraflow.data.mark_names import (
     WORD_BAD_VERDICTS,
     WORD_VERDICTS,
     Beside,
-    Said,
+    Judgement,
     is_answer,
     judges_the_answer,
     may_be_false,
@@ -108,7 +109,7 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
 def is_bad_word(text: str) -> bool:
     """Tell whether a short text says that something is wrong or poor."""
     word = plain(text)
-    return word in _WRONG | _LOW | _NOT_DONE | {"unsafe", "low"} or judges_badly(word)
+    return word in _WRONG | _LOW | _NOT_DONE | {"unsafe", "low", "length", "max tokens"} or judges_badly(word)
 
 
 def unclear_verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> str | None:
@@ -150,7 +151,7 @@ def _unclear(here: tuple[str, ...], value: JsonValue) -> str:
     )
 
 
-def label_inside(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
+def label_inside(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
     """Return what a `label` inside an object such as `metadata` says: a word says what an opinion does.
 
     0 is unclear in a column of 0 and 1, unless each of them stands beside an answer of its own. Other numbers are classes.
@@ -162,10 +163,10 @@ def label_inside(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Sai
         ".".join(here), lambda row: values_at(row, here)
     ):
         return None
-    return Said(None, _unclear(here, value))
+    return Judgement(None, _unclear(here, value))
 
 
-def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
+def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
     """Return what an opinion or a state such as `quality: bad` says about an answer; None if it says nothing.
 
     It leaves the answer out only if it cannot be about anything else: `vote: down`, `answer_quality: bad`. Otherwise it is
@@ -178,19 +179,19 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     if text is None or (text == "false" and inner in TRUE_OR_FALSE and names_the_class(inner, here, value, beside)):
         return None
     if text == "false" and inner in FALSE_IS_WRONG:
-        return Said(False, shown(here, value))
+        return Judgement(False, shown(here, value))
     is_down = name in REACTIONS and text in _DOWN
     is_wrong = text in _WRONG or is_down or text == "false"
     if not is_wrong and not _is_unclear(name, text):
         is_right = (name in REACTIONS and text in _UP) or (is_direct and label_side(value) is True)
-        return Said(True, shown(here, value)) if is_right else None
+        return Judgement(True, shown(here, value)) if is_right else None
     if inner not in TRUE_OR_FALSE and any(has_word(answer, text) for answer in beside.said):
         return None
     if is_down or (is_direct and is_wrong) or (name in RECORD_STATES and text == "discarded"):
-        return Said(False, shown(here, value))
-    if not is_direct and _is_class(name, here, text, beside):
+        return Judgement(False, shown(here, value))
+    if not is_direct and inner != HARM_LABEL and _is_class(name, here, text, beside):
         return None
-    return Said(None, _unclear(here, value))
+    return Judgement(None, _unclear(here, value))
 
 
 def _is_unclear(name: str, text: str) -> bool:
@@ -216,6 +217,8 @@ def _word(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) ->
     The word of `is_harmful: true` is false.
     """
     inner, number = opinion_name(name), as_number(value)
+    if inner == HARM_LABEL:
+        return "false" if isinstance(value, str) and _UNSAFE.fullmatch(plain(value)) else None
     if inner in TRUE_OR_FALSE and number is not None:
         is_bad = number == float(inner in TRUE_IS_BAD) and _is_flag(number, here, value, beside)
         return "false" if is_bad else "true" if number in (0, 1) else None
@@ -242,7 +245,7 @@ def _is_flag(number: float, here: tuple[str, ...], value: JsonValue, beside: Bes
     return not labels.some_row(("above 1", *here), lambda row: bool(_numbers_at(row, here) - {0.0, 1.0}))
 
 
-def part_of_dataset(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
+def part_of_dataset(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
     """Return that a row of a training file is not learned, because its column `split` says test, or `is_test` is true.
 
     A column without the value train says nothing: a file that consists of test rows was chosen for training.
@@ -254,7 +257,7 @@ def part_of_dataset(name: str, here: tuple[str, ...], value: JsonValue, beside: 
         return None
     if not labels.some_row(("train", *here), lambda row: any(_is_trained_on(name, v) for v in values_at(row, here))):
         return None
-    return Said(False, shown(here, value))
+    return Judgement(False, shown(here, value))
 
 
 def _is_trained_on(name: str, value: JsonValue) -> bool | None:
@@ -268,14 +271,14 @@ def _is_trained_on(name: str, value: JsonValue) -> bool | None:
     return True if words & _TRAINED_ON else False if words & _HELD_OUT else None
 
 
-def rejected_of_pair(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
+def rejected_of_pair(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
     """Return that an answer is the rejected one of its pair, if a column says chosen of some rows and rejected of others."""
     labels = beside.labels
     if labels is None or not isinstance(value, str) or plain(value) != "rejected":
         return None
     if not labels.some_row(("chosen", *here), lambda row: _is_chosen(row.get(here[0]))):
         return None
-    return Said(False, shown(here, value))
+    return Judgement(False, shown(here, value))
 
 
 def _is_chosen(value: JsonValue) -> bool:
@@ -340,7 +343,7 @@ def names_the_class(name: str, here: tuple[str, ...], value: JsonValue, beside: 
     first = _CLASS if name in SAFETY else _GRADE
     if any(first.match(answer) or (name in SAFETY and _is_yes_or_no(answer)) for answer in beside.said):
         return True
-    if beside.labels is None or not _is_named(name, value, beside.said):
+    if beside.labels is None or name == HARM_LABEL or not _is_named(name, value, beside.said):
         return False
     return not beside.labels.some_row(("not named", *here), lambda row: _classes_differ(name, row, here))
 

@@ -97,7 +97,8 @@ OPINIONS = frozenset({
 # For these, true means what false means for the others.
 TRUE_IS_BAD = frozenset({"unsafe", "is_unsafe", "harmful", "is_harmful"})
 # Beside an answer, these may also be the class that a moderator's answer names, even in `response_is_safe`.
-SAFETY = TRUE_IS_BAD | {"safe", "is_safe"}
+HARM_LABEL = "response_harm_label"  # Its values are words: harmful, unsafe.
+SAFETY = TRUE_IS_BAD | {"safe", "is_safe", HARM_LABEL}
 # Of these, false cannot be about anything else than the answer, or is the class that the answer names.
 FALSE_IS_WRONG = frozenset({"review_result", "correctness"})
 # Values of these are true and false, so 0 and "no" say what false says.
@@ -158,9 +159,15 @@ def judges_the_answer(name: str) -> bool:
 
 
 def opinion_name(name: str) -> str:
-    """Return the name of an opinion without the answer's: `correctness` for answer_correctness; others unchanged."""
+    """Return the name of an opinion without the answer's: `correctness` for answer_correctness; others unchanged.
+
+    Names such as response_label and response_safety are HARM_LABEL.
+    """
     found = _OPINION_OF_ANSWER.fullmatch(name)
-    return found[1] if found is not None and found[1] in OPINIONS else name
+    inner = found[1] if found is not None else ""
+    if inner in ("label", "harm_label", "safety", "safety_label"):
+        return HARM_LABEL
+    return inner if inner in OPINIONS else name
 
 
 def may_be_false(name: str) -> bool:
@@ -211,7 +218,7 @@ def without_marks(unread: Mapping[str, int], marks: Mapping[str, int]) -> dict[s
 # What stands beside an answer: the values of a key, which may be in objects and lists, and what a key says.
 
 
-class Said(NamedTuple):
+class Judgement(NamedTuple):
     """What a key says about an answer."""
 
     is_learned: bool | None  # None: it may say that it is wrong

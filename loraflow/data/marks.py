@@ -34,7 +34,7 @@ from loraflow.data.mark_names import (
     WEIGHTS,
     WITHOUT_LISTS,
     Beside,
-    Said,
+    Judgement,
     is_object_text,
     judges_the_answer,
     normal_name,
@@ -216,7 +216,7 @@ _COMPLETE = frozenset(
 )
 
 
-def judged_generation(row: Mapping[str, JsonValue], answers: Collection[str]) -> Said | None:
+def judged_generation(row: Mapping[str, JsonValue], answers: Collection[str]) -> Judgement | None:
     """Return what the lists beside a row's generations say about the one that is its answer; None if they say nothing.
 
     An answer that is not complete is left out. So is one that a list such as `correctness_math_verify` says is wrong, unless
@@ -235,15 +235,15 @@ def judged_generation(row: Mapping[str, JsonValue], answers: Collection[str]) ->
     return None
 
 
-def _of_lists(row: Mapping[str, JsonValue], length: int, numbers: list[int]) -> Said | None:
+def _of_lists(row: Mapping[str, JsonValue], length: int, numbers: list[int]) -> Judgement | None:
     judged = list(_judged(row, length, numbers))
     for key, is_bad, is_final in judged:
         if is_bad and is_final:
-            return Said(False, shown((key,), False))
+            return Judgement(False, shown((key,), False))
     if not judged or any(not is_bad for _, is_bad, is_final in judged if not is_final):
         return None
     wrong = next((key for key, is_bad, is_final in judged if is_bad and not is_final), None)
-    return None if wrong is None else Said(False, shown((wrong,), False))
+    return None if wrong is None else Judgement(False, shown((wrong,), False))
 
 
 def _judged(row: Mapping[str, JsonValue], length: int, numbers: list[int]) -> Iterator[tuple[str, bool, bool]]:
@@ -264,7 +264,7 @@ MAX_DEPTH = 50  # of objects in objects
 _KEY_IN_TEXT = re.compile(r"([A-Za-z][\w -]*?)[\"']?\s*[:=]")
 
 
-def contained(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
+def contained(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
     """Return what the objects of a key say about an answer: of one that was flattened to the columns meta.weight, … too.
 
     Raises:
@@ -284,7 +284,7 @@ def contained(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside)
     return None
 
 
-def _of_objects(key: str, name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
+def _of_objects(key: str, name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
     if isinstance(value, str) and is_object_text(value):
         value = _parsed(value, here)
     items = objects_of(value)
@@ -296,56 +296,58 @@ def _of_objects(key: str, name: str, here: tuple[str, ...], value: JsonValue, be
     return _agreed([_of_item(key, here, item, beside) for item in items])
 
 
-def _of_item(key: str, here: tuple[str, ...], item: Mapping[str, JsonValue], beside: Beside) -> Said | None:
+def _of_item(key: str, here: tuple[str, ...], item: Mapping[str, JsonValue], beside: Beside) -> Judgement | None:
     said = [_of_member(k, (*here, k), v, beside) for k, v in item.items() if isinstance(k, str)]
     if "value" in item:  # Argilla's: what each annotator said about the answer
         said.append(_of_member(key, here, item["value"], beside))
     return _strictest(said)
 
 
-def _responses(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
+def _responses(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
     """Return what annotators said, in Argilla's columns `correct.responses` and `correct.responses.status`."""
     if isinstance(value, str) and is_object_text(value):
         value = _parsed(value, here)
     if not isinstance(value, list) or not value:
         return None
     if key.endswith("responses.status"):
-        return Said(False, shown(here, "discarded")) if all(status == "discarded" for status in value) else None
+        return Judgement(False, shown(here, "discarded")) if all(status == "discarded" for status in value) else None
     head, found, _ = key.rpartition(".responses")
     return _agreed([_of_member(head, here, item, beside) for item in value]) if found else None
 
 
-def _of_member(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Said | None:
+def _of_member(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
     """Return what a key of an object says. A weight between 0 and 1, and a `label` of 0, may be those of something else."""
     name, text = normal_name(key), shown(here, value)
     if name in WEIGHTS | EXCLUSIONS:
         number = as_number(value)
-        return Said((number == 1) is (name in WEIGHTS), text) if number in (0, 1) else None
+        return Judgement((number == 1) is (name in WEIGHTS), text) if number in (0, 1) else None
     if name == "label":
         return label_inside(here, value, beside)
     if name in LABELS:
         side = label_side(value)
         if isinstance(side, bool):
-            return Said(side, text)
+            return Judgement(side, text)
         if isinstance(value, str) and judges_badly(value):
-            return Said(None, f"{text} may mark the answer as wrong: write true (it is learned) or false (it is not)")
+            return Judgement(
+                None, f"{text} may mark the answer as wrong: write true (it is learned) or false (it is not)"
+            )
         return None
     if name in JUDGEMENTS and not isinstance(value, list):
         is_learned = verdict(name, here, value, beside)
-        return None if is_learned is None else Said(is_learned, text)
+        return None if is_learned is None else Judgement(is_learned, text)
     said = opinion(name, here, value, beside) or part_of_dataset(name, here, value, beside)
     return said or (contained(key, here, value, beside) if isinstance(value, dict | list | str) else None)
 
 
-def _strictest(found: Iterable[Said | None]) -> Said | None:
+def _strictest(found: Iterable[Judgement | None]) -> Judgement | None:
     """Return what excludes the answer, else what is unclear, else what says that it is learned."""
-    said = [one for one in found if one is not None]
-    return min(said, key=lambda one: (False, None, True).index(one.is_learned), default=None)
+    said = [item for item in found if item is not None]
+    return min(said, key=lambda item: (False, None, True).index(item.is_learned), default=None)
 
 
-def _agreed(found: list[Said | None]) -> Said | None:
+def _agreed(found: list[Judgement | None]) -> Judgement | None:
     """Return what a list says: it excludes the answer only if all items that judge agree; a mix says nothing."""
-    has_both = len({one.is_learned is True for one in found if one is not None}) > 1
+    has_both = len({item.is_learned is True for item in found if item is not None}) > 1
     return None if has_both else _strictest(found)
 
 

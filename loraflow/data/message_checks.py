@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 from pydantic import JsonValue
 
 from loraflow.data.cell_values import refuse_error_value
 from loraflow.data.chats import BadRow, Message, Tool
-from loraflow.data.row_fields import Turn
-from loraflow.data.tools import fitting_calls
+from loraflow.data.row_fields import RowFields, Turn, has_value
+from loraflow.data.tools import fitting_calls, read_tools
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")}  # a role's own text, which all rows share
+_TOOLS = re.compile(r"<tools>(.*?)(?:</tools>|$)", re.DOTALL)
 
 
 def checked_messages(turns: list[Turn], tools: list[Tool] | None = None) -> list[Message]:
@@ -112,3 +114,42 @@ def _add_origin(message: Message, turn: Turn, before: list[Message], number: int
         if turn.name not in (names := [call["function"]["name"] for call in calls]):
             raise BadRow(f"message {number}: name {turn.name!r} is not a tool that was called: {', '.join(names)}")
         message["name"] = turn.name
+
+
+def messages_with_tools(fields: RowFields, turns: list[Turn], of_dataset: list[Tool] | None) -> list[Message]:
+    """Return the checked messages of a chat, whose first has the tools that the template writes.
+
+    A row's own tools replace those of the dataset. Hermes' rows have them in the system message too, as the template would
+    write them: they are not written twice.
+
+    Raises:
+        BadRow: a message or a tool is not valid, or the row has two lists of tools.
+    """
+    tools, key_of_tools = of_dataset, None
+    if fields.tools is not None:
+        tools = read_tools(fields.tools, "system")
+    for key in ("tools", "functions", "available_tools", "toolConfig"):
+        value = fields.row.get(key)
+        if key == "toolConfig":  # Bedrock's; Gemini's has no tools
+            value = value.get("tools") if isinstance(value, dict) else None
+        if has_value(value) and (found := read_tools(value, key)) is not None:
+            if fields.tools is not None and found != tools:
+                raise BadRow(f"{key} and the system message have different tools: remove one")
+            tools, key_of_tools = found, key
+            break
+    messages = checked_messages(turns, tools)
+    if tools is not None and _has_tools(turns, tools):
+        messages[0].pop("tools", None)
+    elif key_of_tools is not None:
+        fields.value(key_of_tools)
+    return messages
+
+
+def _has_tools(turns: list[Turn], tools: list[Tool]) -> bool:
+    """Tell whether the system message has tools: the name of each, in quotes or tags, in <tools> … </tools>."""
+    system = turns[0].content if turns and turns[0].role == "system" else None
+    if not isinstance(system, str) or "<tools>" not in system:
+        return False
+    written = " ".join(_TOOLS.findall(system))
+    names = (re.escape(tool["function"]["name"]) for tool in tools)
+    return all(re.search(rf"""["'>]{name}["'<]""", written) for name in names)

@@ -177,7 +177,7 @@ def refuse_corrected(row: Mapping[str, JsonValue], messages: list[Message], used
     Raises:
         BadRow: the column has another text than the answer.
     """
-    if any(ours != theirs for ours, theirs in used.items() if ours in ANSWERS):
+    if any(key != column for key, column in used.items() if key in ANSWERS):
         return
     answer = messages[-1]["content"].strip()
     for key, value in row.items():
@@ -239,9 +239,9 @@ def _says_whether(text: str) -> bool:
 def _way_out(key: str, used: Mapping[str, str]) -> str:
     if used.keys() & {"messages", "conversations"}:
         return f"write it into the chat, or name {key} in data.ignore"
-    ours = "output" if "instruction" in used else "completion"
-    own = ours if ours in used else "response"
-    return f"set data.columns: {{{ours}: {key}}} if each row has it, else write it into {own}, or name {key} in data.ignore"
+    name = "output" if "instruction" in used else "completion"
+    own = name if name in used else "response"
+    return f"set data.columns: {{{name}: {key}}} if each row has it, else write it into {own}, or name {key} in data.ignore"
 
 
 def _is_text(value: JsonValue, answer: str) -> bool:

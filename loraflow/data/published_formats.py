@@ -261,12 +261,12 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         chat, role, said = keys
         made = f"group_by(.{chat})[] | {{messages: map({{role: .{role}, content: .{said}}})}}"
         return "; if each row is one message of a chat" + _by_jq(made, "-cs").replace(";", ",", 1)
+    texts = [key for key, value in row.items() if is_transcript(value)]
     if "chosen" in row:
-        if is_transcript(row["chosen"]):
-            return "; for the chosen answers of preference pairs, set data.columns: {text: chosen}"
-        return (
-            "; for the chosen answers of preference pairs, set data.columns: {completion: chosen} or {messages: chosen}"
-        )
+        columns = "{text: chosen}" if "chosen" in texts else "{completion: chosen} or {messages: chosen}"
+        return f"; for the chosen answers of preference pairs, set data.columns: {columns}"
+    if len(texts) == 1:
+        return f"; {texts[0]} has a chat: set data.columns: {{text: {texts[0]}}}"
     if (parts := question_parts(row)) and not row.keys().isdisjoint(("question", "problem", "query")):
         return f"; {parts[0]} is a part of the question: write a prompt that has it"
     if (found := split_chat(row.get("text"))) and found[0].ends:
@@ -276,7 +276,13 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         source, target = list(translation)[:2]
         made = f'{{instruction: "Translate to {target}.", input: .translation.{source}, output: .translation.{target}}}'
         return _by_jq(made)
-    return next((_by_jq(made) for keys, made in _FILTERS if row.keys() >= keys), "")
+    hint = next((_by_jq(made) for keys, made in _FILTERS if row.keys() >= keys), "")
+    for key, value in row.items():
+        if isinstance(value, dict) and not value.keys().isdisjoint(("messages", "conversations", "completion")):
+            hint = hint or _by_jq(f". + .{key} | del(.{key})")
+    is_number = type(row.get("label")) is int and any(isinstance(value, str) for value in row.values())
+    names = "; label is the number of a class: write its name into a column" if is_number else ""
+    return hint or names + "; set data.columns: {prompt: the column of the question, completion: that of the answer}"
 
 
 def _keys_of_message(row: Mapping[str, JsonValue]) -> tuple[str | None, str | None, str | None]:
@@ -298,11 +304,13 @@ def are_messages(rows: Sequence[Mapping[str, JsonValue]]) -> bool:
 
 def hint_to_choose(row: Mapping[str, JsonValue]) -> str:
     """Return how the chosen answer is put behind a chat that ends with a question; empty if the row has none."""
-    key, chosen = next((key for key in ("messages", "conversations") if key in row), None), row.get("chosen")
+    key = next((key for key in ("messages", "conversations") if key in row), None)
+    better, worse = ("chosen", "rejected") if "chosen" in row else ("chosen_response", "rejected_response")
+    chosen = row.get(better)
     if key is None or not isinstance(chosen, str | dict) or not chosen:
         return ""
-    answer = ".chosen" if isinstance(chosen, dict) else '{role: "assistant", content: .chosen}'
-    return _by_jq(f".{key} += [{answer}] | del(.chosen, .rejected)")
+    answer = f".{better}" if isinstance(chosen, dict) else f'{{role: "assistant", content: .{better}}}'
+    return _by_jq(f".{key} += [{answer}] | del(.{better}, .{worse})")
 
 
 def _by_jq(made: str, options: str = "-c") -> str:

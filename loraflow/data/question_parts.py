@@ -24,6 +24,7 @@ _PARTS = frozenset({
 _TEXT_PARTS = (
     "context", "input", "passage", "paragraph", "document", "article", "story", "premise", "question", "query", "problem",
     "definition", "hypothesis", "transcript", "dialogue", "contract", "clause", "background", "facts", "schema", "table",
+    "text", "abstract", "excerpt", "constraints", "evidence",
 )  # fmt: skip
 _TEXT_OR_LISTED = frozenset({*_TEXT_PARTS, "contexts", "documents", "passages", "paragraphs", "retrieved_contexts"})
 _QUESTIONS = frozenset({"question", "query", "problem", "hypothesis"})  # a prompt may say the same in other words
@@ -97,11 +98,11 @@ def refuse_lost_parts(
     Raises:
         LostPart: it has. The answer would be learned without it.
     """
-    ours = next((key for key in ("prompt", "instruction") if key in used), None)
+    question = next((key for key in ("prompt", "instruction") if key in used), None)
     answer = next((key for key in ("completion", "output", "response") if key in used), None)
-    if ours is None or answer is None:
+    if question is None or answer is None:
         return
-    named = {theirs for key, theirs in columns.items() if key in ("input", "context")}
+    named = {column for key, column in columns.items() if key in ("input", "context")}
     keys = [key for key in row if (key.lower() in _TEXT_OR_LISTED or key in named) and key not in used.values()]
     asked: _Asked | None = None
     for key in keys:
@@ -111,39 +112,43 @@ def refuse_lost_parts(
         ]
         if not parts:
             continue
-        asked = asked or _Asked(messages)
+        asked = asked or _Asked(messages, str(row[used[question]]))
         share = _SHARE_OF_QUESTIONS if key.lower() in _QUESTIONS else _SHARE
         if not any(asked.has(part, share) for part in parts):
             raise LostPart(
-                f"{key} has a text that the prompt lacks: {_way_out(key, row, (ours, answer), used, columns)}"
+                f"{key} has a text that the prompt lacks: {_way_out(key, row, (question, answer), used, columns)}"
             )
 
 
 class _Asked:
     """The texts before a row's last answer, in which the parts of its question are looked for."""
 
-    def __init__(self, messages: list[Message]):
+    def __init__(self, messages: list[Message], question: str):
+        self._question = plain(question)
         self._text = plain(" ".join(message["content"] for message in messages[:-1]))
         self._words = set(_WORDS.findall(self._text))
         self._answer = plain(messages[-1]["content"])
 
     def has(self, part: str, share: float) -> bool:
-        """Tell whether a part is written there, literally or with at least a share of its words; or is the answer itself."""
+        """Tell whether a part is written there, literally or with a share of its words; or is the answer or the chat."""
         text = plain(part)
         words = set(_WORDS.findall(text))
         is_similar = bool(words) and len(words & self._words) >= share * len(words)
-        return is_similar or text in self._text or text == self._answer
+        asked, answered = text.find(self._question), text.rfind(self._answer)
+        rest = len(text) - answered - len(self._answer)
+        is_rendered = 0 <= asked < answered and rest < 60  # the whole chat and its end tokens, as in Alpaca's `text`
+        return is_similar or is_rendered or text in self._text or text == self._answer
 
 
 def _way_out(
-    key: str, row: Mapping[str, JsonValue], ours: tuple[str, str], used: Mapping[str, str], columns: Mapping[str, str]
+    key: str, row: Mapping[str, JsonValue], pair: tuple[str, str], used: Mapping[str, str], columns: Mapping[str, str]
 ) -> str:
     """Return what to do about a part that is not in the prompt."""
-    if (name := next((name for name, theirs in columns.items() if theirs == key), None)) is not None:
-        return f"in data.columns, {name} goes with instruction and output, not with {ours[0]} and {ours[1]}"
+    if (name := next((name for name, column in columns.items() if column == key), None)) is not None:
+        return f"in data.columns, {name} goes with instruction and output, not with {pair[0]} and {pair[1]}"
     way = "write it there"
     if isinstance(row[key], str) and "input" not in used and (key == "input" or "input" not in row):
-        way = f"set data.columns: {{instruction: {used[ours[0]]}, input: {key}, output: {used[ours[1]]}}}"
+        way = f"set data.columns: {{instruction: {used[pair[0]]}, input: {key}, output: {used[pair[1]]}}}"
     return f"{way}, or name {key} in data.ignore if no answer needs it"
 
 
@@ -218,6 +223,8 @@ def _texts_of(value: JsonValue) -> Iterable[str]:
 def _is_part(name: str, value: JsonValue) -> bool:
     if name in _CHOICES:
         return _is_choices(value)
+    if isinstance(value, list) and all(isinstance(v, dict) and "role" in v for v in value):
+        return False  # earlier messages
     return name in _PARTS and isinstance(value, dict | list) and bool(value)
 
 

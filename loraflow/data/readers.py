@@ -134,7 +134,7 @@ def _rows_of(
     for row in read_values(path, name, query):
         if isinstance(row.value, dict):
             kept = without_ignored(row.value, ignore) if ignore else row.value
-            yield {**kept, **{ours: row.value[theirs] for ours, theirs in columns.items() if theirs in row.value}}
+            yield {**kept, **{key: row.value[column] for key, column in columns.items() if column in row.value}}
 
 
 def _group(row: JsonValue, field: str | None) -> str | None:

@@ -93,7 +93,7 @@ class RowFields:
 
     def chosen_answers(self) -> tuple[str, ...]:
         """Return the row's columns that a recipe names as the answer and that were read as such."""
-        return tuple(theirs for ours, theirs in self._columns.items() if ours in self._used and ours in ANSWERS)
+        return tuple(column for key, column in self._columns.items() if key in self._used and key in ANSWERS)
 
     def with_reasoning(self, turns: list[Turn]) -> list[Turn]:
         """Return a chat whose last answer has the reasoning of the column that a recipe names as such.
@@ -123,7 +123,7 @@ class RowFields:
             return Weight(1.0)
         read = {*self._used, *self._columns.values()}
         others = {key: value for key, value in self.row.items() if key not in read}
-        answers = [theirs for ours, theirs in self._columns.items() if ours in ANSWERS]
+        answers = [column for key, column in self._columns.items() if key in ANSWERS]
         said = tuple(answers_of(self.row))
         weight = answer_weight(others, "", self._used, self.labels, answers, said, self.row)
         mark, found, value = weight.excluded_by.partition(": ")
@@ -172,6 +172,8 @@ class RowFields:
         fields = RowFields(item, {}, self.labels)
         role, content = normal_role(fields.optional(*roles)), fields.optional(*contents)
         is_answer = role in (ASSISTANT, FUNCTION_CALL)
+        if is_answer and item.get("channel") == "analysis":
+            raise BadRow(f"message {number}: channel analysis: write it as the key thinking of the answer that follows")
         reasoning = _reasoning(fields, f"message {number}") if is_answer else ""
         weight, used = Weight(1.0), fields._used | {*roles, *contents, *_CALLS}
         if calls and not is_answer:
@@ -324,10 +326,10 @@ def _reasoning(message: RowFields, where: str) -> str:
 
 
 def _renamed(row: RawRow, columns: Mapping[str, str]) -> RawRow:
-    for ours, theirs in columns.items():
-        if theirs not in row and ours not in MARKS:
-            raise BadRow(f"expected the column {theirs} ({ours}); got {', '.join(map(str, list(row)[:8]))}")
-    return {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
+    for key, column in columns.items():
+        if column not in row and key not in MARKS:
+            raise BadRow(f"expected the column {column} ({key}); got {', '.join(map(str, list(row)[:8]))}")
+    return {**row, **{key: row[column] for key, column in columns.items() if column in row}}
 
 
 def has_value(value: JsonValue) -> bool:
@@ -372,4 +374,4 @@ def normal_role(value: JsonValue) -> JsonValue:
     """Return a role as user, assistant, system or tool, for `Human`, `gpt` and the like; an unknown role unchanged."""
     if not isinstance(value, str):
         return value
-    return ROLES.get(value) or ROLES.get(value.strip().lower(), value)
+    return ROLES.get(value) or ROLES.get(value.strip().lower().replace("-", "_").replace(" ", "_"), value)

@@ -36,7 +36,7 @@ _FLAG = re.compile(r"(?:is|has|was|were|are|should|can|did|does|needs?)_")
 _JUDGING = re.compile(
     r"(?:^|_)(?:in)?(?:verdict|quality|correct|verif|valid|judg|grade|grading|rating|rated|approv|accept|reject|review|"
     r"evaluat|assess|helpful|hallucin|factual|accura|annotat|feedback|resolved|solved|checked|"
-    r"(?:pass|passed|passes|fail|failed|good|bad|wrong|right|ok|okay|keep|usable|safe|unsafe|harmful|flag|flagged|check|"
+    r"(?:score|reward|reason|pass|passed|passes|fail|failed|good|bad|wrong|right|ok|okay|keep|usable|safe|unsafe|harmful|flag|flagged|check|"
     r"vote|status|result|outcome|answer|response|human|qa|eval|success|done|complete|completed)(?:_|$))"
 )
 

@@ -516,7 +516,7 @@ def test_the_prompt_of_a_row_is_its_chat_without_the_last_answer(tmp_path, name)
     rows, (expected, *_) = SHAPES[name]
     read(tmp_path, rows[:1])
     columns = columns_of(tmp_path / "t.jsonl", "t.jsonl")
-    row = {**rows[0], **{ours: rows[0][theirs] for ours, theirs in columns.items()}}
+    row = {**rows[0], **{key: rows[0][column] for key, column in columns.items()}}
     assert [f"{message['role'][0]}: {message['content']}" for message in to_prompt(row)] == expected[:-1]
 
 

@@ -255,9 +255,8 @@ CORRECTED = [
 def test_the_columns_that_a_refusal_of_a_corrected_answer_names_learn_it(tmp_path, row, columns, expected):
     (refused,) = read(tmp_path, [row])
     assert "has another text than the answer" in refused.problem
-    (theirs,) = columns.values()
-    (ours,) = columns
-    assert (f"set data.columns: {{{ours}: {theirs}}}" in refused.problem) is (expected is not None)
+    ((key, column),) = columns.items()
+    assert (f"set data.columns: {{{key}: {column}}}" in refused.problem) is (expected is not None)
     assert ("write it into the chat" in refused.problem) is (expected is None)
     (again,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns)
     assert outcome(again) == (expected or REFUSED)

@@ -108,13 +108,13 @@ def test_at_most_five_columns_are_asked_about_in_full():
     assert len(lines) == 6 and lines[-1] == "3 more columns like these: c5, c6, c7"
 
 
-@pytest.mark.parametrize(("ours", "expected"), [("train", [True, False, True]), ("exclude", [False, True, True])])
-def test_the_columns_that_a_question_names_answer_it(tmp_path, ours, expected):
-    assert ours in COLUMNS and f"{ours}: checked" in questions({"checked": {"true": 1, "false": 1}})[0]
-    rows = read(tmp_path, [{"checked": True}, {"checked": "no"}, {}], {ours: "checked"})
+@pytest.mark.parametrize(("key", "expected"), [("train", [True, False, True]), ("exclude", [False, True, True])])
+def test_the_columns_that_a_question_names_answer_it(tmp_path, key, expected):
+    assert key in COLUMNS and f"{key}: checked" in questions({"checked": {"true": 1, "false": 1}})[0]
+    rows = read(tmp_path, [{"checked": True}, {"checked": "no"}, {}], {key: "checked"})
     assert [row.messages is not None for row in rows] == expected
     assert {row.marked_by for row in rows if row.is_marked_false} == {
-        "checked: no" if ours == "train" else "checked: True"
+        "checked: no" if key == "train" else "checked: True"
     }
     assert all(row.unused_keys == () for row in rows)
 

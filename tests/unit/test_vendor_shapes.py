@@ -202,7 +202,7 @@ def test_a_row_is_read_as_its_file_means_it(shape):
     assert told(row) == expected
     columns = guess_columns(row)
     renamed = {key: value for key, value in row.items() if key not in columns.values()}
-    prompt = to_prompt({**renamed, **{ours: row[theirs] for ours, theirs in columns.items()}})
+    prompt = to_prompt({**renamed, **{key: row[column] for key, column in columns.items()}})
     assert len(prompt) == len(expected) - 1
 
 
@@ -396,7 +396,7 @@ def test_the_command_for_flat_rows_of_trees_makes_a_tree_of_each():
 @pytest.mark.parametrize("chosen", [{"from": "gpt", "value": "a"}, "a"])
 def test_the_command_for_pairs_puts_the_chosen_answer_behind_the_chat(chosen):
     row = {"conversations": [{"from": "human", "value": "q"}], "chosen": chosen, "rejected": "b"}
-    with pytest.raises(BadRow, match="the chat ends with a question, and its answer is in chosen") as refused:
+    with pytest.raises(BadRow, match="the chat ends with a question, and the chosen answer is beside it") as refused:
         read_chat(row)
     command = str(refused.value).split("jq -c '")[1].split("' IN.jsonl")[0]
     made = subprocess.run(["jq", "-c", command], input=json.dumps(row), capture_output=True, text=True, check=True)
