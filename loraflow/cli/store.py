@@ -12,6 +12,7 @@ import click
 from loraflow.cli import json_option, model_option, quiet_logging, store_option
 from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog, Failure, LimitExceeded
 from loraflow.registry.log import PromotionLog
+from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.store import Store, open_store
 from loraflow.store.artifact import result_problems
 
@@ -80,7 +81,8 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
             checked += 1
             problems = opened.verify(ref) if deep else opened.check(ref)
             if problems and not result_problems(problems):
-                click.echo(f"warning  {ref}: {'; '.join(problems)}; no result depends on it", err=True)
+                how = how_to_rebuild(opened, ref, f" --force {ref.stage}")
+                click.echo(f"warning  {ref}: {'; '.join(problems)}; no result depends on it. {how}", err=True)
             elif problems:
                 quarantined = opened.quarantine(ref, problems)
                 if quarantined is None:
@@ -129,7 +131,6 @@ def _missing_champions(store: Store, signers: Path | None) -> str:
     from loraflow.registry.deals import DealRecord
     from loraflow.registry.log import models
     from loraflow.registry.looks import LookRecord
-    from loraflow.registry.rebuild import how_to_rebuild
     from loraflow.registry.runs import damaged_runs
     from loraflow.registry.signature import signed_models, verified_models
 
@@ -155,14 +156,13 @@ def _missing_champions(store: Store, signers: Path | None) -> str:
         except CorruptArtifact as failure:
             click.echo(f"damaged  promotion log of {model}: {failure.got or failure.what}", err=True)
             steps.append(failure.next_step)
-    looks = [("looks", name, LookRecord(store, name).check) for name in models_with("looks", store)]
-    deals = [("deals", name, DealRecord(store, name).check) for name in models_with("deals", store)]
-    for kind, model, check in looks + deals:
-        try:
-            check()
-        except CorruptArtifact as failure:
-            click.echo(f"damaged  record of {kind} of {model}: {failure.got}", err=True)
-            steps.append(failure.next_step)
+    for kind, record in (("looks", LookRecord), ("deals", DealRecord)):
+        for model in models_with(kind, store):
+            try:
+                record(store, model).check()
+            except CorruptArtifact as failure:
+                click.echo(f"damaged  record of {kind} of {model}: {failure.got}", err=True)
+                steps.append(failure.next_step)
     for name, problem in damaged_runs(store).items():
         click.echo(f"damaged  {name}: {problem.got or problem.what}", err=True)
         steps.append(problem.next_step)
@@ -201,7 +201,6 @@ def verify_model(store: Store, what: str, model: str | None) -> None:
         CorruptArtifact: something does not hold.
     """
     from loraflow.execution.rederive import rederive
-    from loraflow.registry.rebuild import how_to_rebuild
     from loraflow.registry.runs import read_run
     from loraflow.serving.models import champion_entry, only_model
     from loraflow.store import Ref
