@@ -398,4 +398,4 @@ def test_an_intact_artifact_is_never_moved_away_by_a_forced_recomputation_that_g
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))  # 1,000 orders in parts, each of which ends within the time of one test
 def test_store_and_log_do_what_dictionaries_do_in_many_more_orders(part):
-    explore(125, derandomize=False, database=None)  # else all parts have the same orders where CI is set
+    explore(125, derandomize=False)  # else all parts have the same orders where CI is set
