@@ -11,7 +11,9 @@ import click
 
 from loraflow.cli import json_option, model_option, quiet_logging, store_option
 from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog, Failure, LimitExceeded
-from loraflow.registry.log import PromotionLog
+from loraflow.registry.log import PromotionLog, models
+from loraflow.registry.rebuild import how_to_rebuild
+from loraflow.registry.runs import LogHead, damaged_runs, read_run, read_runs
 from loraflow.store import Store, open_store
 from loraflow.store.artifact import result_problems
 
@@ -22,8 +24,6 @@ from loraflow.store.artifact import result_problems
 def runs(store: str, as_json: bool) -> None:
     """List all runs, oldest first."""
     quiet_logging()
-    from loraflow.registry.runs import read_runs
-
     found = read_runs(open_store(store))
     if as_json:
         click.echo(json.dumps([run.model_dump() for run in found], ensure_ascii=False))
@@ -80,7 +80,8 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
             checked += 1
             problems = opened.verify(ref) if deep else opened.check(ref)
             if problems and not result_problems(problems):
-                click.echo(f"warning  {ref}: {'; '.join(problems)}; no result depends on it", err=True)
+                how = how_to_rebuild(opened, ref, f" --force {ref.stage}")
+                click.echo(f"warning  {ref}: {'; '.join(problems)}; no result depends on it. {how}", err=True)
             elif problems:
                 quarantined = opened.quarantine(ref, problems)
                 if quarantined is None:
@@ -90,22 +91,17 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
                 click.echo(f"damaged  {ref}: {'; '.join(problems)}; quarantined as {quarantined}", err=True)
         missing = _missing_champions(opened, signers)
     click.echo(f"{checked} artifacts checked{' byte by byte' if deep else ''}, {damaged} damaged")
-    if damaged:
+    if damaged or missing:
         raise CorruptArtifact(
-            "The store had damaged artifacts. They are quarantined.",
+            "The store had damaged artifacts. They are quarantined."
+            if damaged
+            else "The store lacks a champion or a rollback target, or a log or record is damaged.",
             where=opened.uri,
             next_step=missing or "run the recipe again: it recomputes them",
-        )
-    if missing:
-        raise CorruptArtifact(
-            "The store lacks a champion or a rollback target, or a log or record is damaged.",
-            where=opened.uri,
-            next_step=missing,
         )
 
 
 def _check_signature(log: PromotionLog, signers: Path) -> None:
-    from loraflow.registry.runs import LogHead
     from loraflow.registry.signature import check_signature, remember_verified, require_not_older
 
     hashes = [entry.hash for entry in log.entries()]
@@ -127,10 +123,7 @@ def _missing_champions(store: Store, signers: Path | None) -> str:
     from loraflow.registry.anchor import models_with
     from loraflow.registry.champions import missing_models
     from loraflow.registry.deals import DealRecord
-    from loraflow.registry.log import models
     from loraflow.registry.looks import LookRecord
-    from loraflow.registry.rebuild import how_to_rebuild
-    from loraflow.registry.runs import damaged_runs
     from loraflow.registry.signature import signed_models, verified_models
 
     steps = []
@@ -155,14 +148,13 @@ def _missing_champions(store: Store, signers: Path | None) -> str:
         except CorruptArtifact as failure:
             click.echo(f"damaged  promotion log of {model}: {failure.got or failure.what}", err=True)
             steps.append(failure.next_step)
-    looks = [("looks", name, LookRecord(store, name).check) for name in models_with("looks", store)]
-    deals = [("deals", name, DealRecord(store, name).check) for name in models_with("deals", store)]
-    for kind, model, check in looks + deals:
-        try:
-            check()
-        except CorruptArtifact as failure:
-            click.echo(f"damaged  record of {kind} of {model}: {failure.got}", err=True)
-            steps.append(failure.next_step)
+    for kind, record in (("looks", LookRecord), ("deals", DealRecord)):
+        for model in models_with(kind, store):
+            try:
+                record(store, model).check()
+            except CorruptArtifact as failure:
+                click.echo(f"damaged  record of {kind} of {model}: {failure.got}", err=True)
+                steps.append(failure.next_step)
     for name, problem in damaged_runs(store).items():
         click.echo(f"damaged  {name}: {problem.got or problem.what}", err=True)
         steps.append(problem.next_step)
@@ -202,7 +194,6 @@ def verify_model(store: Store, what: str, model: str | None) -> None:
     """
     from loraflow.execution.rederive import rederive
     from loraflow.registry.rebuild import how_to_rebuild
-    from loraflow.registry.runs import read_run
     from loraflow.serving.models import named_champion
 
     if (champion := named_champion(store, what, model)) is not None:
@@ -347,7 +338,7 @@ def repair(yes: bool, store: str) -> None:
         stages = len(loss.repairable)
         cost = f"{stages} stage{'s' if stages > 1 else ''}, about {total_seconds(loss.repairable):.1f} s"
         click.echo(f"to recompute: {cost}, and whatever they need that is missing too")
-        if not yes and not _confirmed():
+        if not yes and not (sys.stdin.isatty() and click.confirm("Recompute now?")):
             raise CorruptArtifact(
                 "Nothing was recomputed.",
                 where=opened.uri,
@@ -369,8 +360,3 @@ def repair(yes: bool, store: str) -> None:
             next_step="see above; a backup of the store has them (docs/backup.md)",
         )
     click.echo("the store is complete" if loss.repairable else "nothing is damaged or missing")
-
-
-def _confirmed() -> bool:
-    """Ask the person at the terminal. Without a terminal, the answer is no."""
-    return sys.stdin.isatty() and click.confirm("Recompute now?")

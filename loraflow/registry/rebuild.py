@@ -25,19 +25,20 @@ UNKNOWN = (
 _PRINT_RECIPE = "import json, sys; print(json.load(sys.stdin)['recipe_text'], end='')"
 
 
-def how_to_rebuild(store: Store, ref: Ref) -> str:
-    """Return the next step after an artifact was lost or damaged: the command that computes the same artifact again."""
+def how_to_rebuild(store: Store, ref: Ref, force: str = "") -> str:
+    """Return the next step after an artifact was damaged: the command, with `force` at its end, that computes it again."""
     record = made_by(store, ref)
     if record is None:
-        return UNKNOWN
-    file = _recipe_file(record)
-    if file is not None:
-        return f"`{_command(store, record, file, _text(file))}` rebuilds it, with the settings of run {record.run}"
-    file = Path(f"{record.recipe}.yaml")
+        return UNKNOWN.replace("again", f"again{force}", 1)
+    found = _recipe_file(record)
+    file = found or Path(f"{record.recipe}.yaml")
+    command = f"`{_command(store, record, file, _text(found) if found else record.recipe_text)}{force}` rebuilds it"
+    if found:
+        return f"{command}, with the settings of run {record.run}"
     show = f"loraflow show {record.run} --store {shlex.quote(store.uri)} --json"
     return (
         f'write its recipe, which run {record.run} recorded: `{show} | python3 -c "{_PRINT_RECIPE}" > '
-        f"{shlex.quote(str(file))}`; then `{_command(store, record, file, record.recipe_text)}` rebuilds it"
+        f"{shlex.quote(str(file))}`; then {command}"
     )
 
 
