@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from loraflow.flows.server.prefect_process import GRACE_SECONDS
 from tests.conftest import chat
 from tests.local_deployment import ROOT, Api, free_port
 
@@ -115,4 +116,4 @@ def test_init_run_up_deploy_and_retrain_work_in_a_new_folder(installed, phi3):
         assert found["state"]["name"] == "UpToDate", "the command's artifacts were reused"
     finally:
         up.send_signal(signal.SIGINT)
-        up.wait(90)
+        up.wait(GRACE_SECONDS)  # nothing runs, so no process is left that has to be killed after this time
