@@ -334,7 +334,9 @@ def _with_id(text: str, folder: Path) -> str:
         entry = f'{PROJECT_ID}: "{id_in(load_plain(text)) or _new_id(folder)}"'
         found = list(scalars(text))
         paths = {key.path for key in found}
-        ours = {key.path[:2] for key in found if key.path[2:] == ("entrypoint",) and key.value.startswith("loraflow.flows.")}
+        ours = {
+            key.path[:2] for key in found if key.path[2:] == ("entrypoint",) and key.value.startswith("loraflow.flows.")
+        }
         first: dict[tuple[str | int, ...], Edit] = {}
         for key in found:
             inner, place = key.path[:-1], key.path[2:-1]

@@ -66,6 +66,11 @@ class Installed(Api):
         return done.stdout
 
 
+def ignore_interrupts() -> None:
+    """Ignore SIGINT, as a shell without job control does for a command in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     return Installed(tmp_path_factory.mktemp("installed"))
@@ -94,7 +99,7 @@ def test_init_run_up_deploy_and_retrain_work_in_a_new_folder(installed, phi3):
     with log.open("wb") as file:
         up = subprocess.Popen(
             ["loraflow", "up", "--port", str(port)], cwd=installed.project, env=installed.env, stdout=file,
-            stderr=file, start_new_session=True,
+            stderr=file, start_new_session=True, preexec_fn=ignore_interrupts,
         )  # fmt: skip
     try:
         until = time.monotonic() + 240
@@ -115,5 +120,5 @@ def test_init_run_up_deploy_and_retrain_work_in_a_new_folder(installed, phi3):
             assert found["state"]["type"] == "COMPLETED", (name, found["state"], log.read_text())
         assert found["state"]["name"] == "UpToDate", "the command's artifacts were reused"
     finally:
-        up.send_signal(signal.SIGINT)
+        up.terminate()
         up.wait(GRACE_SECONDS)  # nothing runs, so no process is left that has to be killed after this time
