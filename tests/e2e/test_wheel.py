@@ -44,7 +44,9 @@ class Installed(Api):
         venv.create(folder / "venv", with_pip=False)
         python = str(self.bin / "python")
         install = ["--python", python, "install", "--quiet", "--no-deps", str(self.wheel)]
-        subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+        # a checkout in PYTHONPATH would count as an installed loraflow
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        subprocess.run([sys.executable, "-m", "pip", *install], env=env, check=True)
         [site] = (folder / "venv" / "lib").glob("python*/site-packages")
         (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
         self.home.mkdir()
