@@ -8,8 +8,8 @@
 
 No process may outlive its parent, even if the parent is killed by SIGKILL:
 
-- `prefect_process` wraps the server and workers of `loraflow up`. They end with `loraflow up`. `sqlite_writes` lets the
-  transactions of that server, and of a temporary one, wait in turn.
+- `prefect_process` wraps the server and workers of `loraflow up`. They end with `loraflow up`. The transactions of that
+  server, and of a temporary one, wait in turn.
 - `temporary_server` starts Prefect's temporary server for a single command; `watchdog`, a process of its own, ends that
   server when the command is gone.
 - `loraflow.execution.parent_death` ends a process group when its parent is gone; `prefect_process` and the worker

@@ -325,15 +325,30 @@ def _with_recipes(text: str, folder: Path, notes: list[str]) -> str:
 
 
 def _with_id(text: str, folder: Path) -> str:
-    """Write the project's id as the first of the variables of runs, where a deployment has such variables and not the id."""
+    """Write the project's id as the first of the variables of runs: where there are variables, and for loraflow's flows.
+
+    A `work_pool` or `job_variables` that is an alias, or merges another mapping, is left as it is.
+    """
     with suppress(Syntax, BadConfig):
         entry = f'{PROJECT_ID}: "{id_in(load_plain(text)) or _new_id(folder)}"'
+        found = list(scalars(text))
+        paths = {key.path for key in found}
+        ours = {
+            key.path[:2] for key in found if key.path[2:] == ("entrypoint",) and key.value.startswith("loraflow.flows.")
+        }
         first: dict[tuple[str | int, ...], Edit] = {}
-        has_id = {key.path[:-1] for key in scalars(text) if key.path[-1] == PROJECT_ID}
-        for key in scalars(text):
-            is_env = key.path[-2:-1] == ("env",) and (key.path[0] == "definitions" or "job_variables" in key.path)
-            if is_env and key.path[:-1] not in has_id:
-                first.setdefault(key.path[:-1], _inserted_before(text, key, entry))
+        for key in found:
+            inner, place = key.path[:-1], key.path[2:-1]
+            if inner[-1:] == ("env",) and (inner[0] == "definitions" or "job_variables" in inner):
+                name, added = PROJECT_ID, entry
+            elif inner[:2] in ours and place == ("work_pool", "job_variables"):
+                name, added = "env", f"env: {{{entry}}}"
+            elif inner[:2] in ours and place == ("work_pool",):
+                name, added = "job_variables", f"job_variables: {{env: {{{entry}}}}}"
+            else:
+                continue
+            if (*inner, name) not in paths and (name == PROJECT_ID or (*inner, "<<") not in paths):
+                first.setdefault(inner, _inserted_before(text, key, added))
         new = apply(text, first.values())
         return new if id_in(load_plain(new)) else text
     return text

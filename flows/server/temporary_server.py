@@ -130,7 +130,7 @@ class _ServerProcess(subprocess.Popen[bytes]):
 def writing_in_turn(command: Sequence[str]) -> list[str]:
     """Return the command of Prefect's temporary server, `python -m uvicorn ...`, with transactions that wait in turn."""
     at = command.index("-m") + 1
-    return [command[0], "-P", *command[1:at], "loraflow.flows.server.sqlite_writes", *command[at:]]
+    return [command[0], "-P", *command[1:at], "loraflow.flows.server.prefect_process", *command[at:]]
 
 
 def _last_error(log: Path) -> str:

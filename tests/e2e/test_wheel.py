@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from loraflow.flows.server.prefect_process import GRACE_SECONDS
 from tests.conftest import chat
 from tests.local_deployment import ROOT, Api, free_port
 
@@ -43,7 +44,9 @@ class Installed(Api):
         venv.create(folder / "venv", with_pip=False)
         python = str(self.bin / "python")
         install = ["--python", python, "install", "--quiet", "--no-deps", str(self.wheel)]
-        subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+        # a checkout in PYTHONPATH would count as an installed loraflow
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        subprocess.run([sys.executable, "-m", "pip", *install], env=env, check=True)
         [site] = (folder / "venv" / "lib").glob("python*/site-packages")
         (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
         self.home.mkdir()
@@ -63,6 +66,11 @@ class Installed(Api):
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+
+def ignore_interrupts() -> None:
+    """Ignore SIGINT, as a shell without job control does for a command in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +101,7 @@ def test_init_run_up_deploy_and_retrain_work_in_a_new_folder(installed, phi3):
     with log.open("wb") as file:
         up = subprocess.Popen(
             ["loraflow", "up", "--port", str(port)], cwd=installed.project, env=installed.env, stdout=file,
-            stderr=file, start_new_session=True,
+            stderr=file, start_new_session=True, preexec_fn=ignore_interrupts,
         )  # fmt: skip
     try:
         until = time.monotonic() + 240
@@ -114,5 +122,5 @@ def test_init_run_up_deploy_and_retrain_work_in_a_new_folder(installed, phi3):
             assert found["state"]["type"] == "COMPLETED", (name, found["state"], log.read_text())
         assert found["state"]["name"] == "UpToDate", "the command's artifacts were reused"
     finally:
-        up.send_signal(signal.SIGINT)
-        up.wait(90)
+        up.terminate()
+        up.wait(GRACE_SECONDS)  # nothing runs, so no process is left that has to be killed after this time

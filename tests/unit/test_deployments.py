@@ -158,7 +158,7 @@ def test_a_stage_leases_the_gpu_only_if_there_is_one(monkeypatch, tmp_path):
 RACE = """
 import asyncio, sys
 import sqlalchemy as sa
-from loraflow.flows.server.sqlite_writes import write_in_turn
+from loraflow.flows.server.prefect_process import write_in_turn
 from prefect.server.database.configurations import AioSqliteConfiguration
 
 async def race():
@@ -195,6 +195,23 @@ def test_concurrent_transactions_that_read_first_wait_only_in_our_server(tmp_pat
         assert done.stdout == "[0, 1, 2]\n", done.stderr
     else:
         assert "database is locked" in done.stderr
+
+
+def test_a_worker_can_interrupt_itself_although_a_background_job_ignores_interrupts():
+    """Prefect's worker stops by SIGINT to itself: in the background of a script, `loraflow up` waited 25 s and killed it."""
+    script = f"""
+import os, runpy, signal, sys
+from loraflow.flows.server import prefect_process
+signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+runpy.run_module = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+sys.argv[1:] = ["{os.getpid()}", "worker", "start"]
+prefect_process.main()
+"""
+    done = subprocess.run(
+        ["bash", "-c", 'trap "" INT; exec "$@"', "", sys.executable, "-c", script],
+        cwd=FILE.parent, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stderr.endswith("KeyboardInterrupt\n"), done.stderr
 
 
 def test_up_names_what_is_wrong_in_prefect_yaml_before_it_starts_a_server(tmp_path, monkeypatch):

@@ -212,6 +212,28 @@ def test_a_deployment_without_the_id_gets_that_of_the_others(tmp_path):
     assert upgraded == head + one + deployment % 'LORAFLOW_PROJECT_ID: "mine", A: b'
 
 
+@pytest.mark.parametrize(
+    ("pool", "new"),
+    [
+        ("{name: p}", "{job_variables: {env: {ID}}, name: p}"),
+        ("\n      name: p  # x", "\n      job_variables: {env: {ID}}\n      name: p  # x"),
+        ("{name: p, job_variables: {image: i}}", "{name: p, job_variables: {env: {ID}, image: i}}"),
+        ("p", None),
+        ("&p {<<: *pool}", None),
+        ("*pool", None),
+        ("{name: p, job_variables: *v}", None),
+        ("{name: p, job_variables: {<<: *v}}", None),
+    ],
+)
+def test_a_deployment_of_loraflow_without_variables_gets_the_projects_id(tmp_path, pool, new):
+    head = "name: x\ndefinitions: {a: &pool {name: p}, b: &v {image: i}}\ndeployments:\n  - entrypoint: own.py:flow\n"
+    head += "    work_pool: {name: own}\n  - entrypoint: loraflow.flows.finetune.finetune\n    work_pool: "
+    upgraded, notes = upgrade_prefect_yaml(head + pool + "\n", tmp_path)
+    made = f'LORAFLOW_PROJECT_ID: "{id_in(yaml.safe_load(upgraded))}"'
+    assert (upgraded, notes) == (head + (new or pool).replace("ID", made) + "\n", [])
+    assert upgrade_prefect_yaml(upgraded, tmp_path) == (upgraded, [])
+
+
 def test_a_prefect_yaml_of_init_without_an_id_gets_the_one_that_init_would_write(tmp_path):
     (tmp_path / "configs").mkdir()
     file = write_prefect_yaml(tmp_path, "r")
