@@ -16,7 +16,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from loraflow.base.load import choose_pad_token
-from loraflow.base.model_files import open_tokenizer, save_tokenizer
+from loraflow.base.model_files import SAMPLES, open_tokenizer, save_tokenizer
 from loraflow.data.chats import Chat, Message
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.rendered_calls import without_tools
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-_ANSWERS = ("A color.", "It is 42: naïve, 你好 😀", '{"a": [1, 2]}', "def f(x):\n\treturn x  # two", "No")
 
 
 _WITH_TOOLS: Chat = [
@@ -76,7 +75,7 @@ def _conversation(turns: int, *, system: bool = False) -> Chat:
     for number in range(turns):
         chat += [
             {"role": "user", "content": f"What is question {number}?\n  It's the\tlast one."},
-            {"role": "assistant", "content": _ANSWERS[number]},
+            {"role": "assistant", "content": SAMPLES[number]},
         ]
     return chat
 
