@@ -149,13 +149,11 @@ def test_a_template_that_renders_differently_for_transformers_is_refused(folder_
 def test_a_tokenizer_whose_class_has_another_normalizer_is_saved_as_transformers_uses_it(folder_with, special_map):
     folder = folder_with({"tokenizer_class": "Qwen2Tokenizer"}, None)
     check_template(folder)  # the class has a pre-tokenizer of its own, too
-    for file, key, value in (
-        ("tokenizer.json", "normalizer", {"type": "NFKC"}),
-        ("tokenizer_config.json", "added_tokens_decoder", DECODER),
-    ):
-        values = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps({**values, key: value}))
-    if special_map is not None:
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**parts, "normalizer": {"type": "NFKC"}}))
+    if special_map is not None:  # hidden by added_tokens_decoder
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": DECODER}))
         (folder / "special_tokens_map.json").write_text(json.dumps(special_map))
     before = AutoTokenizer.from_pretrained(folder)
     check_template(folder)
