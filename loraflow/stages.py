@@ -103,7 +103,7 @@ RESOLVE_BASE = Stage(
     # 2: a date is fixed in the template; special tokens as transformers reads them
     # 3: the template in additional_chat_templates/default.jinja; old Llama tokenizers in sentencepiece's form only
     # 4: the switch for thinking is a variable that the template reads, and is set beside an empty block too
-    version=4,
+    version=5,  # 5: tokenizers whose class has another normalizer
     module="loraflow.base.resolve",
     config=configs.ResolveBaseConfig,
     runtime=JobRuntime.of_base,

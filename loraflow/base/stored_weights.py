@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import struct
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -151,14 +152,19 @@ def _not_loaded(folder: Path, names: list[str]) -> set[str]:
         model = model_without_weights(folder)
     except BadModel:
         return set()
-    prefix, tied = f"{model.base_model_prefix}.", getattr(model, "all_tied_weights_keys", {})
-    loaded, computed = model.state_dict().keys() - tied.keys(), computed_buffers(model)
+    tied = getattr(model, "all_tied_weights_keys", {}).keys()
+    return not_used(model, names, model.state_dict().keys() - tied, tied)
 
-    def is_known(name: str) -> bool:
+
+def not_used(model: PreTrainedModel, names: Iterable[str], loaded: Set[str], others: Set[str]) -> set[str]:
+    """Return those of the names that are not in `loaded`, but in `others` or computed buffers, in any spelling."""
+    prefix, computed = f"{model.base_model_prefix}.", computed_buffers(model)  # transformers does not report those
+
+    def is_unused(name: str) -> bool:
         spellings = {name, name.removeprefix(prefix), prefix + name}
-        return spellings.isdisjoint(loaded) and bool(spellings & tied.keys() or computed.search(name))
+        return spellings.isdisjoint(loaded) and bool(spellings & others or computed.search(name))
 
-    return {name for name in names if is_known(name)}
+    return set(filter(is_unused, names))
 
 
 def computed_buffers(model: PreTrainedModel) -> re.Pattern[str]:

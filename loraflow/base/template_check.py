@@ -147,13 +147,10 @@ def _rendered_by_transformers(
     from jinja2.exceptions import TemplateError
 
     tools = chat[0].get("tools")
-    messages = [
-        {**message, "content": [{"type": "text", "text": message["content"]}]} if in_parts else message
-        for message in without_tools(chat)
-    ]
+    messages = without_tools(chat)
     try:
         text = tokenizer.apply_chat_template(
-            cast("list[dict[str, str]]", messages),
+            cast("list[dict[str, str]]", _in_parts(messages) if in_parts else messages),
             tools=None if tools is None else [dict(tool) for tool in tools],
             tokenize=False,
             add_generation_prompt=prompt,
@@ -179,7 +176,7 @@ def _accepted(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> lis
             except BadModel:
                 continue  # some templates refuse system messages
             expected = _rendered_by_transformers(tokenizer, rows[0], prompt=prompt)
-            # Some templates of vision models read texts only in lists of parts; servers find that out.
+            # Servers find out whether a template reads lists of parts.
             if expected != text and _rendered_by_transformers(tokenizer, rows[0], prompt=prompt, in_parts=True) != text:
                 raise _difference("renders a chat", text, expected or "(refused)")
             found.append((rows[0], prompt))
@@ -237,12 +234,12 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
         except BadModel:
             continue  # rows of this kind are refused with a reason of their own
         expected = _marked(tokenizer, marking, chat, encoded.ids)
-        for last in _ends(encoded.labels):
+        for last in _ends(encoded.labels != IGNORED):
             if last < len(expected) and (not expected[last] or any(expected[last + 1 : last + 2])):
                 raise BadModel(
                     "A learned answer ends at another token than the answer that transformers marks.",
                     where="chat_template",
-                    expected=f"the last marked token at {_last(expected, last)}",
+                    expected=f"the last marked token at {min(_ends(expected), key=lambda at: abs(at - last), default=-1)}",
                     got=f"at {last}: {template.tokenizer.decode(encoded.ids[: last + 1].tolist(), False)[-60:]!r}",
                     next_step="put {% generation %} … {% endgeneration %} around every answer and the token that ends it",
                 )
@@ -250,8 +247,7 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
 
 def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: np.ndarray) -> list[bool]:
     """Return which tokens of a chat transformers marks; none if it renders the chat neither with texts nor with parts."""
-    in_parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
-    for messages in (list(chat), in_parts):
+    for messages in (list(chat), _in_parts(chat)):
         try:
             found = tokenizer.apply_chat_template(
                 cast("list[dict[str, str]]", messages),
@@ -269,13 +265,12 @@ def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: n
     return []
 
 
-def _ends(labels: np.ndarray) -> list[int]:
-    """Return the positions of the last token of each learned span."""
-    learned = np.append(labels != IGNORED, False)
-    return [int(at) for at in np.flatnonzero(learned[:-1] & ~learned[1:])]
+def _ends(marked: Sequence[bool] | np.ndarray) -> list[int]:
+    """Return the positions of the last token of each marked span."""
+    padded = np.append(marked, False)
+    return [int(at) for at in np.flatnonzero(padded[:-1] & ~padded[1:])]
 
 
-def _last(marked: Sequence[bool], near: int) -> int:
-    """Return the position of the last token of the marked span that is nearest."""
-    ends = [at for at, is_marked in enumerate(marked) if is_marked and not any(marked[at + 1 : at + 2])]
-    return min(ends, key=lambda at: abs(at - near), default=-1)
+def _in_parts(chat: Chat) -> list[dict[str, object]]:
+    """Return messages whose texts are lists of parts: some templates of vision models read texts only there."""
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
