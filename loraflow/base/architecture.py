@@ -30,7 +30,7 @@ FAST = frozenset({
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Names that models' configs have for a factor between the head's product and the logits.
 _UNKNOWN_TO_TRL = ("logits_soft_cap", "output_logit_soft_cap", "logits_mup_width_multiplier")
-# Values with which transformers computes another mask than ours, which is causal: read by its masks, whatever the model.
+# With these, transformers' masks differ from the fast engine's.
 _OTHER_MASKS = {"is_causal": False, "use_bidirectional_attention": True, "sliding_window": 0}
 LOGIT_SCALES = (
     "final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier", *_UNKNOWN_TO_TRL,
@@ -81,9 +81,9 @@ def obstacle_to_fast_engine(config: PreTrainedConfig) -> str:
         return f"the model has layers of type {', '.join(stateful)}"
     if logit_factor(config) is None:
         return "the model changes its head's logits"
-    text = config.get_text_config()
-    if odd := [key for key, value in _OTHER_MASKS.items() if getattr(text, key, None) in (value,)]:
-        return f"config.json has {odd[0]}: {getattr(text, odd[0])}"
+    for key, value in _OTHER_MASKS.items():
+        if getattr(config.get_text_config(), key, None) in (value,):
+            return f"config.json has {key}: {value}"
     if not is_tested(config):
         return f"the fast engine has not been tested with the architecture {config.model_type}"
     return ""

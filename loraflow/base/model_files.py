@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Packages with which transformers converts a tokenizer to tokenizer.json, by the end of its file's name.
 _CONVERTERS = {"tekken.json": "mistral-common", ".model": "sentencepiece protobuf", ".tiktoken": "tiktoken"}
-# Texts that normalizers and tokenizers of different classes treat differently. A chat has them as its answers.
+# Texts that tokenizers of different classes treat differently.
 SAMPLES = (
     "A color.",
     "It's 42: naïve, 你好 😀 ﬁ½ e\u0301 x\u00a0y",
@@ -161,8 +161,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path, *, trust: bool
     special = sorted(map(str, tokenizer.all_special_tokens))[:50]
     texts = [*SAMPLES, *(f"{one}a word{one} a word\n{one}\n  {one}" for one in special)]
     before = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    for name in ("special_tokens_map.json", "added_tokens.json"):  # older forms: they would be read with the new files
-        (out / name).unlink(missing_ok=True)
+    for name in ("special_tokens_map", "added_tokens"):  # older forms would be read with the new files
+        (out / f"{name}.json").unlink(missing_ok=True)
     tokenizer.save_pretrained(out)
     if legacy := getattr(tokenizer, "legacy", False):
         file = out / "tokenizer_config.json"

@@ -158,19 +158,14 @@ def _not_loaded(folder: Path, names: list[str]) -> set[str]:
 
 def not_used(model: PreTrainedModel, names: Iterable[str], loaded: Set[str], others: Set[str]) -> set[str]:
     """Return those of the names that are not in `loaded`, but in `others` or computed buffers, in any spelling."""
-    prefix, computed = f"{model.base_model_prefix}.", computed_buffers(model)  # transformers does not report those
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
+    prefix, computed = f"{model.base_model_prefix}.", re.compile("|".join(f"(?:{one})" for one in ignored))
 
     def is_unused(name: str) -> bool:
         spellings = {name, name.removeprefix(prefix), prefix + name}
         return spellings.isdisjoint(loaded) and bool(spellings & others or computed.search(name))
 
     return set(filter(is_unused, names))
-
-
-def computed_buffers(model: PreTrainedModel) -> re.Pattern[str]:
-    """Return the expression of stored names that a model leaves out silently, unless it has a weight of that name."""
-    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
-    return re.compile("|".join(f"(?:{one})" for one in ignored))
 
 
 def _weight_map(index: Path) -> dict[str, str]:

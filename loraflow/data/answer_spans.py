@@ -279,7 +279,7 @@ class AnswerFinder:
                 list(self._control.finditer(tail)) if self._control and self._stop and self._stop.match(tail) else []
             )
             shared = len(os.path.commonprefix([tail, longer.partition(_PROBE)[2]]))  # noqa: RUF071 (letters, not folders)
-            # GLM-Edge writes nothing but that start: its token is no end of an answer.
+            # GLM-Edge writes nothing but that start.
             known = [t for t in tokens[:1] if t.end() <= shared or t.group() in self._ends]
             openings = [t.start() for t in tokens[len(known) :] if head.endswith(tail[t.start() :])]
             opening = min(openings, default=len(tail))
