@@ -82,7 +82,7 @@ CHECK_DATASET = Stage(
 RESOLVE_BASE = Stage(
     name="resolve_base",
     # 4: the switch for thinking is a variable that the template reads, and is set beside an empty block too
-    version=4,
+    version=5,  # 5: tokenizers whose class has another normalizer
     module="loraflow.base.resolve",
     config=configs.ResolveBaseConfig,
     runtime=JobRuntime.of_base,

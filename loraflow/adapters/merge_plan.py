@@ -8,7 +8,8 @@ from pathlib import Path
 
 from loraflow.adapters import safetensors_files as files
 from loraflow.adapters.adapter_config import AdapterConfig
-from loraflow.adapters.lora_updates import PREFIX, SPLIT
+from loraflow.adapters.completeness import fused_or_split
+from loraflow.adapters.lora_updates import PREFIX
 from loraflow.adapters.nf4 import Nf4
 from loraflow.base.stored_weights import TensorEntry, read_entries
 from loraflow.failures import BadModel
@@ -140,22 +141,15 @@ def check_fit(entries: list[TensorEntry], plan: MergePlan) -> None:
 def _missing(name: str, base: Iterable[str]) -> BadModel:
     names = list(base)
     similar = [other for other in names if other.split(".")[-2:-1] == name.split(".")[-2:-1]][:2]
-    counterpart = _fused_or_split(name, names)
+    module, _, parameter = name.rpartition(".")
+    counterpart = fused_or_split(module, [other.rpartition(".")[0] for other in names])
     return BadModel(
         "The adapter adapts a matrix that the base does not have.",
         where=name,
-        expected=counterpart or ", ".join(similar) or f"one of {len(names)} tensors such as {next(iter(names), None)}",
+        expected=f"{counterpart}.{parameter}"
+        if counterpart
+        else ", ".join(similar) or f"one of {len(names)} tensors such as {next(iter(names), None)}",
         next_step="loraflow adapters convert ADAPTER BASE OUT makes it fit this base's projections; merge OUT"
         if counterpart
         else "merge it into the base that it was trained on",
     )
-
-
-def _fused_or_split(name: str, base: list[str]) -> str | None:
-    """Return the base's tensor that holds this projection if the base fuses it, or one of several if it splits it."""
-    parent, module, parameter = ["", *name.rsplit(".", 2)][-3:]
-    fused = {part: whole for whole, parts in SPLIT.items() for part in parts}
-    for other in (*SPLIT.get(module, ())[:1], fused.get(module)):
-        if other and f"{parent}.{other}.{parameter}" in base:
-            return f"{parent}.{other}.{parameter}"
-    return None

@@ -30,6 +30,8 @@ FAST = frozenset({
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Names that models' configs have for a factor between the head's product and the logits.
 _UNKNOWN_TO_TRL = ("logits_soft_cap", "output_logit_soft_cap", "logits_mup_width_multiplier")
+# With these, transformers' masks differ from the fast engine's.
+_OTHER_MASKS = {"is_causal": False, "use_bidirectional_attention": True, "sliding_window": 0}
 LOGIT_SCALES = (
     "final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier", *_UNKNOWN_TO_TRL,
 )  # fmt: skip
@@ -46,28 +48,29 @@ def is_tested(config: PreTrainedConfig) -> bool:
     return text is config and config.model_type in FAST and type(config).__module__.startswith("transformers.")
 
 
+def _scales(config: PreTrainedConfig, keys: tuple[str, ...] = LOGIT_SCALES) -> dict[str, float]:
+    values = {key: getattr(config.get_text_config(), key, None) for key in keys}
+    return {key: float(value) for key, value in values.items() if value not in (None, 1, 1.0)}
+
+
 def scales_logits(config: PreTrainedConfig) -> bool:
     """Tell whether a model changes its head's product by a factor or a cap."""
-    text = config.get_text_config()
-    return any(getattr(text, key, None) not in (None, 1, 1.0) for key in LOGIT_SCALES)
+    return bool(_scales(config))
 
 
 def scales_logits_unknown_to_trl(config: PreTrainedConfig) -> bool:
     """Tell whether a model has a factor or cap that trl's loss leaves out. Small logits would hardly show a cap."""
-    text = config.get_text_config()
-    return any(getattr(text, key, None) not in (None, 1, 1.0) for key in _UNKNOWN_TO_TRL)
+    return bool(_scales(config, _UNKNOWN_TO_TRL))
 
 
 def logit_factor(config: PreTrainedConfig) -> float | None:
     """Return the number that a model multiplies its head's product by; None if it changes the product in another way."""
-    text = config.get_text_config()
-    scales = {key: getattr(text, key, None) for key in LOGIT_SCALES}
-    given = {key: float(value) for key, value in scales.items() if value not in (None, 1, 1.0)}
+    given, architecture = _scales(config), config.get_text_config().model_type
     if not given:
         return 1.0
-    if text.model_type == "granite" and set(given) == {"logits_scaling"}:
+    if architecture == "granite" and set(given) == {"logits_scaling"}:
         return 1.0 / given["logits_scaling"]
-    if text.model_type in ("cohere", "cohere2") and set(given) == {"logit_scale"}:
+    if architecture in ("cohere", "cohere2") and set(given) == {"logit_scale"}:
         return given["logit_scale"]
     return None
 
@@ -78,6 +81,9 @@ def obstacle_to_fast_engine(config: PreTrainedConfig) -> str:
         return f"the model has layers of type {', '.join(stateful)}"
     if logit_factor(config) is None:
         return "the model changes its head's logits"
+    for key, value in _OTHER_MASKS.items():
+        if getattr(config.get_text_config(), key, None) in (value,):
+            return f"config.json has {key}: {value}"
     if not is_tested(config):
         return f"the fast engine has not been tested with the architecture {config.model_type}"
     return ""

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
 # Packages with which transformers converts a tokenizer to tokenizer.json, by the end of its file's name.
 _CONVERTERS = {"tekken.json": "mistral-common", ".model": "sentencepiece protobuf", ".tiktoken": "tiktoken"}
-_SAMPLES = (
-    "two  words\n\n\tand 12345 more.",
-    " It's naïve, 你好 😀",
+# Texts that tokenizers of different classes treat differently.
+SAMPLES = (
+    "A color.",
+    "It's 42: naïve, 你好 😀 ﬁ½ e\u0301 x\u00a0y",
     '{"a": [1, 2]}',
-    "def f(x):\n    return x  # two",
+    "def f(x):\n\treturn x  # two\n\n12345",
+    "No",
 )
 _MODEL_FILES = re.compile(
     r"^(config|generation_config)\.json$|^(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template).*"
@@ -123,6 +125,7 @@ def open_tokenizer(folder: Path, *, trust: bool) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        tokenizer(SAMPLES[1])  # a class that does not fit tokenizer.json fails only here
     except Exception as error:  # tokenizers and the model's own code raise anything
         sources = [] if (folder / "tokenizer.json").exists() else _tokenizer_sources(folder)
         found = ((package, name) for end, package in _CONVERTERS.items() for name in sources if name.endswith(end))
@@ -149,8 +152,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path, *, trust: bool
         BadModel: what was saved gives other ids.
     """
     special = sorted(map(str, tokenizer.all_special_tokens))[:50]
-    texts = [*_SAMPLES, *(f"{one}a word{one} a word\n{one}\n  {one}" for one in special)]
+    texts = [*SAMPLES, *(f"{one}a word{one} a word\n{one}\n  {one}" for one in special)]
     before = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    for name in ("special_tokens_map", "added_tokens"):  # older forms would be read with the new files
+        (out / f"{name}.json").unlink(missing_ok=True)
     tokenizer.save_pretrained(out)
     if legacy := getattr(tokenizer, "legacy", False):
         file = out / "tokenizer_config.json"

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import struct
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -148,20 +149,20 @@ def _not_loaded(folder: Path, names: list[str]) -> set[str]:
         model = model_without_weights(folder)
     except BadModel:
         return set()
-    prefix, tied = f"{model.base_model_prefix}.", getattr(model, "all_tied_weights_keys", {})
-    loaded, computed = model.state_dict().keys() - tied.keys(), computed_buffers(model)
-
-    def is_known(name: str) -> bool:
-        spellings = {name, name.removeprefix(prefix), prefix + name}
-        return spellings.isdisjoint(loaded) and bool(spellings & tied.keys() or computed.search(name))
-
-    return {name for name in names if is_known(name)}
+    tied = getattr(model, "all_tied_weights_keys", {}).keys()
+    return not_used(model, names, model.state_dict().keys() - tied, tied)
 
 
-def computed_buffers(model: PreTrainedModel) -> re.Pattern[str]:
-    """Return the expression of stored names that a model leaves out silently, unless it has a weight of that name."""
+def not_used(model: PreTrainedModel, names: Iterable[str], loaded: Set[str], others: Set[str]) -> set[str]:
+    """Return those of the names that are not in `loaded`, but in `others` or computed buffers, in any spelling."""
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), r"rotary_emb\.inv_freq$"]
-    return re.compile("|".join(f"(?:{one})" for one in ignored))
+    prefix, computed = f"{model.base_model_prefix}.", re.compile("|".join(f"(?:{one})" for one in ignored))
+
+    def is_unused(name: str) -> bool:
+        spellings = {name, name.removeprefix(prefix), prefix + name}
+        return spellings.isdisjoint(loaded) and bool(spellings & others or computed.search(name))
+
+    return set(filter(is_unused, names))
 
 
 def _weight_map(index: Path) -> dict[str, str]:

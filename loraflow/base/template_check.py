@@ -16,7 +16,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from loraflow.base.load import choose_pad_token
-from loraflow.base.model_files import open_tokenizer, save_tokenizer
+from loraflow.base.model_files import SAMPLES, open_tokenizer, save_tokenizer
 from loraflow.data.chats import Chat, Message
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.rendered_calls import without_tools
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-_ANSWERS = ("A color.", "It is 42: naïve, 你好 😀", '{"a": [1, 2]}', "def f(x):\n\treturn x  # two", "No")
 
 
 _WITH_TOOLS: Chat = [
@@ -76,7 +75,7 @@ def _conversation(turns: int, *, system: bool = False) -> Chat:
     for number in range(turns):
         chat += [
             {"role": "user", "content": f"What is question {number}?\n  It's the\tlast one."},
-            {"role": "assistant", "content": _ANSWERS[number]},
+            {"role": "assistant", "content": SAMPLES[number]},
         ]
     return chat
 
@@ -147,13 +146,10 @@ def _rendered_by_transformers(
     from jinja2.exceptions import TemplateError
 
     tools = chat[0].get("tools")
-    messages = [
-        {**message, "content": [{"type": "text", "text": message["content"]}]} if in_parts else message
-        for message in without_tools(chat)
-    ]
+    messages = without_tools(chat)
     try:
         text = tokenizer.apply_chat_template(
-            cast("list[dict[str, str]]", messages),
+            cast("list[dict[str, str]]", _in_parts(messages) if in_parts else messages),
             tools=None if tools is None else [dict(tool) for tool in tools],
             tokenize=False,
             add_generation_prompt=prompt,
@@ -175,7 +171,7 @@ def _accepted(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> lis
             except BadModel:
                 continue  # some templates refuse system messages
             expected = _rendered_by_transformers(tokenizer, rows[0], prompt=prompt)
-            # Some templates of vision models read texts only in lists of parts; servers find that out.
+            # Servers find out whether a template reads lists of parts.
             if expected != text and _rendered_by_transformers(tokenizer, rows[0], prompt=prompt, in_parts=True) != text:
                 raise _difference("renders a chat", text, expected or "(refused)")
             found.append((rows[0], prompt))
@@ -230,12 +226,12 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
         except BadModel:
             continue  # rows of this kind are refused with a reason of their own
         expected = _marked(tokenizer, marking, chat, encoded.ids)
-        for last in _ends(encoded.labels):
+        for last in _ends(encoded.labels != IGNORED):
             if last < len(expected) and (not expected[last] or any(expected[last + 1 : last + 2])):
                 raise BadModel(
                     "A learned answer ends at another token than the answer that transformers marks.",
                     where="chat_template",
-                    expected=f"the last marked token at {_last(expected, last)}",
+                    expected=f"the last marked token at {min(_ends(expected), key=lambda at: abs(at - last), default=-1)}",
                     got=f"at {last}: {template.tokenizer.decode(encoded.ids[: last + 1].tolist(), False)[-60:]!r}",
                     next_step="put {% generation %} … {% endgeneration %} around every answer and the token that ends it",
                 )
@@ -243,8 +239,7 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
 
 def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: np.ndarray) -> list[bool]:
     """Return which tokens of a chat transformers marks; none if it renders the chat neither with texts nor with parts."""
-    in_parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
-    for messages in (list(chat), in_parts):
+    for messages in (list(chat), _in_parts(chat)):
         try:
             found = tokenizer.apply_chat_template(
                 cast("list[dict[str, str]]", messages),
@@ -262,12 +257,12 @@ def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: n
     return []
 
 
-def _ends(labels: np.ndarray) -> list[int]:
-    """Return the positions of the last token of each learned span."""
-    learned = np.append(labels != IGNORED, False)
-    return [int(at) for at in np.flatnonzero(learned[:-1] & ~learned[1:])]
+def _ends(marked: Sequence[bool] | np.ndarray) -> list[int]:
+    """Return the positions of the last token of each marked span."""
+    padded = np.append(marked, False)
+    return [int(at) for at in np.flatnonzero(padded[:-1] & ~padded[1:])]
 
 
-def _last(marked: Sequence[bool], near: int) -> int:
-    ends = [at for at, is_marked in enumerate(marked) if is_marked and not any(marked[at + 1 : at + 2])]
-    return min(ends, key=lambda at: abs(at - near), default=-1)
+def _in_parts(chat: Chat) -> list[dict[str, object]]:
+    """Return messages whose texts are lists of parts: some templates of vision models read texts only there."""
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]

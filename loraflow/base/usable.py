@@ -80,6 +80,8 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
         return  # the caller says that there is no model
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # Mamba-2's have Infinity
+        if not isinstance(config, dict):
+            raise ValueError(type(config).__name__)
     except (OSError, ValueError, RecursionError) as error:
         raise BadModel(
             "The base's config.json is not a JSON object.",
@@ -87,13 +89,6 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
             got=str(error)[:200],
             next_step="fetch config.json again",
         ) from error
-    if not isinstance(config, dict):
-        raise BadModel(
-            "The base's config.json is not a JSON object.",
-            where=_WHERE,
-            got=type(config).__name__,
-            next_step="fetch the base again",
-        )
     if (key := _key_of_nan(config)) is not None:
         raise BadModel(
             "A value in the base's config.json is NaN.",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 from loraflow.base.architecture import config_errors, reason_of
 from loraflow.base.load import refuse_missing_weights
-from loraflow.base.stored_weights import TensorEntry, computed_buffers, loaded_files, model_entries
+from loraflow.base.stored_weights import TensorEntry, loaded_files, model_entries, not_used
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -157,14 +157,7 @@ def unused_weights(folder: Path) -> frozenset[str]:
 
 
 def _unused(folder: Path, model: PreTrainedModel, report: _LoadReport) -> frozenset[str]:
-    expression = computed_buffers(model)  # transformers leaves these out of its report
-    prefix, loaded, unexpected = f"{model.base_model_prefix}.", model.state_dict().keys(), report["unexpected_keys"]
-
-    def is_unused(name: str) -> bool:
-        spellings = {name, name.removeprefix(prefix), prefix + name}
-        return spellings.isdisjoint(loaded) and bool(spellings & unexpected or expression.search(name))
-
-    return frozenset(name for name in _stored(folder) if is_unused(name))
+    return frozenset(not_used(model, _stored(folder), model.state_dict().keys(), report["unexpected_keys"]))
 
 
 def _refuse_quantized(folder: Path, unused: Set[str]) -> None:

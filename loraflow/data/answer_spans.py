@@ -242,7 +242,7 @@ class AnswerFinder:
         if tail and text.startswith(tail, end):
             return Answer(((start, end + len(tail)),), inserted, tail)
         stop = self._stop.match(text, end) if self._stop else None
-        if stop is None:
+        if stop is None or (self._opens_answers and not tail):
             refuse_open(text[end : end + 40], turn)
         closed = stop.end()
         # The template refused the chat of `_tail_of_chats`: all tokens behind a whole chat are learned.
@@ -269,8 +269,11 @@ class AnswerFinder:
             tokens = (
                 list(self._control.finditer(tail)) if self._control and self._stop and self._stop.match(tail) else []
             )
-            opening = next((token.start() for token in tokens[1:] if head.endswith(tail[token.start() :])), len(tail))
             shared = len(os.path.commonprefix([tail, longer.partition(_PROBE)[2]]))  # noqa: RUF071 (letters, not folders)
+            # GLM-Edge writes nothing but that start.
+            known = [t for t in tokens[:1] if t.end() <= shared or t.group() in self._ends]
+            openings = [t.start() for t in tokens[len(known) :] if head.endswith(tail[t.start() :])]
+            opening = min(openings, default=len(tail))
             self._tail = tail[: _end_of_closing(tail[:opening], tokens, shared, self._ends)]
             self._opens_answers = head.endswith(tail[len(self._tail) :]) and self._tail != tail.rstrip()
         return self._tail

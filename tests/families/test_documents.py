@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from loraflow.base.architecture import FAST, logit_factor, obstacle_to_fast_engine, obstacle_to_packing
 from loraflow.failures import BadModel
 from loraflow.hardware.attention import DOCUMENTS, attention_with_mask
 from loraflow.training import attention
 from loraflow.training.collation import concatenated, packed
-from loraflow.training.document_check import refuse_leaking_documents
-from tests.families.tiny import tiny_config, tiny_model
+from loraflow.training.document_check import refuse_leaking_documents, refuse_seeing_later_tokens
+from tests.families.tiny import COMMON, OPTIONS, tiny_config, tiny_model
 
 LENGTHS = (13, 1, 21)
 # With the fast engine's, all architectures that may be packed.
@@ -94,6 +94,20 @@ def test_leaking_documents_are_detected_before_the_first_step(family):
 @pytest.mark.parametrize("family", families({*LEAKING, *PACKABLE} - FAST))
 def test_other_architectures_are_trained_by_the_stock_engine(family):
     assert obstacle_to_fast_engine(tiny_config(family))
+
+
+@pytest.mark.parametrize(
+    ("family", "odd"),
+    [("llama", {"is_causal": False}), ("gemma3_text", {"use_bidirectional_attention": True}), ("mistral", {"sliding_window": 0})],
+)  # fmt: skip
+def test_a_config_with_another_mask_than_the_fast_engines_uses_the_stock_engine(family, odd):
+    """transformers' models see later tokens then, or none; the fast engine's attention would train another model."""
+    config = AutoConfig.for_model(family, **{**COMMON, **OPTIONS.get(family, {}), **odd})
+    assert f"{next(iter(odd))}: " in obstacle_to_fast_engine(config)
+    if odd != {"sliding_window": 0}:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        with pytest.raises(BadModel, match="not causal"):
+            refuse_seeing_later_tokens(model.eval(), 0, is_concatenated=False, compute_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("family", families(set(LEAKING) - {"gpt_oss", "opt"}))

@@ -117,6 +117,13 @@ def test_a_token_that_ends_an_answer_and_begins_it_is_refused(tmp_path):
     build_tokenizer(tmp_path, turns("{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|end|>' }}"))
     with pytest.raises(BadModel, match="block contains no stop token"):
         ChatTemplate(tmp_path).stop_ids()
+    # As GLM-Edge, which writes the start of an answer behind every chat, and nothing behind an answer.
+    build_tokenizer(tmp_path, turns("{{ m['content'] }}").replace("<|end|>", "").replace(START, OPEN))
+    ids = AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(["<|user|>", "<|end|>"])
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    for use in (ChatTemplate(tmp_path).stop_ids, lambda: ChatTemplate(tmp_path).encode([TWO], "assistant")):
+        with pytest.raises(BadModel, match="does not end an answer with a control token"):
+            use()
 
 
 def test_whether_the_next_message_ends_an_answer_is_asked_once_and_not_for_each_row(tmp_path, monkeypatch):

@@ -145,8 +145,33 @@ def test_a_template_that_renders_differently_for_transformers_is_refused(folder_
     check_template(folder)
 
 
+@pytest.mark.parametrize("special_map", [None, {"bos_token": "<|system|>", "eos_token": "<|end|>"}])
+def test_a_tokenizer_whose_class_has_another_normalizer_is_saved_as_transformers_uses_it(folder_with, special_map):
+    folder = folder_with({"tokenizer_class": "Qwen2Tokenizer"}, None)
+    check_template(folder)  # the class has a pre-tokenizer of its own, too
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**parts, "normalizer": {"type": "NFKC"}}))
+    if special_map is not None:  # hidden by added_tokens_decoder
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": DECODER}))
+        (folder / "special_tokens_map.json").write_text(json.dumps(special_map))
+    before = AutoTokenizer.from_pretrained(folder)
+    check_template(folder)
+    after = AutoTokenizer.from_pretrained(folder)
+    assert after.special_tokens_map == before.special_tokens_map == special_tokens(folder)
+    assert after("ﬁ ½")["input_ids"] == before("ﬁ ½")["input_ids"]
+    assert ChatTemplate(folder).tokenizer.encode("ﬁ ½").ids == after("ﬁ ½")["input_ids"]
+    require_transformers_ids(folder)
+
+
 def test_a_tokenizer_that_transformers_cannot_open_is_refused(folder_with):
     folder = folder_with({"tokenizer_class": "T5TokenizerFast"}, None)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(BadModel, match="cannot open the base's tokenizer"):
         check_template(folder)
+
+
+def test_a_tokenizer_whose_class_cannot_encode_is_refused(folder_with):
+    with pytest.raises(BadModel, match="cannot open the base's tokenizer") as caught:
+        check_template(folder_with({"tokenizer_class": "GemmaTokenizer", "unk_token": "<none>"}, None))
+    assert "not found in the vocabulary" in caught.value.got
