@@ -96,6 +96,7 @@ class LookRecord:
         promotions: Sequence[Entry],
         actor: str,
         nearly: Set[int] | None = None,
+        others: Collection[str] = (),
     ) -> Look:
         """Record a look and return it, with the level at which its challenger may be tested.
 
@@ -111,6 +112,7 @@ class LookRecord:
             promotions: the entries of the promotion log.
             actor: who runs this.
             nearly: numbers (seq) of looks that nearly showed a gain (`near_gains`); None without gate.independent_rows.
+            others: keys of rows that were scored and decide nothing (data.extra_heldout): they are not fresh any more.
 
         Raises:
             DamagedLog: a look is missing or was changed.
@@ -121,6 +123,8 @@ class LookRecord:
             known = next((look for look in looks if look.key == key), None)
             if known is not None:
                 return known
+            if others:
+                self.scored.add(others)
             digest, is_created = self.scored.add(rows)
             is_new = is_new or is_created
             sets, known_rows = self._sets_before(looks, rows, digest, is_new=is_new)
