@@ -264,7 +264,6 @@ SCORE_GENERAL = (
     "loraflow.evaluation.likelihood",
     "loraflow.evaluation.prefix_cache",
     "loraflow.data.packing",
-    "loraflow.data.split",
     "loraflow.evaluation.intervals",
     "loraflow.data.positions",
     "loraflow.hardware.process_group",
