@@ -12,7 +12,6 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import JsonValue, ValidationError
 
 from loraflow import identity
-from loraflow.data.chats import GATE_SET
 from loraflow.evaluation.values import BehaviourResult, Decision
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
@@ -309,22 +308,16 @@ def _take_look(workspace: Workspace, result: PipelineResult, protocol: str, tabl
         {"head": head.hash if head else None, "merged": result.merged.digest, "protocol": protocol}
     )
     groups = table["group"].dropna() if "group" in table else ()
-    scored = _all_scores(workspace, result.tuned_scores)
     return workspace.looks.take(
         key,
         challenger=result.merged.digest,
-        rows=_row_keys(table),
-        others=_row_keys(scored[scored["set"] != GATE_SET]),
+        rows={row_key(prompt) for prompt in table["prompt" if "prompt" in table else "id"]},
         error=rules.error,
         horizon=rules.looks,
         promotions=workspace.log.entries(),
         actor=actor(),
         nearly=gains_to_follow(workspace.log, workspace.looks.entries(), groups, independent=rules.independent_rows),
     )
-
-
-def _row_keys(table: pd.DataFrame) -> set[str]:
-    return {row_key(prompt) for prompt in table["prompt" if "prompt" in table else "id"]}
 
 
 def _vocabulary(workspace: Workspace, base_scores: Ref) -> int | None:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 
 from loraflow.data.chats import Chat, Message
 from loraflow.identity import canonical
@@ -155,16 +154,16 @@ def spread_sample(keys: Sequence[str], values: Sequence[str] | None, size: int, 
     )
 
 
-@lru_cache(10_000)
-def row_key(prompt: str, *, with_system: bool = False) -> str:
+def row_key(prompt: str) -> str:
     """Return the identity of a held-out row: 16 hex digits of a hash of its prompt, a JSON list of messages.
 
-    Letter case and white space do not count, nor do system messages (`with_system`: they do) and the reference: a row with
-    another system message or a corrected answer was still seen before.
+    System messages, letter case and white space do not count, nor does the reference: a row with another system message or
+    a corrected answer was still seen before.
     """
     try:
         messages = json.loads(prompt)
-        texts = [str(message["content"]) for message in messages if with_system or message["role"] != "system"]
+        texts = [str(message["content"]) for message in messages if message["role"] != "system"]
     except (ValueError, TypeError, KeyError):
         texts = [prompt]
-    return hashlib.sha256(canonical([*map(normalize, texts)])).hexdigest()[:16]
+    plain = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts]
+    return hashlib.sha256(canonical(plain)).hexdigest()[:16]

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
-from loraflow.data.split import row_key
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -135,8 +133,7 @@ def tango_bound(wins: int, losses: int, n: int, confidence: float) -> float:
 def group_labels(table: pd.DataFrame) -> np.ndarray:
     """Return a number for each row [rows]: rows with the same `group`, or with the same prompt, have the same number.
 
-    Prompts are the same if they differ by case, white space and Unicode form only. The numbers are in the order of the
-    groups' first rows.
+    The numbers are in the order of the groups' first rows.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -144,10 +141,7 @@ def group_labels(table: pd.DataFrame) -> np.ndarray:
     n = len(table)
     keys: dict[tuple[str, str], int] = {}
     edges = [
-        (
-            row,
-            n + keys.setdefault((column, row_key(value, with_system=True) if column == "prompt" else value), len(keys)),
-        )
+        (row, n + keys.setdefault((column, value), len(keys)))
         for column in ("group", "prompt")
         if column in table
         for row, value in enumerate(table[column])

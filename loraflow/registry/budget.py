@@ -151,8 +151,8 @@ def next_look(
     period = max((look.period or 1 for look in looks), default=1)
     counted = _counted(looks, sets, rows, period)
     number = 1 + assumed + sum(1 + look.assumed for look in counted)
-    declared = [horizon, *(look.horizon for look in counted if look.spent > 0)]
-    if number > max(declared) and fresh == len(rows) and not assumed:
+    declared = max((look.horizon for look in counted if look.spent > 0), default=horizon)
+    if number > declared and fresh == len(rows) and not assumed:
         period, counted, number = period + 1, [], 1
     further = _further_left(looks, counted, assumed, error, horizon)
     spent, following = _own_level(counted, number, assumed, error, horizon, further, is_kept=nearly is not None), 0.0

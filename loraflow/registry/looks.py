@@ -96,7 +96,6 @@ class LookRecord:
         promotions: Sequence[Entry],
         actor: str,
         nearly: Set[int] | None = None,
-        others: Collection[str] = (),
     ) -> Look:
         """Record a look and return it, with the level at which its challenger may be tested.
 
@@ -108,7 +107,6 @@ class LookRecord:
             challenger: digest of the merged model.
             rows: keys of the held-out rows (`row_key`).
             nearly: numbers (seq) of looks that nearly showed a gain (`near_gains`); None without gate.independent_rows.
-            others: keys of rows that were scored and decide nothing (data.extra_heldout): they are not fresh any more.
 
         Raises:
             DamagedLog: a look is missing or was changed.
@@ -119,8 +117,6 @@ class LookRecord:
             known = next((look for look in looks if look.key == key), None)
             if known is not None:
                 return known
-            if others:
-                self.scored.add(others)
             digest, is_created = self.scored.add(rows)
             is_new = is_new or is_created
             sets, known_rows = self._sets_before(looks, rows, digest, is_new=is_new)

@@ -28,7 +28,7 @@ class Project:
         self.recipe, self.rng, self.night = recipe, random.Random(seed), 0
         self.settings = {"gate.looks": self.rng.choice([5, 12]), "evaluation.metrics": ["exact_match", "token_f1"]}
         self.settings |= {"gate.primary": "exact_match", "gate.guards": {}, "gate.error": 0.05, "gate.worst": {}}
-        self.removed, self.extra, self.ids, self.base, self.written = [], [], 0, "base", 0
+        self.texts, self.removed, self.ids, self.base, self.set, self.written = [], [], 0, "base", "heldout", 0
         self.texts = self.new_texts(60)
 
     def new_texts(self, count):
@@ -47,13 +47,6 @@ class Project:
 
     def do_rename_ids(self):
         self.ids += 1
-
-    def do_score_others(self):
-        """Rows of data.extra_heldout are scored and decide nothing."""
-        self.extra += self.new_texts(5)
-
-    def do_hold_out_others(self):
-        self.texts, self.extra = self.texts + self.extra, []
 
     def do_rewrite(self):
         """Case and white space make no new row."""
@@ -106,13 +99,11 @@ class Project:
 
     def scores(self, workspace, model, share):
         """Commit the scores of a model that answers this share of the rows right."""
-        texts = [*self.texts, *self.extra]
-        chats = [json.dumps([{"role": "user", "content": text}]) for text in texts]
-        right = [float(random.Random(f"{model} {text.strip().lower()}").random() < share) for text in texts]
-        sets = ["heldout"] * len(self.texts) + ["others"] * len(self.extra)
-        rows = {"id": [f"{self.ids}-{i}" for i in range(len(chats))], "set": sets, "prompt": chats}
+        chats = [json.dumps([{"role": "user", "content": text}]) for text in self.texts]
+        right = [float(random.Random(f"{model} {text.strip().lower()}").random() < share) for text in self.texts]
+        rows = {"id": [f"{self.ids}-{i}" for i in range(len(chats))], "set": self.set, "prompt": chats}
         table = pd.DataFrame(rows | {"exact_match": right, "token_f1": right})
-        payload = identity.payload("evaluate", 1, {"model": model, "rows": f"{self.ids} {chats} {sets}"}, {})
+        payload = identity.payload("evaluate", 1, {"model": model, "rows": f"{self.ids} {chats}"}, {})
         return commit(workspace, "evaluate", payload, "scores.parquet", table)
 
     def compare(self, challenger, share):
@@ -163,7 +154,7 @@ def test_no_change_of_rows_rules_or_models_gives_more_error_than_the_recipe_says
         rows = {text.strip().lower() for text in project.texts}
         assert look.seq == decision.look, "each comparison uses a look"
         assert look.fresh == len(rows - scored), "rows are known by their question, whatever else is changed"
-        scored |= rows | {text.strip().lower() for text in project.extra}
+        scored |= rows
         gains = [one for one in decision.comparisons if one.kind == "gain"]
         assert gains and all(one.level == look.level for one in gains)
         if decision.verdict == "promote":
@@ -181,8 +172,7 @@ def check_budget(looks, better):
     for number, period in periods.items():
         error = max(look.error for look in period)
         assert sum(look.level for look in period if look.seq not in better) <= error * (1 + 1e-9)
-        looks_of = [one.horizon for one in periods.get(number - 1, ()) if one.spent]
-        assert number == 1 or len(periods[number - 1]) >= max(*looks_of, period[0].horizon)
+        assert number == 1 or len(periods[number - 1]) >= max(one.horizon for one in periods[number - 1] if one.spent)
     assert len(looks) == NIGHTS
 
 

@@ -155,21 +155,6 @@ def test_fewer_looks_in_the_recipe_do_not_end_a_period_early(record):
     assert take(record, "b", rows={"fresh"}, horizon=1).level == 0
 
 
-def test_a_look_that_had_all_of_the_error_counts_for_the_looks_that_a_recipe_promises_later(record):
-    """Otherwise `looks: 1` for a night, and 365 again afterwards, would buy a second budget."""
-    assert take(record, "a", horizon=1).level == 0.05
-    assert take(record, "b", rows={"fresh"}).level == 0
-    assert take(record, "c", rows={"other"}, horizon=1).level == 0.05, "one look for itself"
-
-
-def test_rows_of_other_sets_that_were_scored_in_a_look_are_not_fresh_when_they_are_held_out(record):
-    rules = {"challenger": "c", "error": 0.05, "horizon": 2, "promotions": (), "actor": "me"}
-    record.take("a", rows=ROWS, others={"other"}, **rules)
-    assert record.scored_keys({"other", "new"}) == {"other"}
-    assert record.take("b", rows={"other", "new"}, **rules).fresh == 1
-    record.check()
-
-
 def test_looks_of_an_earlier_version_stay_valid_and_count_for_the_rows_that_they_share(store, record):
     """The record as it was written when each set of rows had a budget of its own."""
     before = None
