@@ -30,7 +30,7 @@ FAST = frozenset({
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Names that models' configs have for a factor between the head's product and the logits.
 _UNKNOWN_TO_TRL = ("logits_soft_cap", "output_logit_soft_cap", "logits_mup_width_multiplier")
-# With these, transformers' masks differ from the fast engine's.
+# With these values a model may see later tokens, or all earlier ones: the fast engine's mask is another.
 _OTHER_MASKS = {"is_causal": False, "use_bidirectional_attention": True, "sliding_window": 0}
 LOGIT_SCALES = (
     "final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier", *_UNKNOWN_TO_TRL,
@@ -82,8 +82,8 @@ def obstacle_to_fast_engine(config: PreTrainedConfig) -> str:
     if logit_factor(config) is None:
         return "the model changes its head's logits"
     for key, value in _OTHER_MASKS.items():
-        if getattr(config.get_text_config(), key, None) in (value,):
-            return f"config.json has {key}: {value}"
+        if (found := getattr(config.get_text_config(), key, None)) in (value,):
+            return f"config.json has {key}: {json.dumps(found)}"
     if not is_tested(config):
         return f"the fast engine has not been tested with the architecture {config.model_type}"
     return ""

@@ -151,8 +151,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path, *, trust: bool
     Raises:
         BadModel: what was saved gives other ids.
     """
-    special = sorted(map(str, tokenizer.all_special_tokens))[:50]
-    texts = [*SAMPLES, *(f"{one}a word{one} a word\n{one}\n  {one}" for one in special)]
+    tokens = [*sorted(map(str, tokenizer.all_special_tokens))[:50], *sorted(tokenizer.get_added_vocab())[:200]]
+    texts = [*SAMPLES, *(f"{token}a word{token} a word\n{token}\n  {token}" for token in dict.fromkeys(tokens))]
     before = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     for name in ("special_tokens_map", "added_tokens"):  # older forms would be read with the new files
         (out / f"{name}.json").unlink(missing_ok=True)

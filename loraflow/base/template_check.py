@@ -211,7 +211,7 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
     The start may differ: what the template leaves unmarked behind the prompt is learned, and a marked prompt is not.
 
     Args:
-        template: the same, as training reads it.
+        template: the tokenizer of `folder`, as training reads it.
 
     Raises:
         BadModel: an answer ends elsewhere.
@@ -228,10 +228,11 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
         expected = _marked(tokenizer, marking, chat, encoded.ids)
         for last in _ends(encoded.labels != IGNORED):
             if last < len(expected) and (not expected[last] or any(expected[last + 1 : last + 2])):
+                nearest = min(_ends(expected), key=lambda at: abs(at - last), default=-1)
                 raise BadModel(
                     "A learned answer ends at another token than the answer that transformers marks.",
                     where="chat_template",
-                    expected=f"the last marked token at {min(_ends(expected), key=lambda at: abs(at - last), default=-1)}",
+                    expected=f"the last marked token at {nearest}",
                     got=f"at {last}: {template.tokenizer.decode(encoded.ids[: last + 1].tolist(), False)[-60:]!r}",
                     next_step="put {% generation %} … {% endgeneration %} around every answer and the token that ends it",
                 )

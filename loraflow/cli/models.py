@@ -73,23 +73,30 @@ def _written_whole(out: Path, *inputs: Path) -> Iterator[Path]:
     """Yield the name of a folder that becomes `out` at the end; if the command fails, nothing is left of it.
 
     Raises:
-        BadConfig: `out` exists.
+        BadConfig: `out` exists, or another process writes it.
         CorruptArtifact: an input belongs to a damaged artifact.
     """
     from loraflow.serving.models import require_intact_files
     from loraflow.store.files import set_default_modes
+    from loraflow.store.lock import LockHeld, flock
 
     if out.exists():
         raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")
     require_intact_files(*inputs)
-    unfinished = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    work = out.with_name(out.name + ".unfinished")
     try:
-        yield unfinished
-        set_default_modes(unfinished)
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with flock(work / "lock", wait=False):
+            try:
+                shutil.rmtree(work / "new", ignore_errors=True)  # of a process that was killed
+                yield work / "new"
+                set_default_modes(work / "new")
+                (work / "new").rename(out)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except LockHeld:
+        raise BadConfig(
+            "Another process is writing this folder.", where=str(out), next_step="wait for it, or name another folder"
+        ) from None
 
 
 @click.group()

@@ -12,7 +12,7 @@ import click
 from loraflow.cli import json_option, model_option, quiet_logging, store_option
 from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog, Failure, LimitExceeded
 from loraflow.registry.log import PromotionLog, models
-from loraflow.registry.rebuild import how_to_rebuild
+from loraflow.registry.rebuild import UNKNOWN, how_to_rebuild
 from loraflow.registry.runs import LogHead, damaged_runs, read_run, read_runs
 from loraflow.store import Store, open_store
 from loraflow.store.artifact import result_problems
@@ -81,7 +81,8 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
             problems = opened.verify(ref) if deep else opened.check(ref)
             if problems and not result_problems(problems):
                 how = how_to_rebuild(opened, ref, f" --force {ref.stage}")
-                click.echo(f"warning  {ref}: {'; '.join(problems)}; no result depends on it. {how}", err=True)
+                how = "" if how == UNKNOWN else f"; if you need it, {how}: the whole stage is computed again"
+                click.echo(f"warning  {ref}: {'; '.join(problems)}; no result depends on it{how}", err=True)
             elif problems:
                 quarantined = opened.quarantine(ref, problems)
                 if quarantined is None:

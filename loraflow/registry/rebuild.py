@@ -29,7 +29,7 @@ def how_to_rebuild(store: Store, ref: Ref, force: str = "") -> str:
     """Return the next step after an artifact was damaged: the command, with `force` at its end, that computes it again."""
     record = made_by(store, ref)
     if record is None:
-        return UNKNOWN.replace("again", f"again{force}", 1)
+        return UNKNOWN
     found = _recipe_file(record)
     file = found or Path(f"{record.recipe}.yaml")
     command = f"`{_command(store, record, file, _text(found) if found else record.recipe_text)}{force}` rebuilds it"

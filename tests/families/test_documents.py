@@ -110,6 +110,21 @@ def test_a_config_with_another_mask_than_the_fast_engines_uses_the_stock_engine(
             refuse_seeing_later_tokens(model.eval(), 0, is_concatenated=False, compute_dtype=torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("family", "usual"),
+    [
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 8}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 4096}),
+        ("gemma3_text", {"use_bidirectional_attention": False}),
+        ("llama", {"is_causal": True}),
+    ],
+)
+def test_a_config_that_names_the_usual_mask_uses_the_fast_engine(family, usual):
+    config = AutoConfig.for_model(family, **{**COMMON, **OPTIONS.get(family, {}), **usual})
+    assert obstacle_to_fast_engine(config) == ""
+
+
 @pytest.mark.parametrize("family", families(set(LEAKING) - {"gpt_oss", "opt"}))
 def test_packed_rows_are_refused_from_the_config_for_layers_with_a_state(family):
     assert "carry a state from one document to the next" in obstacle_to_packing(tiny_config(family))

@@ -203,8 +203,7 @@ def test_verify_quarantines_a_damaged_artifact_and_reports_it(tmp_path):
     assert store.verify(old) == [], "intact artifacts stay"
     (store.path(old) / "telemetry" / "time.json").write_text("?")
     done = loraflow("verify", "--deep", cwd=tmp_path)
-    assert done.returncode == 0 and "no result depends on it. " in done.stderr
-    assert "run its recipe again --force tokenize" in done.stderr, "without --force, the run would find it in the cache"
+    assert done.returncode == 0 and done.stderr.endswith("no result depends on it\n"), "no run on record made it"
 
 
 HEAVY = {"torch", "transformers", "prefect", "pandas", "pydantic", "dvc", "loraflow.store"}

@@ -12,7 +12,7 @@ from loraflow.adapters.loralib.model import prepare, state_of
 from loraflow.adapters.loralib.swap import Settings
 from loraflow.adapters.peft_folder import read_peft
 from loraflow.cli.models import adapters
-from loraflow.failures import BadModel
+from loraflow.failures import BadConfig, BadModel
 from tests.conftest import build_phi3
 from tests.unit.test_loralib import IDS, QV, perturb, pretrained
 
@@ -179,8 +179,23 @@ def test_an_adapter_that_cannot_fit_is_refused_and_nothing_is_written(twins, tmp
     for arguments, says in cases:
         result = run(*arguments)
         assert result.exit_code != 0 and says in str(result.exception), (arguments, result.exception)
-        assert not (tmp_path / "o").exists() and not (tmp_path / "o.part").exists()
+        assert not (tmp_path / "o").exists() and not (tmp_path / "o.unfinished").exists()
     assert not (tmp_path / "opened").exists()
     fine = run(make(fused, tmp_path / "fine", target_modules=FUSED), split, tmp_path / "o")
     assert fine.exit_code == 0 and "4 split" in fine.output
     assert json.loads((tmp_path / "o" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_two_commands_never_write_one_folder(tmp_path):
+    from loraflow.cli.models import _written_whole
+
+    out = tmp_path / "o"
+    (tmp_path / "o.unfinished" / "new").mkdir(parents=True)
+    (tmp_path / "o.unfinished" / "new" / "left.txt").write_text("by a process that was killed")
+    with _written_whole(out) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "a.txt").write_text("first")
+        with pytest.raises(BadConfig, match="Another process is writing this folder"), _written_whole(out):
+            pass
+        assert (unfinished / "a.txt").read_text() == "first"
+    assert [file.name for file in out.iterdir()] == ["a.txt"] and not (tmp_path / "o.unfinished").exists()

@@ -98,6 +98,7 @@ def test_a_store_that_the_run_named_by_a_relative_path_is_not_named_again(recipe
     store = LocalStore(tmp_path / "store")
     record(store, recipe)
     assert "`loraflow run tiny.yaml` rebuilds it" in how_to_rebuild(store, REF)
+    assert "`loraflow run tiny.yaml --force train` rebuilds it" in how_to_rebuild(store, REF, " --force train")
 
 
 def test_of_several_runs_the_one_that_computed_the_model_is_named(recipe, tmp_path):

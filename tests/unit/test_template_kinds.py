@@ -145,9 +145,7 @@ def test_the_end_of_answers_is_compared_with_transformers_own_mask(tmp_path, mon
     marked = "{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}{{ '<|user|>' }}"
     build_tokenizer(tmp_path, turns(marked))
     check_template(tmp_path)
-    monkeypatch.setattr(
-        template_check, "_ends", lambda labels: [at + 1 for at in np.flatnonzero(labels != IGNORED)[-1:]]
-    )
+    monkeypatch.setattr(template_check, "_ends", lambda marked: [at + 1 for at in np.flatnonzero(marked)[-1:]])
     with pytest.raises(BadModel, match="ends at another token"):
         check_template(tmp_path)
 
