@@ -14,7 +14,7 @@ from loraflow.data.chats import BadRow
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.preference_pairs import refuse_corrected
 from loraflow.data.published_formats import are_messages, pair_keys
-from loraflow.data.question_parts import LostPart, is_passage, is_phrase, question_parts
+from loraflow.data.question_parts import MAY_BE_CHATS, LostPart, has_chat, is_passage, is_phrase, question_parts
 from loraflow.data.readers import read_values
 from loraflow.data.row_fields import objects
 
@@ -256,8 +256,11 @@ def _first(
         if is_kind is bool:
             return column
         texts = [text for row in rows if isinstance(text := row.get(column), str) and text.strip()]
-        if any(all(str(row.get(key)).strip() in str(row.get(column)) for key in but) for row in rows if len(but) > 1):
-            continue  # a whole chat, which has the answer
+        if name in MAY_BE_CHATS:
+            beside = [(row[column], *map(row.get, but)) for row in rows if isinstance(row.get(column), str)]
+            chats = sum(has_chat(*texts) for texts in beside if all(isinstance(t, str) and t.strip() for t in texts))
+            if 2 * chats >= len(texts):
+                continue
         if texts and 2 * sum(map(is_kind, texts)) > len(texts):
             return column
     return None

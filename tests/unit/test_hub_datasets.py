@@ -86,9 +86,22 @@ SHAPES = {
     "a text rendered by Llama 3's template": (
         [{"system": "s", "instruction": "Is it one?", "output": "It is.", "text": LLAMA}], [["s: s", "u: Is it one?", "a: It is."]]),
     "a question's rendered text": ([{"question": "Is it one?", "answer": "It is.", "text": ALL}], [["u: Is it one?", "a: It is."]]),
+    "a rendered text with changed answers": ([{"instruction": "Is it one?", "output": "Yes, it is.", "text": text} for text in (
+        f"{PREAMBLE}### Instruction:\nIs it one?\n\n### Response:", f"{PREAMBLE}### Instruction:\nIs it?\n\n### Response:\nIt is.",
+        f"User: Is that one, {PASSAGE}\nAssistant: Yes.", f"<p>Is it one?</p><p>{PASSAGE}</p>")], [["u: Is it one?", "a: Yes, it is."]] * 4),
+    "a text that has the answer": ([{"prompt": "q", "completion": PASSAGE, "text": f"From a page. {PASSAGE} Its end."}], [["u: q", f"a: {PASSAGE}"]]),
+    "contexts and blank rows": (
+        [{"question": q, "answer": a, "context": text} for q, a, text in (("Where is it?", "Paris", "It stands in Paris."), ("", "", ""), (None,) * 3)],
+        [["u: Where is it?\n\nIt stands in Paris.", "a: Paris"], REFUSED, REFUSED]),
+    "texts and blank rows": ([{"question": q, "answer": a, "text": text} for q, a, text in (("q", "a", PASSAGE), ("", "", ""), (None,) * 3)],
+                             [PASSAGE_AND_Q, REFUSED, REFUSED]),
+    "passages that quote the question": (
+        [{"question": q, "answer": "three months", key: PASSAGE} for q in ("The contract", "How long?") for key in ("passage",)],
+        [[f"u: {q}\n\n{PASSAGE}", "a: three months"] for q in ("The contract", "How long?")]),
+    # a passage that is no part of every question is named as not read
     "Unnatural Instructions": ([{"instruction": "Is it?", "input": "q", "constraints": said, "output": "yes"} for said in ("None.", CONSTRAINT)],
-                               [["u: Is it?\n\nq", "a: yes"], REFUSED]),
-    "BIRD": ([{"prompt": "q", "evidence": PASSAGE, "completion": "a"}], [REFUSED]),
+                               [["u: Is it?\n\nq", "a: yes"]] * 2),
+    "BIRD": ([{"prompt": "q", "evidence": said, "completion": "a", "excerpt": PASSAGE} for said in (PASSAGE, [PASSAGE])], [QA] * 2),
     # judged answers
     "Aegis 2": ([qa(prompt_label="unsafe", response_label=said) for said in ("unsafe", "safe", None, "Unsafe")], [REFUSED, QA, QA, REFUSED]),
     "WildGuardMix": ([qa(response_harm_label=said, response_refusal_label="refusal") for said in ("harmful", "unharmful", None)], [REFUSED, QA, QA]),
@@ -234,3 +247,17 @@ def test_an_answer_that_was_cut_off_is_a_question(key, values):
 def test_the_guess_for_a_text_beside_an_instruction_is_a_guess_for_every_row(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps({"instruction": "Sum it up.", "text": PASSAGE, "output": "a"}))
     assert columns_of(tmp_path / "t.jsonl", "t") == {"instruction": "instruction", "input": "text", "output": "output"}
+
+
+@pytest.mark.parametrize("key", ["passage", "document", "context"])
+def test_a_passage_that_has_question_and_answer_is_a_part_of_the_question(tmp_path, key):
+    rows = [{"prompt": "Either party", "completion": "three months.", key: PASSAGE}]
+    (tmp_path / "t.jsonl").write_text(json.dumps(rows[0]))
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", {"prompt": "prompt", "completion": "completion"})
+    assert outcome(row) == REFUSED and f"{key} has a text that the prompt lacks" in row.problem
+    assert outcome(*read(tmp_path, rows)) == [f"u: Either party\n\n{PASSAGE}", "a: three months."]
+
+
+def test_evidence_excerpts_and_constraints_are_named_as_not_read(tmp_path):
+    (row,) = read(tmp_path, [{"prompt": "q", "completion": "a", "evidence": PASSAGE, "excerpt": PASSAGE, "constraints": CONSTRAINT}])
+    assert outcome(row) == QA and row.unused_keys == ("evidence", "excerpt", "constraints")
