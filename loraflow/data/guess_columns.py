@@ -283,14 +283,19 @@ def _first(
         if is_kind is bool:
             return column
         texts = [text for row in rows if isinstance(text := row.get(column), str) and text.strip()]
-        if name in MAY_BE_CHATS:
-            beside = [(row[column], *map(row.get, but)) for row in rows if isinstance(row.get(column), str)]
-            chats = sum(has_chat(*texts) for texts in beside if all(isinstance(t, str) and t.strip() for t in texts))
-            if 2 * chats >= len(texts):
-                continue
+        if name in MAY_BE_CHATS and 2 * _number_of_chats(column, but, rows) >= len(texts):
+            continue
         if texts and 2 * sum(map(is_kind, texts)) > len(texts):
             return column
     return None
+
+
+def _number_of_chats(column: str, pair: tuple[str, ...], rows: Sequence[dict[str, JsonValue]]) -> int:
+    """Return how many texts of a column have the chat, or the answer, of their row. Blank and other values do not count."""
+    beside = [
+        [text for key in (column, *pair) if isinstance(text := row.get(key), str) and text.strip()] for row in rows
+    ]
+    return sum(has_chat(*texts) for texts in beside if len(texts) == 1 + len(pair))
 
 
 def _system(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:

@@ -340,8 +340,10 @@ def _hint_to_name(row: Mapping[str, JsonValue]) -> str:
 def _is_closed(text: JsonValue) -> bool:
     """Tell whether a text with labels does not end with one that has no message."""
     found = split_chat(text)
-    *_, last = found[0].label.finditer(found[1]) if found is not None else ()
-    return found is not None and bool(found[1][last.end() :].strip())
+    if found is None:
+        return False
+    *_, last = found[0].label.finditer(found[1])
+    return bool(found[1][last.end() :].strip())
 
 
 def is_history(name: str) -> bool:
@@ -367,8 +369,8 @@ def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], u
         if not turns or key in used.values():
             continue
         texts = [turn[name] for turn in turns for name in CONTENTS if isinstance(turn.get(name), str)]
-        written = " ".join(message["content"] for message in messages[:-1])
-        if not all(str(text) in written for text in texts):
+        written = " ".join(" ".join(message["content"] for message in messages[:-1]).split())
+        if not all(" ".join(str(text).split()) in written for text in texts):
             made = _to_join(row, key, question, answer)
             raise BadRow(f"{key} has earlier messages, which are not read{made}; or name {key} in data.ignore")
 
@@ -377,7 +379,8 @@ def _messages_of(key: str, row: Mapping[str, JsonValue]) -> list[dict[str, JsonV
     """Return the messages in a column `context` or `contexts`; empty for another column or value."""
     value = row[key]
     turns = objects(value) if key.lower() in ("context", "contexts") and isinstance(value, list) else None
-    return turns if turns and all(any(name in turn for name in ROLE_KEYS) for turn in turns) else []
+    roles = [normal_role(next((turn[name] for name in ROLE_KEYS if name in turn), None)) for turn in turns or ()]
+    return turns if turns and all(role in ("user", ASSISTANT, "system", TOOL) for role in roles) else []
 
 
 def _hint_to_join(row: Mapping[str, JsonValue]) -> str:

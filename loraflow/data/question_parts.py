@@ -146,7 +146,7 @@ class _Asked:
 
 
 def has_chat(text: str, question: str, answer: str) -> bool:
-    """Tell whether a text is a rendered chat, or has the question or a long answer: in a prompt, it would tell the answer."""
+    """Tell whether a text is a rendered chat, or has the question or a long answer, so that it may tell the answer."""
     if split_chat(text) is not None or _LABEL_OF_ANSWER in text:
         return True
     parts = [plain(question)] if any(map(str.isalnum, question)) else []

@@ -314,6 +314,9 @@ def test_earlier_messages_beside_a_question_are_not_left_out(tmp_path, row, colu
 def test_earlier_messages_that_the_prompt_has_are_no_loss(tmp_path):
     (row,) = read(tmp_path, [{"prompt": [*CHAT, user("r")], "completion": "b", "context": CHAT}])
     assert outcome(row) == TWO
+    letters = [{"from": "x@y.org", "text": "Hello."}]
+    (row,) = read(tmp_path, [{"prompt": "q", "completion": "a", "context": letters}])
+    assert outcome(row) == QA and row.unused_keys == ("context",)
 
 
 @pytest.mark.parametrize(
