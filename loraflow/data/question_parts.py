@@ -108,6 +108,10 @@ def refuse_lost_parts(
         return
     named = {column for key, column in columns.items() if key in ("input", "context")}
     keys = [key for key in row if (key.lower() in _TEXT_OR_LISTED or key in named) and key not in used.values()]
+    value = row[used[question]]
+    said = (
+        value if isinstance(value, str) else next((m["content"] for m in messages[-2::-1] if m["role"] == "user"), "")
+    )
     asked: _Asked | None = None
     for key in keys:
         may_be_chat = key.lower() in MAY_BE_CHATS and key not in named
@@ -119,7 +123,7 @@ def refuse_lost_parts(
         ]
         if not parts:
             continue
-        if may_be_chat and has_chat(parts[0], str(row[used[question]]), messages[-1]["content"]):
+        if may_be_chat and has_chat(parts[0], said, messages[-1]["content"]):
             continue
         asked = asked or _Asked(messages)
         share = _SHARE_OF_QUESTIONS if key.lower() in _QUESTIONS else _SHARE
@@ -163,7 +167,8 @@ def _way_out(
     if (name := next((name for name, column in columns.items() if column == key), None)) is not None:
         return f"in data.columns, {name} goes with instruction and output, not with {pair[0]} and {pair[1]}"
     way = "write it there"
-    if isinstance(row[key], str) and "input" not in used and (key == "input" or "input" not in row):
+    are_texts = isinstance(row[key], str) and isinstance(row[used[pair[0]]], str)
+    if are_texts and "input" not in used and (key == "input" or "input" not in row):
         way = f"set data.columns: {{instruction: {used[pair[0]]}, input: {key}, output: {used[pair[1]]}}}"
     return f"{way}, or name {key} in data.ignore if no answer needs it"
 

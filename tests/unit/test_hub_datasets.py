@@ -91,6 +91,9 @@ SHAPES = {
     "a rendered text with changed answers": ([{"instruction": "Is it one?", "output": "Yes, it is.", "text": text} for text in (
         f"{PREAMBLE}### Instruction:\nIs it one?\n\n### Response:", f"{PREAMBLE}### Instruction:\nIs it?\n\n### Response:\nIt is.",
         f"User: Is that one, {PASSAGE}\nAssistant: Yes.", f"<p>Is it one?</p><p>{PASSAGE}</p>")], [["u: Is it one?", "a: Yes, it is."]] * 4),
+    "messages and their rendered text": (
+        [{"prompt": [user("Is it one?")], "completion": [answer("a")], "text": text} for text in (f"Is it one? {PASSAGE}", PASSAGE)],
+        [["u: Is it one?", "a: a"], REFUSED]),
     "a text that has the answer": ([{"prompt": "q", "completion": PASSAGE, "text": f"From a page. {PASSAGE} Its end."}], [["u: q", f"a: {PASSAGE}"]]),
     "contexts and blank rows": (
         [{"question": q, "answer": a, "context": text} for q, a, text in (("Where is it?", "Paris", "It stands in Paris."), ("", "", ""), (None,) * 3)],
