@@ -30,6 +30,7 @@ from loraflow.data.published_formats import (
     read_pairs,
     read_tree,
     read_xlam,
+    refuse_lost_history,
     template_arguments,
 )
 from loraflow.data.question_parts import refuse_answers_by_letter, refuse_lost_parts
@@ -121,6 +122,7 @@ def read_chat(
         read = {*used, *used.values()}
         refuse_media(fields.row, [turn.content for turn in turns], fields.media or media_key(fields.row, read))
         refuse_answers_by_letter(fields.row, messages, read)
+        refuse_lost_history(fields.own, messages, used)
         refuse_lost_parts(fields.own, messages, used, columns)
         refuse_rejected(fields.row, messages, fields.chosen_answers())
         refuse_corrected(fields.row, messages, used)

@@ -13,8 +13,8 @@ from loraflow.data.chat_formats import has_known_keys, is_bare_chat, read_chat, 
 from loraflow.data.chats import BadRow
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.preference_pairs import refuse_corrected
-from loraflow.data.published_formats import are_messages, pair_keys
-from loraflow.data.question_parts import LostPart, is_passage, is_phrase, question_parts
+from loraflow.data.published_formats import are_messages, is_history, pair_keys
+from loraflow.data.question_parts import MAY_BE_CHATS, LostPart, has_chat, is_passage, is_phrase, question_parts
 from loraflow.data.readers import read_values
 from loraflow.data.row_fields import objects
 
@@ -59,6 +59,12 @@ _OTHER_PAIRS = (
     ("q", "a"),
     ("context", "response"),  # messages in HelpSteer3
     ("content", "summary"),
+)
+# Names that say something else without another column of text or of classes
+_ALONE = frozenset({("context", "response"), ("content", "summary")})
+# Names of columns that are never a part of a question, a class or another answer
+_METADATA = re.compile(
+    r"(?:.*[_-])?id|idx|index|system|system_prompt|feedback|domain|language|lang|source|split|url|date|license"
 )
 
 # Usual names of a text that a question is about, in lower case, and what such a text must be. The others of these columns
@@ -178,7 +184,9 @@ def guess_columns(row: JsonValue, others: Sequence[JsonValue | BadRow] = ()) -> 
 
 def _columns_of(row: dict[str, JsonValue], rows: Sequence[dict[str, JsonValue]]) -> dict[str, str]:
     names = {name.lower(): name for name in row}
-    if question_parts(row):  # an answer without them cannot be learned; a chat has them in its messages
+    if [
+        part for part in question_parts(row) if not _is_question(part, names, rows)
+    ]:  # an answer without them cannot be learned; a chat has them in its messages
         return _column_of_turns(row)
     found = _columns_of_pair(_PAIRS, row, names, rows)
     if found is None:
@@ -199,11 +207,30 @@ def _columns_of_pair(
         if asked and answered and is_question and isinstance(row[answered], str):
             if pairs is _OTHER_PAIRS and _is_a_part(names, asked, answered, rows):
                 continue
+            if (question, answer) in _ALONE and not _are_alone(asked, answered, rows):
+                continue
             answered = _worked_answer(row, names, answered)
             if answered is None:
                 return {}
             return {**_question_and_answer(names, asked, answered, rows), **_system(row, names)}
     return None
+
+
+def _are_alone(asked: str, answered: str, rows: Sequence[dict[str, JsonValue]]) -> bool:
+    """Tell whether no column beside a question and an answer has texts, lists, objects or classes; metadata may."""
+    return not any(
+        key.lower() in _CLASSES or isinstance(value, str | list | dict)
+        for row in rows
+        for key, value in row.items()
+        if key not in (asked, answered) and not _METADATA.fullmatch(key.lower())
+    )
+
+
+def _is_question(part: str, names: dict[str, str], rows: Sequence[dict[str, JsonValue]]) -> bool:
+    """Tell whether messages in `context` are the question of a `response`, as no other column has one."""
+    answered = names.get("response")
+    is_pair = part.lower() == "context" and answered is not None and is_bare_chat(rows[0][part])
+    return is_pair and _are_alone(part, str(answered), rows)
 
 
 def _is_a_part(names: dict[str, str], asked: str, answered: str, rows: Sequence[dict[str, JsonValue]]) -> bool:
@@ -256,11 +283,19 @@ def _first(
         if is_kind is bool:
             return column
         texts = [text for row in rows if isinstance(text := row.get(column), str) and text.strip()]
-        if any(all(str(row.get(key)).strip() in str(row.get(column)) for key in but) for row in rows if len(but) > 1):
-            continue  # a whole chat, which has the answer
+        if name in MAY_BE_CHATS and 2 * _number_of_chats(column, but, rows) >= len(texts):
+            continue
         if texts and 2 * sum(map(is_kind, texts)) > len(texts):
             return column
     return None
+
+
+def _number_of_chats(column: str, pair: tuple[str, ...], rows: Sequence[dict[str, JsonValue]]) -> int:
+    """Return how many texts of a column have the chat, or the answer, of their row. Blank and other values do not count."""
+    beside = [
+        [text for key in (column, *pair) if isinstance(text := row.get(key), str) and text.strip()] for row in rows
+    ]
+    return sum(has_chat(*texts) for texts in beside if len(texts) == 1 + len(pair))
 
 
 def _system(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:
@@ -288,7 +323,7 @@ def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
         if (
             turns is None
             or _COMPARED.search(name.lower())
-            or ("history" in name.lower() and not _ANSWERS.isdisjoint(row))
+            or (is_history(name) and not _ANSWERS.isdisjoint(key.lower() for key in row))
         ):
             continue
         if _CHAT_NAMES.search(name) or not any(map(pair_keys, turns)):

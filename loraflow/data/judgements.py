@@ -109,7 +109,7 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
 def is_bad_word(text: str) -> bool:
     """Tell whether a short text says that something is wrong or poor."""
     word = plain(text)
-    return word in _WRONG | _LOW | _NOT_DONE | {"unsafe", "low", "length", "max tokens"} or judges_badly(word)
+    return word in _WRONG | _LOW | _NOT_DONE | {"unsafe", "low"} or judges_badly(word)
 
 
 def unclear_verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> str | None:
@@ -325,6 +325,9 @@ _WRONG_CLASSES = _words("false|incorrect|wrong|invalid|inaccurate|not (?:correct
 _RIGHT = _words("true|correct|right|valid|accurate")
 _UNSAFE = _words("unsafe|not safe|harmful|dangerous|toxic|violat(?:es|ing|ion)")
 _SAFE = _words("safe|harmless|not (?:unsafe|harmful|dangerous|toxic)")
+_HARMLESS = _words(
+    "safe|harmless|unharmful|benign|clean|non toxic|not (?:unsafe|harmful|dangerous|toxic)"
+)  # of a label
 # Nobody answers another question than one for a grade or a class with these.
 _GRADE = _words("incorrect|wrong|not correct")
 _CLASS = _words("unsafe|not safe|harmful")
@@ -343,7 +346,7 @@ def names_the_class(name: str, here: tuple[str, ...], value: JsonValue, beside: 
     first = _CLASS if name in SAFETY else _GRADE
     if any(first.match(answer) or (name in SAFETY and _is_yes_or_no(answer)) for answer in beside.said):
         return True
-    if beside.labels is None or name == HARM_LABEL or not _is_named(name, value, beside.said):
+    if beside.labels is None or not _is_named(name, value, beside.said):
         return False
     return not beside.labels.some_row(("not named", *here), lambda row: _classes_differ(name, row, here))
 
@@ -387,6 +390,9 @@ def _side(answer: str) -> bool | None:
 
 
 def _is_named(name: str, value: JsonValue, said: tuple[str, ...]) -> bool:
+    if name == HARM_LABEL:
+        words = _UNSAFE if _UNSAFE.fullmatch(plain(str(value))) else _HARMLESS
+        return any(words.search(answer) for answer in said)
     side = label_side(value)
     is_bad = side is (name in TRUE_IS_BAD)
     if name in SAFETY:
@@ -396,7 +402,17 @@ def _is_named(name: str, value: JsonValue, said: tuple[str, ...]) -> bool:
     return any(_side(answer) is side or words.search(answer) for answer in said)
 
 
+def _is_harm(value: JsonValue) -> bool:
+    """Tell whether a value is a word for unsafe or safe."""
+    word = plain(value) if isinstance(value, str) else ""
+    return any(words.fullmatch(word) for words in (_UNSAFE, _HARMLESS))
+
+
 def _classes_differ(name: str, row: dict[str, JsonValue], here: tuple[str, ...]) -> bool:
     said = tuple(plain(answer) for answer in answers_of(row))
-    values = [value for value in values_at(row, here) if isinstance(label_side(value), bool)]
+    values = [
+        value
+        for value in values_at(row, here)
+        if (_is_harm(value) if name == HARM_LABEL else isinstance(label_side(value), bool))
+    ]
     return any(not _is_named(name, value, said) for value in values)

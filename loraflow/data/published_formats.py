@@ -5,13 +5,14 @@ Rows of other shapes are refused, with a hint how they are converted.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
 from loraflow.data.cell_values import parsed_list, strict_json
-from loraflow.data.chats import BadRow
+from loraflow.data.chats import BadRow, Message
 from loraflow.data.marks import MarkedFalse, excludes
 from loraflow.data.question_parts import question_parts
 from loraflow.data.row_fields import (
@@ -249,6 +250,19 @@ _TREES = (
     "def tree($all): . + {replies: [.message_id as $id | $all[] | select(.parent_id == $id) | tree($all)]}; "
     "group_by(.message_tree_id)[] | . as $all | .[] | select(.parent_id == null) | tree($all)"
 )
+# Names of an answer that is worse than another one, or of one of several
+_OF_PAIRS = re.compile(
+    r"reject|los(?:er|ing|t)(?![a-z])|worse|worst|wrong|incorrect|bad|negative|dispreferred|unsafe|toxic|harm|discard|"
+    r"[-_. ](?:a|b|w|l|[0-9])$",
+    re.IGNORECASE,
+)
+_ANSWER = re.compile(
+    r"answer|response|completion|output|sol[0-9]|solution", re.IGNORECASE
+)  # of these, a label is a mark
+# Names of a text that is neither a question nor an answer
+_NO_TEXT = re.compile(
+    r"(?:^|[-_. ])(?:u?u?id|idx|index|url|path|file|source|split|subset|lang|language|date|model|name)$", re.IGNORECASE
+)
 # The key of a chat's id in a row that is one message of it
 _CHAT_ID = re.compile("(conv|conversation|dialog|dialogue|session|thread|chat)_?id", re.IGNORECASE)
 
@@ -261,11 +275,13 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         chat, role, said = keys
         made = f"group_by(.{chat})[] | {{messages: map({{role: .{role}, content: .{said}}})}}"
         return "; if each row is one message of a chat" + _by_jq(made, "-cs").replace(";", ",", 1)
+    if hint := _hint_to_join(row):
+        return hint
     texts = [key for key, value in row.items() if is_transcript(value)]
     if "chosen" in row:
-        columns = "{text: chosen}" if "chosen" in texts else "{completion: chosen} or {messages: chosen}"
+        columns = "{text: chosen}" if is_transcript(row["chosen"]) else "{completion: chosen} or {messages: chosen}"
         return f"; for the chosen answers of preference pairs, set data.columns: {columns}"
-    if len(texts) == 1:
+    if len(texts) == 1 and not _OF_PAIRS.search(texts[0]) and _is_closed(row[texts[0]]):
         return f"; {texts[0]} has a chat: set data.columns: {{text: {texts[0]}}}"
     if (parts := question_parts(row)) and not row.keys().isdisjoint(("question", "problem", "query")):
         return f"; {parts[0]} is a part of the question: write a prompt that has it"
@@ -277,12 +293,128 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         made = f'{{instruction: "Translate to {target}.", input: .translation.{source}, output: .translation.{target}}}'
         return _by_jq(made)
     hint = next((_by_jq(made) for keys, made in _FILTERS if row.keys() >= keys), "")
-    for key, value in row.items():
-        if isinstance(value, dict) and not value.keys().isdisjoint(("messages", "conversations", "completion")):
-            hint = hint or _by_jq(f". + .{key} | del(.{key})")
-    is_number = type(row.get("label")) is int and any(isinstance(value, str) for value in row.values())
-    names = "; label is the number of a class: write its name into a column" if is_number else ""
-    return hint or names + "; set data.columns: {prompt: the column of the question, completion: that of the answer}"
+    return hint or _hint_to_unpack(row) or _hint_to_name(row)
+
+
+def _hint_to_unpack(row: Mapping[str, JsonValue]) -> str:
+    """Return how the only chat inside an object becomes the row. Keys beside it, such as marks, are kept."""
+    inner = [key for key, value in row.items() if isinstance(value, dict) and _has_chat(value)]
+    if len(inner) != 1 or _OF_PAIRS.search(inner[0]) or not row.keys().isdisjoint(("request", "response")):
+        return ""
+    return _by_jq(f"{_path(inner[0])} + del({_path(inner[0])})") if _is_quotable(inner[0]) else ""
+
+
+def _has_chat(value: Mapping[str, JsonValue]) -> bool:
+    """Tell whether an object has messages that end with an answer, or texts of a question and its answer."""
+    for key in ("messages", "conversations"):
+        if turns := objects(value.get(key)):
+            role = next((turns[-1][name] for name in ROLE_KEYS if name in turns[-1]), None)
+            return normal_role(role) == ASSISTANT and any(isinstance(turns[-1].get(name), str) for name in CONTENTS)
+    return any(
+        all(isinstance(text := value.get(name), str) and text.strip() for name in pair)
+        for pair in (("prompt", "completion"), ("instruction", "output"))
+    )
+
+
+def _hint_to_name(row: Mapping[str, JsonValue]) -> str:
+    """Return the columns that read a row with texts, or a text and the number of its class."""
+    texts = [
+        key
+        for key, value in row.items()
+        if isinstance(value, str) and value.strip() and not _OF_PAIRS.search(key) and not _NO_TEXT.search(key)
+    ]
+    if type(row.get("label")) is int and texts:
+        return (
+            ""
+            if any(map(_ANSWER.search, row))
+            else (
+                "; label is the number of a class: write its name into a new column, and set data.columns: "
+                "{prompt: the column of the text, completion: the new column}"
+            )
+        )
+    if len(texts) < 2:
+        return ""
+    return "; set data.columns: {prompt: the column of the question, completion: that of the answer}"
+
+
+def _is_closed(text: JsonValue) -> bool:
+    """Tell whether a text with labels does not end with one that has no message."""
+    found = split_chat(text)
+    if found is None:
+        return False
+    *_, last = found[0].label.finditer(found[1])
+    return bool(found[1][last.end() :].strip())
+
+
+def is_history(name: str) -> bool:
+    """Tell whether a column beside a question or an answer has the messages before them."""
+    return "history" in name.lower() or name.lower() in ("context", "contexts")
+
+
+def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], used: Mapping[str, str]) -> None:
+    """Refuse a row whose `context` has messages that are neither read nor in the chat.
+
+    Args:
+        used: the keys that were read: loraflow's name → the row's column.
+
+    Raises:
+        BadRow: it has. The answer would be learned without them.
+    """
+    question = next((used[key] for key in ("prompt", "instruction") if key in used), None)
+    answer = next((used[key] for key in ("completion", "output", "response") if key in used), None)
+    if question is None or answer is None:
+        return
+    for key in row:
+        turns = _messages_of(key, row)
+        if not turns or key in used.values():
+            continue
+        texts = [turn[name] for turn in turns for name in CONTENTS if isinstance(turn.get(name), str)]
+        written = " ".join(" ".join(message["content"] for message in messages[:-1]).split())
+        if not all(" ".join(str(text).split()) in written for text in texts):
+            made = _to_join(row, key, question, answer)
+            raise BadRow(f"{key} has earlier messages, which are not read{made}; or name {key} in data.ignore")
+
+
+def _messages_of(key: str, row: Mapping[str, JsonValue]) -> list[dict[str, JsonValue]]:
+    """Return the messages in a column `context` or `contexts`; empty for another column or value."""
+    value = row[key]
+    turns = objects(value) if key.lower() in ("context", "contexts") and isinstance(value, list) else None
+    roles = [normal_role(next((turn[name] for name in ROLE_KEYS if name in turn), None)) for turn in turns or ()]
+    return turns if turns and all(role in ("user", ASSISTANT, "system", TOOL) for role in roles) else []
+
+
+def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
+    """Return how messages in `context` are joined with the question and answer beside it; empty without them."""
+    names = {key.lower(): key for key in row if isinstance(row[key], str)}
+    question = next(
+        (names[name] for name in ("question", "query", "prompt", "problem", "input") if name in names), None
+    )
+    answer = next((names[name] for name in ("answer", "response", "output", "completion") if name in names), None)
+    history = next((key for key in row if _messages_of(key, row)), None)
+    return _to_join(row, history, question, answer) if history and question and answer else ""
+
+
+def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: str) -> str:
+    """Return the command that writes a question and its answer behind earlier messages; empty if they are no texts."""
+    keys = (history, question, answer)
+    if not (isinstance(row[question], str) and isinstance(row[answer], str) and all(map(_is_quotable, keys))):
+        return ""
+    first = _messages_of(history, row)[0]
+    role = next(name for name in ROLE_KEYS if name in first)
+    said = next((name for name in CONTENTS if name in first), CONTENTS[0])
+    before, asked, answered = map(_path, keys)
+    turns = f'{{{role}: "user", {said}: {asked}}}, {{{role}: "assistant", {said}: {answered}}}'
+    return _by_jq(f". + {{messages: ({before} + [{turns}])}} | del({before}, {asked}, {answered})")
+
+
+def _path(key: str) -> str:
+    """Return the filter of jq that takes a key."""
+    return f".{key}" if re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII) else f".[{json.dumps(key)}]"
+
+
+def _is_quotable(key: str) -> bool:
+    """Tell whether a key can be written between the single quotes of a shell."""
+    return "'" not in key
 
 
 def _keys_of_message(row: Mapping[str, JsonValue]) -> tuple[str | None, str | None, str | None]:

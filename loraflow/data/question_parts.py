@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from loraflow.data.cell_values import is_missing
 from loraflow.data.chats import BadRow, Message
 from loraflow.data.labels import plain
+from loraflow.data.transcripts import split_chat
 
 # Of these, a text is a part as well; an object must have texts, because `options` may be settings.
 _CHOICES = frozenset({"choices", "options", "candidates", "endings"})
@@ -24,14 +25,17 @@ _PARTS = frozenset({
 _TEXT_PARTS = (
     "context", "input", "passage", "paragraph", "document", "article", "story", "premise", "question", "query", "problem",
     "definition", "hypothesis", "transcript", "dialogue", "contract", "clause", "background", "facts", "schema", "table",
-    "text", "abstract", "excerpt", "constraints", "evidence",
+    "text", "abstract",
 )  # fmt: skip
 _TEXT_OR_LISTED = frozenset({*_TEXT_PARTS, "contexts", "documents", "passages", "paragraphs", "retrieved_contexts"})
+MAY_BE_CHATS = frozenset({"text", "abstract"})  # of these, a text may also be the whole chat as a template writes it
 _QUESTIONS = frozenset({"question", "query", "problem", "hypothesis"})  # a prompt may say the same in other words
 # Shares of a part's words that are in the prompt, from which on the prompt has the part.
 _SHARE = 0.5
 _SHARE_OF_QUESTIONS = 0.2
 MIN_WORDS = 8  # of a passage
+_WORDS_OF_ANSWER = 5  # an answer with more words is in a text only if the text has the answer
+_LABEL_OF_ANSWER = "### Response"
 # Characters of a passage that is a single sentence; one without spaces between words counts three times.
 MIN_LENGTH = 80
 _MAX_LOOKED_AT = 4000  # characters of a text that are looked at to tell whether it is a passage
@@ -104,15 +108,24 @@ def refuse_lost_parts(
         return
     named = {column for key, column in columns.items() if key in ("input", "context")}
     keys = [key for key in row if (key.lower() in _TEXT_OR_LISTED or key in named) and key not in used.values()]
+    value = row[used[question]]
+    said = (
+        value if isinstance(value, str) else next((m["content"] for m in messages[-2::-1] if m["role"] == "user"), "")
+    )
     asked: _Asked | None = None
     for key in keys:
+        may_be_chat = key.lower() in MAY_BE_CHATS and key not in named
+        if may_be_chat and not isinstance(row[key], str):
+            continue
         texts = _plain_texts(row[key])
         parts = [
             text for text in texts if (text.strip() and not is_missing(text) if key in named else is_passage(text))
         ]
         if not parts:
             continue
-        asked = asked or _Asked(messages, str(row[used[question]]))
+        if may_be_chat and has_chat(parts[0], said, messages[-1]["content"]):
+            continue
+        asked = asked or _Asked(messages)
         share = _SHARE_OF_QUESTIONS if key.lower() in _QUESTIONS else _SHARE
         if not any(asked.has(part, share) for part in parts):
             raise LostPart(
@@ -123,21 +136,28 @@ def refuse_lost_parts(
 class _Asked:
     """The texts before a row's last answer, in which the parts of its question are looked for."""
 
-    def __init__(self, messages: list[Message], question: str):
-        self._question = plain(question)
+    def __init__(self, messages: list[Message]):
         self._text = plain(" ".join(message["content"] for message in messages[:-1]))
         self._words = set(_WORDS.findall(self._text))
         self._answer = plain(messages[-1]["content"])
 
     def has(self, part: str, share: float) -> bool:
-        """Tell whether a part is written there, literally or with a share of its words; or is the answer or the chat."""
+        """Tell whether a part is written there, literally or with at least a share of its words; or is the answer itself."""
         text = plain(part)
         words = set(_WORDS.findall(text))
         is_similar = bool(words) and len(words & self._words) >= share * len(words)
-        asked, answered = text.find(self._question), text.rfind(self._answer)
-        rest = len(text) - answered - len(self._answer)
-        is_rendered = 0 <= asked < answered and rest < 60  # the whole chat and its end tokens, as in Alpaca's `text`
-        return is_similar or is_rendered or text in self._text or text == self._answer
+        return is_similar or text in self._text or text == self._answer
+
+
+def has_chat(text: str, question: str, answer: str) -> bool:
+    """Tell whether a text is a rendered chat, or has the question or a long answer, so that it may tell the answer."""
+    if split_chat(text) is not None or _LABEL_OF_ANSWER in text:
+        return True
+    parts = [plain(question)] if any(map(str.isalnum, question)) else []
+    if len(answer.split()) > _WORDS_OF_ANSWER:
+        parts.append(plain(answer))
+    whole = plain(text)
+    return any(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", whole) for part in parts)
 
 
 def _way_out(
@@ -147,7 +167,8 @@ def _way_out(
     if (name := next((name for name, column in columns.items() if column == key), None)) is not None:
         return f"in data.columns, {name} goes with instruction and output, not with {pair[0]} and {pair[1]}"
     way = "write it there"
-    if isinstance(row[key], str) and "input" not in used and (key == "input" or "input" not in row):
+    are_texts = isinstance(row[key], str) and isinstance(row[used[pair[0]]], str)
+    if are_texts and "input" not in used and (key == "input" or "input" not in row):
         way = f"set data.columns: {{instruction: {used[pair[0]]}, input: {key}, output: {used[pair[1]]}}}"
     return f"{way}, or name {key} in data.ignore if no answer needs it"
 
@@ -223,8 +244,6 @@ def _texts_of(value: JsonValue) -> Iterable[str]:
 def _is_part(name: str, value: JsonValue) -> bool:
     if name in _CHOICES:
         return _is_choices(value)
-    if isinstance(value, list) and all(isinstance(v, dict) and "role" in v for v in value):
-        return False  # earlier messages
     return name in _PARTS and isinstance(value, dict | list) and bool(value)
 
 

@@ -143,6 +143,7 @@ class RowFields:
             BadRow: a message has a malformed tool call, an unclear mark, two roles or contents, or a part that is not text.
         """
         role_key, content_key = roles[0], contents[0]
+        self._refuse_analysis(column, items, role_key, first)
         out: list[Turn] = []
         for number, item in enumerate(items, first):
             if len(item) == 2 and role_key in item and content_key in item:
@@ -165,6 +166,28 @@ class RowFields:
                 out.append(turn)
         return out
 
+    def _refuse_analysis(self, column: str, items: list[RawRow], role_key: str, first: int) -> None:
+        """Refuse messages of gpt-oss's channel analysis before an answer in another one: they are its reasoning.
+
+        Raises:
+            BadRow: there is one.
+        """
+        if not any("channel" in item for item in items):
+            return
+        number = 0
+        for position, item in enumerate(items, first):
+            kept = without_ignored(item, self.ignore) if self.ignore else item
+            channel = kept.get("channel")
+            if normal_role(item.get(role_key)) != ASSISTANT or not isinstance(channel, str):
+                continue
+            if channel.strip().lower() == "analysis":
+                number = number or position
+            elif number and channel.strip():
+                raise BadRow(
+                    f"message {number}: channel analysis: write it as the key thinking of the answer that follows, or name "
+                    f"{column}.channel in data.ignore if it is to be learned as an answer of its own"
+                )
+
     def _turn(self, column: str, item: RawRow, roles: tuple[str, ...], contents: tuple[str, ...], number: int) -> Turn:
         if self.ignore:
             item = without_ignored(item, self.ignore)
@@ -172,8 +195,6 @@ class RowFields:
         fields = RowFields(item, {}, self.labels)
         role, content = normal_role(fields.optional(*roles)), fields.optional(*contents)
         is_answer = role in (ASSISTANT, FUNCTION_CALL)
-        if is_answer and item.get("channel") == "analysis":
-            raise BadRow(f"message {number}: channel analysis: write it as the key thinking of the answer that follows")
         reasoning = _reasoning(fields, f"message {number}") if is_answer else ""
         weight, used = Weight(1.0), fields._used | {*roles, *contents, *_CALLS}
         if calls and not is_answer:

@@ -36,9 +36,14 @@ _FLAG = re.compile(r"(?:is|has|was|were|are|should|can|did|does|needs?)_")
 _JUDGING = re.compile(
     r"(?:^|_)(?:in)?(?:verdict|quality|correct|verif|valid|judg|grade|grading|rating|rated|approv|accept|reject|review|"
     r"evaluat|assess|helpful|hallucin|factual|accura|annotat|feedback|resolved|solved|checked|"
-    r"(?:score|reward|reason|pass|passed|passes|fail|failed|good|bad|wrong|right|ok|okay|keep|usable|safe|unsafe|harmful|flag|flagged|check|"
+    r"(?:pass|passed|passes|fail|failed|good|bad|wrong|right|ok|okay|keep|usable|safe|unsafe|harmful|flag|flagged|check|"
     r"vote|status|result|outcome|answer|response|human|qa|eval|success|done|complete|completed)(?:_|$))"
 )
+
+# Scores of the answer. Others are about something else (toxicity_score), or a high one is bad.
+_SCORE = re.compile(r"(?:final_|answer_|response_)?(?:score|reward)")
+_REASON = re.compile(r"(?:^|_)(?:finish|stop)_?reason$")  # why an answer ends
+_CUT_OFF = frozenset({"length", "max tokens"})  # such a reason, as plain() returns it
 
 Told = tuple[tuple[str, str], ...]  # keys, and what their values say: true, false, a word that judges, or nothing
 
@@ -64,6 +69,8 @@ def _word(key: str, value: JsonValue) -> str:
     kind = _kind_of(key)
     if kind == "neutral":
         return _OTHER
+    if _REASON.search(normal_name(key)):
+        return value if isinstance(value, str) and plain(value) in _CUT_OFF else _OTHER
     if isinstance(value, str):
         return _word_of_text(kind, value) if len(value) <= _MAX_WORD else _OTHER
     if isinstance(value, bool) or (kind != "other" and isinstance(value, int | float) and value in (0, 1)):
@@ -77,7 +84,7 @@ def _kind_of(key: str) -> Literal["neutral", "judging", "flag", "other"]:
     name = normal_name(key)
     if name.rpartition("_")[2] in _NEUTRAL:
         return "neutral"
-    if _JUDGING.search(name):
+    if _JUDGING.search(name) or _SCORE.fullmatch(name):
         return "judging"
     if name.startswith("lang"):
         return "neutral"
@@ -128,9 +135,8 @@ def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
             way = (
                 f"set data.columns: {{train: {key}}} to learn where it is true, or {{exclude: {key}}} where it is false"
             )
-        lines.append(
-            f"does {key} mark wrong answers? ({said}) It is not read. If so, {way}; else name {key} in data.ignore"
-        )
+        marks = "say that answers were cut off" if _REASON.search(normal_name(key)) else "mark wrong answers"
+        lines.append(f"does {key} {marks}? ({said}) It is not read. If so, {way}; else name {key} in data.ignore")
     if len(columns) > MAX_QUESTIONS:
         lines.append(
             f"{len(columns) - MAX_QUESTIONS} more columns like these: {', '.join(list(columns)[MAX_QUESTIONS:])}"
