@@ -14,7 +14,7 @@ from loraflow.data.chats import BadRow
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.preference_pairs import refuse_corrected
 from loraflow.data.published_formats import are_messages, is_history, pair_keys
-from loraflow.data.question_parts import MAY_BE_CHATS, LostPart, has_chat, is_passage, is_phrase, question_parts
+from loraflow.data.question_parts import LostPart, is_passage, is_phrase, question_parts
 from loraflow.data.readers import read_values
 from loraflow.data.row_fields import objects
 
@@ -71,9 +71,7 @@ _METADATA = re.compile(
 # hold ids, file names, categories or metadata.
 _PASSAGES: Mapping[str, Callable[[str], bool]] = {
     **dict.fromkeys(("context", "input", "passage", "paragraph", "document", "article", "story", "premise"), is_phrase),
-    **dict.fromkeys(
-        ("contract", "clause", "transcript", "dialogue", "background", "facts", "body", "text", "abstract"), is_passage
-    ),
+    **dict.fromkeys(("contract", "clause", "transcript", "dialogue", "background", "facts", "body"), is_passage),
     "input": bool,  # Alpaca's
 }
 # What is to be done with a question or text, and what it must be
@@ -184,9 +182,8 @@ def guess_columns(row: JsonValue, others: Sequence[JsonValue | BadRow] = ()) -> 
 
 def _columns_of(row: dict[str, JsonValue], rows: Sequence[dict[str, JsonValue]]) -> dict[str, str]:
     names = {name.lower(): name for name in row}
-    if [
-        part for part in question_parts(row) if not _is_question(part, names, rows)
-    ]:  # an answer without them cannot be learned; a chat has them in its messages
+    # An answer without the parts of its question cannot be learned; a chat has them in its messages.
+    if not all(_is_question(part, names, rows) for part in question_parts(row)):
         return _column_of_turns(row)
     found = _columns_of_pair(_PAIRS, row, names, rows)
     if found is None:
@@ -283,19 +280,9 @@ def _first(
         if is_kind is bool:
             return column
         texts = [text for row in rows if isinstance(text := row.get(column), str) and text.strip()]
-        if name in MAY_BE_CHATS and 2 * _number_of_chats(column, but, rows) >= len(texts):
-            continue
         if texts and 2 * sum(map(is_kind, texts)) > len(texts):
             return column
     return None
-
-
-def _number_of_chats(column: str, pair: tuple[str, ...], rows: Sequence[dict[str, JsonValue]]) -> int:
-    """Return how many texts of a column have the chat, or the answer, of their row. Blank and other values do not count."""
-    beside = [
-        [text for key in (column, *pair) if isinstance(text := row.get(key), str) and text.strip()] for row in rows
-    ]
-    return sum(has_chat(*texts) for texts in beside if len(texts) == 1 + len(pair))
 
 
 def _system(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:

@@ -14,7 +14,6 @@ from pydantic import JsonValue
 from loraflow.data.cell_values import is_missing
 from loraflow.data.chats import BadRow, Message
 from loraflow.data.labels import plain
-from loraflow.data.transcripts import split_chat
 
 # Of these, a text is a part as well; an object must have texts, because `options` may be settings.
 _CHOICES = frozenset({"choices", "options", "candidates", "endings"})
@@ -25,17 +24,13 @@ _PARTS = frozenset({
 _TEXT_PARTS = (
     "context", "input", "passage", "paragraph", "document", "article", "story", "premise", "question", "query", "problem",
     "definition", "hypothesis", "transcript", "dialogue", "contract", "clause", "background", "facts", "schema", "table",
-    "text", "abstract",
 )  # fmt: skip
 _TEXT_OR_LISTED = frozenset({*_TEXT_PARTS, "contexts", "documents", "passages", "paragraphs", "retrieved_contexts"})
-MAY_BE_CHATS = frozenset({"text", "abstract"})  # of these, a text may also be the whole chat as a template writes it
 _QUESTIONS = frozenset({"question", "query", "problem", "hypothesis"})  # a prompt may say the same in other words
 # Shares of a part's words that are in the prompt, from which on the prompt has the part.
 _SHARE = 0.5
 _SHARE_OF_QUESTIONS = 0.2
 MIN_WORDS = 8  # of a passage
-_WORDS_OF_ANSWER = 5  # an answer with more words is in a text only if the text has the answer
-_LABEL_OF_ANSWER = "### Response"
 # Characters of a passage that is a single sentence; one without spaces between words counts three times.
 MIN_LENGTH = 80
 _MAX_LOOKED_AT = 4000  # characters of a text that are looked at to tell whether it is a passage
@@ -108,22 +103,13 @@ def refuse_lost_parts(
         return
     named = {column for key, column in columns.items() if key in ("input", "context")}
     keys = [key for key in row if (key.lower() in _TEXT_OR_LISTED or key in named) and key not in used.values()]
-    value = row[used[question]]
-    said = (
-        value if isinstance(value, str) else next((m["content"] for m in messages[-2::-1] if m["role"] == "user"), "")
-    )
     asked: _Asked | None = None
     for key in keys:
-        may_be_chat = key.lower() in MAY_BE_CHATS and key not in named
-        if may_be_chat and not isinstance(row[key], str):
-            continue
         texts = _plain_texts(row[key])
         parts = [
             text for text in texts if (text.strip() and not is_missing(text) if key in named else is_passage(text))
         ]
         if not parts:
-            continue
-        if may_be_chat and has_chat(parts[0], said, messages[-1]["content"]):
             continue
         asked = asked or _Asked(messages)
         share = _SHARE_OF_QUESTIONS if key.lower() in _QUESTIONS else _SHARE
@@ -147,17 +133,6 @@ class _Asked:
         words = set(_WORDS.findall(text))
         is_similar = bool(words) and len(words & self._words) >= share * len(words)
         return is_similar or text in self._text or text == self._answer
-
-
-def has_chat(text: str, question: str, answer: str) -> bool:
-    """Tell whether a text is a rendered chat, or has the question or a long answer, so that it may tell the answer."""
-    if split_chat(text) is not None or _LABEL_OF_ANSWER in text:
-        return True
-    parts = [plain(question)] if any(map(str.isalnum, question)) else []
-    if len(answer.split()) > _WORDS_OF_ANSWER:
-        parts.append(plain(answer))
-    whole = plain(text)
-    return any(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", whole) for part in parts)
 
 
 def _way_out(

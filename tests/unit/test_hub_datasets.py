@@ -27,7 +27,6 @@ LLAMA = (
 )
 ALL = f"{PASSAGE}\n\nQuestion: Is it one?\nAnswer: It is."
 CONSTRAINT = "The output should be 'yes' or 'no', and nothing else than that. Do not explain the answer."
-PASSAGE_AND_Q = [f"u: q\n\n{PASSAGE}", "a: a"]
 
 
 def qa(**keys):
@@ -80,9 +79,12 @@ SHAPES = {
     "LeetCodeDataset": ([{"prompt": "import random", "completion": "x = 1", "query": "q", "response": "a"}], [REFUSED]),
     "MT-bench's questions": ([{"question_id": 81, "turns": ["q", "r"]}, {"question_id": 82, "turns": ["q", "r"]}], [REFUSED] * 2),
     # parts of the question
-    "a text beside a question": ([{"text": PASSAGE, "question": "q", "answer": "a"}], [PASSAGE_AND_Q]),
-    "an abstract beside a question": ([{"abstract": PASSAGE, "question": "q", "answer": "a"}], [PASSAGE_AND_Q]),
-    "a text that some questions have": ([{"text": text, "question": "q", "answer": "a"} for text in (PASSAGE, "t1", "t2")], [REFUSED, QA, QA]),
+    # a text or abstract may be the rendered chat or tell the answer, so it is never a part
+    "a text beside a question": ([{"text": PASSAGE, "question": "q", "answer": "a"}], [QA]),
+    "an abstract beside a question": ([{"abstract": PASSAGE, "question": "q", "answer": "a"}], [QA]),
+    "a text that some questions have": ([{"text": text, "question": "q", "answer": "a"} for text in (PASSAGE, "t1", "t2")], [QA] * 3),
+    "the beginning of the answer as text": ([{"prompt": "q", "completion": f"{PASSAGE} {PASSAGE}", "text": PASSAGE}],
+                                            [["u: q", f"a: {PASSAGE} {PASSAGE}"]]),
     "a rendered text": ([{"instruction": "q", "output": "a", "text": RENDERED}, {"prompt": "q", "completion": "a", "text": "<s>[INST] q [/INST] a</s>"}],
                         [QA, QA]),
     "a text rendered by Llama 3's template": (
@@ -93,13 +95,13 @@ SHAPES = {
         f"User: Is that one, {PASSAGE}\nAssistant: Yes.", f"<p>Is it one?</p><p>{PASSAGE}</p>")], [["u: Is it one?", "a: Yes, it is."]] * 4),
     "messages and their rendered text": (
         [{"prompt": [user("Is it one?")], "completion": [answer("a")], "text": text} for text in (f"Is it one? {PASSAGE}", PASSAGE)],
-        [["u: Is it one?", "a: a"], REFUSED]),
+        [["u: Is it one?", "a: a"]] * 2),
     "a text that has the answer": ([{"prompt": "q", "completion": PASSAGE, "text": f"From a page. {PASSAGE} Its end."}], [["u: q", f"a: {PASSAGE}"]]),
     "contexts and blank rows": (
         [{"question": q, "answer": a, "context": text} for q, a, text in (("Where is it?", "Paris", "It stands in Paris."), ("", "", ""), (None,) * 3)],
         [["u: Where is it?\n\nIt stands in Paris.", "a: Paris"], REFUSED, REFUSED]),
     "texts and blank rows": ([{"question": q, "answer": a, "text": text} for q, a, text in (("q", "a", PASSAGE), ("", "", ""), (None,) * 3)],
-                             [PASSAGE_AND_Q, REFUSED, REFUSED]),
+                             [QA, REFUSED, REFUSED]),
     "passages that quote the question": (
         [{"question": q, "answer": "three months", key: PASSAGE} for q in ("The contract", "How long?") for key in ("passage",)],
         [[f"u: {q}\n\n{PASSAGE}", "a: three months"] for q in ("The contract", "How long?")]),
@@ -379,9 +381,12 @@ def test_an_answer_that_was_cut_off_is_a_question(key, values):
     assert doubtful(counted([told_by({key: values[0]}, [key])] * 2), {key: 2}) == {}
 
 
-def test_the_guess_for_a_text_beside_an_instruction_is_a_guess_for_every_row(tmp_path):
-    (tmp_path / "t.jsonl").write_text(json.dumps({"instruction": "Sum it up.", "text": PASSAGE, "output": "a"}))
-    assert columns_of(tmp_path / "t.jsonl", "t") == {"instruction": "instruction", "input": "text", "output": "output"}
+@pytest.mark.parametrize("key", ["text", "abstract"])
+def test_a_text_beside_an_instruction_is_named_as_not_read(tmp_path, key):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"instruction": "Sum it up.", key: PASSAGE, "output": "a"}))
+    assert columns_of(tmp_path / "t.jsonl", "t") == {}
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", {})
+    assert outcome(row) == ["u: Sum it up.", "a: a"] and key in row.unused_keys
 
 
 @pytest.mark.parametrize("key", ["passage", "document", "context"])
