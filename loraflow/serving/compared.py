@@ -17,9 +17,9 @@ from loraflow.identity import short
 from loraflow.registry.runs import RunRecord, changes, find_named_run, find_run
 from loraflow.reporting.chart import svg
 from loraflow.reporting.markdown import quote
-from loraflow.serving.lineage import logged_losses
 from loraflow.serving.models import named_champion
 from loraflow.store import Store, read_table
+from loraflow.training.validation_loss import CURVES, Curves
 
 
 class _Rules(StoredModel):
@@ -114,7 +114,7 @@ def _find(store: Store, name: str) -> Compared:
     trained = record.stage("train")
     if trained is not None:
         with suppress(CorruptArtifact):  # cleanup removes adapters before scores
-            losses = logged_losses(store, trained.ref(store))
+            losses = Curves.parse(store.read(trained.ref(store), CURVES)).training
     return Compared(name, record, heldout_rows(table, store.location(ref)), losses)
 
 

@@ -38,7 +38,7 @@ from loraflow.training.layers import draws_in_passes, prepare_layers
 from loraflow.training.loss_head import is_frozen_linear
 from loraflow.training.memory import explain_out_of_memory
 from loraflow.training.setup import BatchSettings, TrainingSetup, prepare_training, row_order, trainer_arguments
-from loraflow.training.validation_loss import GROUP_PROBLEMS
+from loraflow.training.validation_loss import GROUP_PROBLEMS, curves_of_trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +73,7 @@ def run(job: Job[TrainGroupConfig], inputs: Inputs, out: Path, progress: Progres
     (out / GROUP_PROBLEMS).write_text(json.dumps(problems, indent=1) + "\n")
     for number, member in enumerate(trainer.members):
         lines = "".join(json.dumps(row) + "\n" for row in member.logs)
-        (out / f"curves-{number}.jsonl").write_text(lines)
+        (out / curves_of_trial(number)).write_text(lines)
     (out / "telemetry").mkdir()
     engine = {**choices, "peak_gib": peak_gpu_gib()}
     (out / "telemetry" / "engine.json").write_text(json.dumps(engine, indent=1) + "\n")
