@@ -23,7 +23,7 @@ from loraflow.failures import BadConfig
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
 
-DEPLOY_AGAIN = "loraflow deploy, from the version that the worker has; then start the run again"
+DEPLOY_AGAIN = "`loraflow deploy` with the worker's version of loraflow; then start the run again"
 # What decides whether a value fits a field of the form. Titles and descriptions do not.
 CONSTRAINTS = ("type", "anyOf", "allOf", "enum", "items", "$ref", "minimum", "maximum", "exclusiveMinimum")
 
@@ -130,7 +130,7 @@ def _refuse_another_project(folder: Path, project: str) -> None:
     for found, source in ((name, FILE), (configured, PROJECT_VARIABLE)):
         if found is not None and found != project:
             raise BadConfig(
-                "The worker serves another project than the run's.",
+                "The worker serves a project that is not the run's.",
                 where=f"worker in {folder}",
                 expected=f"the project {project}",
                 got=f"the project {found}, by its {source}",

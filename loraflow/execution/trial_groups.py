@@ -156,8 +156,8 @@ def _why_left(size: int, count: int, kinds: int) -> str:
     if count > 1:
         return f"the others fill groups of {size}: runtime.trials_together"
     if kinds > 1:
-        return "no other trial that is left has the same rows, batch and steps"
-    return "it is the only one that is left"
+        return "no other remaining trial has the same rows, batch and steps"
+    return "it is the only remaining trial"
 
 
 def _shared(trial: Trial) -> JsonValue:

@@ -194,14 +194,14 @@ def _describe(model: Compared) -> str:
 
 def _rows(pairing: Pairing) -> str:
     scores = pairing.scores
-    left_out = f"; {_count(scores.only_first)} of A and {scores.only_second} of the other were not scored for both"
+    left_out = f"; scored for one of the two only: {_count(scores.only_first)} of A, {scores.only_second} of the other"
     tokens = "".join(
         f"; {metric} is per token, and the models split the references into different tokens (another tokenizer or chat "
         "template)"
         for metric in scores.left_out
     )
     ranges = "".join(
-        f"; {metric} has values outside of gate.ranges, so its bounds allow for no failure that no row shows"
+        f"; {metric} has values outside of gate.ranges, so its bounds do not allow for failures that no row shows"
         for metric in scores.out_of_range
     )
     which = left_out if scores.only_first or scores.only_second else ""

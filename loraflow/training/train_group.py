@@ -110,7 +110,7 @@ def _refuse(why: str) -> CannotGroup:
     return CannotGroup(
         f"These trials cannot be trained together: {why}.",
         where="train_group",
-        next_step="none: each of them is trained by itself; runtime.trials_together: 1 skips the attempt",
+        next_step="none is needed: each trial is trained by itself; with runtime.trials_together: 1, groups are not tried",
     )
 
 
@@ -138,7 +138,7 @@ def build_group(setups: list[TrainingSetup], progress: Progress) -> tuple[GroupT
     factor = logit_factor(config)
     head = base_of(model).get_output_embeddings()
     if adapters is None or factor is None:
-        raise _refuse("their adapters are not LoRA on linear layers alone, or the base computes in another dtype")
+        raise _refuse("their adapters are more than LoRA on linear layers, or the base computes in another dtype")
     if not is_frozen_linear(head, dtype) or draws_in_passes(base_of(model).get_decoder()):
         raise _refuse("the base's head is no linear layer, or the base has a dropout of its own")
     group = GroupModel(model, adapters, factor, setup.device)
