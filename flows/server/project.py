@@ -130,7 +130,7 @@ def _refuse_another_project(folder: Path, project: str) -> None:
     for found, source in ((name, FILE), (configured, PROJECT_VARIABLE)):
         if found is not None and found != project:
             raise BadConfig(
-                "The worker serves a project that is not the run's.",
+                "The worker serves another project than the run's.",
                 where=f"worker in {folder}",
                 expected=f"the project {project}",
                 got=f"the project {found}, by its {source}",

@@ -63,7 +63,7 @@ def test_a_worker_names_the_other_project_if_both_name_and_id_differ(tmp_path, m
     write_prefect_yaml(tmp_path / "ours", "r")
     monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path / "ours"))
     monkeypatch.setenv(PROJECT_ID, "0a")
-    with pytest.raises(BadConfig, match="serves a project that is not the run's") as error:
+    with pytest.raises(BadConfig, match="serves another project than the run's") as error:
         project.enter(project="theirs")
     assert "a work pool of its own" in error.value.next_step
 
