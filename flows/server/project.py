@@ -53,8 +53,8 @@ def enter(project: str | None = None) -> dict[str, str]:
         project: the `name` of the deployment's `prefect.yaml`; None, as in older files, is not checked.
 
     Raises:
-        BadConfig: there is no project, it is another one than the deployment's or does not say which one it is, or the
-            run's deployment does not fit this version, or see `refuse_shadowed_modules`.
+        BadConfig: there is no project, the folder's project is not the deployment's or has no name, the run's deployment
+            does not fit this version, or a file shadows a module (`refuse_shadowed_modules`).
     """
     run_id = os.environ.get("PREFECT__FLOW_RUN_ID")
     try:

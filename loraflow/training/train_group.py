@@ -184,8 +184,9 @@ def _add_adapters(setups: list[TrainingSetup], attention: Attention) -> tuple[Pr
 
 
 def _fit(setups: list[TrainingSetup], attention: Attention) -> MemoryFit:
-    """Choose the tokens of each trial in a micro-batch, and what is recomputed: together they need the memory of one
-    micro-batch that is K times as large.
+    """Choose the tokens of each trial in a micro-batch, and what is recomputed.
+
+    K trials together need the memory of a micro-batch that is K times as large.
     """
     setup, count = setups[0], len(setups)
     fit = choose_memory_fit(setup, attention, adapters=count)
