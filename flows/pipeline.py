@@ -9,7 +9,7 @@ champion.
 With data.heldout_reserve, deal_rows follows verify. It writes the held-out rows that the new model is dealt, and all three
 models are scored on these; the base after training, too. With evaluation.general, check_general reads general rows, and
 score_general scores the base on them before the training and the other two models at the end. With `gate.seeds`, the chain
-from train on is repeated for each further seed; only the model of the recipe's own seed is scored on general rows, because
+from train on is repeated for each further seed. Only the model of the recipe's own seed is scored on general rows, because
 only that model can be registered.
 
 `loraflow.execution.plan.steps_of` lists the same steps for `loraflow plan`, which does not import prefect; a test compares
@@ -50,26 +50,26 @@ def pipeline(run: Run) -> PipelineResult:
     tokens = tokenize(run, rows=rows, base=base)
     deals = run.workspace.recipe.deals_rows  # then all models are scored on rows that the new model is dealt
     base_scores = None if deals else evaluate(run, model=base, rows=rows, label="evaluate base")
-    on_general = score_on_general_rows(run, general, base=base)
+    general_scores = score_on_general_rows(run, general, base=base)
     warn_of_other_tokens(run.workspace)
     adapter = train(run, tokens=tokens, base=base)
-    probes = tokens if run.workspace.recipe.compares_merges else None
-    merged = merge(run, base=base, adapter=adapter, tokens=probes)
+    merge_tokens = tokens if run.workspace.recipe.compares_merges else None
+    merged = merge(run, base=base, adapter=adapter, tokens=merge_tokens)
     verified = verify(run, base=base, adapter=adapter, merged=merged, rows=rows)
     check_merge(run.workspace, verified)
-    scored = rows
+    scored_rows = rows
     if deals:
         deal_heldout(run.workspace, rows, merged)
-        scored = deal_rows(run, rows=rows)
+        scored_rows = deal_rows(run, rows=rows)
     if base_scores is None:
-        base_scores = evaluate(run, model=base, rows=scored, label="evaluate base")
-    tuned_scores = evaluate(run, model=merged, rows=scored, label="evaluate tuned")
+        base_scores = evaluate(run, model=base, rows=scored_rows, label="evaluate base")
+    tuned_scores = evaluate(run, model=merged, rows=scored_rows, label="evaluate tuned")
     further = [
-        train_seed(run, seed, tokens=tokens, base=base, rows=rows, scored=scored, probes=probes)
+        train_seed(run, seed, tokens=tokens, base=base, rows=rows, scored_rows=scored_rows, merge_tokens=merge_tokens)
         for seed in run.workspace.recipe.seeds[1:]
     ]
     champion = run.workspace.champion()
-    champion_scores = evaluate(run, model=champion, rows=scored, label="evaluate champion") if champion else None
+    champion_scores = evaluate(run, model=champion, rows=scored_rows, label="evaluate champion") if champion else None
     return PipelineResult(
         dataset=dataset,
         rows=rows,
@@ -82,7 +82,7 @@ def pipeline(run: Run) -> PipelineResult:
         tuned_scores=tuned_scores,
         champion_scores=champion_scores,
         further_seeds=tuple(further),
-        general={**on_general, **score_on_general_rows(run, general, tuned=merged, champion=champion)},
+        general={**general_scores, **score_on_general_rows(run, general, tuned=merged, champion=champion)},
     )
 
 
@@ -107,15 +107,19 @@ def score_on_general_rows(run: Run, general: Ref | None, **models: Ref | None) -
 
 
 def train_seed(
-    run: Run, seed: int, *, tokens: Ref, base: Ref, rows: Ref, scored: Ref, probes: Ref | None
+    run: Run, seed: int, *, tokens: Ref, base: Ref, rows: Ref, scored_rows: Ref, merge_tokens: Ref | None
 ) -> SeedResult:
-    """Run the stages from the training to the scores with another training seed. `scored`: the rows that are scored.
+    """Run the stages from the training to the scores with another training seed.
 
     The stages before the training are those of the recipe's own seed.
+
+    Args:
+        scored_rows: the held-out rows that the models are scored on.
+        merge_tokens: see `merge`.
     """
     adapter = train(run, tokens=tokens, base=base, label=f"train seed {seed}", seed=seed)
-    merged = merge(run, base=base, adapter=adapter, tokens=probes, label=f"merge seed {seed}")
+    merged = merge(run, base=base, adapter=adapter, tokens=merge_tokens, label=f"merge seed {seed}")
     verified = verify(run, base=base, adapter=adapter, merged=merged, rows=rows, label=f"verify seed {seed}")
     check_merge(run.workspace, verified)
-    scores = evaluate(run, model=merged, rows=scored, label=f"evaluate seed {seed}")
+    scores = evaluate(run, model=merged, rows=scored_rows, label=f"evaluate seed {seed}")
     return SeedResult(seed=seed, adapter=adapter, merged=merged, scores=scores)

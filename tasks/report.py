@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import task
@@ -15,16 +14,16 @@ from loraflow.data.chats import GATE_SET
 from loraflow.data.token_report import TokenReport
 from loraflow.evaluation.values import Decision, scores_to_dict
 from loraflow.execution.results import PipelineResult
-from loraflow.execution.sweep import CURVES, read_curves
+from loraflow.execution.sweep import read_curves
 from loraflow.failures import CorruptArtifact
 from loraflow.registry.runs import RunRecord, RunSummary, read_run, run_ids, write_report
 from loraflow.reporting.markdown import RunReport, drift_lines, run_report, scores_report
-from loraflow.reporting.sections import History, Learned, TrialCurves
-from loraflow.serving.lineage import logged_losses
+from loraflow.reporting.sections import History, Learned
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
 from loraflow.tasks.run import Run
 from loraflow.tasks.run_record import as_record, evaluation_report, model_scores
+from loraflow.training.validation_loss import CURVES, Curves, curves_of_trial
 
 log = logging.getLogger("loraflow")
 EARLIER_RUNS = 5  # that the report shows
@@ -36,12 +35,13 @@ def publish_report(run: Run, result: PipelineResult, decision: Decision, summary
     """Publish the report in the UI, and keep it beside the run's record."""
     recipe = run.workspace.recipe
     tuned = evaluation_report(run, result.tuned_scores)
+    losses = read_curves(run.workspace.store, result.adapter)
     report = RunReport(
         summary=summary,
         decision=decision,
         scores=model_scores(run, result),
         confidence=recipe.evaluation.confidence,
-        losses=_losses(run, result.adapter),
+        losses=losses.training if losses is not None else (),
         samples=tuned.samples[: recipe.evaluation.samples],
         base_answers={sample.id: sample.answer for sample in evaluation_report(run, result.base_scores).samples},
         confusions=tuned.confusions.get(GATE_SET, ()),
@@ -108,25 +108,17 @@ def _learned(run: Run, tokens: Ref) -> Learned:
     return Learned(manifest.figures, TokenReport.model_validate(manifest.report))
 
 
-def _losses(run: Run, adapter: Ref) -> Sequence[tuple[float, float]]:
-    try:
-        return logged_losses(run.workspace.store, adapter)
-    except CorruptArtifact as failure:  # the model is registered by now
-        log.warning("the report has no training loss. %s", failure)
-        return ()
-
-
-def _trial_curves(run: Run) -> dict[str, TrialCurves]:
+def _trial_curves(run: Run) -> dict[str, Curves]:
     """Return the losses of a sweep's trials; those whose log is damaged are left out."""
     found = {}
     for trial in run.sweep.trials if run.sweep else ():
         if trial.state != "failed":
-            store, is_grouped = run.workspace.store, trial.group_number is not None
-            stage, name = (TRAIN_GROUP, f"curves-{trial.group_number}.jsonl") if is_grouped else (TRAIN, CURVES)
+            store, number = run.workspace.store, trial.group_number
+            stage, name = (TRAIN, CURVES) if number is None else (TRAIN_GROUP, curves_of_trial(number))
             ref = Ref(stage=stage.name, fingerprint=trial.fingerprint, digest=trial.digest, uri=store.uri)
             curves = read_curves(store, ref, name)
             if curves is not None:
-                found[trial.label] = TrialCurves(curves.training, curves.validation)
+                found[trial.label] = curves
     return found
 
 

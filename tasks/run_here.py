@@ -109,7 +109,7 @@ def _log_waiting(client: SyncPrefectClient) -> None:
         return
     if limit.limit == 0:
         log.warning(
-            "the limit %s on the server is 0, so no stage may use this host's GPU; this one waits until it is raised: "
+            "the limit %s on the server is 0, so no stage may use this host's GPU, and this stage waits. To raise it: "
             "prefect gcl update %s --limit 1",
             limit.name,
             limit.name,

@@ -23,7 +23,7 @@ from loraflow.failures import BadConfig
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
 
-DEPLOY_AGAIN = "loraflow deploy, from the version that the worker has; then start the run again"
+DEPLOY_AGAIN = "`loraflow deploy` with the worker's version of loraflow; then start the run again"
 # What decides whether a value fits a field of the form. Titles and descriptions do not.
 CONSTRAINTS = ("type", "anyOf", "allOf", "enum", "items", "$ref", "minimum", "maximum", "exclusiveMinimum")
 
@@ -53,8 +53,8 @@ def enter(project: str | None = None) -> dict[str, str]:
         project: the `name` of the deployment's `prefect.yaml`; None, as in older files, is not checked.
 
     Raises:
-        BadConfig: there is no project, it is another one than the deployment's or does not say which one it is, or the
-            run's deployment does not fit this version, or see `refuse_shadowed_modules`.
+        BadConfig: there is no project, the folder's project is not the deployment's or has no name, the run's deployment
+            does not fit this version, or a file shadows a module (`refuse_shadowed_modules`).
     """
     run_id = os.environ.get("PREFECT__FLOW_RUN_ID")
     try:

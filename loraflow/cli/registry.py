@@ -129,7 +129,7 @@ def _lost_look_lines(accepted: LostLooks) -> Iterator[str]:
     for digest in accepted.lost_rows:
         yield f"lost: the record of scored rows {short(digest)}"
     if accepted.unknown_rows or accepted.lost_rows:
-        yield "it is not known any more which held-out rows were scored: no row counts as never scored from now on"
+        yield "which held-out rows were scored is unknown: from now on, every row counts as scored before"
 
 
 @click.command()

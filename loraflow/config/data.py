@@ -90,8 +90,8 @@ class Data(FrozenModel):
     near_duplicates: Literal["off", "report", "drop", "refuse"] = Field(
         "off",
         description="What to do with rows whose text is nearly the same (Jaccard index of 5-grams of at least 0.8). report: "
-        "count them. drop: never split them, and leave training rows out that are near to a held-out row. refuse: as "
-        "drop, but stop the run if training rows are near to a held-out file.",
+        "count them. drop: keep them on one side of the split, and leave out training rows that are near to a held-out "
+        "row. refuse: as drop, but stop the run if training rows are near to a held-out file.",
     )
     profile: dict[ProfileCheckName, ProfileRule] = Field(
         {},

@@ -25,7 +25,7 @@ class ProfileRule(FrozenModel):
     """What one check does."""
 
     action: Literal["warn", "quarantine", "fail"] = Field(
-        "warn", description="warn: say it. quarantine: leave these rows out, and count them. fail: stop the run."
+        "warn", description="warn: report it. quarantine: leave these rows out, and count them. fail: stop the run."
     )
     share: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,

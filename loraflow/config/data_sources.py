@@ -87,7 +87,8 @@ class DataSource(FrozenModel):
     )
     split: Literal["train", "heldout"] | None = Field(
         None,
-        description="train: no row is held out. heldout: all rows are, and heldout_fraction does not apply to the others.",
+        description="train: no row is held out. heldout: all rows are held out, and heldout_fraction does not apply to the "
+        "other sources.",
     )
 
     _columns = field_validator("columns")(known_columns)

@@ -33,8 +33,8 @@ class WorstRule(FrozenModel):
     drop: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         ..., description="A row counts if its score is worse by at least this, in the score's unit."
     )
-    rows: Annotated[int, Field(ge=0)] | None = Field(None, description="Number of rows that may.")
-    share: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="Instead of it: share of the rows.")
+    rows: Annotated[int, Field(ge=0)] | None = Field(None, description="Number of rows that may be worse.")
+    share: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="Instead of `rows`: share of the rows.")
 
     @model_validator(mode="after")
     def _one_limit(self) -> WorstRule:
@@ -55,7 +55,9 @@ class BehaviourCheck(FrozenModel):
         None,
         description="true: answers to paraphrases must be the same. Paraphrases have the same value of data.group.",
     )
-    share: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Share of the answers that must meet it.")
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Share of the answers that must meet the condition."
+    )
 
     @model_validator(mode="after")
     def _one_condition(self) -> BehaviourCheck:

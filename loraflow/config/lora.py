@@ -32,8 +32,9 @@ class PeftConfig(FrozenModel):
     lora_dropout: Share = 0.05
     target_modules: list[str] | str = Field(
         "all-linear",
-        description="Names of modules, or a regular expression for full names, or all-linear: every linear layer of the "
-        "language model, without head, routers of experts, and towers for images and sound.",
+        description="Names of modules, or a regular expression for full names, or all-linear: every linear "
+        "layer of the language model, except the head, the routers of experts, and the towers for images and "
+        "sound.",
     )
     exclude_modules: list[str] | str = []
     bias: Literal["none", "all", "lora_only"] = "none"

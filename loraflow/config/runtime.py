@@ -80,8 +80,8 @@ class Runtime(FrozenModel):
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Record forward and backward passes on a GPU as CUDA graphs; auto does so where starting the kernels "
-        "takes longer than computing them, as in small models, and logs why.",
+        description="Record forward and backward passes on a GPU as CUDA graphs. auto does so if starting the "
+        "kernels takes longer than computing them, as with small models, and logs why.",
     )
     trials_together: Annotated[int, Field(ge=1, le=64)] = Field(
         1,
@@ -131,8 +131,8 @@ class Runtime(FrozenModel):
     )
     preemptible: bool = Field(
         False,
-        description="For machines that can be taken away: a run of a deployment that is ended by SIGTERM, and was not "
-        "cancelled, schedules another run of its deployment, which resumes. Stopping a worker sends SIGTERM, too.",
+        description="For machines that can be taken away: if SIGTERM ends a run of a deployment and it was not "
+        "cancelled, it schedules another run, which resumes. Stopping a worker sends SIGTERM, too.",
     )
     grace_seconds: Annotated[float, Field(ge=0)] = Field(
         20.0, description="Time between SIGTERM and SIGKILL for a worker, in which it saves a checkpoint."

@@ -43,7 +43,7 @@ class TrainingMath(FrozenModel):
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="NEFTune: noise on the embeddings of training tokens, uniform up to alpha / sqrt(tokens of the document "
-        "· width). Of a padded batch, transformers takes the batch's length instead.",
+        "· width). For a padded batch, transformers uses the batch's length instead.",
     )
     seed: int = 0
     bf16: bool = True

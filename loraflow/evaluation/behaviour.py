@@ -151,12 +151,12 @@ def _paraphrases(rows: pd.DataFrame, check: str) -> pd.DataFrame:
     found = [number for group, number in sorted(named) if sizes[group] > 1]
     if not found:
         raise BadConfig(
-            "A behaviour check compares the answers to paraphrases, but no rows are paraphrases of each other.",
+            "A behaviour check compares answers to paraphrases, but no two rows are paraphrases.",
             where=f"gate.behaviour.{check}.consistent",
             expected="rows with the same value of the field that data.group names",
             got="no two rows of a group" if groups else "rows without a group",
-            next_step="set data.group to a field that is the same in all paraphrases of a question, and leave "
-            "evaluation.max_rows unset: a sample of rows may hold one of each group",
+            next_step="set data.group to a field that is the same in all paraphrases of a question, and remove "
+            "evaluation.max_rows: a sample may have only one row of a group",
         )
     return rows.iloc[found]
 

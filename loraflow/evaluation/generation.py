@@ -264,7 +264,7 @@ def _is_exact(model: PreTrainedModel, pad_id: int, prefix: int, otherwise: str) 
     except (RuntimeError, IndexError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        log.warning("%s: this architecture takes no batch: %s", otherwise, error)
+        log.warning("%s: this architecture does not support batches: %s", otherwise, error)
         return False
     first = torch.cat([shared, prompts[0]])[None]
     alone = forced_logits(model, first, torch.ones_like(first), pad_id, _NEW)[:, 0]

@@ -189,8 +189,8 @@ def _steps(decision: Decision, rows: HeldoutRows) -> Iterator[str]:
         yield f"score rows of {', '.join(decision.unscored)}: {how}, or more such rows"
     elif not unsure and len(decision.reasons) > 1:  # by gate.seeds
         yield (
-            "the models of all seeds are better on average, but not the one that would be registered: another training, "
-            "such as with another training_config.seed, is a new look"
+            "on average, the models of all seeds are better, but the one that would be registered is not: train again, such "
+            "as with another training_config.seed, which is a new look"
         )
     elif not unsure:
         yield "run again: the stages are cached, and the gate compares with the new champion"
@@ -206,7 +206,7 @@ def _step(comparison: Comparison, rows: HeldoutRows) -> str:
     if comparison.level == 0:
         return "add held-out rows that were never scored: after the last look they get a new budget of error"
     if not comparison.has_known_range:
-        return f"say between which numbers {comparison.metric} is: gate.ranges (the training stays cached)"
+        return f"set gate.ranges: the smallest and largest value of {comparison.metric} (the training stays cached)"
     if independent < MINIMUM_ROWS <= comparison.n:
         groups = f"these belong to {independent}, and {MINIMUM_ROWS} are needed"
         return f"add held-out rows of other groups (of near-duplicates, or of data.group): {groups}"

@@ -220,7 +220,7 @@ def _is_library(name: str, folder: Path, python_path: str) -> bool:
 @cache
 def _warn_of_library(by: Path, name: str, file: Path) -> None:
     log.warning(
-        "%s imports %s: that is the module of Python or of a library, not %s of the project; rename that file to use it",
+        "%s imports %s of Python or a library, not the project's file %s; rename that file to use it",
         by,
         name,
         file,
@@ -285,8 +285,8 @@ def require_unchanged(name: str, expected: str) -> None:
         raise BadConfig(
             f"The metric {name} was edited during the run, so its scores cannot be kept.",
             where=", ".join(map(str, metric_files(find_module(name)))),
-            next_step="run again: the finished stages are cached. If the metric wrote one of these files itself, open it in "
-            "the module that names it, or build its name at run time: then it does not count",
+            next_step="run again: the finished stages are cached. A file that the metric itself "
+            "writes does not count if it is opened in the module that names it, or if its name is built at run time",
         )
 
 

@@ -280,9 +280,9 @@ def _require_own_names(metric: str, found: Mapping[str, Sequence[float]], known:
     taken = sorted(found.keys() & (ROW_COLUMNS | OF_ALL_ROWS | set(known)))
     if taken:
         raise BadConfig(
-            "A metric gives a score that has the name of another column of the score table, or of another metric's score.",
+            "A metric's score has the name of another metric's score, or of another column of the score table.",
             where=f"evaluation.metrics: {metric}",
-            expected="a name that no score of a built-in or other metric, and no column of the table, has",
+            expected="a name that no other score and no column of the table has",
             got=", ".join(taken),
             next_step="rename the score in the metric's module, or remove one of the two metrics",
         )

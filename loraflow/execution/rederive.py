@@ -216,14 +216,14 @@ def reproduce(store: Store, record: RunRecord, fresh: str) -> Iterator[Reproduce
         raise BadConfig(
             "The record of this run has no recipe, so it cannot run again.",
             where=record.run,
-            next_step="run its recipe with `loraflow run`; records since version 0.1 have it",
+            next_step="run its recipe with `loraflow run`; records have the recipe since version 0.1",
         )
     settings = {**record.overrides, **revision_of(store, record), "runtime.store": fresh}
     name = f"the recipe of run {record.run}"
     workspace = Workspace(parse_recipe(record.recipe_text, name=name, overrides=settings, is_recorded=True))
     if next(workspace.store.artifacts(), None) is not None:
         raise BadConfig(
-            "The target store already has artifacts, which would be reused instead of recomputed.",
+            "The target store has artifacts, which would be reused instead of recomputed.",
             where=fresh,
             next_step="name a folder that does not exist yet: --into FOLDER",
         )

@@ -219,7 +219,7 @@ def recompute(store: Store, lost: Lost) -> Ref:
         )
     if (ref.fingerprint, ref.digest) != (lost.ref.fingerprint, lost.ref.digest):
         raise CorruptArtifact(
-            f"{lost.label} was computed, but the result is not the artifact that was lost.",
+            f"{lost.label} was recomputed, but the result differs from the lost artifact.",
             where=store.location(ref),
             expected=str(lost.ref),
             got=str(ref),

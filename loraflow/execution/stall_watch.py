@@ -144,7 +144,7 @@ class StallWatch:
             what,
             where=str(self.work),
             got=got or self._innermost_frames(),
-            next_step=f"it is tried again and resumes; if the stage needs longer, raise runtime.{key}",
+            next_step=f"none is needed: the stage is tried again and resumes. If it needs longer, raise runtime.{key}",
         )
 
     def _sample(self) -> _Sample:

@@ -25,7 +25,7 @@ from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.stages import TRAIN
 from loraflow.store import Ref, Store
-from loraflow.training.validation_loss import Curves
+from loraflow.training.validation_loss import CURVES, Curves
 
 log = logging.getLogger("loraflow")
 
@@ -207,7 +207,6 @@ def _warnings_once() -> Iterator[None]:
         reader.removeFilter(is_new)
 
 
-CURVES = "telemetry/curves.jsonl"  # in an adapter's artifact
 NOT_MEASURED = "its adapter is in the store, but its validation loss was not measured"
 
 

@@ -18,7 +18,7 @@ from loraflow.execution.sweep import Trial, read_curves
 from loraflow.job import Job
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref, Store
-from loraflow.training.validation_loss import GROUP_PROBLEMS, Curves
+from loraflow.training.validation_loss import GROUP_PROBLEMS, Curves, curves_of_trial
 
 TRAIN_INPUTS = {"tokens": "tokenize", "base": "resolve_base"}  # input of train → step
 # Keys of training_config and peft_config in which the trials of a group may differ.
@@ -156,8 +156,8 @@ def _why_left(size: int, count: int, kinds: int) -> str:
     if count > 1:
         return f"the others fill groups of {size}: runtime.trials_together"
     if kinds > 1:
-        return "no other trial that is left has the same rows, batch and steps"
-    return "it is the only one that is left"
+        return "no other remaining trial has the same rows, batch and steps"
+    return "it is the only remaining trial"
 
 
 def _shared(trial: Trial) -> JsonValue:
@@ -241,7 +241,7 @@ def read_result(store: Store, ref: Ref, number: int, trial: Trial) -> GroupResul
 
 def read_curves_of(store: Store, ref: Ref, number: int) -> Curves:
     """Return the losses that a trial of a group logged."""
-    return Curves.parse(store.read(ref, f"curves-{number}.jsonl"))
+    return Curves.parse(store.read(ref, curves_of_trial(number)))
 
 
 def _size(payload: Mapping[str, JsonValue]) -> int:

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -93,11 +93,11 @@ def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
                 problem = text
             else:  # without this decision, the loss has to be accepted again
                 log.warning("%s", text)
-    from_runs: list[Claim] = []
     if all_runs:
-        from_runs = list(_claims_of_runs(model, store.read_documents(RUNS, ".json").items()))
+        from_runs = claims_of_runs(store, model, "promotions")
     else:  # an anchor of an earlier time, beside a log of that time, is noticed by the newest run
-        from_runs = list(_newest_claim(store, model, None if anchor is None else _NEWEST_RUNS))
+        newest = newest_claim(store, model, "promotions", among=None if anchor is None else _NEWEST_RUNS)
+        from_runs = [newest] if newest is not None else []
     return Known(anchor, accepted, [claim for claim in from_runs if claim.head.seq], problem)
 
 
@@ -154,8 +154,9 @@ def models_with(record: str, store: Store) -> list[str]:
 def models_of_runs(store: Store) -> set[str]:
     """Return the names of the models of which a run record names an entry."""
     documents = store.read_documents(RUNS, ".json").items()
-    runs = (parse_run(name, data) for name, data in documents)
-    return {run.model for run in runs if run is not None and run.head.seq}
+    runs = (_parse_run(name, data) for name, data in documents)
+    heads = ((run.model, run.head("promotions")) for run in runs if run is not None)
+    return {model for model, head in heads if head is not None and head.seq}
 
 
 def damaged_log(store: Store, model: str, where: str, *, got: str, expected: str = "", intact: int) -> DamagedLog:
@@ -190,7 +191,10 @@ class _Summary(StoredModel):
     registered: int | None = None
 
 
-class RunHeads(StoredModel):
+Record = Literal["promotions", "looks"]
+
+
+class _RunHeads(StoredModel):
     """The part of a run record that is about promotion log and looks: much smaller than the record."""
 
     resolved: _Resolved = _Resolved()
@@ -203,36 +207,40 @@ class RunHeads(StoredModel):
         """The name that the run's model is registered under."""
         return self.resolved.register_.model
 
-    @property
-    def head(self) -> LogHead:
-        """The last entry that the run knew; of earlier versions, the number of the one it wrote."""
+    def head(self, record: Record) -> LogHead | None:
+        """Return the last entry that the run knew; of earlier versions, the number of the promotion that it wrote."""
+        if record == "looks":
+            return self.looks_head
         registered = self.summary.registered if self.summary else None
-        return self.promotion_head or LogHead(seq=registered or 0)
+        return self.promotion_head or (LogHead(seq=registered) if registered else None)
 
 
-def parse_run(name: str, data: bytes) -> RunHeads | None:
+def claims_of_runs(store: Store, model: str, record: Record) -> list[Claim]:
+    """Return the last entries of a model's record that all run records name."""
+    return list(_claims(store.read_documents(RUNS, ".json").items(), model, record))
+
+
+def newest_claim(store: Store, model: str, record: Record, *, among: int | None) -> Claim | None:
+    """Return the last entry that the newest run record names: number 0 if that run saw an empty record.
+
+    Args:
+        among: how many run records are read, the newest first; None: all.
+    """
+    names = (f"{RUNS}{run}.json" for run in run_ids(store)[::-1][:among])
+    return next(_claims(((name, store.read_document(name) or b"") for name in names), model, record), None)
+
+
+def _claims(documents: Iterable[tuple[str, bytes]], model: str, record: Record) -> Iterator[Claim]:
+    for name, data in documents:
+        run = _parse_run(name, data)
+        head = run.head(record) if run is not None and run.model == model else None
+        if head is not None:
+            yield Claim(head, name)
+
+
+def _parse_run(name: str, data: bytes) -> _RunHeads | None:
     """Return what a run record says; None for damaged ones, which `loraflow verify` reports."""
     try:
-        return RunHeads.model_validate_json(check_document(name, data))
+        return _RunHeads.model_validate_json(check_document(name, data))
     except ValueError:
         return None
-
-
-def _claims_of_runs(model: str, documents: Iterable[tuple[str, bytes]]) -> Iterator[Claim]:
-    for name, data in documents:
-        run = parse_run(name, data)
-        if run is not None and run.model == model:
-            yield Claim(run.head, name)
-
-
-def _newest_claim(store: Store, model: str, newest: int | None) -> Iterator[Claim]:
-    """Yield the claim of the newest run record that knows the log; number 0 if that run saw an empty log.
-
-    Of the newest `newest` records, or of all.
-    """
-    for run in run_ids(store)[::-1][:newest]:
-        name = f"{RUNS}{run}.json"
-        parsed = parse_run(name, store.read_document(name) or b"")
-        if parsed is not None and parsed.model == model and (parsed.promotion_head or parsed.head.seq):
-            yield Claim(parsed.head, name)
-            return

@@ -1,7 +1,6 @@
-"""What is known about a record of looks outside of it: losses that a person accepted, and the looks that run records name.
+"""What is known about a record of looks outside of it: losses that a person accepted, and the rows that were scored.
 
 anchors/<model>/looks-accepted-000001.json  an accepted loss; the anchor has their number, so that none is forgotten
-runs/<id>.json                              `looks_head`: the last look that the run saw or took
 registry/<model>/rows/<digest>.json         the keys of the rows that looks refer to
 anchors/<model>/rows/<digest>.json          a copy: whatever is left of the two counts, whether or not a look names it
 """
@@ -9,7 +8,7 @@ anchors/<model>/rows/<digest>.json          a copy: whatever is left of the two 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,14 +17,11 @@ from loraflow.data.split import row_key as row_key
 from loraflow.frozen import StoredModel
 from loraflow.identity import canonical
 from loraflow.registry.anchor import FOLDER as ANCHORS
-from loraflow.registry.anchor import Claim, create_numbered, parse_run
-from loraflow.registry.runs import FOLDER as RUNS
-from loraflow.registry.runs import LogHead, run_ids
+from loraflow.registry.anchor import create_numbered
+from loraflow.registry.runs import LogHead
 from loraflow.store import Store
 from loraflow.store.checksum import check_document
 from loraflow.store.files import json_bytes
-
-_NEWEST_RUNS = 50  # run records to read if there is no anchor: stores of earlier versions have none
 
 
 class LostLooks(StoredModel):
@@ -71,24 +67,6 @@ def read_losses(store: Store, model: str) -> AcceptedLosses:
 def write_loss(store: Store, model: str, loss: LostLooks) -> None:
     """Store a person's decision under the next free number."""
     create_numbered(store, f"{ANCHORS}/{model}/looks-accepted-", json_bytes(loss.model_dump()))
-
-
-def claims_of_runs(store: Store, model: str) -> list[Claim]:
-    """Return the last looks that all run records of a model name."""
-    return list(_claims(model, store.read_documents(RUNS, ".json").items()))
-
-
-def newest_claim(store: Store, model: str) -> Claim | None:
-    """Return the last look that the newest run record of a model names, of the newest fifty records."""
-    names = (f"{RUNS}{run}.json" for run in run_ids(store)[: -_NEWEST_RUNS - 1 : -1])
-    return next(_claims(model, ((name, store.read_document(name) or b"") for name in names)), None)
-
-
-def _claims(model: str, documents: Iterable[tuple[str, bytes]]) -> Iterator[Claim]:
-    for name, data in documents:
-        run = parse_run(name, data)
-        if run is not None and run.looks_head is not None and run.model == model:
-            yield Claim(run.looks_head, name)
 
 
 _ROWS = TypeAdapter(list[str])

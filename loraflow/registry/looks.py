@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 from loraflow.failures import DamagedLog
 from loraflow.registry.anchor import FOLDER as ANCHORS
-from loraflow.registry.anchor import Claim, now
+from loraflow.registry.anchor import Claim, claims_of_runs, newest_claim, now
 from loraflow.registry.budget import Look as Look
 from loraflow.registry.budget import NextLook, next_look
 from loraflow.registry.entry import JSON_OBJECT, Entry
 from loraflow.registry.look_claims import LostLooks as LostLooks
-from loraflow.registry.look_claims import ScoredRows, Sets, claims_of_runs, newest_claim, read_losses, write_loss
+from loraflow.registry.look_claims import ScoredRows, Sets, read_losses, write_loss
 from loraflow.registry.look_claims import row_key as row_key
 from loraflow.registry.runs import LogHead
 from loraflow.store import LocalStore, Store
@@ -46,6 +46,7 @@ class _Anchor(LogHead):
 
 
 _NO_ANCHOR = _Anchor()
+_NEWEST_RUNS = 50  # run records to read if there is no anchor: stores of earlier versions have none
 
 
 class _Read(NamedTuple):
@@ -227,7 +228,7 @@ class LookRecord:
         except DamagedLog:
             anchor, is_readable = self._head_of_runs(), False
         kept, losses = len(read.looks), read_losses(self.store, self.model)
-        claims = _unmet(claims_of_runs(self.store, self.model), read.looks, losses.intact)
+        claims = _unmet(claims_of_runs(self.store, self.model, "looks"), read.looks, losses.intact)
         stored = self.scored.read()
         named = {look.rows for look in read.looks} | (anchor or _NO_ANCHOR).known
         lost_rows, restored_rows = (
@@ -262,7 +263,7 @@ class LookRecord:
 
     def _checked(self, all_runs: bool) -> list[Look]:
         anchor = self._read_anchor()  # before the looks, which may only be ahead of it
-        claims = claims_of_runs(self.store, self.model) if all_runs else []
+        claims = claims_of_runs(self.store, self.model, "looks") if all_runs else []
         accepted = self._acceptances()
         if anchor is not None and anchor.accepted > len(accepted):
             raise self._damaged(f"{ANCHORS}/{self.model}", f"accepted losses: {anchor.accepted}", str(len(accepted)))
@@ -327,7 +328,7 @@ class LookRecord:
             raise self._damaged(self._anchor_name, "number and hash of a look", first_problem(error)) from error
 
     def _head_of_runs(self) -> _Anchor | None:
-        claim = newest_claim(self.store, self.model)
+        claim = newest_claim(self.store, self.model, "looks", among=_NEWEST_RUNS)
         return _Anchor(seq=claim.head.seq, hash=claim.head.hash) if claim is not None else None
 
     def _anchor(self, head: LogHead, digests: Collection[str]) -> None:

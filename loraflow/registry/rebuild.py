@@ -19,7 +19,7 @@ from loraflow.registry.runs import RunRecord, computed, read_runs
 from loraflow.store import Ref, Store, open_store
 
 UNKNOWN = (
-    "no run on record made it: run its recipe again (`loraflow registry` names it); "
+    "no run record names it: run its recipe again (`loraflow registry` names it); "
     "if it is the champion, `loraflow rollback --reason …` goes back to the model before it"
 )
 _PRINT_RECIPE = "import json, sys; print(json.load(sys.stdin)['recipe_text'], end='')"

@@ -50,8 +50,8 @@ class ReserveState(StoredModel):
         if self.looks:
             return f"{left}: enough for {self.looks} more look{'s' if self.looks > 1 else ''} of {self.size} rows"
         return (
-            f"{left}, and a look takes {self.size}: the reserve is used up, so the next look is on rows that were scored "
-            "before, until held-out rows are added"
+            f"{left}, and a look takes {self.size}: the reserve is used up. Until held-out rows are added, looks use rows "
+            "that were scored before"
         )
 
 

@@ -206,7 +206,7 @@ def require_not_older(store: Store, model: str, hashes: Sequence[str], signers: 
     claim = Claim(head, str(heads_file(signers))) if head is not None else None
     if claim is not None and not claim.is_met_by(hashes):
         raise DamagedLog(
-            "The promotion log is older than the one that was verified before, or another one.",
+            "The promotion log is older than the one that was verified before, or is a different one.",
             where=f"{store.uri}/registry/{model}/log",
             expected=str(claim),
             got=f"{len(hashes)} entries without it",
@@ -260,7 +260,7 @@ def _read_heads(signers: Path) -> dict[str, dict[str, LogHead]]:
             where=str(file),
             expected="{store: {model: {seq, hash}}}, as `loraflow verify --signers` writes it",
             got=(error.strerror or str(error)) if isinstance(error, OSError) else first_problem(error),
-            next_step="restore the file from a copy. Without one, compare `loraflow registry` with a backup or with "
-            f"your notes: is the last entry there? Then `rm {shlex.quote(str(file))}`; the next `loraflow verify --signers "
-            f"{shlex.quote(str(signers))}` writes it again, and does not notice an older log",
+            next_step="restore the file from a copy. Without a copy, check that `loraflow registry` shows the last entry "
+            f"that you know of. Then `rm {shlex.quote(str(file))}`; the next `loraflow verify --signers "
+            f"{shlex.quote(str(signers))}` writes it again, but cannot notice an older log",
         ) from error

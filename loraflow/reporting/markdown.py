@@ -24,7 +24,8 @@ from loraflow.evaluation.values import (
 from loraflow.identity import short
 from loraflow.registry.runs import RowsSummary, RunSummary, StageRun
 from loraflow.reporting import chart
-from loraflow.reporting.sections import History, Learned, TrialCurves, history_lines, learned_lines, sweep_lines
+from loraflow.reporting.sections import History, Learned, history_lines, learned_lines, sweep_lines
+from loraflow.training.validation_loss import Curves
 
 LOSS_ROWS = 12  # rows of the table below the loss curve
 QUOTED = 300  # characters of a quoted text
@@ -61,7 +62,7 @@ class RunReport:
     store: str  # its location
     confusions: Sequence[Confusion] = ()  # the tuned model's worst labels in the gate's set
     learned: Learned | None = None
-    trial_curves: Mapping[str, TrialCurves] | None = None  # by the trials' labels
+    trial_curves: Mapping[str, Curves] | None = None  # by the trials' labels
     base_answers: Mapping[str, str] = field(default_factory=dict)  # the base's answers, by a sample's id
     history: History | None = None  # settings, and earlier runs of the recipe
 

@@ -147,13 +147,13 @@ def check_notes(check: CheckReport, elsewhere: Collection[str] = ()) -> list[str
         notes.append(f"{weighted} rows have answers whose weight in the loss is not 0 or 1")
     if few := check.counts.get("held_out_of_few", 0):
         notes.append(
-            f"the seeded hash held out none of so few rows, so {few} with the next prompt in its order are held out"
+            f"of so few rows the seeded hash held out none, so {few} with the next prompt in its order are held out"
         )
     similar = check.similar
     if similar.near_leaks:
         notes.append(
             f"{similar.near_leaks} training rows have a held-out prompt in another case, spacing or Unicode form, such as "
-            f"{similar.near_leak}: the scores are too good"
+            f"{similar.near_leak}: the scores are better than they should be"
         )
     if similar.disputed_prompts:
         notes.append(

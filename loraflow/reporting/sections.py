@@ -35,6 +35,7 @@ from loraflow.reporting.chart import (
     round_numbers,
     sparkline,
 )
+from loraflow.training.validation_loss import Curves
 
 
 @dataclass(frozen=True)
@@ -242,15 +243,6 @@ def _cell(text: str) -> str:
 
 
 MAX_CURVES = 8  # in an image: those of the best trials
-Points = Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class TrialCurves:
-    """The losses of a trial, as (step, loss) points."""
-
-    training: Points
-    validation: Points
 
 
 @dataclass(frozen=True)
@@ -292,7 +284,7 @@ def _row(number: int, combination: Combination, sweep: SweepRecord) -> TableRow:
     )
 
 
-def sweep_lines(sweep: SweepRecord, curves: Mapping[str, TrialCurves], *, image: bool) -> Iterator[str]:
+def sweep_lines(sweep: SweepRecord, curves: Mapping[str, Curves], *, image: bool) -> Iterator[str]:
     """Yield the section of a run's report. `curves` are by the trials' labels; they are drawn with `image` only."""
     keys, rows = columns(sweep), table_rows(sweep)
     count = len(sweep.trials) // len(rows)
@@ -312,7 +304,7 @@ def sweep_lines(sweep: SweepRecord, curves: Mapping[str, TrialCurves], *, image:
         yield from _images(sweep, curves)
 
 
-def _images(sweep: SweepRecord, curves: Mapping[str, TrialCurves]) -> Iterator[str]:
+def _images(sweep: SweepRecord, curves: Mapping[str, Curves]) -> Iterator[str]:
     done = [trial for combination in ranked(sweep.trials) for trial in combination.trials if trial.label in curves]
     best = done[:MAX_CURVES]
     for title, of in (("training loss", "training"), ("validation loss", "validation")):

@@ -17,9 +17,9 @@ from loraflow.identity import short
 from loraflow.registry.runs import RunRecord, changes, find_named_run, find_run
 from loraflow.reporting.chart import svg
 from loraflow.reporting.markdown import quote
-from loraflow.serving.lineage import logged_losses
 from loraflow.serving.models import named_champion
 from loraflow.store import Store, read_table
+from loraflow.training.validation_loss import CURVES, Curves
 
 
 class _Rules(StoredModel):
@@ -114,7 +114,7 @@ def _find(store: Store, name: str) -> Compared:
     trained = record.stage("train")
     if trained is not None:
         with suppress(CorruptArtifact):  # cleanup removes adapters before scores
-            losses = logged_losses(store, trained.ref(store))
+            losses = Curves.parse(store.read(trained.ref(store), CURVES)).training
     return Compared(name, record, heldout_rows(table, store.location(ref)), losses)
 
 
@@ -194,14 +194,14 @@ def _describe(model: Compared) -> str:
 
 def _rows(pairing: Pairing) -> str:
     scores = pairing.scores
-    left_out = f"; {_count(scores.only_first)} of A and {scores.only_second} of the other were not scored for both"
+    left_out = f"; scored for one of the two only: {_count(scores.only_first)} of A, {scores.only_second} of the other"
     tokens = "".join(
         f"; {metric} is per token, and the models split the references into different tokens (another tokenizer or chat "
         "template)"
         for metric in scores.left_out
     )
     ranges = "".join(
-        f"; {metric} has values outside of gate.ranges, so its bounds allow for no failure that no row shows"
+        f"; {metric} has values outside of gate.ranges, so its bounds do not allow for failures that no row shows"
         for metric in scores.out_of_range
     )
     which = left_out if scores.only_first or scores.only_second else ""

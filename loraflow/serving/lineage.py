@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
 from pydantic import AliasPath, Field, ValidationError
@@ -116,13 +115,3 @@ def _manifests(adapter: Ref | None) -> dict[str, Manifest]:
         found[ref.stage] = store.manifest(ref)
         todo += found[ref.stage].input_refs(store.uri).values()
     return found
-
-
-def logged_losses(store: Store, adapter: Ref) -> tuple[tuple[float, float], ...]:
-    """Return (step, training loss) as training logged them.
-
-    Raises:
-        CorruptArtifact: the log is damaged or gone. The adapter may be intact.
-    """
-    lines = store.read(adapter, "telemetry/curves.jsonl").decode().splitlines()
-    return tuple((row["step"], row["loss"]) for row in map(json.loads, lines) if "loss" in row)

@@ -106,6 +106,6 @@ def lost_with_experiment(folder: Path, store: str) -> str | None:
     if "/.dvc/tmp/exps/" not in f"{folder.as_posix()}/" or "://" in store or Path(store).is_absolute():
         return None
     return (
-        "this is a copy of the project that DVC removes after the experiment (--temp, --queue): its models, its run record "
-        "and a promotion go with it; its metrics stay. To keep them, set runtime.store to an absolute path or a bucket"
+        "DVC removes this copy of the project after the experiment (--temp, --queue), with its models, run record and "
+        "promotion; only its metrics stay. To keep all, set runtime.store to an absolute path or a bucket"
     )

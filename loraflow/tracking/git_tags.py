@@ -42,7 +42,7 @@ def tag_log(store: Store, model: str, folder: Path | None = None) -> None:
             log.warning("%s", problem)
     except (Failure, OSError, GitError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        log.warning("%s is not tagged in git (%s); the next promotion or rollback does it", model, reason)
+        log.warning("%s is not tagged in git (%s); the next promotion or rollback will tag it", model, reason)
 
 
 def make_tags(entries: Sequence[Entry], records: Iterable[RunRecord], model: str, folder: Path) -> list[str]:
@@ -80,9 +80,7 @@ def make_tags(entries: Sequence[Entry], records: Iterable[RunRecord], model: str
                 commit = _commit_for(name, recorded, model, folder) if name == where else where
                 _tag(name, f"{commit}^{{commit}}", _message(entry), date, folder)
             elif digest not in tags[name]:
-                problems.append(
-                    f"the git tag {name} is about another model than entry {entry.seq} of the promotion log"
-                )
+                problems.append(f"the git tag {name} names another model than entry {entry.seq} of the promotion log")
     return problems
 
 
@@ -111,7 +109,7 @@ def _commit_for(name: str, recorded: str | None, model: str, folder: Path) -> st
     commit = commit.strip()
     if not git(["tag", "--points-at", commit, "--list", f"{model}@*"], folder).strip():
         return commit
-    message = f"{name}: no changes, because GTO knows one version for a commit"
+    message = f"{name}: no changes, because GTO allows one version per commit"
     arguments = ["commit-tree", f"{commit}^{{tree}}", "-p", commit, "-m", message]
     return git([*_identity_options(folder), *arguments], folder).strip()
 

@@ -185,7 +185,7 @@ def _mirror_registry(
         # Another process may have promoted in between, and moved the alias before this one moved it back.
         if promotions.entries()[-1].hash == entries[-1].hash:
             return created, version
-    raise Network("The promotion log changes faster than MLflow's alias can follow.", next_step="loraflow mlflow sync")
+    raise Network("The promotion log changed while MLflow's alias was being set.", next_step="loraflow mlflow sync")
 
 
 def _register(store: Store, tracker: MlflowTracker, known: dict[str, TrackedRun], entry: Entry) -> str:

@@ -205,7 +205,7 @@ class MlflowTracker:
 
     def _failure(self, got: str) -> Network:
         return Network(
-            "MLflow does not answer, or refuses.",
+            "MLflow did not answer, or refused a request.",
             where=self._tracking.uri,
             got=got,
             next_step="`loraflow mlflow sync` sends what is missing; "

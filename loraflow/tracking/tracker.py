@@ -18,6 +18,7 @@ from loraflow.failures import CorruptArtifact, MissingExtra
 from loraflow.registry.runs import RunRecord, read_report
 from loraflow.reporting import chart
 from loraflow.store import Ref, Store, read_table
+from loraflow.training.validation_loss import CURVES
 
 log = logging.getLogger("loraflow")
 
@@ -188,7 +189,7 @@ def curves(store: Store, record: RunRecord) -> list[Point]:
     if ref is None:
         return []
     try:
-        lines = store.read(ref, "telemetry/curves.jsonl").decode().splitlines()
+        lines = store.read(ref, CURVES).decode().splitlines()
     except CorruptArtifact as failure:
         log.debug("no curves of %s: %s", record.run, failure)
         return []

@@ -248,15 +248,15 @@ def log_untrained(trained: Mapping[str, bool], whose: str = "") -> None:
         return
     if len(untrained) == len(trained):
         log.warning(
-            "%sNo step changed the adapter, so the model answers as the base does: the learning rate was 0 in every step, "
-            "as in the first step of a warm-up, or no gradient reached the adapted modules.",
+            "%sNo step changed the adapter, so the model answers as the base does. Either the learning rate was 0 in every "
+            "step, as in the first step of a warm-up, or no gradient reached the adapted modules.",
             whose,
         )
         return
     log.warning(
-        "%s%d of %d adapted modules were not trained, such as %s: no gradient reached them, because the model does not call "
-        "them or, in a mixture, no token was routed to them. Their adapters change nothing. If they should not be adapted, "
-        "name them in peft_config.exclude_modules.",
+        "%s%d of %d adapted modules were not trained, such as %s. No gradient reached them: the model does not call them "
+        "or, in a mixture, no token was routed to them. Their adapters change nothing. To leave them out, name them in "
+        "peft_config.exclude_modules.",
         whose,
         len(untrained),
         len(trained),

@@ -92,6 +92,12 @@ class MicroBatch(TypedDict):
     max_length_k: NotRequired[int]
 
 
+def move_inputs(micro: MicroBatch, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return a micro-batch's tensors, moved to the device, and its numbers."""
+    tensors = {key: value.to(device, non_blocking=True) for key, value in micro.items() if isinstance(value, Tensor)}
+    return tensors, {key: value for key, value in micro.items() if isinstance(value, int)}
+
+
 class RowNumber(TypedDict):
     """An item of the stock trainer's dataset: the number of a training or validation row."""
 

@@ -97,7 +97,7 @@ def refuse_seeing_later_tokens(
             where="base.model",
             expected="logits of a token that do not depend on later tokens",
             got=f"architecture {model.config.model_type}: a token's logits change by {difference:.2g} of their norm",
-            next_step="choose a model for text generation; an encoder, such as BERT, is none",
+            next_step="choose a model for text generation, not an encoder such as BERT",
         )
 
 
@@ -124,7 +124,7 @@ def refuse_padding_that_is_seen(model: PreTrainedModel, pad_id: int, *, compute_
     difference, rounding = _difference(model, expected, found, compute_dtype)
     if difference > rounding:
         raise BadModel(
-            "Padding changes what this model computes, so a row would be trained differently beside longer rows.",
+            "Padding changes this model's logits, so the length of other rows in a batch would change how a row is trained.",
             where="base.model",
             expected="logits of a document that do not depend on the padding behind it",
             got=f"architecture {model.config.model_type}: a token's logits change by {difference:.2g} of their norm",
@@ -225,9 +225,9 @@ def refuse_other_generation(model: PreTrainedModel, pad_id: int, *, compute_dtyp
     allowed = _ROUNDING if compute_dtype == torch.float32 else _ROUNDING_16_BITS
     if not difference <= allowed:  # NaN is refused too
         raise BadModel(
-            "This model generates with other logits than those that training computes, so it would not answer as trained.",
+            "This model's logits differ between training and generation, so it would not answer as trained.",
             where="base.model",
-            expected="logits of a generated token that are those of the whole row",
+            expected="the same logits for a generated token as for the whole row",
             got=f"architecture {model.config.model_type}: they differ by {difference:.2g} of their norm",
             next_step="choose another base, or another version of transformers",
         )

@@ -110,4 +110,4 @@ def separate_angles(model: PreTrainedModel, setup: TrainingSetup) -> None:
             got=f"architecture {model.config.model_type}, with code of its own",
             next_step=f"set training_config.max_length to {switch}, and data.too_long to drop or truncate",
         )
-    log.info("documents of more than %d tokens have the long factors of longrope, the others the short ones", switch)
+    log.info("documents of more than %d tokens use longrope's long factors, the others its short factors", switch)

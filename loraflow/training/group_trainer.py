@@ -1,5 +1,6 @@
-"""Train several adapters over one frozen base at once: the loop of transformers' Trainer, with everything of an adapter
-its own: loss, clipping, optimizer, schedule, and whether it is still finite.
+"""Train several adapters over one frozen base at once, in a loop like that of transformers' Trainer.
+
+Each adapter has its own loss, clipping, optimizer and schedule, and ends by itself if its loss is not finite.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import torch
 from torch import Tensor
 
 from loraflow.store.checkpoints import finalize_checkpoint, step_of
+from loraflow.training.collation import move_inputs
 from loraflow.training.cuda_graphs import GraphedPass
 from loraflow.training.group_batches import GroupMicroBatch, GroupStep, GroupSteps
 from loraflow.training.group_lora import Adapters
 from loraflow.training.layers import CompiledLayer
 from loraflow.training.lora_kernels import set_token_keys
 from loraflow.training.loss_head import each_token_loss
+from loraflow.training.trainer import retry_uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,24 +60,10 @@ class GroupModel:
 
     def losses(self, micro: GroupMicroBatch) -> Tensor:
         """Return the sum of -log p of each adapter's supervised tokens, times their weights [K]."""
-        try:
-            return self._losses(micro)
-        except Exception as error:
-            if not self.compiled_layers or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            log.warning("compiling failed; training continues without it: %s", str(error)[:500])
-            for compiled in self.compiled_layers:
-                compiled.undo()
-            self.compiled_layers = []
-            return self._losses(micro)
+        return retry_uncompiled(self.compiled_layers, lambda: self._losses(micro))
 
     def _losses(self, micro: GroupMicroBatch) -> Tensor:
-        tensors = {
-            key: value.to(self.device, non_blocking=True)
-            for key, value in micro.batch.items()
-            if isinstance(value, Tensor)
-        }
-        lengths = {key: value for key, value in micro.batch.items() if isinstance(value, int)}
+        tensors, lengths = move_inputs(micro.batch, self.device)
         index, targets, weights = tensors.pop("loss_index"), tensors.pop("targets"), tensors.pop("loss_weights", None)
         is_graphed = self.graphs is not None and self.decoder.training and torch.is_grad_enabled()
         hidden = self.graphs(tensors, lengths) if self.graphs and is_graphed else self.hidden_states(tensors, lengths)
@@ -98,7 +87,7 @@ class GroupModel:
 
 @dataclass
 class Member:
-    """What belongs to one adapter of the group."""
+    """An adapter of the group: its settings, optimizer and schedule, and what it logged."""
 
     arguments: SFTConfig
     optimizer: torch.optim.Optimizer
@@ -173,8 +162,7 @@ class GroupTrainer:
             since_log += self._optimizer_step(item)
             self.step += 1
             state.global_step = self.step
-            for name in ("should_log", "should_evaluate", "should_save"):
-                setattr(control, name, False)
+            control.should_log = control.should_evaluate = control.should_save = False
             control = flow.on_step_end(arguments, state, control)
             if control.should_log:
                 self._log(since_log / (self.step - logged_at))
@@ -240,9 +228,8 @@ class GroupTrainer:
             self._record(member, {"eval_loss": loss})
 
     def _check_weights(self) -> None:
-        for member, is_finite in zip(
-            self.members, self.model.adapters.values.isfinite().all(dim=1).tolist(), strict=True
-        ):
+        finite = self.model.adapters.values.isfinite().all(dim=1).tolist()
+        for member, is_finite in zip(self.members, finite, strict=True):
             if not is_finite and not member.problem:
                 member.problem = f"its weights hold a NaN or an infinity at step {self.step}"
 
@@ -264,7 +251,7 @@ class GroupTrainer:
             shutil.rmtree(path)
 
     def resume(self, checkpoint: Path, step: int) -> None:
-        """Continue from a checkpoint, whose hashes were compared with its manifest."""
+        """Continue from a checkpoint. Its hashes were compared with its manifest by then."""
         state = torch.load(checkpoint / STATE, map_location=self.model.device, weights_only=True)
         logs = json.loads((checkpoint / "logs.json").read_text(encoding="utf-8"))
         self.model.adapters.values.copy_(state["values"])
@@ -278,7 +265,7 @@ class GroupTrainer:
 
 
 def _ahead(items: Iterable[GroupStep], device: str) -> Iterator[GroupStep]:
-    """Yield items, of which the next one is prepared meanwhile."""
+    """Yield items. While one is used, a thread prepares the next."""
     iterator = iter(items)
 
     def following() -> GroupStep | None:

@@ -217,7 +217,7 @@ def fit_memory(
 
     if recompute == "elementwise" and not compiled:
         tokens = max(least, min(useful, most("none")))
-        return MemoryFit(tokens, "none", 0.0, "elementwise is asked for, but the layers are not compiled")
+        return MemoryFit(tokens, "none", 0.0, "elementwise is set, but the layers are not compiled")
     if recompute is not None:
         tokens = max(least, min(useful, most(recompute)))
         share = {"none": 0.0, "elementwise": 0.0, "selective": 0.5}.get(recompute, 1.0)

@@ -84,7 +84,7 @@ def without_gradient(model: PreTrainedModel, modules: list[str], tokens: int) ->
         computed = model.eval().to(torch.bfloat16)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         computed.logits.sum().backward()
     except Exception as error:  # code of an architecture may fail in any way
-        log.info("Which modules a gradient reaches is not known before the training: %s", error)
+        log.info("Which modules a gradient reaches is known only after the training: %s", error)
         return []
     return [name for name in modules if name not in called or model.get_submodule(name).weight.grad is None]
 

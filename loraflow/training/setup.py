@@ -67,13 +67,7 @@ def micro_batch_rows(global_batch: int, most: int) -> int:
     return max(n for n in range(1, min(most, global_batch) + 1) if global_batch % n == 0)
 
 
-_TRACKERS = {  # name in `report_to` → package
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "dvclive": "dvclive",
-    "trackio": "trackio",
-}
+_TRACKERS = ("tensorboard", "wandb", "mlflow", "dvclive", "trackio")  # each is also the name of its package
 # Fields of TrainerSettings that are translated before they are passed on.
 _TRANSLATED = {
     "num_train_epochs",
@@ -96,7 +90,7 @@ _TRANSLATED = {
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """The batch size and checkpointing that an engine chooses for the trainer."""
+    """The batch size and gradient checkpointing that an engine chooses for the trainer."""
 
     rows: int  # rows of a micro-batch; for the fast engine, items of its dataset
     accumulation: int  # micro-batches of an optimizer step
@@ -128,7 +122,7 @@ def trainer_arguments(
         warmup = math.ceil(settings.warmup_steps * steps.total)
     if settings.lr_scheduler_type == "polynomial" and warmup >= steps.total:
         raise BadConfig(
-            "The warm-up takes all steps, and the schedule polynomial needs one after it.",
+            "The warm-up takes all steps, but the schedule polynomial needs at least one step after it.",
             where="training_config.warmup_steps",
             expected=f"less than the {steps.total} steps of the training",
             got=f"{settings.warmup_steps:g}: {warmup} steps",
@@ -189,13 +183,12 @@ def check_trackers(report_to: str | list[str]) -> None:
         MissingExtra: a package is missing.
     """
     for name in [report_to] if isinstance(report_to, str) else report_to:
-        package = _TRACKERS.get(name, name)
-        if name not in ("none", "all") and find_spec(package) is None:
+        if name not in ("none", "all") and find_spec(name) is None:
             raise MissingExtra(
                 f"The tracker {name} is not installed.",
                 where="training_config.report_to",
                 expected=f"none, or an installed one of {', '.join(_TRACKERS)}",
-                next_step=f"pip install {package}",
+                next_step=f"pip install {name}",
             )
 
 
@@ -219,9 +212,13 @@ class TrainingSetup:
     preemption: callbacks.PreemptionHandler
     callbacks: list[TrainerCallback]
     resumed_from: Path | None  # a checkpoint
-    together: tuple[PeftConfig, ...] = ()  # the adapters that are trained in one pass; empty: there is only this one
-    longrope_switch: int | None = None  # angles are computed for each document, because some have more tokens
-    is_sharded: bool = False  # the frozen base is sharded over the devices: `engine` decides that
+    together: tuple[
+        PeftConfig, ...
+    ] = ()  # all adapters that are trained in one pass (train_group); empty: only this one
+    longrope_switch: int | None = (
+        None  # tokens; set if rows are on both sides of it: each document has angles of its own
+    )
+    is_sharded: bool = False  # whether the frozen base is sharded over the devices; set by `engine`
 
     @property
     def checkpoints(self) -> Path:

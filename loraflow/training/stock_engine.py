@@ -47,7 +47,7 @@ def build_stock_trainer(setup: TrainingSetup, model: PreTrainedModel, choices: E
     share = max(1, global_batch // devices)
     if share * devices != global_batch:
         raise BadConfig(
-            "The stock engine needs a global batch that its devices divide.",
+            "The stock engine needs a global batch that is a multiple of the number of devices.",
             where="runtime.devices",
             expected=f"a divisor of {global_batch}",
             got=str(devices),
@@ -222,8 +222,8 @@ class _Outputs(Protocol):
     logits: Tensor  # [rows, tokens, vocabulary]
 
 
-_TOLERANCE = 0.01  # nats of a token
-_ROUNDING = 0.1  # the same, of logits in 16 bits
+_TOLERANCE = 0.01  # largest difference of a token's log probability, in nats
+_TOLERANCE_16_BITS = 0.1  # the same, for logits in 16 bits
 
 
 def use_own_logits_where_trl_is_wrong(model: PreTrainedModel, compute_dtype: torch.dtype) -> bool:
@@ -239,7 +239,7 @@ def use_own_logits_where_trl_is_wrong(model: PreTrainedModel, compute_dtype: tor
     """
     if is_tested(model.config) or not (scales_logits_unknown_to_trl(model.config) or _differs(model, compute_dtype)):
         return False
-    log.info("The loss is computed from the model's own logits: trl's head computes others for this architecture.")
+    log.info("trl's head computes other logits than this model does, so the loss is computed from the model's own.")
     fused = model.forward
     model.forward = types.MethodType(_with_own_logits(fused), model)
     return True
@@ -261,16 +261,15 @@ def _differs(model: PreTrainedModel, compute_dtype: torch.dtype) -> bool:
                 return True
     finally:
         model.train(was_training)
-    tolerance = _TOLERANCE if compute_dtype == torch.float32 else _ROUNDING
+    tolerance = _TOLERANCE if compute_dtype == torch.float32 else _TOLERANCE_16_BITS
     return not bool((found - expected).abs().max() <= tolerance)
 
 
 def _log_probs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the log probabilities of labels, 0 where they are ignored, and those of all tokens; in float32."""
-    everything = torch.log_softmax(logits[:, :-1].float(), -1)
-    mask = labels != IGNORED
-    chosen = everything.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return chosen.masked_fill(~mask, 0), everything
+    of_all = torch.log_softmax(logits[:, :-1].float(), -1)
+    of_labels = of_all.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return of_labels.masked_fill(labels == IGNORED, 0), of_all
 
 
 def _with_own_logits(fused: Callable[..., _Outputs]) -> Callable[..., object]:
@@ -288,13 +287,13 @@ def _with_own_logits(fused: Callable[..., _Outputs]) -> Callable[..., object]:
         outputs = fused(*args, **kwargs)
         targets = labels[:, 1:]
         mask = targets != IGNORED
-        chosen, everything = _log_probs(outputs.logits, targets)
+        of_labels, of_all = _log_probs(outputs.logits, targets)
         with torch.no_grad():
-            entropy = -(everything.exp() * everything).sum(-1).masked_fill(~mask, 0)
-            top = (everything.argmax(-1) == targets) & mask
+            entropy = -(of_all.exp() * of_all).sum(-1).masked_fill(~mask, 0)
+            top = (of_all.argmax(-1) == targets) & mask
         return FusedCausalLMOutput(
-            loss=-chosen.sum() / (mask.sum().clamp(min=1) if items is None else items),
-            log_probs=chosen,
+            loss=-of_labels.sum() / (mask.sum().clamp(min=1) if items is None else items),
+            log_probs=of_labels,
             entropy=entropy,
             is_top1=top,
             label_mask=mask,

@@ -38,7 +38,7 @@ from loraflow.training.layers import draws_in_passes, prepare_layers
 from loraflow.training.loss_head import is_frozen_linear
 from loraflow.training.memory import explain_out_of_memory
 from loraflow.training.setup import BatchSettings, TrainingSetup, prepare_training, row_order, trainer_arguments
-from loraflow.training.validation_loss import GROUP_PROBLEMS
+from loraflow.training.validation_loss import GROUP_PROBLEMS, curves_of_trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +73,7 @@ def run(job: Job[TrainGroupConfig], inputs: Inputs, out: Path, progress: Progres
     (out / GROUP_PROBLEMS).write_text(json.dumps(problems, indent=1) + "\n")
     for number, member in enumerate(trainer.members):
         lines = "".join(json.dumps(row) + "\n" for row in member.logs)
-        (out / f"curves-{number}.jsonl").write_text(lines)
+        (out / curves_of_trial(number)).write_text(lines)
     (out / "telemetry").mkdir()
     engine = {**choices, "peak_gib": peak_gpu_gib()}
     (out / "telemetry" / "engine.json").write_text(json.dumps(engine, indent=1) + "\n")
@@ -110,7 +110,7 @@ def _refuse(why: str) -> CannotGroup:
     return CannotGroup(
         f"These trials cannot be trained together: {why}.",
         where="train_group",
-        next_step="none: each of them is trained by itself; runtime.trials_together: 1 skips the attempt",
+        next_step="none is needed: each trial is trained by itself; with runtime.trials_together: 1, groups are not tried",
     )
 
 
@@ -138,7 +138,7 @@ def build_group(setups: list[TrainingSetup], progress: Progress) -> tuple[GroupT
     factor = logit_factor(config)
     head = base_of(model).get_output_embeddings()
     if adapters is None or factor is None:
-        raise _refuse("their adapters are not LoRA on linear layers alone, or the base computes in another dtype")
+        raise _refuse("their adapters are more than LoRA on linear layers, or the base computes in another dtype")
     if not is_frozen_linear(head, dtype) or draws_in_passes(base_of(model).get_decoder()):
         raise _refuse("the base's head is no linear layer, or the base has a dropout of its own")
     group = GroupModel(model, adapters, factor, setup.device)
@@ -184,8 +184,9 @@ def _add_adapters(setups: list[TrainingSetup], attention: Attention) -> tuple[Pr
 
 
 def _fit(setups: list[TrainingSetup], attention: Attention) -> MemoryFit:
-    """Choose the tokens of each trial in a micro-batch, and what is recomputed: together they need the memory of one
-    micro-batch that is K times as large.
+    """Choose the tokens of each trial in a micro-batch, and what is recomputed.
+
+    K trials together need the memory of a micro-batch that is K times as large.
     """
     setup, count = setups[0], len(setups)
     fit = choose_memory_fit(setup, attention, adapters=count)

@@ -21,14 +21,14 @@ from loraflow.base.architecture import logit_factor
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.training.batches import StepDataset, StepItem
 from loraflow.training.callbacks import PreemptionHandler
-from loraflow.training.collation import MicroBatch
+from loraflow.training.collation import MicroBatch, move_inputs
 from loraflow.training.cuda_graphs import GraphedPass
 from loraflow.training.layers import CompiledLayer
 from loraflow.training.lora_kernels import FastLora, add_noise, set_token_keys
 from loraflow.training.loss_head import head_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from datasets import Dataset
     from peft import LoraConfig
@@ -98,6 +98,20 @@ def numbers_dataset(columns: Mapping[str, Sequence[int]]) -> Dataset | None:
     from datasets import Dataset
 
     return Dataset.from_dict(columns) if len(columns["row"]) else None
+
+
+def retry_uncompiled(layers: list[CompiledLayer], compute: Callable[[], Tensor]) -> Tensor:
+    """Return what `compute` returns. If the compiler fails, log it, undo the layers' compilation, and compute again."""
+    try:
+        return compute()
+    except Exception as error:
+        if not layers or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        log.warning("compiling failed; training continues without it: %s: %s", type(error).__name__, str(error)[:500])
+        for compiled in layers:
+            compiled.undo()
+        layers.clear()
+        return compute()
 
 
 class FastTrainer(LoraTrainer):
@@ -195,27 +209,12 @@ class FastTrainer(LoraTrainer):
         return total
 
     def micro_batch_loss(self, micro: MicroBatch) -> Tensor:
-        """Return a micro-batch's `nll`. If the compiler fails, log it and continue without compiled layers."""
-        try:
-            return self.nll(micro)
-        except Exception as error:
-            if not self.compiled_layers or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            log.warning(
-                "compiling failed; training continues without it: %s: %s", type(error).__name__, str(error)[:500]
-            )
-            for compiled in self.compiled_layers:
-                compiled.undo()
-            self.compiled_layers = []
-            return self.nll(micro)
+        """Return a micro-batch's `nll`. If the compiler fails, continue without compiled layers."""
+        return retry_uncompiled(self.compiled_layers, lambda: self.nll(micro))
 
     def nll(self, micro: MicroBatch) -> Tensor:
         """Return the sum of -log p of a micro-batch's supervised tokens, times their weights."""
-        device = self.args.device
-        tensors = {
-            key: value.to(device, non_blocking=True) for key, value in micro.items() if isinstance(value, Tensor)
-        }
-        lengths = {key: value for key, value in micro.items() if isinstance(value, int)}
+        tensors, lengths = move_inputs(micro, self.args.device)
         index, targets, weights = tensors.pop("loss_index"), tensors.pop("targets"), tensors.pop("loss_weights", None)
         is_graphed = self.graphs is not None and self.decoder.training and torch.is_grad_enabled()
         hidden = self.graphs(tensors, lengths) if self.graphs and is_graphed else self.hidden_states(tensors, lengths)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from loraflow.config.stage_configs import FingerprintedTraining
 
+CURVES = "telemetry/curves.jsonl"  # in an adapter's artifact
 GROUP_PROBLEMS = "trials.json"  # a file of train_group's artifact: why each trial failed; empty if it did not
 
 
@@ -21,7 +22,7 @@ class Curves:
 
     @classmethod
     def parse(cls, lines: bytes) -> Curves:
-        """Read the file telemetry/curves.jsonl of an adapter's artifact."""
+        """Read the file CURVES, or a trial's file of train_group's artifact (`curves_of_trial`)."""
         rows = [json.loads(line) for line in lines.decode().splitlines() if line.strip()]
         return cls(_points(rows, "loss"), _points(rows, "eval_loss"), max((row["step"] for row in rows), default=0))
 
@@ -53,6 +54,11 @@ class Curves:
             if is_saved and best_step == step:
                 loaded = step
         return self.last_step if loaded is None else loaded
+
+
+def curves_of_trial(number: int) -> str:
+    """Return the file with the curves of a trial in train_group's artifact."""
+    return f"curves-{number}.jsonl"
 
 
 def _points(rows: Iterable[Mapping[str, float]], key: str) -> tuple[tuple[float, float], ...]:

@@ -203,7 +203,7 @@ def test_verify_quarantines_a_damaged_artifact_and_reports_it(tmp_path):
     assert store.verify(old) == [], "intact artifacts stay"
     (store.path(old) / "telemetry" / "time.json").write_text("?")
     done = loraflow("verify", "--deep", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr.endswith("no result depends on it\n"), "no run on record made it"
+    assert done.returncode == 0 and done.stderr.endswith("no result depends on it\n"), "no run record names it"
 
 
 HEAVY = {"torch", "transformers", "prefect", "pandas", "pydantic", "dvc", "loraflow.store"}

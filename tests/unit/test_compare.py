@@ -75,7 +75,9 @@ def test_the_terminal_shows_scores_differences_settings_and_flipped_rows(store):
 
 def test_a_third_model_is_compared_with_the_first_on_the_rows_of_both(store):
     done = compare(store, A, B, C)
-    assert "C against A on 50 held-out rows; 50 rows of A and 0 of the other were not scored for both" in done.output
+    assert (
+        "C against A on 50 held-out rows; scored for one of the two only: 50 rows of A, 0 of the other" in done.output
+    )
     values = json.loads(compare(store, A, B, C, "--json").output)
     assert [pairing["scores"]["rows"] for pairing in values["against_first"]] == [100, 50]
 

@@ -352,26 +352,10 @@ def another(path: str, value: JsonValue) -> JsonValue:
     return {None: 3}.get(value, "other")
 
 
-@pytest.mark.parametrize("path", [path for path, _ in leaves(Recipe) if path not in BY_THE_FLOW])
-def test_every_key_reaches_a_stage(path):
-    base = {"data.validation_fraction": 0.1, "training_config.eval_strategy": "steps", "training_config.save_strategy": "steps",
-            "training_config.load_best_model_at_end": True, "base.quantization": "nf4"}  # fmt: skip
-    if path == "training_config.load_best_model_at_end":
-        base.pop(path)
-    if path == "base.quantization":
-        base.pop(path)
+def before_and_after(path: str, base: dict[str, JsonValue]) -> tuple[Recipe, Recipe]:
+    """Return a recipe with the settings of `base` and those that a key needs, and the same with another value of the key."""
     if path == "training_config.fp16":
         base["training_config.bf16"] = False
-    if path == "base.dtype":
-        base.pop("base.quantization")
-    if path in (
-        "training_config.eval_strategy",
-        "training_config.save_strategy",
-        "training_config.greater_is_better",
-    ):
-        base.pop("training_config.load_best_model_at_end")
-    if path == "method" or path.startswith("loralib_config."):
-        base.pop("base.quantization")
     if path.startswith("loralib_config."):
         base["method"] = "loralib"
     if path.startswith("peft_config.eva_config"):
@@ -384,7 +368,28 @@ def test_every_key_reaches_a_stage(path):
     value = before.model_dump(by_alias=True)
     for key in path.split("."):
         value = value[key]
-    after = parse_recipe(MINIMAL, overrides={**base, path: another(path, value)})
+    return before, parse_recipe(MINIMAL, overrides={**base, path: another(path, value)})
+
+
+@pytest.mark.parametrize("path", [path for path, _ in leaves(Recipe) if path not in BY_THE_FLOW])
+def test_every_key_reaches_a_stage(path):
+    base = {"data.validation_fraction": 0.1, "training_config.eval_strategy": "steps", "training_config.save_strategy": "steps",
+            "training_config.load_best_model_at_end": True, "base.quantization": "nf4"}  # fmt: skip
+    if path == "training_config.load_best_model_at_end":
+        base.pop(path)
+    if path == "base.quantization":
+        base.pop(path)
+    if path == "base.dtype":
+        base.pop("base.quantization")
+    if path in (
+        "training_config.eval_strategy",
+        "training_config.save_strategy",
+        "training_config.greater_is_better",
+    ):
+        base.pop("training_config.load_best_model_at_end")
+    if path == "method" or path.startswith("loralib_config."):
+        base.pop("base.quantization")
+    before, after = before_and_after(path, base)
     assert jobs_of(before) != jobs_of(after), f"{path} has no effect"
 
 
@@ -405,23 +410,9 @@ NOT_ALONE = {"training_config.early_stopping_patience", "training_config.load_be
 @pytest.mark.parametrize("path", [p for p, _ in leaves(Recipe) if p not in BY_THE_FLOW | NOT_ALONE])
 def test_every_key_is_in_a_fingerprint_unless_it_is_listed_as_identity_free(path):
     base: dict[str, JsonValue] = {"data.validation_fraction": 0.1}
-    if path == "training_config.fp16":
-        base["training_config.bf16"] = False
     if path in ("base.double_quantization", "merge.onto"):
         base["base.quantization"] = "nf4"
-    if path.startswith("loralib_config."):
-        base["method"] = "loralib"
-    if path.startswith("peft_config.eva_config"):
-        base["peft_config.init_lora_weights"] = "eva"
-    if path == "peft_config.target_parameters":
-        base["peft_config.lora_dropout"] = 0.0
-    if path.startswith("runtime.rendezvous."):
-        base["runtime.rendezvous.endpoint"] = "first:29400"
-    before = parse_recipe(MINIMAL, overrides=base)
-    value = before.model_dump(by_alias=True)
-    for key in path.split("."):
-        value = value[key]
-    after = parse_recipe(MINIMAL, overrides={**base, path: another(path, value)})
+    before, after = before_and_after(path, base)
     strip = lambda jobs: {n: {k: v for k, v in j.items() if k != "runtime"} for n, j in jobs.items()}  # noqa: E731
     same = strip(jobs_of(before)) == strip(jobs_of(after))
     assert same == (path in IDENTITY_FREE or path.startswith("runtime.")), path

@@ -284,7 +284,7 @@ def test_a_score_without_a_known_range_confirms_nothing(groups, scale):
     guarded = gate(ours, theirs, primary="exact_match", guards={"mine": 0.5})
     assert [one.state for one in guarded.comparisons] == ["passed", "open"] and said in guarded.reasons[0]
     assert advice(guarded, HeldoutRows(1000)) == [
-        "say between which numbers mine is: gate.ranges (the training stays cached)"
+        "set gate.ranges: the smallest and largest value of mine (the training stays cached)"
     ]
     refuted = gate(theirs, ours, primary="mine")
     assert refuted.verdict == "reject" and said not in str(refuted.reasons), "what was seen is enough"

@@ -93,9 +93,7 @@ def test_a_tag_about_another_model_is_named_and_stays(log, folder):
     promote(log, add_model(log.store, "a"))
     before = revision(folder, "tickets@v1.0.0")
     [problem] = make_tags(log.entries(), [], "tickets", folder)
-    assert (
-        "tickets@v1.0.0 is about another model than entry 1" in problem and revision(folder, "tickets@v1.0.0") == before
-    )
+    assert "tickets@v1.0.0 names another model than entry 1" in problem and revision(folder, "tickets@v1.0.0") == before
 
 
 def test_nothing_is_tagged_unless_the_newest_run_asks_for_it_and_no_repository_is_a_warning(

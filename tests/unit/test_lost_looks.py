@@ -240,7 +240,7 @@ def test_registry_accept_says_what_is_lost_and_what_was_restored(store, record):
     for folder in ("registry", "anchors"):
         (store.root / f"{folder}/tickets/rows/{digest}.json").unlink()
     lost = accept(store)
-    assert "lost: the record of scored rows" in lost and "no row counts as never scored" in lost
+    assert "lost: the record of scored rows" in lost and "every row counts as scored before" in lost
     assert "counted as spent" not in lost
     lose_looks(store.root)
     assert "lost: 1 look after look 0; counted as spent" in accept(store)

@@ -132,7 +132,7 @@ def test_a_metric_whose_score_would_replace_another_column_is_refused(name, monk
         metric_modules, "compute", lambda metric, *texts: own if "/" in metric else compute(metric, *texts)
     )
     config = SimpleNamespace(metrics=["exact_match", "./metrics/own"], modules={})
-    with pytest.raises(BadConfig, match=rf"name of another column(.|\n)*metrics/own(.|\n)*{name}"):
+    with pytest.raises(BadConfig, match=rf"name of another metric(.|\n)*metrics/own(.|\n)*{name}"):
         score._row_scores(table, config)
 
 

@@ -123,7 +123,7 @@ def test_repair_lists_what_no_run_can_recompute_and_damaged_logs(tmp_path):
     loss = find_loss(store)
     assert loss.repairable == [] and loss.logs == []
     assert {lost.ref.digest: lost.why_not.split(":")[0] for lost in loss.irreparable} == {
-        unknown.digest: "no run on record made it", recorded.digest: "The recipe has 1 problem",
+        unknown.digest: "no run record names it", recorded.digest: "The recipe has 1 problem",
     }  # fmt: skip
     (store.root / "registry" / "tickets" / "log" / "000002.json").unlink()
     done = CliRunner().invoke(cli, ["repair", "--yes", "--store", store.uri])

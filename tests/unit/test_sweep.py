@@ -13,7 +13,7 @@ from loraflow.execution.sweep_plan import plan_sweep
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig
 from loraflow.registry.sweeps import TrialRecord, choose, ranked
-from loraflow.reporting.sections import TrialCurves, sweep_lines
+from loraflow.reporting.sections import sweep_lines
 from loraflow.stages import STAGES
 from loraflow.training.validation_loss import Curves
 from tests.conftest import RECIPE, write_chats
@@ -307,7 +307,7 @@ def test_a_step_that_is_logged_again_after_a_resume_counts_once():
 
 def test_the_report_has_a_table_and_a_picture_of_each_loss():
     found = choose([record(2, 0, 1.0), record(4, 0, None, "OutOfMemory: a | b")])
-    curves = {"train r=2 seed=0": TrialCurves([(1, 2.0), (2, 1.5)], [(1, 2.5), (2, 1.0)])}
+    curves = {"train r=2 seed=0": Curves(((1, 2.0), (2, 1.5)), ((1, 2.5), (2, 1.0)), 2)}
     lines = [*sweep_lines(found, curves, image=True)]
     assert "| **1** | **2** | **1.0000** | **1.0000** |  | **0.0** |" in lines
     assert "| 2 | 4 | failed |  |  | 0.0 |" in lines

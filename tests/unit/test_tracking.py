@@ -36,10 +36,10 @@ class FakeTracker:
         self.count += 1
         dead = self.dies_at is not None and self.count >= self.dies_at
         if dead and not (self.dies_after and self.count == self.dies_at):
-            raise Network("MLflow does not answer, or refuses.", got="gone")
+            raise Network("MLflow did not answer, or refused a request.", got="gone")
         result = change()
         if dead:
-            raise Network("MLflow does not answer, or refuses.", got="the answer was lost")
+            raise Network("MLflow did not answer, or refused a request.", got="the answer was lost")
         return result
 
     def find_runs(self):
@@ -210,7 +210,7 @@ def test_a_run_whose_sending_fails_is_marked_though_another_removed_its_mark_mea
     def die_after_another_succeeds():
         serve(FakeTracker())
         mirror.mirror_run(store, second)
-        raise Network("MLflow does not answer, or refuses.", got="gone")
+        raise Network("MLflow did not answer, or refused a request.", got="gone")
 
     away.find_runs = die_after_another_succeeds
     serve(away)

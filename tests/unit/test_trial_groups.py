@@ -51,7 +51,7 @@ def test_groups_have_about_the_same_size_also_if_some_are_trained_already(file):
     odd = groups_of(trials[:3], size=2)
     assert sizes_of(odd) == [2]
     assert odd.apart == {"train r=3": "the others fill groups of 2: runtime.trials_together"}
-    assert groups_of(trials[:1]).apart == {"train r=1": "it is the only one that is left"}
+    assert groups_of(trials[:1]).apart == {"train r=1": "it is the only remaining trial"}
 
 
 def test_trials_that_are_the_same_training_are_in_a_group_once(file):  # noqa: F811
@@ -78,7 +78,7 @@ def test_trials_that_read_other_tokens_are_not_trained_together(file):  # noqa: 
     trials = trials_of(file, "peft_config.r=4,8")
     found = groups_of(trials, reads={trials[0].label: "one", trials[1].label: "another"})
     assert not found.groups
-    assert set(found.apart.values()) == {"no other trial that is left has the same rows, batch and steps"}
+    assert set(found.apart.values()) == {"no other remaining trial has the same rows, batch and steps"}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_plan_groups_no_trial_whose_own_adapter_is_in_the_store(file, plan_o
     planned = plan_of(trials, GroupStore(), alone=["train r=2"])
     assert planned.notes[-1] == "trained together, in one process: train r=4, train r=8"
     planned = plan_of(trials, GroupStore(), alone=["train r=2", "train r=8"])
-    assert planned.notes[-1] == "trained by itself: train r=4 (it is the only one that is left)"
+    assert planned.notes[-1] == "trained by itself: train r=4 (it is the only remaining trial)"
     assert planned.trainings == {"train": 1}
 
 
