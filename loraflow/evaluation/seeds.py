@@ -90,7 +90,10 @@ def with_seeds(
         seeds: of all models, the registered one first.
     """
     names = ", ".join(map(str, seeds))
-    noted = decision.with_reason(f"the mean of {len(seeds)} models (seeds {names}) is compared")
+    noted = decision.with_reason(
+        f"the mean of {len(seeds)} models (seeds {names}) is compared; the scores of `tuned` are those of seed "
+        f"{seeds[0]} alone"
+    )
     if decision.verdict != "promote":
         return noted
     mine = own.set_index("id").sort_index()

@@ -144,10 +144,11 @@ def _opening(facts: Facts, what: PublishedForm) -> str:
 def _scores(facts: Facts) -> list[str]:
     sides = [side for side in ("base", "tuned", "champion") if side in facts.metrics]
     confidence = facts.run.confidence if facts.run else 0.95
+    which = " `tuned` is this model, `champion` the one that it was compared with." if "champion" in sides else ""
     lines = [
         "## Scores",
         "",
-        f"Values with their {100 * confidence:.4g}% intervals, on rows that training did not see.",
+        f"Values with their {100 * confidence:.4g}% intervals, on rows that training did not see.{which}",
         "",
     ]
     for rows, tuned in facts.metrics.get("tuned", {}).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pandas as pd
 
 from loraflow.evaluation.compare import ChangedRow, Difference, TableComparison, compare_tables
 from loraflow.evaluation.gate import heldout_rows
+from loraflow.evaluation.values import LARGEST_VOCABULARY
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.frozen import StoredModel
 from loraflow.identity import short
@@ -204,8 +206,14 @@ def _rows(pairing: Pairing) -> str:
         f"; {metric} has values outside of gate.ranges, so its bounds allow for no failure that no row shows"
         for metric in scores.out_of_range
     )
+    capped = "".join(
+        f"; a row's {each.metric} counts at most {math.log(LARGEST_VOCABULARY):.1f} in the difference, which is "
+        f"{each.uncapped:+.4f} otherwise"
+        for each in scores.differences
+        if abs(each.uncapped - each.bounds.mean) > 1e-9 * max(1.0, abs(each.uncapped))
+    )
     which = left_out if scores.only_first or scores.only_second else ""
-    return f"{_count(scores.rows, 'held-out ')}{which}{tokens}{ranges}"
+    return f"{_count(scores.rows, 'held-out ')}{which}{tokens}{ranges}{capped}"
 
 
 def _count(rows: int, kind: str = "") -> str:

@@ -173,6 +173,18 @@ def own_scores(store, run, values, ranges, **gate):
     add_run(store, run, table([True] * len(values), brevity=values), {"ranges": ranges, **gate})
 
 
+def test_a_difference_of_capped_losses_says_what_it_is_without_the_cap(tmp_path):
+    """Two scores of 1.0 and 1.19 beside a difference of -0.11 would be read as a mistake."""
+    store, ones = LocalStore(tmp_path), np.ones(100)
+    losses = {A: ones, B: np.r_[ones[1:], 20.0], C: ones + 1}
+    for run, loss in losses.items():
+        add_run(store, run, table([True] * 100, token_loss=loss, reference_tokens=3))
+    shown = compare(store, A, B, C).output
+    assert re.search(r"token_loss +1\.0000 +1\.1900 +-0\.1148", shown), "(20 - 1) / 100, or with at most ln(2^18)"
+    said = "on 100 held-out rows; a row's token_loss counts at most 12.5 in the difference, which is -0.1900 otherwise"
+    assert f"B against A {said}" in shown and shown.count("at most") == 1
+
+
 @pytest.mark.parametrize("order", [(A, B), (B, A)])
 def test_a_range_that_a_recorded_recipe_has_wrong_is_not_used_and_is_named(tmp_path, order):
     store = LocalStore(tmp_path / "store")

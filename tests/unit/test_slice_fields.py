@@ -262,3 +262,6 @@ def test_show_champion_lists_the_parts_and_the_training_seeds():
         "by language base tuned", f"de, 7 rows, exact_match {interval} {interval}",
         "by training seed 42 43 mean deviation", "exact_match 0.400 0.600 0.500 0.141",
     ]  # fmt: skip
+    beside = RunScores(run="r", confidence=0.95, metrics=metrics | {"champion": {"heldout": scored}})
+    assert "intervals; tuned is this model, champion the one that it was compared with" in next(_score_lines(beside))
+    assert "tuned is" not in shown[0]
