@@ -59,9 +59,9 @@ def unscored_parts(everything: pd.DataFrame, scored: Set[str], by: Iterable[str]
     """
     return [
         f"{part} ({len(part.ids)} held-out row{'s' if len(part.ids) > 1 else ''})"
-        for one in by
-        if one != "length"
-        for part in divide(everything, one, fields)
+        for name in by
+        if name != "length"
+        for part in divide(everything, name, fields)
         if part.ids.isdisjoint(scored)
     ]
 
@@ -189,7 +189,7 @@ def _steps(decision: Decision, rows: HeldoutRows) -> Iterator[str]:
         yield f"score rows of {', '.join(decision.unscored)}: {how}, or more such rows"
     elif not unsure and len(decision.reasons) > 1:  # by gate.seeds
         yield (
-            "the models of all seeds are better on average, but not the one that would be registered: another training, "
+            "the models of all seeds are better on average, but not the model that would be registered: another training, "
             "such as with another training_config.seed, is a new look"
         )
     elif not unsure:

@@ -127,6 +127,7 @@ def _digest(record: RunRecord) -> str | None:
 
 _SHOWN = 5  # rows of each metric and direction in the terminal
 _NOTE = "The interval says how large the difference is. The gate decides with the bounds."
+_SIGN = "A difference above 0 means that {} is better than A, also for a loss."
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 body { color: #222; background: #fff }
@@ -152,6 +153,7 @@ def terminal_lines(comparison: ModelComparison) -> Iterator[str]:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:
             yield f"  {'  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths, strict=True))}".rstrip()
+        yield f"  {_SIGN.format(letter)}"
         yield f"  {_NOTE}"
         yield "  settings that differ:" if pairing.settings else "  no setting differs"
         yield from (f"    {setting}" for setting in pairing.settings)
@@ -175,7 +177,12 @@ def html_page(comparison: ModelComparison) -> str:
         head = "metric", *_head(letter, comparison.confidence)
         rows = map(_cells, pairing.scores.differences)
         body += _table(head, ([_text(cell, number=i > 0) for i, cell in enumerate(row)] for row in rows))
-        body += [f"<p>{_NOTE}</p>", "<h3>Settings that differ</h3>", *_settings(pairing)]
+        body += [
+            f"<p>{_SIGN.format(letter)}</p>",
+            f"<p>{_NOTE}</p>",
+            "<h3>Settings that differ</h3>",
+            *_settings(pairing),
+        ]
         body += _changed_rows(pairing, letter)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (

@@ -142,8 +142,9 @@ def test_the_interval_of_a_difference_is_under_its_heading_beside_the_bounds(sto
         shown = "[" + ", ".join(f"{end:+.4f}" for end in ends) + "]"
         assert match.index(shown) == lines[head].index(name)
         assert re.findall('<td class="n">(.*?)</td>', row_cells)[heads.index(name) - 1] == shown
-    note = "The interval says how large the difference is. The gate decides with the bounds."
-    assert f"  {note}" in lines and f"<p>{note}</p>" in text
+    sign = "A difference above 0 means that B is better than A, also for a loss."
+    for note in (sign, "The interval says how large the difference is. The gate decides with the bounds."):
+        assert f"  {note}" in lines and f"<p>{note}</p>" in text
 
 
 def test_an_end_that_does_not_exist_is_null_in_json(tmp_path):
