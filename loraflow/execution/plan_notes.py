@@ -57,8 +57,10 @@ def slice_power_lines(workspace: Workspace) -> list[str]:
     reaches = largest_differences(math.log(vocabulary_of(workspace)), recipe.gate.score_ranges)
     found: list[str] = []
     for by, margins in rules.items():
-        parts = {str(part): independent_rows([scored[row] for row in part.ids]) for part in divide(table, by, fields)}
-        found += power_lines(parts, margins, recipe.gate.confidence, reaches)
+        divided = divide(table, by, fields)
+        parts = {str(part): independent_rows([scored[row] for row in part.ids]) for part in divided}
+        grouped = {str(part) for part in divided if parts[str(part)] < len(part.ids)}
+        found += power_lines(parts, margins, recipe.gate.confidence, reaches, grouped)
     unscored = unscored_parts(everything, scored.keys(), rules, fields)
     return [*found, *(f"  {part}: no row is scored, so no model is promoted (gate.slices)" for part in unscored)]
 
