@@ -217,7 +217,8 @@ def _made_with_parts(made: MadeWith) -> Iterator[str]:
 
 def _score_lines(scores: RunScores) -> Iterator[str]:
     sides = [side for side in ("base", "tuned", "champion") if scores.metrics.get(side)]
-    yield from _rows("scores", f"of run {scores.run}, with {100 * scores.confidence:.4g}% intervals")
+    which = "; tuned is this model, champion the one that it was compared with" if "champion" in sides else ""
+    yield from _rows("scores", f"of run {scores.run}, with {100 * scores.confidence:.4g}% intervals{which}")
     for rows, tuned in (scores.metrics.get("tuned") or {}).items():
         table = [[f"{rows}, {next(iter(tuned.values())).n} rows", *sides]]
         for metric in tuned:

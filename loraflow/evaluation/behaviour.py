@@ -214,9 +214,9 @@ def find_worse(
         BadData: a score is not a finite number.
         BadConfig: there is no score of this name, or it is a loss per token of different tokens.
     """
-    ours = challenger.set_index("id").sort_index()
+    challenger_rows = challenger.set_index("id").sort_index()
     return tuple(
-        _worse(ours, other.set_index("id").sort_index(), name, metric, limit, metric in lower_is_better)
+        _worse(challenger_rows, other.set_index("id").sort_index(), name, metric, limit, metric in lower_is_better)
         for name, other in others.items()
         for metric, limit in limits.items()
     )
@@ -229,28 +229,34 @@ def with_worse_rows(decision: Decision, found: tuple[WorseRows, ...]) -> Decisio
 
 
 def _worse(
-    ours: pd.DataFrame, theirs: pd.DataFrame, name: str, metric: str, limit: WorseLimit, is_lower_better: bool
+    challenger_rows: pd.DataFrame,
+    other_rows: pd.DataFrame,
+    name: str,
+    metric: str,
+    limit: WorseLimit,
+    is_lower_better: bool,
 ) -> WorseRows:
     sign = -1.0 if is_lower_better or metric in LOWER_IS_BETTER else 1.0
-    mine, other = scores(ours, metric, "challenger"), scores(theirs, metric, name)
+    mine, other = scores(challenger_rows, metric, "challenger"), scores(other_rows, metric, name)
     if metric == "token_loss":
-        require_same_tokens(ours, theirs, name)
+        require_same_tokens(challenger_rows, other_rows, name)
     drops = sign * (other - mine)
     order = np.argsort(-drops, kind="stable")
     count = int((drops >= limit.drop - _ROUNDING).sum())
-    allowed = limit.of(len(ours))
+    allowed = limit.of(len(challenger_rows))
     worst = [
         WorseRow(
-            str(ours.index[i]),
+            str(challenger_rows.index[i]),
             float(mine[i]),
             float(other[i]),
-            question(text_of(ours, "prompt", int(i))),
-            cut(text_of(ours, "answer", int(i))),
+            question(text_of(challenger_rows, "prompt", int(i))),
+            cut(text_of(challenger_rows, "answer", int(i))),
         )
         for i in order[: min(count, LISTED)]
     ]
     reason = (
-        f"{metric} against {name}: {count} of {len(ours)} rows got worse by {limit.drop:g} or more, {allowed} allowed"
+        f"{metric} against {name}: {count} of {len(challenger_rows)} rows got worse by {limit.drop:g} or more, {allowed} "
+        "allowed"
         f"{'' if count <= allowed else ': ' + ', '.join(row.id for row in worst[:5])}"
     )
     return WorseRows(name, metric, limit.drop, count, allowed, reason, tuple(worst))

@@ -42,6 +42,9 @@ class Difference:
     second: float
     interval: Interval  # the second model against the first, positive where the second is better; two-sided
     bounds: Bounds  # each one-sided, as the gate's
+    uncapped: (
+        float  # the second model's score against the first's; not the estimate of the bounds if losses were capped
+    )
     better: tuple[ChangedRow, ...]  # the rows on which the second is better, those that changed most first
     worse: tuple[ChangedRow, ...]
     better_rows: int
@@ -128,7 +131,7 @@ def _difference(
     ranges: Mapping[str, tuple[float, float]],
     listed: int,
 ) -> Difference:
-    evidence, _ = pair(second, first, metric, "the first model", lower_is_better=lower, ranges=ranges)
+    evidence, reported = pair(second, first, metric, "the first model", lower_is_better=lower, ranges=ranges)
     before, after = scores(first, metric, "the first model"), scores(second, metric, "the second model")
     gains = (before - after) if metric in LOWER_IS_BETTER | set(lower) else (after - before)
     order = np.argsort(-gains, kind="stable")
@@ -140,6 +143,7 @@ def _difference(
         _mean(second, metric, after),
         evidence.interval(confidence),
         evidence.bounds(confidence),
+        reported,
         tuple(_row(first, second, metric, before, after, i) for i in better),
         tuple(_row(first, second, metric, before, after, i) for i in worse),
         int((gains > 0).sum()),

@@ -132,15 +132,15 @@ def decide(
             number. Such scores are never compared in part.
         BadConfig: there is no score of this name, or it is a loss per token of different tokens.
     """
-    ours, tests = _by_id(challenger, "challenger"), []
+    challenger_rows, tests = _by_id(challenger, "challenger"), []
     allowed = 1 - confidence if level is None else level
     for name, other in others.items():
-        theirs = _by_id(other, name)
-        _require_same_rows(ours, theirs, name)
+        other_rows = _by_id(other, name)
+        _require_same_rows(challenger_rows, other_rows, name)
         for rule in _rules(primary, min_gain, guards, parts):
             evidence, reported = pair(
-                rule.rows_of(ours),
-                rule.rows_of(theirs),
+                rule.rows_of(challenger_rows),
+                rule.rows_of(other_rows),
                 rule.metric,
                 name,
                 lower_is_better=lower_is_better or (),
@@ -174,11 +174,11 @@ def _decision(tests: Sequence[_Test], error: float, look: str) -> Decision:
 
 
 def _general_tests(guard: GeneralGuard, confidence: float, allowed: float, vocabulary: int | None) -> Iterator[_Test]:
-    ours = _by_id(guard.challenger, "challenger")
+    challenger_rows = _by_id(guard.challenger, "challenger")
     for name, other in guard.others.items():
-        theirs = _by_id(other, name)
-        _require_same_rows(ours, theirs, name)
-        evidence, reported = pair(ours, theirs, guard.metric, name, vocabulary=vocabulary)
+        other_rows = _by_id(other, name)
+        _require_same_rows(challenger_rows, other_rows, name)
+        evidence, reported = pair(challenger_rows, other_rows, guard.metric, name, vocabulary=vocabulary)
         # score_general computes shares of right answers: 0 or 1 in each row.
         evidence = replace(evidence, is_assumed=False)
         rule = _Rule(guard.name, -guard.margin, "guard")
@@ -197,14 +197,14 @@ def require_comparable(
         BadData: they cannot be compared; see `decide`.
         BadConfig: there is no score of a name, or it is a loss per token of different tokens.
     """
-    ours = _by_id(challenger, "challenger")
-    _require_scores(ours, metrics, ranges, "challenger")
+    challenger_rows = _by_id(challenger, "challenger")
+    _require_scores(challenger_rows, metrics, ranges, "challenger")
     for name, other in others.items():
-        theirs = _by_id(other, name)
-        _require_same_rows(ours, theirs, name)
-        _require_scores(theirs, metrics, ranges, name)
+        other_rows = _by_id(other, name)
+        _require_same_rows(challenger_rows, other_rows, name)
+        _require_scores(other_rows, metrics, ranges, name)
         if "token_loss" in metrics:
-            require_same_tokens(ours, theirs, name)
+            require_same_tokens(challenger_rows, other_rows, name)
 
 
 def _require_scores(
@@ -268,21 +268,21 @@ def _require_texts(table: pd.DataFrame, column: str, where: str) -> None:
         raise refusal(f"A row of a score table has no valid `{column}`.", where, "a text in every row", got)
 
 
-def _require_same_rows(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> None:
-    common = ours.index.intersection(theirs.index)
-    if not len(ours) == len(theirs) == len(common):
+def _require_same_rows(challenger_rows: pd.DataFrame, other_rows: pd.DataFrame, name: str) -> None:
+    common = challenger_rows.index.intersection(other_rows.index)
+    if not len(challenger_rows) == len(other_rows) == len(common):
         raise refusal(
             "Challenger and other model were not scored on the same examples.",
             name,
-            f"{len(ours)} examples in common",
+            f"{len(challenger_rows)} examples in common",
             str(len(common)),
         )
-    if "set" in ours and "set" in theirs and not (ours["set"] == theirs["set"]).all():
+    if "set" in challenger_rows and "set" in other_rows and not (challenger_rows["set"] == other_rows["set"]).all():
         raise refusal("Challenger and other model have an example in different sets.", name, "equal sets", "other ones")
-    if "prompt" in ours and "prompt" in theirs:
-        asked: list[str] = list(ours["prompt"])
-        others: list[str] = list(theirs["prompt"])
-        ids: list[str] = list(ours.index)
+    if "prompt" in challenger_rows and "prompt" in other_rows:
+        asked: list[str] = list(challenger_rows["prompt"])
+        others: list[str] = list(other_rows["prompt"])
+        ids: list[str] = list(challenger_rows.index)
         differs = [row for row, prompt, other in zip(ids, asked, others, strict=True) if prompt != other]
         if differs:
             got = f"another prompt in {len(differs)} of {len(ids)} rows, the first of them {differs[0]}"

@@ -59,9 +59,9 @@ def unscored_parts(everything: pd.DataFrame, scored: Set[str], by: Iterable[str]
     """
     return [
         f"{part} ({len(part.ids)} held-out row{'s' if len(part.ids) > 1 else ''})"
-        for one in by
-        if one != "length"
-        for part in divide(everything, one, fields)
+        for name in by
+        if name != "length"
+        for part in divide(everything, name, fields)
         if part.ids.isdisjoint(scored)
     ]
 
@@ -73,13 +73,18 @@ def partition_of(guards: Iterable[SliceGuard]) -> list[list[str]]:
 
 
 def power_lines(
-    parts: Mapping[str, int], margins: Mapping[str, float], confidence: float, reaches: Mapping[str, float]
+    parts: Mapping[str, int],
+    margins: Mapping[str, float],
+    confidence: float,
+    reaches: Mapping[str, float],
+    grouped: Set[str] = frozenset(),
 ) -> list[str]:
     """Return for people which guards even unchanged outputs do not pass, before anything is trained.
 
     Args:
         parts: {name of a part: its independent rows}.
         reaches: the largest difference of each score that has one.
+        grouped: parts with rows that depend on each other; no exact test is for their scores of 0 and 1.
     """
     lines = []
     for name, rows in parts.items():
@@ -87,13 +92,15 @@ def power_lines(
             if not margin:
                 lines.append(f"  {metric} on {name}: a margin of 0 passes only better outputs, never unchanged ones")
                 continue
-            needed = max(rows_for_margin(margin, confidence, metric, reaches.get(metric)) or 0, MINIMUM_ROWS)
+            kind = "" if name in grouped else metric
+            needed = max(rows_for_margin(margin, confidence, kind, reaches.get(metric)) or 0, MINIMUM_ROWS)
             if rows < needed:
-                unchanged = margin_of_unchanged(rows, confidence, metric, reaches.get(metric))
+                unchanged = margin_of_unchanged(rows, confidence, kind, reaches.get(metric))
+                counted = "groups of equal size" if name in grouped else f"rows{equally_long(metric)}"
                 out = "" if unchanged is None else f", which can rule out a drop of {unchanged:.2g}"
                 lines.append(
                     f"  {metric} on {name}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} "
-                    f"rows{equally_long(metric)}, you have {rows}{out}"
+                    f"{counted}, you have {rows}{out}"
                 )
     return lines
 

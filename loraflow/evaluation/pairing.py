@@ -35,8 +35,8 @@ class Pair(NamedTuple):
 
 
 def pair(
-    ours: pd.DataFrame,
-    theirs: pd.DataFrame,
+    challenger_rows: pd.DataFrame,
+    other_rows: pd.DataFrame,
     metric: str,
     name: str,
     *,
@@ -47,8 +47,8 @@ def pair(
     """Return the paired differences of a metric, positive where the challenger is better.
 
     Args:
-        ours: the challenger's table, with its ids as the index.
-        theirs: the other model's table, with the same index.
+        challenger_rows: the challenger's table, with its ids as the index.
+        other_rows: the other model's table, with the same index.
         metric: a column of both, or `stops`.
         vocabulary: the number of tokens; a loss counts at most its logarithm, in nats per token.
 
@@ -56,16 +56,16 @@ def pair(
         BadData: a score is not a finite number, too large to compute with, or outside of its range.
         BadConfig: there is no score of this name, or it is a loss per token of different tokens.
     """
-    labels = group_labels(ours)
-    mine, other = scores(ours, metric, "challenger"), scores(theirs, metric, name)
+    labels = group_labels(challenger_rows)
+    mine, other = scores(challenger_rows, metric, "challenger"), scores(other_rows, metric, name)
     if metric == "token_loss":
-        require_same_tokens(ours, theirs, name)
-        return _pair_of_losses(mine, other, token_weights(ours, "challenger"), labels, vocabulary)
+        require_same_tokens(challenger_rows, other_rows, name)
+        return _pair_of_losses(mine, other, token_weights(challenger_rows, "challenger"), labels, vocabulary)
     sign = -1.0 if metric in LOWER_IS_BETTER | set(lower_is_better) else 1.0
     differences = sign * (mine - other)
     if metric in ranges:
-        require_in_range(ours, ranges[metric], metric, "challenger")
-        require_in_range(theirs, ranges[metric], metric, name)
+        require_in_range(challenger_rows, ranges[metric], metric, "challenger")
+        require_in_range(other_rows, ranges[metric], metric, name)
         reach: float | None = ranges[metric][1] - ranges[metric][0]
     else:
         reach = _reach(metric, mine, other)
@@ -135,7 +135,7 @@ def token_weights(table: pd.DataFrame, where: str) -> np.ndarray:
     return tokens
 
 
-def require_same_tokens(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> None:
+def require_same_tokens(challenger_rows: pd.DataFrame, other_rows: pd.DataFrame, name: str) -> None:
     """Refuse to compare losses per token if the models split the references into different tokens.
 
     With half as many tokens, the same likelihood of a text is twice the loss per token. A champion can be from another base
@@ -144,26 +144,31 @@ def require_same_tokens(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> 
     Raises:
         BadConfig: a reference has another number of tokens.
     """
-    differs = rows_with_other_tokens(ours, theirs, name)
+    differs = rows_with_other_tokens(challenger_rows, other_rows, name)
     if differs:
-        mine, other = (float(_numbers(table, "reference_tokens", name).sum()) for table in (ours, theirs))
+        mine, other = (
+            float(_numbers(table, "reference_tokens", name).sum()) for table in (challenger_rows, other_rows)
+        )
         raise BadConfig(
             "The models split the reference answers into different tokens (another tokenizer or chat template), so their "
             "losses per token cannot be compared.",
             where=f"token_loss of challenger and {name}",
             expected="the same number of tokens in each reference answer",
-            got=f"other numbers in {differs} of {len(ours)} rows; {mine:.0f} and {other:.0f} tokens in all",
+            got=f"other numbers in {differs} of {len(challenger_rows)} rows; {mine:.0f} and {other:.0f} tokens in all",
             next_step="compare answers: in `gate`, name scores such as exact_match or token_f1 instead of token_loss, and "
             "accuracy instead of loss in gate.forgetting (the training stays cached). Or give models with these tokens a "
             "name of their own: register.model",
         )
 
 
-def rows_with_other_tokens(ours: pd.DataFrame, theirs: pd.DataFrame, name: str) -> int:
+def rows_with_other_tokens(challenger_rows: pd.DataFrame, other_rows: pd.DataFrame, name: str) -> int:
     """Return in how many rows two tables with the same index have another number of tokens in the reference."""
-    if "reference_tokens" not in ours or "reference_tokens" not in theirs:
+    if "reference_tokens" not in challenger_rows or "reference_tokens" not in other_rows:
         return 0
-    mine, other = _numbers(ours, "reference_tokens", "challenger"), _numbers(theirs, "reference_tokens", name)
+    mine, other = (
+        _numbers(challenger_rows, "reference_tokens", "challenger"),
+        _numbers(other_rows, "reference_tokens", name),
+    )
     return int((mine != other).sum())
 
 

@@ -94,18 +94,21 @@ def smallest_gain(rows: int, level: float, min_gain: float, metric: str, reach: 
 class GatePower:
     """What a gate can show."""
 
-    rows: int
+    rows: int  # that are independent of each other
     look: str
     level: float
     primary: str
     min_gain: float
     gain: float | None  # the smallest gain that can be shown; None if none can be
     guards: Mapping[str, tuple[float, float | None, int | None]]  # margin, margin of unchanged outputs, rows needed
+    scored: int = 0  # more than `rows`, if some are in a group
     unknown: tuple[str, ...] = ()  # compared scores without a known range: no claim about them is confirmed
 
     def lines(self) -> list[str]:
         """Return what people read in a plan."""
-        found = [f"gate: {self.rows} held-out rows, {self.look}, level {self.level:.2g}"]
+        is_grouped = self.scored > self.rows
+        scored = f"{self.scored} held-out rows in {self.rows} groups" if is_grouped else f"{self.rows} held-out rows"
+        found = [f"gate: {scored}, {self.look}, level {self.level:.2g}"]
         if self.rows < MINIMUM_ROWS:
             found.append(f"  no model can be promoted: at least {MINIMUM_ROWS} independent rows are needed")
         elif self.unknown:
@@ -119,7 +122,7 @@ class GatePower:
                 "  no model can be promoted: gate.error is used up. After the last look, rows that were never scored get a "
                 "new budget"
             )
-        elif self.primary in BINARY:
+        elif self.primary in BINARY and not is_grouped:
             found.append(
                 f"  {self.primary}: a gain of {self.gain:.3g} is shown in 4 of 5 looks, if the models disagree on "
                 f"{max(DISAGREEMENT, self.gain):.0%} of the rows"
@@ -133,15 +136,15 @@ class GatePower:
                 found.append(f"  {metric}: a margin of 0 passes only better outputs, never unchanged ones")
             if needed is None:
                 continue
-            equal = equally_long(metric)
+            kind = "groups of equal size" if is_grouped else f"rows{equally_long(metric)}"
             if needed > self.rows:
                 found.append(
-                    f"  {metric}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} rows{equal}, "
+                    f"  {metric}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} {kind}, "
                     f"you have {self.rows}, which can rule out a drop of {unchanged:.2g}"
                 )
             else:
                 found.append(
-                    f"  {metric}: unchanged outputs pass; {self.rows} rows{equal} can rule out a drop of {unchanged:.2g}"
+                    f"  {metric}: unchanged outputs pass; {self.rows} {kind} can rule out a drop of {unchanged:.2g}"
                 )
         return found
 
@@ -155,6 +158,7 @@ class GatePower:
 def gate_power(
     rows: int,
     *,
+    scored: int = 0,
     look: str,
     level: float,
     primary: str,
@@ -167,12 +171,19 @@ def gate_power(
     """Return what a gate can show with this number of independent rows.
 
     Args:
-        rows: held-out rows that are independent of each other.
+        rows: held-out rows that are independent of each other: groups, if some rows depend on each other.
+        scored: all held-out rows, if they are more.
         largest_loss: the logarithm of the vocabulary.
     """
     reaches = largest_differences(largest_loss, ranges)
     reach = reaches.get(primary)
-    gain = smallest_gain(rows, level, min_gain, primary, reach) if level > 0 and rows and reach is not None else None
+
+    def kind(metric: str) -> str:  # scores of 0 and 1 are tested exactly only if no rows are in a group
+        return "" if scored > rows else metric
+
+    gain = (
+        smallest_gain(rows, level, min_gain, kind(primary), reach) if level > 0 and rows and reach is not None else None
+    )
     return GatePower(
         rows=rows,
         look=look,
@@ -180,12 +191,13 @@ def gate_power(
         primary=primary,
         min_gain=min_gain,
         gain=gain if gain is not None and reach is not None and gain < reach else None,
+        scored=scored,
         unknown=tuple(dict.fromkeys(name for name in (primary, *guards) if name not in reaches)),
         guards={
             metric: (
                 margin,
-                margin_of_unchanged(rows, confidence, metric, reaches.get(metric)),
-                rows_for_margin(margin, confidence, metric, reaches.get(metric)),
+                margin_of_unchanged(rows, confidence, kind(metric), reaches.get(metric)),
+                rows_for_margin(margin, confidence, kind(metric), reaches.get(metric)),
             )
             for metric, margin in guards.items()
         },

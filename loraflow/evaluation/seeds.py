@@ -90,19 +90,24 @@ def with_seeds(
         seeds: of all models, the registered one first.
     """
     names = ", ".join(map(str, seeds))
-    noted = decision.with_reason(f"the mean of {len(seeds)} models (seeds {names}) is compared")
+    noted = decision.with_reason(
+        f"the mean of {len(seeds)} models (seeds {names}) is compared; the scores of `tuned` are those of seed "
+        f"{seeds[0]} alone"
+    )
     if decision.verdict != "promote":
         return noted
-    mine = own.set_index("id").sort_index()
+    own_rows = own.set_index("id").sort_index()
     rules: list[tuple[str, float, Part | None]] = [(primary, min_gain, None)]
     rules += [(metric, -margin, None) for metric, margin in guards.items()]
     rules += [(guard.metric, -guard.margin, guard.part) for guard in parts]
     worse = []
     for name, other in others.items():
-        theirs = other.set_index("id").sort_index()
+        other_rows = other.set_index("id").sort_index()
         for metric, bound, part in rules:
-            ours, base = (one if part is None else one[one.index.isin(part.ids)] for one in (mine, theirs))
-            found = pair(ours, base, metric, name, lower_is_better=lower_is_better).reported
+            own_part, other_part = (
+                table if part is None else table[table.index.isin(part.ids)] for table in (own_rows, other_rows)
+            )
+            found = pair(own_part, other_part, metric, name, lower_is_better=lower_is_better).reported
             if found <= bound:
                 on = "" if part is None else f" on {part}"
                 worse.append(

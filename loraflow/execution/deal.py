@@ -136,6 +136,18 @@ def compared_rows(
     return [(_key(row.messages), row) for row in rows if row.set == GATE_SET]
 
 
+def independent_rows(rows: Sequence[HeldoutRow]) -> int:
+    """Return how many rows are independent of each other, as the gate counts them: groups by `group` and by prompt."""
+    prompts = [json.dumps(row.messages[:-1], ensure_ascii=False) for row in rows]
+    if not any(row.group for row in rows):
+        return len(set(prompts))
+    import pandas as pd
+
+    from loraflow.evaluation.intervals import group_labels
+
+    return len(set(group_labels(pd.DataFrame({"group": [row.group for row in rows], "prompt": prompts}))))
+
+
 def _is_dealt(row: ChatRecord, dealt: Set[str]) -> bool:
     return row["set"] != GATE_SET or _key(row["messages"]) in dealt
 

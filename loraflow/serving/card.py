@@ -7,7 +7,6 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from loraflow import __version__
 from loraflow.config.training import UnfingerprintedTraining
 from loraflow.data.served_template import served_date
 from loraflow.evaluation.values import Scores
@@ -144,10 +143,11 @@ def _opening(facts: Facts, what: PublishedForm) -> str:
 def _scores(facts: Facts) -> list[str]:
     sides = [side for side in ("base", "tuned", "champion") if side in facts.metrics]
     confidence = facts.run.confidence if facts.run else 0.95
+    which = " `tuned` is this model, `champion` the one that it was compared with." if "champion" in sides else ""
     lines = [
         "## Scores",
         "",
-        f"Values with their {100 * confidence:.4g}% intervals, on rows that training did not see.",
+        f"Values with their {100 * confidence:.4g}% intervals, on rows that training did not see.{which}",
         "",
     ]
     for rows, tuned in facts.metrics.get("tuned", {}).items():
@@ -197,7 +197,7 @@ def _origin(facts: Facts) -> list[str]:
         "dataset": f"DVC md5 `{made.dataset}`" + (f" ({rows} rows)" if rows else "") if made.dataset else "",
         "model": f"`{facts.digest}`",
         "licence": facts.licence or "that of the base model; it is not recorded here",
-        "made with": ", ".join(f"{name} {v}" for name, v in {"loraflow": __version__, **made.versions}.items()),
+        "made with": ", ".join(f"{name} {v}" for name, v in made.versions.items()),
         "trained on": made.device or "",
         "git commit": f"`{run.commit}`" + (" with uncommitted changes" if run.uncommitted else "")
         if run and run.commit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pandas as pd
 
 from loraflow.evaluation.compare import ChangedRow, Difference, TableComparison, compare_tables
 from loraflow.evaluation.gate import heldout_rows
+from loraflow.evaluation.values import LARGEST_VOCABULARY
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.frozen import StoredModel
 from loraflow.identity import short
@@ -125,6 +127,7 @@ def _digest(record: RunRecord) -> str | None:
 
 _SHOWN = 5  # rows of each metric and direction in the terminal
 _NOTE = "The interval says how large the difference is. The gate decides with the bounds."
+_SIGN = "A difference above 0 means that {} is better than A, also for a loss."
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 body { color: #222; background: #fff }
@@ -150,6 +153,7 @@ def terminal_lines(comparison: ModelComparison) -> Iterator[str]:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:
             yield f"  {'  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths, strict=True))}".rstrip()
+        yield f"  {_SIGN.format(letter)}"
         yield f"  {_NOTE}"
         yield "  settings that differ:" if pairing.settings else "  no setting differs"
         yield from (f"    {setting}" for setting in pairing.settings)
@@ -173,7 +177,12 @@ def html_page(comparison: ModelComparison) -> str:
         head = "metric", *_head(letter, comparison.confidence)
         rows = map(_cells, pairing.scores.differences)
         body += _table(head, ([_text(cell, number=i > 0) for i, cell in enumerate(row)] for row in rows))
-        body += [f"<p>{_NOTE}</p>", "<h3>Settings that differ</h3>", *_settings(pairing)]
+        body += [
+            f"<p>{_SIGN.format(letter)}</p>",
+            f"<p>{_NOTE}</p>",
+            "<h3>Settings that differ</h3>",
+            *_settings(pairing),
+        ]
         body += _changed_rows(pairing, letter)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
@@ -204,8 +213,14 @@ def _rows(pairing: Pairing) -> str:
         f"; {metric} has values outside of gate.ranges, so its bounds do not allow for failures that no row shows"
         for metric in scores.out_of_range
     )
+    capped = "".join(
+        f"; a row's {each.metric} counts at most {math.log(LARGEST_VOCABULARY):.1f} in the difference, which is "
+        f"{each.uncapped:+.4f} otherwise"
+        for each in scores.differences
+        if abs(each.uncapped - each.bounds.mean) > 1e-9 * max(1.0, abs(each.uncapped))
+    )
     which = left_out if scores.only_first or scores.only_second else ""
-    return f"{_count(scores.rows, 'held-out ')}{which}{tokens}{ranges}"
+    return f"{_count(scores.rows, 'held-out ')}{which}{tokens}{ranges}{capped}"
 
 
 def _count(rows: int, kind: str = "") -> str:

@@ -10,7 +10,11 @@ import yaml
 from click.testing import CliRunner
 
 from loraflow.cli import cli
+from loraflow.evaluation.values import MetricValue
 from loraflow.failures import BadConfig, Network
+from loraflow.registry.runs import RunRecord, RunSummary
+from loraflow.serving.card import Facts, write_card
+from loraflow.serving.lineage import Lineage
 from loraflow.serving.models import find_model
 from loraflow.serving.publish import package, publish
 from loraflow.store import LocalStore
@@ -190,3 +194,15 @@ def test_the_flow_publishes_a_promoted_model_once_and_a_failure_does_not_undo_th
     again = project.run(publish__repo="acme/tickets", publish__private=False, publish__what="adapter")
     assert again["published"]["commit"] == done["published"]["commit"] and len(hub.requests) == requests
     assert "adapter_model.safetensors" in hub.repos["acme/tickets"]["files"]
+
+
+def test_a_card_of_a_model_whose_adapter_is_gone_names_no_version_and_says_what_its_columns_are():
+    """The version that writes the card is not the one that trained."""
+    score = {"heldout": {"exact_match": MetricValue(value=0.5, low=0.4, high=0.6, n=100)}}
+    said = "`tuned` is this model, `champion` the one that it was compared with."
+    for sides in (("base", "tuned"), ("base", "tuned", "champion")):
+        summary = RunSummary(run="r", recipe="tickets", metrics=dict.fromkeys(sides, score))
+        facts = Facts("tickets", "d" * 64, Lineage(), RunRecord(run="r", recipe="tickets", summary=summary), {})
+        card = write_card(facts, "merged", "me/tickets")
+        assert "made with" not in card and (said in card) == ("champion" in sides)
+        assert f"| metric | {' | '.join(sides)} |" in card

@@ -144,8 +144,9 @@ def test_the_interval_of_a_difference_is_under_its_heading_beside_the_bounds(sto
         shown = "[" + ", ".join(f"{end:+.4f}" for end in ends) + "]"
         assert match.index(shown) == lines[head].index(name)
         assert re.findall('<td class="n">(.*?)</td>', row_cells)[heads.index(name) - 1] == shown
-    note = "The interval says how large the difference is. The gate decides with the bounds."
-    assert f"  {note}" in lines and f"<p>{note}</p>" in text
+    sign = "A difference above 0 means that B is better than A, also for a loss."
+    for note in (sign, "The interval says how large the difference is. The gate decides with the bounds."):
+        assert f"  {note}" in lines and f"<p>{note}</p>" in text
 
 
 def test_an_end_that_does_not_exist_is_null_in_json(tmp_path):
@@ -173,6 +174,18 @@ def test_losses_of_different_tokenizers_are_left_out_and_named(tmp_path):
 def own_scores(store, run, values, ranges, **gate):
     """Add a run with scores of a metric of the user's own, and the gate of its recipe."""
     add_run(store, run, table([True] * len(values), brevity=values), {"ranges": ranges, **gate})
+
+
+def test_a_difference_of_capped_losses_says_what_it_is_without_the_cap(tmp_path):
+    """Two scores of 1.0 and 1.19 beside a difference of -0.11 would be read as a mistake."""
+    store, ones = LocalStore(tmp_path), np.ones(100)
+    losses = {A: ones, B: np.r_[ones[1:], 20.0], C: ones + 1}
+    for run, loss in losses.items():
+        add_run(store, run, table([True] * 100, token_loss=loss, reference_tokens=3))
+    shown = compare(store, A, B, C).output
+    assert re.search(r"token_loss +1\.0000 +1\.1900 +-0\.1148", shown), "(20 - 1) / 100, or with at most ln(2^18)"
+    said = "on 100 held-out rows; a row's token_loss counts at most 12.5 in the difference, which is -0.1900 otherwise"
+    assert f"B against A {said}" in shown and shown.count("at most") == 1
 
 
 @pytest.mark.parametrize("order", [(A, B), (B, A)])

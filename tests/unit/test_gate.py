@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -343,6 +345,17 @@ def test_a_range_that_the_recipe_says_allows_for_failures_that_no_row_shows():
 def test_a_difference_is_shown_with_its_digits_whatever_its_size(scale, shown):
     ours, theirs = table(mine=scale * (0.5 + 0.1 * (np.arange(100) % 2))), table(mine=np.full(100, scale * 0.05))
     assert f"mine against base: {shown}" in gate(ours, theirs, primary="mine").reasons[0]
+
+
+def test_the_reason_that_trust_md_explains_is_one_that_the_gate_gives():
+    """37 rows are won and 12 lost of 500."""
+    text = (Path(__file__).parents[2] / "docs" / "trust.md").read_text()
+    ours = table(exact_match=np.r_[np.ones(37), np.zeros(463)])
+    theirs = table(exact_match=np.r_[np.zeros(37), np.ones(12), np.zeros(451)])
+    [reason] = gate(ours, theirs, level=0.025, look="look 1 of 365").reasons
+    assert f"\n{reason}\n" in text
+    for part in re.findall(r"[+][0-9.]+ |\[.*?\]|p [0-9.]+|0[.]025 allowed|look 1 of 365", reason):
+        assert f"| `{part.strip()}` |" in text
 
 
 def test_stops_can_be_a_guard():

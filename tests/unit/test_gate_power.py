@@ -127,6 +127,36 @@ def test_rows_of_a_group_are_held_out_together_and_have_its_name_in_the_scores(r
     assert group_labels(table).max() + 1 == len(sizes)
     plain = _table([row.__class__(row.id, row.set, row.messages) for row in found], _Computed([answer] * len(found), [(1.0, 1)] * len(found), 0, 0, ["red"] * len(found)))  # fmt: skip
     assert "group" not in plain
+    power = gate_power(Workspace(load_recipe(recipe, settings | {"evaluation.max_rows": None})))
+    assert power.rows == len(sizes) and power.lines()[0].startswith(
+        f"gate: {len(found)} held-out rows in {len(sizes)} groups, look 1"
+    )
+    assert "no model can be promoted: at least 20 independent rows" in power.lines()[1]
+
+
+@pytest.mark.parametrize("groups", [298, 299])
+def test_the_plan_counts_groups_of_rows_as_the_gate_does(groups):
+    """Scores of 0 and 1 of rows in groups have Gaffke's bound: unchanged ones pass 0.01 from 299 groups on, not from 268."""
+    power = power_of(
+        groups, scored=2 * groups, look="look 1 of 365", level=0.025, confidence=0.95, largest_loss=math.log(400),
+        primary="exact_match", min_gain=0.0, guards={"stops": 0.01},
+    )  # fmt: skip
+    group = [f"g{i // 2}" for i in range(2 * groups)]
+    base = pd.DataFrame({"id": [f"r{i}" for i in range(2 * groups)], "group": group, "exact_match": 0.0, "stops": 1.0})
+    found = decide(
+        base.assign(exact_match=1.0),
+        {"base": base},
+        primary="exact_match",
+        min_gain=0,
+        guards={"stops": 0.01},
+        confidence=0.95,
+    )
+    enough = groups == 299
+    assert (found.verdict == "promote", power.is_warning()) == (enough, not enough)
+    assert f"gate: {2 * groups} held-out rows in {groups} groups, look 1" in power.lines()[0]
+    assert ("a margin of 0.01 needs 299 groups of equal size, you have 298" in power.lines()[2]) is not enough
+    gain = "exact_match: no gain below 0.012 can be shown, and more is needed if rows differ"
+    assert gain in power.lines()[1], "exp(-ln(0.025) / 299) - 1"
 
 
 def test_a_held_out_row_without_its_group_is_malformed(recipe, dataset):

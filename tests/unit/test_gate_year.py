@@ -6,6 +6,8 @@ at most the largest `gate.error` of their period, and a period begins with rows 
 
 import json
 import random
+import unicodedata
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pandas as pd
@@ -15,10 +17,11 @@ from loraflow import identity
 from loraflow.config import load_recipe
 from loraflow.execution.workspace import Workspace
 from loraflow.registry.budget import gains_to_follow, near_gains
+from loraflow.registry.log import HeadChanged
 from loraflow.store import Summary
 from loraflow.tasks.gate import gate
 
-NIGHTS = 18
+NIGHTS = 15
 
 
 class Project:
@@ -29,6 +32,7 @@ class Project:
         self.settings = {"gate.looks": self.rng.choice([5, 12]), "evaluation.metrics": ["exact_match", "token_f1"]}
         self.settings |= {"gate.primary": "exact_match", "gate.guards": {}, "gate.error": 0.05, "gate.worst": {}}
         self.texts, self.removed, self.ids, self.base, self.set, self.written = [], [], 0, "base", "heldout", 0
+        self.groups = 0
         self.texts = self.new_texts(60)
 
     def new_texts(self, count):
@@ -49,16 +53,28 @@ class Project:
         self.ids += 1
 
     def do_rewrite(self):
-        """Case and white space make no new row."""
-        self.texts = [f"  {text.upper()} " for text in self.texts]
+        """Case, white space and the encoding of a character make no new row."""
+        upper = [f"  {text.upper()} " for text in self.texts]
+        other = [unicodedata.normalize("NFD", text).replace("q", "\uff51") + "\u00a0\r\n" for text in self.texts]
+        self.texts = self.rng.choice([upper, other])
+
+    def do_change_groups(self):
+        self.groups = self.rng.choice([0, 30])
+
+    def do_change_number_of_seeds(self):
+        self.settings["gate.seeds"] = self.rng.choice([1, 3])
+
+    def do_rename_recipe(self):
+        """Another recipe of the same model, with the same held-out rows."""
+        self.settings["name"] = f"recipe-{self.rng.randrange(100)}"
 
     def do_shrink(self):
         self.removed += self.texts[30:]
         self.texts = self.texts[:30]
 
     def do_grow_again(self):
-        known = {text.strip().lower() for text in self.texts}
-        self.texts += [text for text in self.removed if text.strip().lower() not in known]
+        known = set(map(plain, self.texts))
+        self.texts += [text for text in self.removed if plain(text) not in known]
         self.removed = []
 
     def do_change_base(self):
@@ -100,33 +116,56 @@ class Project:
     def scores(self, workspace, model, share):
         """Commit the scores of a model that answers this share of the rows right."""
         chats = [json.dumps([{"role": "user", "content": text}]) for text in self.texts]
-        right = [float(random.Random(f"{model} {text.strip().lower()}").random() < share) for text in self.texts]
+        right = [float(random.Random(f"{model} {plain(text)}").random() < share) for text in self.texts]
         rows = {"id": [f"{self.ids}-{i}" for i in range(len(chats))], "set": self.set, "prompt": chats}
+        rows |= {"group": [f"group {i % self.groups}" for i in range(len(chats))]} if self.groups else {}
         table = pd.DataFrame(rows | {"exact_match": right, "token_f1": right})
-        payload = identity.payload("evaluate", 1, {"model": model, "rows": f"{self.ids} {chats}"}, {})
+        payload = identity.payload("evaluate", 1, {"model": model, "rows": f"{self.ids} {self.groups} {chats}"}, {})
         return commit(workspace, "evaluate", payload, "scores.parquet", table)
 
     def compare(self, challenger, share):
         """Run the gate, and register what it promotes."""
-        workspace = Workspace(load_recipe(self.recipe, self.settings))
+        return self.compare_at_once([challenger], share)[0]
+
+    def compare_at_once(self, challengers, share):
+        """Run the gate for several challengers, of which none knows the others, then register what each promotes."""
+        nights = []
+        for challenger in challengers:
+            workspace = Workspace(load_recipe(self.recipe, self.settings))
+            nights.append((workspace, self.result(workspace, challenger, share)))
+        decided = [(gate.fn(workspace, result), workspace) for workspace, result in nights]
+        for (decision, workspace), (_, result) in zip(decided, nights, strict=True):
+            if decision.verdict == "promote":
+                inputs = {"look": str(decision.look)}
+                with suppress(HeadChanged):  # another one was promoted in between
+                    workspace.log.append(
+                        workspace.seen_head,
+                        action="promote",
+                        merged=result.merged,
+                        adapter=None,
+                        inputs=inputs,
+                        reasons=[],
+                        actor="x",
+                    )
+        return decided
+
+    def result(self, workspace, challenger, share):
         champion = workspace.champion()
-        payload = identity.payload("merge", 1, {}, {"x": challenger})
-        merged = commit(workspace, "merge", payload, "model", challenger)
-        result = SimpleNamespace(
-            merged=merged,
+        seeds = workspace.recipe.seeds[1:]
+        further = [SimpleNamespace(seed=n, scores=self.scores(workspace, f"{challenger}, {n}", share)) for n in seeds]
+        return SimpleNamespace(
+            merged=commit(workspace, "merge", identity.payload("merge", 1, {}, {"x": challenger}), "model", challenger),
             base_scores=self.scores(workspace, self.base, 0.5),
             tuned_scores=self.scores(workspace, challenger, share),
             champion_scores=champion and self.scores(workspace, f"champion {champion.digest}", 0.5),
-            further_seeds=(),
+            further_seeds=tuple(further),
             general={},
         )
-        decision = gate.fn(workspace, result)
-        if decision.verdict == "promote":
-            inputs = {"look": str(decision.look)}
-            workspace.log.append(
-                workspace.seen_head, action="promote", merged=merged, adapter=None, inputs=inputs, reasons=[], actor="x"
-            )
-        return decision, workspace
+
+
+def plain(text):
+    """Return what a question is known by."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def commit(workspace, stage, payload, name, content):
@@ -147,19 +186,21 @@ def test_no_change_of_rows_rules_or_models_gives_more_error_than_the_recipe_says
     for night in range(NIGHTS):
         project.change()
         name, share = f"model {night}", 0.97 if project.rng.random() < 0.15 else 0.5
-        decision, workspace = project.compare(name, share)
-        if share > 0.9:
-            better.add(decision.look)
-        look = workspace.looks.entries()[-1]
-        rows = {text.strip().lower() for text in project.texts}
-        assert look.seq == decision.look, "each comparison uses a look"
-        assert look.fresh == len(rows - scored), "rows are known by their question, whatever else is changed"
-        scored |= rows
-        gains = [one for one in decision.comparisons if one.kind == "gain"]
-        assert gains and all(one.level == look.level for one in gains)
-        if decision.verdict == "promote":
-            assert all(one.p_value <= look.level and one.difference > 0 for one in gains)
-        elif night % 3 == 0:
+        names = [name, f"{name} of another machine"] if night % 6 == 5 else [name]
+        decided = project.compare_at_once(names, share)
+        workspace = decided[-1][1]
+        rows, looks = set(map(plain, project.texts)), workspace.looks.entries()
+        for (decision, _), look in zip(decided, looks[-len(names) :], strict=True):
+            assert look.seq == decision.look, "each comparison uses a look"
+            assert look.fresh == len(rows - scored), "rows are known by their question, whatever else is changed"
+            scored |= rows
+            if share > 0.9:
+                better.add(decision.look)
+            gains = [one for one in decision.comparisons if one.kind == "gain"]
+            assert gains and all(one.level == look.level for one in gains)
+            if decision.verdict == "promote":
+                assert all(one.p_value <= look.level and one.difference > 0 for one in gains)
+        if night % 3 == 0 and decision.verdict != "promote":
             again, _ = project.compare(name, share)
             assert again.verdict == "unchanged" and len(workspace.looks.entries()) == look.seq, "and no more than one"
     check_budget(workspace.looks.entries(), better)
@@ -173,7 +214,7 @@ def check_budget(looks, better):
         error = max(look.error for look in period)
         assert sum(look.level for look in period if look.seq not in better) <= error * (1 + 1e-9)
         assert number == 1 or len(periods[number - 1]) >= max(one.horizon for one in periods[number - 1] if one.spent)
-    assert len(looks) == NIGHTS
+    assert len(looks) == NIGHTS + NIGHTS // 6
 
 
 def test_a_nearly_shown_gain_raises_the_level_of_the_next_looks_at_fresh_rows(recipe):

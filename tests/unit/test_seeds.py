@@ -74,6 +74,7 @@ def test_a_lucky_seed_is_not_promoted_and_one_that_is_as_good_as_its_siblings_is
     assert decided([lucky, bad, bad], worse_base).verdict == "reject"
     good = decided([lucky, lucky, lucky], base)
     assert good.verdict == "promote" and "mean of 3 models (seeds 42, 43, 44)" in good.reasons[-1]
+    assert good.reasons[-1].endswith("the scores of `tuned` are those of seed 42 alone")
     assert good.comparisons[0].difference == pytest.approx(0.3)
 
 

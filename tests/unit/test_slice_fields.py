@@ -173,6 +173,12 @@ def test_a_plan_names_the_parts_that_even_an_unchanged_model_does_not_pass():
     guards = slice_guards(table(same), {"language": {"exact_match": 0.05}})
     rules = {"primary": "exact_match", "min_gain": 0.0, "guards": {}, "confidence": 0.95}
     assert decide(table(same), {"base": table(same)}, parts=guards, **rules).comparisons[1].state == "passed"
+    for groups, state in ((58, "open"), (59, "passed")):
+        pairs = table(np.ones(2 * groups)).assign(group=[f"g{i // 2}" for i in range(2 * groups)])
+        guards = slice_guards(pairs, {"language": {"exact_match": 0.05}})
+        assert decide(pairs, {"base": pairs}, parts=guards, **rules).comparisons[1].state == state
+        lines = power_lines({"de": groups}, {"exact_match": 0.05}, 0.95, {"exact_match": 1.0}, {"de"})
+        assert lines == [] or (state == "open" and "needs 59 groups of equal size, you have 58" in lines[0])
 
 
 def test_another_value_of_a_field_is_another_rule():
@@ -262,3 +268,6 @@ def test_show_champion_lists_the_parts_and_the_training_seeds():
         "by language base tuned", f"de, 7 rows, exact_match {interval} {interval}",
         "by training seed 42 43 mean deviation", "exact_match 0.400 0.600 0.500 0.141",
     ]  # fmt: skip
+    beside = RunScores(run="r", confidence=0.95, metrics=metrics | {"champion": {"heldout": scored}})
+    assert "intervals; tuned is this model, champion the one that it was compared with" in next(_score_lines(beside))
+    assert "tuned is" not in shown[0]
