@@ -209,6 +209,38 @@ def assign(tokens: NDArray[np.integer], capacity: int) -> list[list[int]]:
     return [sorted(rows) for _, rows in bins]
 
 
+def balance(
+    batches: list[list[int]], tokens: NDArray[np.integer], costs: NDArray[np.integer], capacities: Sequence[int]
+) -> list[list[int]]:
+    """Exchange rows between micro-batches that different devices compute at the same time, so that none waits for another.
+
+    Rows of equally many tokens take different times: attention grows with the square of a document's length.
+
+    Args:
+        batches: the indices of each micro-batch's rows.
+        tokens: of each row.
+        costs: of each row; the largest sum of a micro-batch counts.
+        capacities: largest number of tokens of each micro-batch.
+
+    Returns:
+        micro-batches of the same rows. They are the given ones if the others are no better, or too large.
+    """
+    free, spent = list(capacities), [0] * len(batches)
+    found: list[list[int]] = [[] for _ in batches]
+    rows = [row for batch in batches for row in batch]
+    for row in sorted(rows, key=lambda row: (-costs[row], row)):
+        size = int(tokens[row])
+        places = [place for place, room in enumerate(free) if room >= size]
+        if not places:
+            return batches
+        place = min(places, key=lambda place: spent[place])
+        found[place].append(row)
+        free[place] -= size
+        spent[place] += int(costs[row])
+    before = max(int(costs[batch].sum()) for batch in batches)
+    return [sorted(batch) for batch in found] if all(found) and max(spent) < before else batches
+
+
 class StepItem(TypedDict):
     """The work of one device in an optimizer step."""
 
@@ -250,6 +282,9 @@ class StepDataset(Dataset[StepItem]):
         self.sharing = None if dropout or noise or rows.row_length else sharing
         self.seed, self.dropout, self.noise = seed, dropout, noise
         self.group, self.equal_count, self.with_positions = group or ProcessGroup(), equal_count, with_positions
+        # The pairs of tokens in each row's documents: attention takes that long.
+        squares = rows.lengths[rows.documents].astype(np.int64) ** 2
+        self._costs = np.add.reduceat(squares, rows.offsets[:-1]) if len(rows) else squares
         # Length of a micro-batch → largest number of documents in it, over all steps.
         self.entries = self._most_documents(layout) if isinstance(layout, Concatenated) else {}
 
@@ -274,7 +309,17 @@ class StepDataset(Dataset[StepItem]):
     def assignment(self, step: int) -> list[list[int]]:
         """Return the rows of each micro-batch, as indices into the step's rows: the same list on all devices."""
         if isinstance(self.layout, Concatenated):
-            return assign(self.rows.tokens[self.steps[step]], self.layout.lengths[-1])
+            tokens, costs = self.rows.tokens[self.steps[step]], self._costs[self.steps[step]]
+            batches, devices = assign(tokens, self.layout.lengths[-1]), self.group.size
+            if devices == 1:
+                return batches
+            rounds = [batches[first : first + devices] for first in range(0, len(batches), devices)]
+            fit = self.layout.fit
+            return [
+                batch
+                for together in rounds
+                for batch in balance(together, tokens, costs, [fit(int(tokens[rows].sum())) for rows in together])
+            ]
         width, rows = len(self.steps[step]), self.layout.rows
         return [list(range(first, min(first + rows, width))) for first in range(0, width, rows)]
 

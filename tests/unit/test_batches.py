@@ -1,5 +1,7 @@
 """Micro-batches in the packed layout (documents end to end) and the padded one: same tokens, same training."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from tests.unit.test_training import base, run, same, straight, tokenize  # noqa
 def test_every_row_of_a_step_is_in_one_micro_batch_of_one_device(lengths, width, budget, devices):
     rows = TokenRows.__new__(TokenRows)
     rows.lengths, rows.row_length = np.array(lengths), None
-    rows.offsets, rows.tokens = np.arange(len(lengths) + 1), np.array(lengths)
+    rows.documents, rows.offsets, rows.tokens = np.arange(len(lengths)), np.arange(len(lengths) + 1), np.array(lengths)
     steps = np.arange(len(lengths) // width * width).reshape(-1, width)
     layout = batches.concatenated_layout(rows, steps, budget, devices)
     assert all(length % batches.ROUND == 0 for length in layout.lengths)
@@ -31,17 +33,63 @@ def test_every_row_of_a_step_is_in_one_micro_batch_of_one_device(lengths, width,
         assert all(rows.tokens[steps[step]][places].sum() <= layout.lengths[-1] for places in dealt)
 
 
-def test_packed_and_padded_layouts_contain_the_same_tokens(base, tmp_path):  # noqa: F811
+def test_devices_attend_to_about_equally_many_pairs_of_tokens_in_packed_rows():
+    """Documents of lognormal length in 256 rows of 2,048 tokens, eight rows for each of four devices in a step."""
+    generator = np.random.default_rng(0)
+    packed: list[list[int]] = [[] for _ in range(256)]
+    for row in packed:
+        while sum(row) < 2048:
+            row.append(min(int(np.exp(generator.normal(np.log(350), 0.8))) + 1, 2048 - sum(row)))
+    rows = TokenRows.__new__(TokenRows)
+    rows.lengths, rows.row_length = np.concatenate(packed), 2048
+    rows.documents, rows.offsets = np.arange(len(rows.lengths)), np.cumsum([0, *map(len, packed)])
+    rows.tokens = np.full(256, 2048)
+    steps = generator.permutation(256).reshape(8, 32)
+    layout = batches.concatenated_layout(rows, steps, 16384, 4)
+    dataset = batches.StepDataset(rows, steps, layout, 0, group=ProcessGroup(0, 4))
+
+    def excess(assignment):
+        """Return by how much the slowest device exceeds the mean, averaged over the steps."""
+        sums = [
+            [sum(n * n for i in batch for n in packed[step[i]]) for batch in batches_] for step, batches_ in assignment
+        ]
+        return np.mean([max(found) / np.mean(found) - 1 for found in sums])
+
+    dealt = [(step, dataset.assignment(number)) for number, step in enumerate(steps)]
+    assert all(len(batches_) == 4 and sorted(chain(*batches_)) == list(range(32)) for _, batches_ in dealt)
+    in_order = [(step, batches.assign(rows.tokens[step], layout.lengths[-1])) for step in steps]
+    assert excess(in_order) > 0.14 and excess(dealt) < 0.021
+    alone = batches.StepDataset(rows, steps, layout, 0)
+    assert [alone.assignment(number) for number in range(8)] == [batch for _, batch in in_order], "one device: in order"
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 9999)), min_size=2, max_size=30), st.integers(2, 4))
+def test_balancing_keeps_rows_and_capacities_and_never_makes_the_slowest_batch_slower(rows, devices):
+    tokens, costs = np.array(rows).T
+    given_ = [part.tolist() for part in np.array_split(np.arange(len(rows)), min(devices, len(rows)))]
+    capacities = [int(tokens[part].sum()) + 5 for part in given_]
+    found = batches.balance(given_, tokens, costs, capacities)
+    assert sorted(chain(*found)) == list(range(len(rows)))
+    assert all(tokens[part].sum() <= most for part, most in zip(found, capacities, strict=True))
+    assert max(costs[part].sum() for part in found) <= max(costs[part].sum() for part in given_)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_packed_and_padded_layouts_contain_the_same_tokens(base, tmp_path, devices):  # noqa: F811
     shards = tokenize(base, tmp_path)
     rows = TokenRows(shards / "train")
     steps = np.arange(24).reshape(3, 8)
-    flat = batches.StepDataset(rows, steps, batches.concatenated_layout(rows, steps, 200), 0, dropout=True)
+    layout = batches.concatenated_layout(rows, steps, 200, devices)
+    flat = [
+        batches.StepDataset(rows, steps, layout, 0, dropout=True, group=ProcessGroup(rank, devices))
+        for rank in range(devices)
+    ]
     grid = batches.StepDataset(rows, steps, batches.GridRows(3), 0, dropout=True)
     for step in range(3):
         seen = []
-        for item in (flat[step], grid[step]):
-            pairs, borders = set(), 0
-            for micro in item["micro_batches"]:
+        for items in ([device[step] for device in flat], [grid[step]]):
+            pairs, borders, item = set(), 0, items[0]
+            for micro in chain(*(item["micro_batches"] for item in items)):
                 ids = micro["input_ids"].flatten()
                 assert (micro["token_keys"].shape[0]) == len(ids)
                 for at, target in zip(micro["loss_index"].tolist(), micro["targets"].tolist(), strict=True):

@@ -37,7 +37,7 @@ def test_there_are_never_more_lengths_than_graphs_that_are_kept():
 def rows_of(tokens, row_length=None):
     rows = TokenRows.__new__(TokenRows)
     rows.lengths, rows.tokens, rows.row_length = np.array(tokens), np.array(tokens), row_length
-    rows.offsets = np.arange(len(tokens) + 1)
+    rows.documents, rows.offsets = np.arange(len(tokens)), np.arange(len(tokens) + 1)
     return rows
 
 
