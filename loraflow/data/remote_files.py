@@ -18,7 +18,7 @@ from loraflow.config.data_sources import HUB_FILE, S3_OBJECT, DataSource
 from loraflow.config.locations import LOCK, RemoteOrigin, SourcePart, read_lock
 from loraflow.data.dataset_files import is_hidden
 from loraflow.data.readers import READABLE
-from loraflow.failures import BadConfig, BadData, Failure, Network
+from loraflow.failures import BadConfig, BadData, Failure, MissingExtra, Network
 from loraflow.store.files import BLOCK, hash_file, write_json
 
 if TYPE_CHECKING:
@@ -265,7 +265,11 @@ def _read_object(url: str) -> Iterator[bytes]:
     """
     from loraflow.store.s3_client import NOT_FOUND, error_code, make_client
 
-    client = make_client()
+    try:
+        client = make_client()
+    except MissingExtra as failure:
+        failure.what, failure.where = "A source in a bucket needs the package boto3.", url
+        raise
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError
 
     found = S3_OBJECT.fullmatch(url)
