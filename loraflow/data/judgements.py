@@ -73,9 +73,7 @@ _BETWEEN = frozenset({
 # Wrong in a column of grades. `low` may be about anything there, so it is a question only.
 _LOW = frozenset({"very bad", "very poor", "terrible", "unsatisfactory"})
 # Verdicts that may also be the number of the right choice, or a count.
-_COUNTS = frozenset({
-    "correct", "accepted", "approved", "good", "ok", "valid", "incorrect", "rejected", "wrong", "bad", "invalid",
-})  # fmt: skip
+_COUNTS = frozenset({"correct", "accepted", "good", "incorrect", "rejected", "wrong", "bad"})
 # What a column of verdicts says of an answer that is not finished.
 _NOT_DONE = frozenset({
     "incomplete", "not complete", "unfinished", "not finished", "not solved", "problem not solved", "unsolved", "truncated",

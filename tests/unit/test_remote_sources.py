@@ -24,7 +24,9 @@ COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 
 
 def rows(word: str, count: int = 40) -> bytes:
-    return "".join(json.dumps({"prompt": f"{word} {n}?", "completion": f"answer {n}"}) + "\n" for n in range(count)).encode()
+    return "".join(
+        json.dumps({"prompt": f"{word} {n}?", "completion": f"answer {n}"}) + "\n" for n in range(count)
+    ).encode()
 
 
 class DatasetHub:
@@ -97,7 +99,9 @@ class DatasetHub:
 def hub(tmp_path, monkeypatch):
     hub = DatasetHub()
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
