@@ -22,6 +22,7 @@ from loraflow.failures import BadConfig, BadData, Failure, MissingExtra, Network
 from loraflow.store.files import BLOCK, hash_file, write_json
 
 if TYPE_CHECKING:
+    from botocore.exceptions import ClientError
     from huggingface_hub import RepoFile
 
 log = logging.getLogger(__name__)
@@ -113,8 +114,7 @@ def _hub_files(url: str) -> dict[str, str]:
     from huggingface_hub import HfApi, RepoFile
 
     repo, commit, path = _hub_parts(url)
-    folder = "/".join(PurePosixPath(path).parts[: len(PurePosixPath(path).parts) - 1])
-    plain = "/".join(_plain_parts(folder))
+    plain = "/".join(_plain_parts("/".join(PurePosixPath(path).parts[:-1])))
     try:
         tree = HfApi().list_repo_tree(repo, plain or None, revision=commit, repo_type="dataset", recursive=True)
         listed = {item.path: item for item in tree if isinstance(item, RepoFile)}
@@ -278,20 +278,21 @@ def _read_object(url: str) -> Iterator[bytes]:
         body = client.get_object(Bucket=found[1], Key=found[2])["Body"]
         while block := body.read(BLOCK):
             yield block
-    except ClientError as error:
-        got = f"{error_code(error)}: {error.response.get('Error', {}).get('Message', '')}"
-        if error_code(error) in NOT_FOUND | {"NoSuchBucket"}:
-            raise BadData("There is no such object.", where=url, got=got, next_step="correct source") from error
-        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
-            raise _not_answered(url, got) from error
+    except (ClientError, NoCredentialsError) as error:
+        code, status = ("", 0) if isinstance(error, NoCredentialsError) else (error_code(error), _status(error))
+        if code in NOT_FOUND | {"NoSuchBucket"}:
+            raise BadData("There is no such object.", where=url, got=str(error), next_step="correct source") from error
+        if status >= 500:
+            raise _not_answered(url, str(error)) from error
         raise BadConfig(
-            "The server refuses to give an object.", where=url, got=got,
+            "The credentials do not give access to a source.",
+            where=url,
+            got=str(error),
             next_step="set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, of someone who may read it",
-        ) from error  # fmt: skip
-    except NoCredentialsError as error:
-        raise BadConfig(
-            "There are no credentials for a source.", where=url, got=str(error),
-            next_step="set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-        ) from error  # fmt: skip
+        ) from error
     except (BotoCoreError, HTTPClientError, OSError) as error:
         raise _not_answered(url, f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
