@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from loraflow.config.data_sources import HUB_FILE, S3_OBJECT, DataSource
 from loraflow.config.locations import LOCK, RemoteOrigin, SourcePart, read_lock
 from loraflow.data.dataset_files import is_hidden
+from loraflow.data.dvc_pin import check_names
 from loraflow.data.readers import READABLE
 from loraflow.failures import BadConfig, BadData, Failure, MissingExtra, Network
 from loraflow.store.files import BLOCK, hash_file, write_json
@@ -49,6 +50,7 @@ def locate_remote(source: DataSource) -> list[SourcePart]:
     if not isinstance(files, dict):
         files = _hub_files(source.source)
         write_json(LOCK, {**read_lock(), source.source: files})
+    check_names(list(files), source.source, f"choose other files in source, or remove its entry from {LOCK}")
     base = _folder_of(path, files)
     prefix = f"hf://datasets/{repo}@{revision}/"
     return [
@@ -129,6 +131,7 @@ def _hub_files(url: str) -> dict[str, str]:
             got=", ".join(sorted(listed)[:10]) or "no file",
             next_step="correct source",
         )
+    check_names(names, url, "choose other files in source")
     size = sum(listed[name].size for name in names)
     log.info("%s: %d files, %.1f MiB, are read from the hub or its cache", url, len(names), size / 2**20)
     return {name: _checked_md5(f"hf://datasets/{repo}@{commit}/{name}", listed[name]) for name in names}

@@ -218,6 +218,16 @@ def test_content_that_differs_from_the_lock_file_is_refused(hub, tmp_path):
         fetch_remote(url, hashlib.md5(hub.files["faq.jsonl"]).hexdigest(), tmp_path / "faq.jsonl")
 
 
+@pytest.mark.parametrize("name", ["data/../../train.jsonl", "data/.git/train.jsonl"])
+def test_names_that_leave_their_folder_are_refused_in_a_listing_and_in_the_lock_file(hub, name):
+    hub.files[name] = rows("x")
+    with pytest.raises(BadData, match="must not be written"):
+        located(at(name))
+    LOCK.write_text(json.dumps({at("data")["source"]: {name: "0" * 32}}))
+    with pytest.raises(BadData, match="must not be written"):
+        located(at("data"))
+
+
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
