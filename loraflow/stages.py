@@ -70,8 +70,8 @@ VERSION_DATASET = Stage(
 CHECK_DATASET = Stage(
     name="check_dataset",
     # docs/upgrade.md lists what earlier versions of the stages changed.
-    # 13: labels such as unsafe of a response and texts or constraints beside a prompt are refused; roles such as tool-call
-    version=13,
+    # 14: columns such as good and incorrect may have counts; a quality of low is a question
+    version=14,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -185,7 +185,7 @@ EVALUATE = Stage(
 
 CHECK_GENERAL = Stage(
     name="check_general",
-    version=5,  # 5: chats as check_dataset 13 reads them
+    version=6,  # 6: chats as check_dataset 14 reads them
     module="loraflow.data.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},

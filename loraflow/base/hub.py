@@ -6,19 +6,15 @@ import hashlib
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import StringConstraints, TypeAdapter, ValidationError
-
-from loraflow.failures import BadConfig, BadModel, Network
+from loraflow.config.locations import LOCK, read_lock
+from loraflow.failures import BadModel, Network
 from loraflow.store.files import hash_file, write_json
 
-LOCK = Path("loraflow.lock")  # in the working folder: {"model@revision": commit}
 # A file of the hub's cache is named by its content: git's id of a blob, or the sha256 of a large file.
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # The same weights once more, as Mistral, Meta and others publish them for their own programs.
 _NOT_LOADED = ["consolidated*.safetensors", "*/*.safetensors"]
-_LOCKED = TypeAdapter(dict[str, Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")]])
 
 
 def commit_of(model: str, revision: str) -> str:
@@ -31,27 +27,12 @@ def commit_of(model: str, revision: str) -> str:
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     key = f"{model}@{revision}"
-    locked = _read_lock()
-    if key in locked:
-        return locked[key]
+    locked = read_lock()
+    if isinstance(found := locked.get(key), str):
+        return found
     commit = _ask_the_hub(model, revision, key)
     write_json(LOCK, {**locked, key: commit})
     return commit
-
-
-def _read_lock() -> dict[str, str]:
-    if not LOCK.exists():
-        return {}
-    try:
-        return _LOCKED.validate_json(LOCK.read_bytes())
-    except ValidationError as error:
-        raise BadConfig(
-            "The lock file of the base models cannot be read.",
-            where=str(LOCK),
-            expected='{"model@revision": commit of 40 hex digits}',
-            got=error.errors()[0]["msg"],
-            next_step=f"restore it with git (git checkout {LOCK}), or set base.revision to a commit and remove the file",
-        ) from error
 
 
 def _ask_the_hub(model: str, revision: str, key: str) -> str:

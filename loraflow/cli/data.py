@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loraflow.store import Store
 
 
-MAX_PROBLEMS = 20  # malformed rows that are printed
+MAX_PROBLEMS = 20  # different problems of malformed rows that are printed
 
 
 @click.group()
@@ -178,10 +178,16 @@ def marked_lines(marks: Counter[str], partly: int, weighted: int = 0) -> list[st
 
 
 def _print_check(rows: int, problems: list[dict[str, str]], columns: dict[str, str], unread: Counter[str]) -> None:
-    for problem in problems[:MAX_PROBLEMS]:
-        click.echo(f"{problem['place']}: {problem['problem']}", err=True)
-    if len(problems) > MAX_PROBLEMS:
-        click.echo(f"… and {len(problems) - MAX_PROBLEMS} more", err=True)
+    places: dict[str, list[str]] = {}
+    for problem in problems:
+        places.setdefault(problem["problem"], []).append(problem["place"])
+    for text, (first, *others) in list(places.items())[:MAX_PROBLEMS]:
+        click.echo(f"{first}: {text}", err=True)
+        if others:
+            etc = ", …" if len(others) > 2 else ""
+            click.echo(f"  the same: {len(others)} rows more ({', '.join(others[:2])}{etc})", err=True)
+    if unlisted := sum(map(len, list(places.values())[MAX_PROBLEMS:])):
+        click.echo(f"… and {unlisted} more rows with other problems", err=True)
     if columns:
         click.echo(f"read with data.columns: {json.dumps(columns, ensure_ascii=False)}", err=True)
     if unread:

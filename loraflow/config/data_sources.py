@@ -20,6 +20,8 @@ COLUMNS = (
     "train", "exclude",
 )  # fmt: skip
 MAX_WEIGHT = 100
+HUB_FILE = re.compile(r"hf://datasets/((?:[\w.-]+/)?[\w.-]+)(?:@([\w.-]+))?(?:/(.+))?")  # repository, revision, path
+S3_OBJECT = re.compile(r"s3://([a-z0-9][a-z0-9.-]+)/(.+[^/])")  # bucket, key
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Settings of `data` that each source has for itself.
 REPLACED = (
@@ -64,12 +66,16 @@ class DataSource(FrozenModel):
     """A source of rows."""
 
     source: str = Field(
-        description="A .dvc file, a folder or file of chats, a pattern such as chats/*.jsonl, or a SQLite database."
+        description="A .dvc file, a folder or file of chats, a pattern such as chats/*.jsonl, a SQLite database, "
+        "hf://datasets/OWNER/NAME@COMMIT/PATH, or s3://BUCKET/KEY."
     )
     name: str | None = Field(None, description="Name in reports; the default is that of the file or folder.")
     repo: str = Field(".", description="Git repository, a folder or URL, that has the .dvc file.")
     rev: str | None = Field(None, description="Git revision or branch of the .dvc file; the default is the work tree.")
     remote: str | None = Field(None, description="DVC remote to fetch from; the default is DVC's default remote.")
+    md5: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = Field(
+        None, description="Of an s3:// object: the md5 of its content, which pins it."
+    )
     files: list[str] = Field(["*"], description="The files of the source to read: names or patterns.")
     query: str | None = Field(
         None, description="For a SQLite database: a table, or a SELECT statement. The default is its only table."
@@ -95,14 +101,16 @@ class DataSource(FrozenModel):
 
     @field_validator("source")
     @classmethod
-    def _is_local(cls, value: str) -> str:
+    def _is_read(cls, value: str) -> str:
         if scheme := re.match(r"([a-z0-9]+)://", value):
-            # DVC reads buckets and web servers itself, and pins their content.
-            way = f"pin it with `dvc import-url {shlex.quote(mask(value))} NAME`, and name NAME.dvc"
-            if scheme[1] == "hf":
-                download = "hf download --repo-type dataset --revision COMMIT OWNER/NAME --local-dir FOLDER"
-                way = f"`{download}`, pin it with `loraflow data add FOLDER`, and name FOLDER.dvc"
-            raise ValueError(f"{scheme[0]} is not read; {way}")
+            forms = {"hf": HUB_FILE, "s3": S3_OBJECT}
+            if scheme[1] not in forms:
+                # DVC reads web servers and other buckets itself, and pins their content.
+                way = f"pin it with `dvc import-url {shlex.quote(mask(value))} NAME`, and name NAME.dvc"
+                raise ValueError(f"{scheme[0]} is not read; {way}")
+            if not forms[scheme[1]].fullmatch(value):
+                form = "hf://datasets/OWNER/NAME@COMMIT/PATH" if scheme[1] == "hf" else "s3://BUCKET/KEY"
+                raise ValueError(f"should be {form}, not {mask(value)}")
         if not value.strip():
             raise ValueError("should be a .dvc file, a folder, a file or a pattern")
         return value
@@ -117,6 +125,8 @@ class DataSource(FrozenModel):
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
         refuse_ignored_columns(self.columns, self.ignore)
+        if self.md5 is not None and not self.source.startswith("s3://"):
+            raise ValueError(f"md5: only an object of s3:// is pinned by it, and source is {self.source}")
         if self.split == "heldout" and self.weight > 1:
             raise ValueError(f"weight {self.weight:g}: held-out rows are scored once each; remove it")
         if self.rev is not None and not self.source.endswith(".dvc"):
@@ -124,6 +134,11 @@ class DataSource(FrozenModel):
         if not self.source.endswith(".dvc") and (self.repo != "." or self.remote is not None):
             raise ValueError(f"repo and remote: only a .dvc file comes from a repository, and source is {self.source}")
         return self
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the source is on the Hugging Face hub or in a bucket."""
+        return self.source.startswith(("hf://", "s3://"))
 
     @property
     def is_pattern(self) -> bool:
@@ -135,7 +150,8 @@ class DataSource(FrozenModel):
         """The name, or what stands for it: the last part of the source that is no pattern, without its suffix."""
         if self.name is not None:
             return self.name
-        parts = [part for part in PurePosixPath(self.source).parts if not any(sign in part for sign in "*?[")]
+        source = re.sub(r"@[^/]*", "", self.source) if self.source.startswith("hf://") else self.source
+        parts = [part for part in PurePosixPath(source).parts if not any(sign in part for sign in "*?[")]
         plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", PurePosixPath(parts[-1]).stem if parts else "").strip("-.")
         return plain or "data"
 

@@ -233,9 +233,10 @@ def cache_folder(root: Path) -> Path | None:
     return Path(os.path.realpath(folder)) if folder else None
 
 
-_LEFT_BY_SYSTEMS = frozenset({"__MACOSX", "Thumbs.db"})
+# Left by operating systems; the hub's and LLaMA-Factory's descriptions of datasets.
+_NOT_DATA = frozenset({"__MACOSX", "Thumbs.db", "dataset_infos.json", "dataset_info.json", "dataset_dict.json"})
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether a file, relative to its dataset, is hidden or left by an operating system."""
-    return any(part.startswith(".") or part in _LEFT_BY_SYSTEMS for part in PurePosixPath(name).parts)
+    """Tell whether a file, relative to its dataset, is hidden, left by an operating system, or describes datasets."""
+    return any(part.startswith(".") or part in _NOT_DATA for part in PurePosixPath(name).parts)

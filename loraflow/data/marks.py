@@ -185,7 +185,8 @@ def _mark(key: str, name: str, value: JsonValue, where: str, labels: Labels, bes
         raise BadRow(_unsupported(where, key, value, weight, is_exclusion=name in EXCLUSIONS))
     if not where and weight not in (0, 1) and name not in ROW_WEIGHTS:
         raise BadRow(
-            f"{key} {_shown(value)} is neither 0 nor 1; if it multiplies the loss of the row, name the column weight"
+            f"{key} {_shown(value)} is neither 0 nor 1; if it multiplies the loss of the row, name the column weight; "
+            f"if it is a measurement, name {key} in data.ignore"
         )
     return float(weight == 0) if name in EXCLUSIONS else weight
 

@@ -12,11 +12,19 @@ from pathlib import Path
 
 from loraflow.config.data import Data
 from loraflow.config.data_sources import DataSource
-from loraflow.config.locations import DatasetLocation, DvcOrigin, FolderOrigin, SourcePart, SourcesOrigin
+from loraflow.config.locations import (
+    DatasetLocation,
+    DvcOrigin,
+    FolderOrigin,
+    RemoteOrigin,
+    SourcePart,
+    SourcesOrigin,
+)
 from loraflow.config.stage_configs import VersionDatasetConfig
 from loraflow.data import dvc
 from loraflow.data.dataset_files import is_hidden
 from loraflow.data.git import is_url
+from loraflow.data.remote_files import fetch_remote, locate_remote
 from loraflow.data.sqlite_reader import plain_query, refuse_unsaved
 from loraflow.failures import BadData, Failure
 from loraflow.job import Inputs, Job, Progress
@@ -60,10 +68,19 @@ def locate_one(data: Data | DataSource, memo: HashMemo, key: str = "data.source"
             "The dataset does not exist.",
             where=data.source,
             expected="a .dvc file, or a folder or file of chats",
-            next_step="correct data.source" if isinstance(data, Data) else "correct source",
+            next_step=_way(data),
         )
     origin_folder = FolderOrigin(folder=str(source.absolute()))
     return DatasetLocation(md5=dvc.dvc_md5(source, memo), name=source.name, origin=origin_folder)
+
+
+def _way(data: Data | DataSource) -> str:
+    """Return what to do about a source that does not exist."""
+    if isinstance(data, DataSource):
+        return "correct source"
+    if data.source.startswith(("hf://", "s3://")):
+        return "name it in data.sources, instead of data.source"
+    return "correct data.source"
 
 
 def run(job: Job[VersionDatasetConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
@@ -83,7 +100,10 @@ def run(job: Job[VersionDatasetConfig], inputs: Inputs, out: Path, progress: Pro
             for part in parts:
                 target = (files / name / part.path).parent if part.path else files / name
                 target.mkdir(parents=True, exist_ok=True)
-                fetch_one(part.origin, part.md5, target, memo)
+                if isinstance(part.origin, RemoteOrigin):
+                    fetch_remote(part.origin.url, part.md5, files / name / part.path)
+                else:
+                    fetch_one(part.origin, part.md5, target, memo)
     elif isinstance(origin, FolderOrigin | DvcOrigin):
         fetch_one(origin, md5, files, memo)
     else:
@@ -165,6 +185,8 @@ def wrong_sources(files: Path, sources: Mapping[str, Mapping[str, str]]) -> list
 
 
 def _parts(source: DataSource, memo: HashMemo, locate_one: _Locate) -> list[SourcePart]:
+    if source.is_remote:
+        return locate_remote(source)
     if not source.is_pattern or Path(source.source).exists():  # chats[1].jsonl is also a file's name
         found = locate_one(source, memo)
         assert isinstance(found.origin, FolderOrigin | DvcOrigin)
@@ -197,6 +219,8 @@ def _split_pattern(source: str) -> tuple[Path, str]:
 
 
 def _place(part: SourcePart) -> str:
+    if isinstance(part.origin, RemoteOrigin):
+        return part.origin.url
     if isinstance(part.origin, FolderOrigin):
         return str(Path(part.origin.folder).resolve())
     return f"{part.origin.path} of {part.origin.repo}" + (f" at {part.origin.rev}" if part.origin.rev else "")

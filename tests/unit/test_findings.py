@@ -298,3 +298,18 @@ def test_data_check_refuses_a_format_beside_a_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(cli, [*recipe_of(tmp_path), "--format", "auto"])
     assert result.exit_code != 0 and "data.format" in str(result.exception or result.output)
+
+
+def test_rows_with_the_same_problem_are_named_once_with_their_number(tmp_path):
+    rows = [
+        {"prompt": "q", "completion": "a"},
+        *[{"question": "q", "reply": "r"}] * 4,
+        {"prompt": "q", "completion": ""},
+    ]
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = CliRunner().invoke(cli, ["data", "check", str(path)]).stderr.splitlines()
+    problems = [line for line in lines if line.startswith(("c.jsonl", "  "))]
+    assert problems[0].startswith("c.jsonl:2: expected messages")
+    assert problems[1] == "  the same: 3 rows more (c.jsonl:3, c.jsonl:4, …)"
+    assert problems[2:] == ["c.jsonl:6: message 2: an empty assistant message"]

@@ -166,7 +166,8 @@ def test_guessed_columns_leave_out_no_part_of_the_prompt(row, columns, prompt):
 
 
 def test_hidden_files_are_data_only_if_they_are_named(tmp_path):
-    for name in ("train.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl", "._train.jsonl", "__MACOSX/train.jsonl"):
+    for name in ("train.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl", "._train.jsonl", "__MACOSX/train.jsonl",
+                 "dataset_infos.json"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(PAIR) + "\n")
     assert (
@@ -193,6 +194,7 @@ def test_arguments_that_json_lacks_are_malformed_instead_of_a_traceback_later(tm
         ("t.json", json.dumps(PAIR), "a single row", "put the rows in a list"),
         ("t.json", json.dumps({"messages": [USER, ANSWER]}), "a single row", "put the rows in a list"),
         ("t.json", json.dumps({"prompt": {"0": "a"}, "completion": {"0": "b"}}), "whole columns", "orient=\"records\""),
+        ("t.json", json.dumps({"a1": PAIR, "a2": PAIR}), "the keys a1, a2", "jq -c '.[]' t.json > t.jsonl"),
         ("t.json", json.dumps({"data": [PAIR]}), "the keys data", "jq -c '.[\"data\"][]'"),
     ],
 )  # fmt: skip

@@ -99,14 +99,14 @@ def test_words_between_good_and_bad_make_no_class_of_them(tmp_path, between):
         LEARNED,
         LEARNED,
     ]
-    assert outcomes(tmp_path, rows_of("rating", zip("abc", ("low", between, "high"), strict=True)))[0] == REFUSED
+    assert outcomes(tmp_path, rows_of("rating", zip("abc", ("low", between, "high"), strict=True))) == [LEARNED] * 3
 
 
 @pytest.mark.parametrize("key", ["quality", "rating", "grade"])
 def test_a_grade_that_each_question_asks_for_is_an_attribute(tmp_path, key):
-    rows = [{"prompt": f"Write {grade} quality code.", "completion": "x", key: grade} for grade in ("low", "high")]
+    rows = [{"prompt": f"Write {grade} code.", "completion": "x", key: grade} for grade in ("terrible", "high")]
     assert outcomes(tmp_path, rows) == [LEARNED, LEARNED]
-    rows.append({"prompt": "Write code.", "completion": "y", key: "low"})
+    rows.append({"prompt": "Write code.", "completion": "y", key: "terrible"})
     assert outcomes(tmp_path, rows) == [REFUSED, LEARNED, REFUSED]
 
 
