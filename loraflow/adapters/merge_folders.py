@@ -116,7 +116,7 @@ def _check_inputs(
         check_origin(adapter, base, base_digest)
         _check_vocabulary(base, adapter, entries)
     else:
-        check_adapter(adapter, base, base_digest=base_digest, trust=trust)
+        config = check_adapter(adapter, base, base_digest=base_digest, trust=trust)
         if not trust:
             check_fits_config(base)
     return config, entries
