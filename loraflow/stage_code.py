@@ -92,6 +92,7 @@ RESOLVE_BASE = (
     "loraflow.base.hub",
     "loraflow.base.usable",
     *_TEMPLATE,
+    "loraflow.data.positions",
 )
 
 TOKENIZE = (

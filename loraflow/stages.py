@@ -131,7 +131,8 @@ TRAIN_GROUP = Stage(
 
 MERGE = Stage(
     name="merge",
-    version=5,  # 5: trained tokens of a tied head are merged into a head of its own
+    # 5: trained tokens of a tied head are merged into a head of its own
+    version=6,  # 6: the stop tokens of config.json are in generation_config.json
     module="loraflow.adapters.merge",
     config=configs.MergeConfig,
     inputs={

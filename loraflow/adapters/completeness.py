@@ -71,7 +71,7 @@ def check_complete(adapter: Path, config: AdapterConfig, model: PreTrainedModel)
     layers = embedding_names(model)
     expected, optional, wrapped = _expected(adapter, model, layers)
     if found.keys() - expected.keys() - optional.keys():
-        found = _renamed(found, wrapped)
+        found = renamed(found, wrapped)
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys() - optional.keys())
     known = {**optional, **expected}
@@ -229,7 +229,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _renamed(found: Mapping[str, Shape], wrapped: PeftModel) -> dict[str, Shape]:
+def renamed(found: Mapping[str, Shape], wrapped: PeftModel) -> dict[str, Shape]:
     """Return an adapter's shapes by the names that its tensors have after loading.
 
     transformers has renamed and joined modules since some adapters were saved; peft converts them when it loads them.

@@ -116,7 +116,7 @@ def _check_inputs(
         check_origin(adapter, base, base_digest)
         _check_vocabulary(base, adapter, entries)
     else:
-        check_adapter(adapter, base, base_digest=base_digest, trust=trust)
+        config = check_adapter(adapter, base, base_digest=base_digest, trust=trust)
         if not trust:
             check_fits_config(base)
     return config, entries
@@ -218,10 +218,10 @@ def _changed_settings(base: Path, merged: Path) -> dict[str, dict[str, JsonValue
 
 
 def _write_stop_ids(out: Path) -> None:
-    """Add the template's stop ids to the generation config: without them, generation does not stop there."""
+    """Add the stop ids of template and config.json to the generation config: otherwise generation does not stop there."""
     if template_hash(out) is None or not (out / "tokenizer.json").exists():
         return
-    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.data.loss_mask import ChatTemplate, eos_ids, vocabulary_of
 
     try:
         needed = ChatTemplate(out).stop_ids()
@@ -232,6 +232,9 @@ def _write_stop_ids(out: Path) -> None:
     values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     eos = values.get("eos_token_id")
     known = {token for token in (eos if isinstance(eos, list) else [eos]) if isinstance(token, int) and token >= 0}
+    # Those of config.json end answers in an evaluation too, and transformers reads them only if there is no other file.
+    rows = vocabulary_of(out)
+    needed |= {token for token in eos_ids(out) if rows is None or token < rows}
     if not needed <= known:
         values["eos_token_id"] = sorted(known | needed)
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -203,6 +203,8 @@ def check_adapter(
         BadModel: its weights are a pickle, damaged, incomplete or not finite; it does not fit the base; or its tokenizer
             or template does not.
     """
+    from transformers.pytorch_utils import Conv1D
+
     refuse_pickles(adapter)
     config = AdapterConfig.read(adapter)
     check_initialisation(config, adapter)
@@ -218,6 +220,11 @@ def check_adapter(
     fit_vocabulary(model, adapter, config)
     rows = int(model.get_input_embeddings().get_parameter("weight").shape[0])
     has_embeddings = _contains_embeddings(names, model)
+    modules = dict(model.named_modules())
+    if any(isinstance(modules.get(module_of(name)), Conv1D) for name in names):
+        config = config.model_copy(
+            update={"fan_in_fan_out": True}
+        )  # as peft does: the file of some adapters says false
     check_complete(adapter, config, model)
     check_vocabulary(base, adapter, rows)
     if not has_embeddings:

@@ -119,6 +119,17 @@ def test_the_stock_engines_loss_is_that_of_the_models_own_logits(family, replace
     found.log_probs.sum().backward()
 
 
+@pytest.mark.parametrize("key", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
+def test_a_factor_that_only_config_json_has_does_not_change_the_stock_engines_loss(key):
+    """trl applies it, whatever the architecture; Llama's code does not."""
+    model, ids = model_of("llama", **{key: 0.5}), torch.arange(3, 33)[None]
+    expected = expected_log_probs(model, ids)
+    add_fused_lm_head(model, outputs=("log_probs",))
+    assert use_own_logits_where_trl_is_wrong(model, FLOAT)
+    found = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    torch.testing.assert_close(found.log_probs, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", known("modernbert-decoder", "llama4_text", "recurrent_gemma", "mixtral", "lfm2"))
 def test_a_head_is_linear_only_if_the_logits_are_its_product(family):
     model, ids = model_of(family), torch.arange(3, 20)[None]

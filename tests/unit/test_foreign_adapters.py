@@ -15,6 +15,7 @@ from loraflow.evaluation.generation import generate_answers
 from loraflow.failures import BadModel
 from loraflow.serving.models import Model, load
 from tests.conftest import build_phi3
+from tests.families.tiny import family_config, save_tiny
 from tests.tiny_adapters import configured, make_adapter, read
 
 
@@ -147,3 +148,44 @@ def test_embeddings_saved_beside_an_adapter_of_a_tied_base_are_merged_as_in_peft
     found = read(tmp_path / "out")
     assert found and all(torch.equal(found[name], expected[name]) for name in found)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_square_matrix_of_gpt2_is_merged_as_peft_merges_it_though_the_file_does_not_say_that_it_is_transposed(
+    dora, tmp_path
+):
+    """peft sets fan_in_fan_out for Conv1D when it loads an adapter; scripts and older files leave it false or out."""
+    base = save_tiny("gpt2", tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=["attn.c_proj"], use_dora=dora, fan_in_fan_out=True, init_lora_weights=False)
+    adapter = saved(lora, base, tmp_path / "adapter")
+    configured(adapter, fan_in_fan_out=False)
+    (tmp_path / "out").mkdir()
+    merge(base, adapter, tmp_path / "out")
+    expected = PeftModel.from_pretrained(load_plain(base), str(adapter)).merge_and_unload().state_dict()
+    found = load_plain(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_adapter_of_gemma3_with_vision_that_an_older_transformers_saved_is_merged_as_peft_merges_it(tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(family_config("Gemma 3, with vision")).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], exclude_modules=".*vision.*", init_lora_weights=False
+    )
+    adapter, base = saved(lora, tmp_path / "base", tmp_path / "adapter"), tmp_path / "base"
+    expected = PeftModel.from_pretrained(load_plain(base), str(adapter)).merge_and_unload().state_dict()
+    file = adapter / "adapter_model.safetensors"
+    tensors = {
+        name.replace(".model.language_model.", ".language_model.model."): t for name, t in load_file(file).items()
+    }
+    assert all(".model.language_model.model.layers." in name for name in tensors)
+    save_file(tensors, file)
+    (tmp_path / "out").mkdir()
+    merge(base, adapter, tmp_path / "out")
+    found = load_plain(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    del tensors[next(iter(tensors))]
+    save_file(tensors, file)
+    with pytest.raises(BadModel, match="1 missing"):
+        merge(base, adapter, tmp_path / "out")

@@ -104,6 +104,26 @@ def test_the_answers_stop_token_ends_generation(tmp_path, phi3):
         )
 
 
+@pytest.mark.parametrize("named", ['{"eos_token_id": 7}', None])
+@pytest.mark.parametrize("eos", [9, [7, 9], 100_000])
+def test_transformers_stops_where_an_evaluation_of_the_merged_model_stops(named, eos, tmp_path, phi3):
+    from transformers import AutoModelForCausalLM
+
+    from loraflow.base.load import stop_ids
+
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(phi3, base)
+    (base / "generation_config.json").unlink()
+    if named:
+        (base / "generation_config.json").write_text(named)
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**values, "eos_token_id": eos}))
+    out.mkdir()
+    merge(base, make_adapter(phi3, tmp_path / "adapter"), out)
+    found = AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id
+    assert sorted(found) == [token for token in stop_ids(out) if token < values["vocab_size"]]
+
+
 def test_generation_config_tokenizer_and_template_are_copied(tmp_path, phi3):
     (tmp_path / "out").mkdir()
     merge(phi3, make_adapter(phi3, tmp_path / "adapter"), tmp_path / "out")

@@ -165,3 +165,51 @@ def test_code_of_another_repository_is_refused_if_the_recipe_would_run_it(name, 
     with pytest.raises(TypeError):  # there is no file
         dynamic_module_utils.get_class_from_dynamic_module("org/other--m.M", str(folder), revision="0" * 40)
     assert asked == [("org/other", None)]  # the newest commit, whatever the revision of the base
+
+
+WINDOWS = {
+    "a window": ({"sliding_window": 8}, "sliding_window: 8"),
+    "none at all": ({"sliding_window": 0}, "sliding_window: 0"),
+    "chunks": ({"attention_chunk_size": 8}, "attention_chunk_size: 8"),
+    "types of layers": ({"layer_types": ["sliding_attention"] * 2}, "layer_types: "),
+    "a text": ({"sliding_window": "8"}, 'sliding_window: "8"'),
+    "no window": ({"sliding_window": None}, ""),
+    "longer than any row": ({"sliding_window": 4096}, ""),
+    "only full layers": ({"layer_types": ["full_attention"] * 2}, ""),
+    "Mistral's own": ({"model_type": "mistral", "sliding_window": 8}, ""),
+    "Qwen2's own, turned off": ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}, ""),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_window_that_only_the_cache_follows_is_refused(name, tmp_path):
+    """The oracle: what transformers generates beyond the window, with its cache and without."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tests.families.tiny import COMMON
+
+    settings, got = WINDOWS[name]
+    model_type = settings.get("model_type", "llama")
+    folder = folder_with({**COMMON, **LLAMA, "model_type": model_type, **settings}, tmp_path)
+    if got:
+        with pytest.raises(BadModel, match="whole rows") as caught:
+            resolve._folder_of(FolderOrigin(folder=str(folder)), trust=False)
+        assert got in caught.value.got and "from config.json" in caught.value.next_step
+    else:
+        resolve._folder_of(FolderOrigin(folder=str(folder)), trust=False)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+    prompt, options = (
+        torch.arange(3, 33)[None],
+        {"do_sample": False, "output_logits": True, "return_dict_in_generate": True},
+    )
+    try:
+        cached, plain = (
+            torch.stack(model.generate(prompt, max_new_tokens=4, use_cache=cache, **options).logits)
+            for cache in (True, False)
+        )
+    except (RuntimeError, AttributeError, TypeError):
+        assert got
+    else:
+        assert torch.allclose(cached, plain, atol=1e-5) != bool(got)
