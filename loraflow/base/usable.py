@@ -26,6 +26,10 @@ _OTHER_TASKS = {
     "EncoderModel": "an encoder",
 }
 _WHERE = "base.model"
+_SETTINGS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # with its owner: the hub only redirects old names such as gpt2
 _ANOTHER = "choose a model for text generation; its architecture ends in ForCausalLM"
 # transformers lists these for masked language models too, but their class for causal language models is a decoder.
@@ -78,17 +82,7 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
     refuse_adapter_folder(folder)
     if not (folder / "config.json").is_file():
         return  # the caller says that there is no model
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # Mamba-2's have Infinity
-        if not isinstance(config, dict):
-            raise ValueError(type(config).__name__)
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadModel(
-            "The base's config.json is not a JSON object.",
-            where=_WHERE,
-            got=str(error)[:200],
-            next_step="fetch config.json again",
-        ) from error
+    config = refuse_damaged_settings(folder, _WHERE)
     if (key := _key_of_nan(config)) is not None:
         raise BadModel(
             "A value in the base's config.json is NaN.",
@@ -104,6 +98,33 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
         refuse_unknown_architecture(config, trust=trust)
         if not trust and getattr(read_config(folder), "is_encoder_decoder", False):  # some classes say it, not the file
             raise _encoder_decoder(config)
+
+
+def refuse_damaged_settings(folder: Path, where: str | None = None) -> dict[str, JsonValue]:
+    """Refuse a model's folder with a damaged file of settings or of the tokenizer. Return the content of config.json.
+
+    Raises:
+        BadModel: one of them is not a JSON object.
+    """
+    config: dict[str, JsonValue] = {}
+    for name in _SETTINGS:
+        file = folder / name
+        if not file.exists():
+            continue
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))  # Mamba-2's config.json has Infinity
+            if not isinstance(values, dict):
+                raise ValueError(f"{type(values).__name__}, not an object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise BadModel(
+                "A file of the model is damaged: it is not a JSON object.",
+                where=where or str(folder),
+                got=f"{name}: {error}"[:200],
+                next_step=f"fetch {name} again",
+            ) from error
+        if name == "config.json":
+            config = values
+    return config
 
 
 def refuse_code_elsewhere(folder: Path) -> None:

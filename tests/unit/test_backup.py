@@ -144,6 +144,13 @@ def test_a_backup_of_a_store_that_lacks_its_champion_is_not_called_complete(stor
     assert "lacks a model of tickets" in str(refused.exception) and "rebuilds it" in str(refused.exception)
 
 
+def test_a_backup_with_a_damaged_run_record_is_not_called_complete(store, tmp_path):
+    name = store.documents("runs/")[0]
+    store.write_document(name, store.read_document(name).replace(b"tickets", b"Tickets"))
+    refused = loraflow("backup", tmp_path / "copy", "--store", store.uri, fails=CorruptArtifact).exception
+    assert refused.where == f"{store.uri}/{name}" and "back up again" in refused.next_step
+
+
 def test_a_document_that_is_damaged_in_the_store_does_not_replace_its_copy(store, tmp_path, caplog):
     list(back_up(store, tmp_path / "copy"))
     for harm in (lambda data: data.replace(b"tickets", b"Tickets"), lambda data: b"", lambda data: data[:-9]):
