@@ -288,20 +288,34 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
     """Load a model, and apply its adapter if it is not merged.
 
     Raises:
-        BadModel: the adapter does not fit the base.
+        BadModel: the adapter does not fit the base, or a folder that is not an artifact cannot be opened.
     """
+    from safetensors import SafetensorError
+
+    from loraflow.base.architecture import reason_of
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
     from loraflow.data.loss_mask import ChatTemplate
 
     adapter = model.unmerged_adapter
     if adapter is not None:
         check_unmerged(model)
-    network = load_model(model.folder, dtype, Runtime.model_validate({"device": device}))
-    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    if adapter is not None:
-        network = _with_adapter(network, adapter)
-    with served_folder(model.folder, adapter) as folder:
-        return Loaded(network, load_tokenizer(folder), ChatTemplate(folder), stop_ids(folder), positions)
+    try:
+        network = load_model(model.folder, dtype, Runtime.model_validate({"device": device}))
+        positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+        if adapter is not None:
+            network = _with_adapter(network, adapter)
+        with served_folder(model.folder, adapter) as folder:
+            return Loaded(network, load_tokenizer(folder), ChatTemplate(folder), stop_ids(folder), positions)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, SafetensorError, RuntimeError) as error:
+        is_of_machine = isinstance(error, RuntimeError) and "mismatched_sizes" not in str(error)
+        if model.ref is not None or is_of_machine:  # the files of an artifact are intact
+            raise
+        raise BadModel(
+            "transformers cannot open the model.",
+            where=str(model.folder),
+            got=reason_of(error),
+            next_step="fetch or save the model again: its files are damaged, or of different models",
+        ) from error
 
 
 def check_unmerged(model: Model) -> None:
