@@ -223,9 +223,7 @@ def run_dvc(arguments: list[str], repo: str = ".") -> str:
             f"dvc {' '.join(arguments)} failed.",
             where=str(Path(repo).absolute()),
             got=done.stderr.strip()[-800:],
-            next_step="wait until the other DVC process has ended, then repeat the command"
-            if is_locked
-            else "correct what DVC names, then repeat the command",
+            next_step=f"{first}, then repeat the command",
         )
     return done.stdout
 

@@ -1,6 +1,7 @@
 """A full disk is recognized, whatever library reports it, and named with what is needed."""
 
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -198,3 +199,5 @@ def test_a_disk_that_is_full_while_dvc_reads_a_dataset_is_not_reported_as_missin
         raise OSError(28, "No space left on device", str(tmp_path / "rows.jsonl"))
     with pytest.raises(failures.MissingData), _translate_errors(str(tmp_path), pin, None, None):
         raise FileNotFoundError(2, "No such file or directory", str(tmp_path / "rows.jsonl"))
+    with pytest.raises(failures.StorageError), _translate_errors(str(tmp_path), pin, None, None):
+        raise sqlite3.OperationalError("database or disk is full")  # of DVC's own files
