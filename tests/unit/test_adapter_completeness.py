@@ -397,3 +397,18 @@ def test_a_damaged_file_of_a_model_is_named_by_each_command_that_takes_its_folde
         with pytest.raises(BadModel, match="not a JSON object") as refused:
             use()
         assert refused.value.got.startswith(name) and name in refused.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("model.safetensors", b""), ("config.json", b""), ("chat_template.jinja", b"\xff")],
+)
+def test_a_model_folder_that_transformers_cannot_open_is_refused_by_chat_and_predict(tmp_path, phi3, name, content):
+    folder = shutil.copytree(phi3, tmp_path / "model")
+    if name == "config.json":  # weights and config.json of two models
+        config = json.loads((folder / name).read_text())
+        content = json.dumps({**config, "hidden_size": 128}).encode()
+    (folder / name).write_bytes(content)
+    with pytest.raises(BadModel) as refused:
+        load(find_model(open_store(str(tmp_path / "store")), str(folder)), "float32", "cpu")
+    assert refused.value.where == str(folder) and "again" in refused.value.next_step
