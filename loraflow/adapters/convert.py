@@ -23,7 +23,7 @@ from loraflow.adapters.lora_updates import (
 from loraflow.adapters.peft_folder import read_peft, refuse_unconvertible, write_peft
 from loraflow.adapters.tokenizer_files import copy_tokenizer_files
 from loraflow.adapters.validation import check_adapter, check_finite
-from loraflow.base.usable import refuse_damaged_settings
+from loraflow.base.stored_weights import refuse_damaged_settings
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from loraflow.base.architecture import code_references, read_config
-from loraflow.base.stored_weights import PICKLES
+from loraflow.base.stored_weights import PICKLES, refuse_damaged_settings
 from loraflow.failures import BadModel
 
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -26,10 +25,6 @@ _OTHER_TASKS = {
     "EncoderModel": "an encoder",
 }
 _WHERE = "base.model"
-_SETTINGS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json",
-)  # fmt: skip
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # with its owner: the hub only redirects old names such as gpt2
 _ANOTHER = "choose a model for text generation; its architecture ends in ForCausalLM"
 # transformers lists these for masked language models too, but their class for causal language models is a decoder.
@@ -98,33 +93,6 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
         refuse_unknown_architecture(config, trust=trust)
         if not trust and getattr(read_config(folder), "is_encoder_decoder", False):  # some classes say it, not the file
             raise _encoder_decoder(config)
-
-
-def refuse_damaged_settings(folder: Path, where: str | None = None) -> dict[str, JsonValue]:
-    """Refuse a model's folder with a damaged file of settings or of the tokenizer. Return the content of config.json.
-
-    Raises:
-        BadModel: one of them is not a JSON object.
-    """
-    config: dict[str, JsonValue] = {}
-    for name in _SETTINGS:
-        file = folder / name
-        if not file.exists():
-            continue
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))  # Mamba-2's config.json has Infinity
-            if not isinstance(values, dict):
-                raise ValueError(f"{type(values).__name__}, not an object")
-        except (OSError, ValueError, RecursionError) as error:
-            raise BadModel(
-                "A file of the model is damaged: it is not a JSON object.",
-                where=where or str(folder),
-                got=f"{name}: {error}"[:200],
-                next_step=f"fetch {name} again",
-            ) from error
-        if name == "config.json":
-            config = values
-    return config
 
 
 def refuse_code_elsewhere(folder: Path) -> None:

@@ -199,8 +199,7 @@ def champion_entry(store: Store, name: str) -> Entry:
 
 
 def _of_folder(store: Store, folder: Path, given: Path | None, memo: HashMemo) -> Model:
-    from loraflow.base.stored_weights import refuse_pickles
-    from loraflow.base.usable import refuse_damaged_settings
+    from loraflow.base.stored_weights import refuse_damaged_settings, refuse_pickles
 
     found = artifact_at(folder)
     if found is None:
@@ -231,8 +230,7 @@ def _ref_at(folder: Path | None) -> Ref | None:
 
 
 def _of_adapter(adapter: Path, named_folder: Path, given: Path | None, memo: HashMemo) -> Model:
-    from loraflow.base.stored_weights import refuse_pickles
-    from loraflow.base.usable import refuse_damaged_settings
+    from loraflow.base.stored_weights import refuse_damaged_settings, refuse_pickles
 
     refuse_pickles(adapter)
     refuse_damaged_settings(adapter)
