@@ -23,6 +23,7 @@ from loraflow.adapters.lora_updates import (
 from loraflow.adapters.peft_folder import read_peft, refuse_unconvertible, write_peft
 from loraflow.adapters.tokenizer_files import copy_tokenizer_files
 from loraflow.adapters.validation import check_adapter, check_finite
+from loraflow.base.stored_weights import refuse_damaged_settings
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def convert(
     Raises:
         BadModel: the adapter does not fit the base, split or fused; it is damaged, or contains more than LoRA.
     """
+    refuse_damaged_settings(base)
     shapes = BaseShapes.read(base)
     if source.is_dir():
         refuse_unconvertible(source)

@@ -26,7 +26,13 @@ from loraflow.adapters.streaming_merge import merge_streaming
 from loraflow.adapters.tokenizer_files import copy_tokenizer_files, has_own, tokenizer_files, write_tokenizer
 from loraflow.adapters.validation import check_adapter
 from loraflow.adapters.vocabulary import embedding_names, is_tied
-from loraflow.base.stored_weights import TensorEntry, model_entries, model_without_weights, refuse_pickles
+from loraflow.base.stored_weights import (
+    TensorEntry,
+    model_entries,
+    model_without_weights,
+    refuse_damaged_settings,
+    refuse_pickles,
+)
 from loraflow.base.weight_checks import check_fits_config
 from loraflow.failures import BadModel
 from loraflow.job import Progress
@@ -108,6 +114,7 @@ def _check_inputs(
 ) -> tuple[AdapterConfig, list[TensorEntry]]:
     refuse_pickles(adapter)
     refuse_pickles(base)
+    refuse_damaged_settings(base)
     config = AdapterConfig.read(adapter)
     validation.check_config(config, adapter)
     entries = model_entries(base)

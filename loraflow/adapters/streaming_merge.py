@@ -136,7 +136,7 @@ def _write_checksum(shard: Path) -> None:
 
 def _is_complete(shard: Path) -> bool:
     checksum = _checksum_file(shard)
-    return shard.exists() and checksum.exists() and checksum.read_text() == _checksum(shard)
+    return shard.is_file() and checksum.is_file() and checksum.read_bytes() == _checksum(shard).encode()
 
 
 def _checksum(shard: Path) -> str:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from pydantic import JsonValue
+
 from loraflow.base.architecture import config_errors, read_config, reason_of
 from loraflow.failures import BadModel
 
@@ -28,6 +30,10 @@ log = logging.getLogger(__name__)
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_SETTINGS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
 
 
 class HeaderEntry(TypedDict):
@@ -194,6 +200,33 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def refuse_damaged_settings(folder: Path, where: str | None = None) -> dict[str, JsonValue]:
+    """Refuse a model's folder with a damaged file of settings or of the tokenizer. Return the content of config.json.
+
+    Raises:
+        BadModel: one of them is not a JSON object.
+    """
+    config: dict[str, JsonValue] = {}
+    for name in _SETTINGS:
+        file = folder / name
+        if not file.exists():
+            continue
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))  # Mamba-2's config.json has Infinity
+            if not isinstance(values, dict):
+                raise ValueError(f"{type(values).__name__}, not an object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise BadModel(
+                "A file of the model is damaged: it is not a JSON object.",
+                where=where or str(folder),
+                got=f"{name}: {error}"[:200],
+                next_step=f"fetch {name} again",
+            ) from error
+        if name == "config.json":
+            config = values
+    return config
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from loraflow.base.architecture import code_references, config_errors, read_config, reason_of
-from loraflow.base.stored_weights import PICKLES
+from loraflow.base.stored_weights import PICKLES, refuse_damaged_settings
 from loraflow.data.positions import Positions
 from loraflow.failures import BadModel
 
@@ -87,17 +87,7 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
     refuse_adapter_folder(folder)
     if not (folder / "config.json").is_file():
         return  # the caller says that there is no model
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # Mamba-2's have Infinity
-        if not isinstance(config, dict):
-            raise ValueError(type(config).__name__)
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadModel(
-            "The base's config.json is not a JSON object.",
-            where=_WHERE,
-            got=str(error)[:200],
-            next_step="fetch config.json again",
-        ) from error
+    config = refuse_damaged_settings(folder, _WHERE)
     if (key := _key_of_nan(config)) is not None:
         raise BadModel(
             "A value in the base's config.json is NaN.",

@@ -212,16 +212,17 @@ def extend_dvcignore() -> None:
 def gitignore_lines() -> tuple[str, ...]:
     """Return the lines that the .gitignore of this folder needs. `dvc init` writes those of DVC inside of a repository."""
     own = Path(".dvc", ".gitignore")
-    if not Path(".dvc").is_dir() or (own.is_file() and "/cache" in own.read_text(encoding="utf-8").split()):
+    if not Path(".dvc").is_dir() or (own.is_file() and b"/cache" in own.read_bytes().split()):
         return (IGNORED_STORE,)
     return (IGNORED_STORE, *OF_DVC)
 
 
 def _extend(file: Path, lines: tuple[str, ...]) -> None:
-    text = file.read_bytes().decode() if file.exists() else ""  # keeps the file's line endings
+    # Line endings, and bytes that are not UTF-8, stay as they are.
+    text = file.read_bytes().decode(errors="surrogateescape") if file.exists() else ""
     new = with_lines(text, lines)
     if new != text:
-        file.write_bytes(new.encode())
+        file.write_bytes(new.encode(errors="surrogateescape"))
 
 
 def with_lines(text: str, needed: tuple[str, ...]) -> str:

@@ -48,7 +48,7 @@ def from_system(error: OSError) -> Failure | None:
         return Network("A remote service did not answer.", where=where, got=error.strerror, next_step="try again")
     if error.errno not in _SENTENCES and (known := from_os_error(error, where)) is not None:
         return known
-    what, step = _SENTENCES.get(error.errno, (_FILE, ""))
+    what, step = _SENTENCES.get(error.errno, (_FILE, "check the file and its disk, then run the command again"))
     if error.errno == errno.ENOENT and not where:
         step = "enter a folder that exists, and check TMPDIR"
     return Failure(what, where=where, got=error.strerror, next_step=step)

@@ -6,6 +6,7 @@ import logging
 import os
 import posixpath
 import re
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,16 @@ from typing import TYPE_CHECKING
 from loraflow.credentials import reveal
 from loraflow.data.dvc_pin import MAX_LIST_BYTES, ListedFile, Pin, check_names, parse_listing
 from loraflow.data.git import folder_in_repository, is_url
-from loraflow.failures import BadConfig, BadData, Failure, MissingData, Network
+from loraflow.failures import (
+    BadConfig,
+    BadData,
+    Failure,
+    MissingData,
+    Network,
+    ReadOnlyStore,
+    StorageError,
+    from_os_error,
+)
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -170,7 +180,18 @@ def _translate_errors(repo: str, pin: Pin, rev: str | None, remote: str | None) 
             got=str(error),
             next_step="check the network and `dvc remote list`, then run again",
         ) from error
+    except sqlite3.OperationalError as error:
+        raise StorageError(
+            "DVC cannot use its database.",
+            where=where,
+            got=str(error),
+            next_step="free space on the disks of the project and of DVC's cache, then run again",
+        ) from error
     except Exception as error:  # DVC and its file systems raise dozens of types; all mean that the data is unavailable
+        for cause in (error, error.__cause__):
+            known = from_os_error(cause, where) if isinstance(cause, OSError) else None
+            if known is not None and not isinstance(known, ReadOnlyStore):  # a full disk, for example
+                raise known from error
         if remote is not None and not is_url(repo):
             check_remote(remote, repo)
         raise MissingData(
@@ -197,11 +218,12 @@ def run_dvc(arguments: list[str], repo: str = ".") -> str:
         done = _call(["--wait-for-lock", *arguments], repo)
     if done.returncode:
         is_locked = _LOCKED in done.stderr
+        first = "wait until the other DVC process has ended" if is_locked else "correct what DVC names"
         raise BadData(
             f"dvc {' '.join(arguments)} failed.",
             where=str(Path(repo).absolute()),
             got=done.stderr.strip()[-800:],
-            next_step="wait until the other DVC process has ended, then repeat the command" if is_locked else "",
+            next_step=f"{first}, then repeat the command",
         )
     return done.stdout
 

@@ -24,6 +24,7 @@ from loraflow.registry.log import PromotionLog, models
 from loraflow.registry.looks import LookRecord
 from loraflow.registry.rebuild import how_to_rebuild
 from loraflow.registry.runs import FOLDER as RUNS
+from loraflow.registry.runs import damaged_runs
 from loraflow.store import LocalStore, Ref, Store, hash_memo
 from loraflow.store.artifact import result_problems
 from loraflow.store.checksum import lost_checksum
@@ -194,10 +195,10 @@ def _is_current(copy: LocalStore, ref: Ref) -> bool:
 
 
 def require_complete(failed: int, store: Store, target: Path) -> None:
-    """Refuse to call a backup complete in which artifacts, a champion or the model before it are missing.
+    """Refuse to call a backup complete in which artifacts, a champion, the model before it or a run record are missing.
 
     Raises:
-        Failure: some could not be copied, or the store does not have them.
+        Failure: some could not be copied, the store does not have them, or a run record or report is damaged.
     """
     if failed:
         raise Failure(
@@ -215,3 +216,10 @@ def require_complete(failed: int, store: Store, target: Path) -> None:
                     got=f"entry {missing.entry.seq} of the promotion log names it",
                     next_step=f"{how_to_rebuild(store, missing.ref)}; then back up again",
                 )
+    for name, problem in damaged_runs(copy).items():
+        raise CorruptArtifact(
+            "A damaged document was copied as it is. Everything else was copied.",
+            where=f"{store.uri}/{name}",
+            got=problem.got or problem.what,
+            next_step=f"{problem.next_step}; then back up again",
+        )

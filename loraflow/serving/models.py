@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from loraflow import identity
+from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.tokenizer_files import served_folder, tokenizer_files
 from loraflow.config import Runtime
 from loraflow.config.data import read_tools_file
@@ -199,11 +199,12 @@ def champion_entry(store: Store, name: str) -> Entry:
 
 
 def _of_folder(store: Store, folder: Path, given: Path | None, memo: HashMemo) -> Model:
-    from loraflow.base.stored_weights import refuse_pickles
+    from loraflow.base.stored_weights import refuse_damaged_settings, refuse_pickles
 
     found = artifact_at(folder)
     if found is None:
         refuse_pickles(folder)
+        refuse_damaged_settings(folder)
         return Model(folder.name, folder, base=given, base_ref=_ref_at(given))
     home, ref = found
     model = _of_artifact(home, ref, identity.short(ref.digest), given, memo)
@@ -229,9 +230,10 @@ def _ref_at(folder: Path | None) -> Ref | None:
 
 
 def _of_adapter(adapter: Path, named_folder: Path, given: Path | None, memo: HashMemo) -> Model:
-    from loraflow.base.stored_weights import refuse_pickles
+    from loraflow.base.stored_weights import refuse_damaged_settings, refuse_pickles
 
     refuse_pickles(adapter)
+    refuse_damaged_settings(adapter)
     base, adapter_ref = given, None
     found = artifact_at(adapter.parent)
     if found is not None:
@@ -241,9 +243,8 @@ def _of_adapter(adapter: Path, named_folder: Path, given: Path | None, memo: Has
         if base is None and trained_on is not None and not store.check(trained_on):
             base = store.path(trained_on)
     if base is None:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        named: str | None = config.get("base_model_name_or_path")
-        if not named or not (Path(named) / "config.json").exists():
+        named = (AdapterConfig.read(adapter).model_extra or {}).get("base_model_name_or_path")
+        if not isinstance(named, str) or not named or not (Path(named) / "config.json").exists():
             raise BadConfig(
                 "The adapter does not say which folder holds its base.",
                 where=str(adapter),
@@ -252,7 +253,9 @@ def _of_adapter(adapter: Path, named_folder: Path, given: Path | None, memo: Has
             )
         base = Path(named)
     loaded_base = artifact_at(base)  # the adapter is applied to it
-    if loaded_base is not None:
+    if loaded_base is None:
+        refuse_damaged_settings(base)
+    else:
         intact_folder(*loaded_base, memo)
     return Model(
         named_folder.name[: identity.SHORT],
@@ -283,20 +286,34 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
     """Load a model, and apply its adapter if it is not merged.
 
     Raises:
-        BadModel: the adapter does not fit the base.
+        BadModel: the adapter does not fit the base, or a folder that is not an artifact cannot be opened.
     """
+    from safetensors import SafetensorError
+
+    from loraflow.base.architecture import reason_of
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
     from loraflow.data.loss_mask import ChatTemplate
 
     adapter = model.unmerged_adapter
     if adapter is not None:
         check_unmerged(model)
-    network = load_model(model.folder, dtype, Runtime.model_validate({"device": device}))
-    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    if adapter is not None:
-        network = _with_adapter(network, adapter)
-    with served_folder(model.folder, adapter) as folder:
-        return Loaded(network, load_tokenizer(folder), ChatTemplate(folder), stop_ids(folder), positions)
+    try:
+        network = load_model(model.folder, dtype, Runtime.model_validate({"device": device}))
+        positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+        if adapter is not None:
+            network = _with_adapter(network, adapter)
+        with served_folder(model.folder, adapter) as folder:
+            return Loaded(network, load_tokenizer(folder), ChatTemplate(folder), stop_ids(folder), positions)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, SafetensorError, RuntimeError) as error:
+        is_of_machine = isinstance(error, RuntimeError) and "mismatched_sizes" not in str(error)
+        if model.ref is not None or is_of_machine:  # the files of an artifact are intact
+            raise
+        raise BadModel(
+            "transformers cannot open the model.",
+            where=str(model.folder),
+            got=reason_of(error),
+            next_step="fetch or save the model again: its files are damaged, or of different models",
+        ) from error
 
 
 def check_unmerged(model: Model) -> None:
@@ -316,7 +333,6 @@ def check_unmerged(model: Model) -> None:
 def _with_adapter(base: PreTrainedModel, adapter: Path) -> PeftModelForCausalLM:
     from peft import PeftConfig, PeftModelForCausalLM
 
-    from loraflow.adapters.adapter_config import AdapterConfig
     from loraflow.adapters.vocabulary import fit_vocabulary
 
     fit_vocabulary(base, adapter, AdapterConfig.read(adapter))

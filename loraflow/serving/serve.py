@@ -159,8 +159,6 @@ def _hub_cache(folder: Path, name: str) -> Path:
     key = fingerprint({"files": [*map(str, files), *files_of_templates], "settings": settings, "name": name})
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraflow" / "serve"
     cache = caches / short(key)
-    if cache.exists():
-        return cache
     temporary = caches / f".{uuid.uuid4().hex}"
     repo, commit = temporary / f"models--{name}", key[:40]
     snapshot = repo / "snapshots" / commit
@@ -175,11 +173,32 @@ def _hub_cache(folder: Path, name: str) -> Path:
     (repo / "blobs").mkdir()
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
+    if not _is_intact(cache, temporary):  # it was damaged, or a crash left it incomplete
+        shutil.rmtree(cache, ignore_errors=True)
     try:
         temporary.rename(cache)
-    except OSError:  # another server of the same model was faster
+    except OSError:  # it is there already, or another server of the same model was faster
         shutil.rmtree(temporary)
     return cache
+
+
+def _is_intact(cache: Path, expected: Path) -> bool:
+    """Tell whether a hub cache has the expected links and texts, and its snapshot nothing else. A server adds locks."""
+    found, wanted = _content(cache), _content(expected)
+    return {name: value for name, value in found.items() if name in wanted or "/snapshots/" in name} == wanted
+
+
+def _content(folder: Path) -> dict[str, Path | bytes]:
+    """Return the target of each link, and the first MiB of each file that is not one, by relative name."""
+    found: dict[str, Path | bytes] = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            found[name] = path.readlink()
+        elif path.is_file():
+            with path.open("rb") as file:
+                found[name] = file.read(1 << 20)
+    return found
 
 
 def _tools_line(folder: Path) -> str:

@@ -163,7 +163,7 @@ def remove_incomplete(folder: Path) -> None:
 def recompute_digest(work: Path) -> str | None:
     """Return the digest of the artifact that a work folder's job recomputes; None for a first computation."""
     mark = work / RECOMPUTE_MARK
-    return mark.read_text() if mark.exists() else None
+    return mark.read_bytes().decode(errors="replace") if mark.exists() else None  # damaged, it is another digest
 
 
 def reset_work_folder(work: Path, digest: str | None) -> None:

@@ -46,6 +46,7 @@ from loraflow.store.chunk_cache import stale_entries
 from loraflow.store.files import (
     HashMemo,
     LocalDocuments,
+    files_below,
     folder_size,
     folders_in,
     fsync_path,
@@ -293,8 +294,15 @@ class LocalStore(LocalDocuments):
         A copy with problems is removed.
         """
         with translate_os_errors(self.uri):
+            try:
+                files = list(files_below(folder))
+            except ValueError as error:  # a link, for example
+                return [str(error)]
             staged = self.staging(manifest.stage, manifest.fingerprint)
-            shutil.copytree(folder, staged, dirs_exist_ok=True)
+            for name, path in files:  # copytree collects the errors of the system as text
+                (staged / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, staged / name)
+            shutil.copystat(folder, staged)  # cleanup compares the times of artifacts
             set_default_modes(staged)
             if not (staged / MANIFEST).exists():  # the copy from a bucket may lack it
                 write_atomic(staged / MANIFEST, manifest.document)

@@ -63,7 +63,7 @@ def _settings(record: RunRecord) -> dict[str, JsonValue]:
 
 def _is_in_pipeline(folder: Path) -> bool:
     pipeline = folder.parent / PIPELINE
-    return pipeline.exists() and f"{folder.name}/metrics.json" in pipeline.read_text(encoding="utf-8")
+    return pipeline.exists() and f"{folder.name}/metrics.json" in pipeline.read_text(encoding="utf-8", errors="replace")
 
 
 PIPELINE = "dvc.yaml"

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from loraflow.adapters.convert import convert
 from loraflow.adapters.merge_folders import merge
 from loraflow.adapters.validation import check_adapter
-from loraflow.failures import BadModel
-from loraflow.serving.models import Model, load
+from loraflow.base.usable import refuse_unusable_folder
+from loraflow.failures import BadConfig, BadModel
+from loraflow.serving.models import Model, find_model, load
 from loraflow.serving.publish import package
 from loraflow.store import open_store
 from tests.conftest import build_phi3
@@ -368,3 +369,46 @@ def test_a_tokenizer_with_tokens_beyond_the_embeddings_is_refused_by_each_comman
     for command in (lambda: check_adapter(adapter, quick_phi3), lambda: load(model, "float32")):
         with pytest.raises(BadModel, match="without an embedding"):
             command()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff{}", b"[" * 100_000, b'{"base_model_name_or_path": 5}'])
+def test_an_adapter_whose_configuration_cannot_be_read_is_refused(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    with pytest.raises((BadConfig, BadModel)) as refused:
+        find_model(open_store(str(tmp_path / "store")), str(tmp_path))
+    assert str(tmp_path) in refused.value.where and refused.value.next_step
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff{}", b"[" * 100_000, b'{"a": "cut off'])
+def test_a_damaged_file_of_a_model_is_named_by_each_command_that_takes_its_folder(tmp_path, phi3, name, content):
+    folder = shutil.copytree(phi3, tmp_path / "model")
+    (folder / name).write_bytes(content)
+    uses = (
+        lambda: find_model(open_store(str(tmp_path / "store")), str(folder)),
+        lambda: refuse_unusable_folder(folder, trust=False),
+        lambda: merge(folder, adapter, tmp_path / "out"),
+        lambda: convert(adapter, folder, tmp_path / "out"),
+    )
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").touch()
+    for use in uses:
+        with pytest.raises(BadModel, match="not a JSON object") as refused:
+            use()
+        assert refused.value.got.startswith(name) and name in refused.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("model.safetensors", b""), ("config.json", b""), ("chat_template.jinja", b"\xff")],
+)
+def test_a_model_folder_that_transformers_cannot_open_is_refused_by_chat_and_predict(tmp_path, phi3, name, content):
+    folder = shutil.copytree(phi3, tmp_path / "model")
+    if name == "config.json":  # weights and config.json of two models
+        config = json.loads((folder / name).read_text())
+        content = json.dumps({**config, "hidden_size": 128}).encode()
+    (folder / name).write_bytes(content)
+    with pytest.raises(BadModel) as refused:
+        load(find_model(open_store(str(tmp_path / "store")), str(folder)), "float32", "cpu")
+    assert refused.value.where == str(folder) and "again" in refused.value.next_step

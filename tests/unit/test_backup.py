@@ -1,5 +1,7 @@
 """`loraflow backup`: the copy is a consistent store, whatever runs do meanwhile and wherever the backup ends."""
 
+import errno
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ from click.testing import CliRunner
 
 from loraflow import identity
 from loraflow.cli import cli
-from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog, Failure
+from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog, DiskFull, Failure
 from loraflow.registry import PromotionLog
 from loraflow.registry.backup import back_up
 from loraflow.registry.cleanup import remove_unused
@@ -142,6 +144,34 @@ def test_a_backup_of_a_store_that_lacks_its_champion_is_not_called_complete(stor
     (store.path(PromotionLog(store, "tickets").head().merged) / "manifest.json").unlink()
     refused = loraflow("backup", tmp_path / "copy", "--store", store.uri, fails=CorruptArtifact)
     assert "lacks a model of tickets" in str(refused.exception) and "rebuilds it" in str(refused.exception)
+
+
+def test_a_backup_to_a_full_disk_names_the_disk(store, tmp_path, monkeypatch):
+    def fail(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr("loraflow.store.local.shutil.copy2", fail)
+    with pytest.raises(DiskFull) as caught:
+        list(back_up(store, tmp_path / "copy"))
+    assert caught.value.where.startswith(str(tmp_path / "copy"))
+
+
+def test_an_artifact_with_a_link_is_named_and_the_others_are_copied_with_their_times(store, tmp_path):
+    damaged, *others = store.artifacts()
+    (store.path(damaged) / "link").symlink_to("nowhere")
+    for number, ref in enumerate(others):
+        os.utime(store.path(ref), (number, number))
+    [problem] = [item.problem for item in back_up(store, tmp_path / "copy") if item.problem]
+    assert "link is neither a folder nor a regular file" in problem
+    copy = LocalStore(tmp_path / "copy")
+    assert [copy.path(ref).stat().st_mtime for ref in others] == [*range(len(others))]
+
+
+def test_a_backup_with_a_damaged_run_record_is_not_called_complete(store, tmp_path):
+    name = store.documents("runs/")[0]
+    store.write_document(name, store.read_document(name).replace(b"tickets", b"Tickets"))
+    refused = loraflow("backup", tmp_path / "copy", "--store", store.uri, fails=CorruptArtifact).exception
+    assert refused.where == f"{store.uri}/{name}" and "back up again" in refused.next_step
 
 
 def test_a_document_that_is_damaged_in_the_store_does_not_replace_its_copy(store, tmp_path, caplog):

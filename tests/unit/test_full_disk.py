@@ -1,6 +1,7 @@
 """A full disk is recognized, whatever library reports it, and named with what is needed."""
 
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -188,3 +189,15 @@ def test_a_full_disk_is_reported_before_the_job_starts(store, monkeypatch, tmp_p
     config = {"source": {}, "repack": None, "trust_remote_code": False}
     with pytest.raises(failures.DiskFull, match="more disk space"):
         launch.run_job(Job(stage="resolve_base", version=1, config=config, runtime=values), store)
+
+
+def test_a_disk_that_is_full_while_dvc_reads_a_dataset_is_not_reported_as_missing_data(tmp_path):
+    from loraflow.data.dvc_storage import _translate_errors
+
+    pin = SimpleNamespace(path="data", md5="0" * 32)
+    with pytest.raises(failures.DiskFull), _translate_errors(str(tmp_path), pin, None, None):
+        raise OSError(28, "No space left on device", str(tmp_path / "rows.jsonl"))
+    with pytest.raises(failures.MissingData), _translate_errors(str(tmp_path), pin, None, None):
+        raise FileNotFoundError(2, "No such file or directory", str(tmp_path / "rows.jsonl"))
+    with pytest.raises(failures.StorageError), _translate_errors(str(tmp_path), pin, None, None):
+        raise sqlite3.OperationalError("database or disk is full")  # of DVC's own files

@@ -138,6 +138,9 @@ def test_a_new_project_needs_no_upgrade(tmp_path, monkeypatch, own):
     assert "up to date" in CliRunner().invoke(upgrade).output
     assert Path(".gitignore").read_bytes().startswith(b"mine\r\n/.loraflow/\r\n")
     assert Path(".dvcignore").read_text() == "/.loraflow/\n"
+    Path(".gitignore").write_bytes(b"\xe9")  # no UTF-8: git takes it as it is
+    extend_gitignore(Path("data"))
+    assert Path(".gitignore").read_bytes().startswith(b"\xe9\n/.loraflow/\n")
 
 
 def test_a_project_gets_a_short_readme_once(tmp_path):

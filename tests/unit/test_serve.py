@@ -128,6 +128,29 @@ def test_the_served_model_has_its_name_and_every_stop_id(tmp_path, cache):
     assert again.cache == server.cache and "caution" not in again.greeting
 
 
+@pytest.mark.parametrize("harm", ["cut off", "another model", "another file", "missing", "none"])
+def test_a_damaged_cache_of_the_server_is_written_again_and_an_intact_one_is_kept(tmp_path, cache, phi3, harm):
+    def served():
+        (view,) = plan_server(Model("a", phi3), "transformers", "127.0.0.1", free_port(), None, None).cache.glob(
+            "*/snapshots/*"
+        )
+        return view, {path.name: path.read_bytes() for path in view.iterdir()}
+
+    view, before = served()
+    inode, weights = view.stat().st_ino, view / "model.safetensors"
+    (view.parents[2] / ".locks").mkdir()  # as the hub's client does
+    if harm == "cut off":
+        (view / "generation_config.json").write_text("")
+    elif harm == "another file":
+        (view / "adapter_config.json").write_text("{}")
+    elif harm != "none":
+        weights.unlink()
+        if harm == "another model":
+            weights.symlink_to(build_phi3(tmp_path / "other", seed=1) / "model.safetensors")
+    assert served() == (view, before)
+    assert (view.stat().st_ino == inode) == (harm == "none")
+
+
 @pytest.mark.parametrize(("model_type", "concurrent"), [("phi3", True), ("falcon_h1", False)])
 def test_requests_are_answered_together_where_the_architecture_is_tested_for_that(
     tmp_path, cache, model_type, concurrent

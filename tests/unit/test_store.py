@@ -22,6 +22,7 @@ from loraflow.store import (
     require_intact_in_store,
     require_unchanged,
 )
+from loraflow.store.checkpoints import recompute_digest, reset_work_folder
 from loraflow.store.files import HashMemo, hash_file, json_bytes
 from loraflow.store.s3_artifacts import file_key
 from tests.stored_artifacts import FP, PAYLOAD, put, remember, rewrite
@@ -58,6 +59,13 @@ def test_a_forced_computation_replaces_the_first(store):
     second = put(store, content="other", replace=True)
     assert second.digest != first.digest
     assert store.find("tokenize", FP) == second
+
+
+def test_a_damaged_mark_of_a_forced_computation_is_that_of_another_one(tmp_path):
+    reset_work_folder(tmp_path / "work", "a" * 64)
+    assert recompute_digest(tmp_path / "work") == "a" * 64
+    (tmp_path / "work" / "forced").write_bytes(b"\xff" * 64)
+    assert recompute_digest(tmp_path / "work") not in (None, "a" * 64)
 
 
 @pytest.mark.parametrize("replace", [False, True])
