@@ -78,9 +78,12 @@ def short(value: str) -> str:
 def explain(old: Mapping[str, Plain], new: Mapping[str, Plain]) -> list[str]:
     """Return the differences between two payloads, one line each, such as `peft_config.r 8 → 16`."""
     before, after = dict(_leaves("", old)), dict(_leaves("", new))
+    other_metrics = before.get("config.metrics") != after.get("config.metrics")
     lines = []
     for key in sorted(before.keys() | after.keys()):
         a, b = before.get(key, "absent"), after.get(key, "absent")
+        if other_metrics and key.startswith("config.modules.") and "absent" in (a, b):
+            continue  # the file of a metric that was added or removed
         if a != b:
             lines.append(f"{key.removeprefix('config.')} {_show(key, a)} → {_show(key, b)}")
     return lines

@@ -173,7 +173,7 @@ DEAL_ROWS = Stage(
 
 EVALUATE = Stage(
     name="evaluate",
-    version=7,  # 7: intervals of graded scores are corrected for skewness; macro-F1's by the delta method
+    version=8,  # 8: rows in groups that are all wrong, or all right, have an interval
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, DEAL_ROWS, part="heldout")},

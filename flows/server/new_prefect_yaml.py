@@ -10,6 +10,7 @@ import json
 import re
 import socket
 import unicodedata
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from string import Template
@@ -304,7 +305,7 @@ def upgrade_prefect_yaml(text: str, folder: Path) -> Upgraded:
     new = _with_id(_with_recipes(apply(text, edits), folder, notes), folder)
     if new != text and not _has_name(new, name):
         return Upgraded(text, [*notes, "left unchanged: the file does not have one key per line"])
-    return Upgraded(new, notes)
+    return Upgraded(new, [*notes, *_without_id(new, folder)])
 
 
 EARLIER_RECIPE = "quickstart"  # the one that earlier versions ran if a deployment named none
@@ -327,7 +328,7 @@ def _with_recipes(text: str, folder: Path, notes: list[str]) -> str:
 def _with_id(text: str, folder: Path) -> str:
     """Write the project's id as the first of the variables of runs: where there are variables, and for loraflow's flows.
 
-    A `work_pool` or `job_variables` that is an alias, or merges another mapping, is left as it is.
+    A `work_pool` or `job_variables` that is an alias, or merges another mapping, is left as it is: `_without_id` names it.
     """
     with suppress(Syntax, BadConfig):
         entry = f'{PROJECT_ID}: "{id_in(load_plain(text)) or _new_id(folder)}"'
@@ -354,23 +355,36 @@ def _with_id(text: str, folder: Path) -> str:
     return text
 
 
+def _without_id(text: str, folder: Path) -> Iterator[str]:
+    """Yield a note for each deployment of loraflow's flows to a work pool whose runs do not have the project's id."""
+    with suppress(Syntax, BadConfig):
+        add = f'add {PROJECT_ID}: "{id_in(load_plain(text)) or _new_id(folder)}" to work_pool.job_variables.env'
+        for number, entry in _deployments(text):
+            is_ours = "work_pool" in entry and str(entry.get("entrypoint")).startswith("loraflow.flows.")
+            if is_ours and not id_in({"deployments": [entry]}):
+                yield f"deployments[{number}]: {add}, or another project of this name counts as this one"
+
+
+def _deployments(text: str) -> list[tuple[int, dict[str, JsonValue]]]:
+    """Return the deployments that are mappings, with their numbers."""
+    document = load_plain(text)
+    entries = document.get("deployments") if isinstance(document, dict) else None
+    return [(number, entry) for number, entry in enumerate(_items(entries)) if isinstance(entry, dict)]
+
+
 def _without_recipe(text: str) -> list[int]:
     """Return the numbers of deployments of loraflow's flows for which neither they nor each of their runs name a recipe."""
-    try:
-        document = load_plain(text)
-    except Syntax:
-        return []
-    entries = document.get("deployments") if isinstance(document, dict) else None
     found = []
-    for number, entry in enumerate(entries if isinstance(entries, list) else []):
-        if isinstance(entry, dict) and TAKES_RECIPE.fullmatch(str(entry.get("entrypoint"))) and not _recipe_of(entry):
-            runs = [run for kind in ("schedules", "triggers") for run in _items(entry.get(kind))]
-            if not runs or not all(map(_recipe_of, runs)):
-                found.append(number)
+    with suppress(Syntax):
+        for number, entry in _deployments(text):
+            if TAKES_RECIPE.fullmatch(str(entry.get("entrypoint"))) and not _recipe_of(entry):
+                runs = [run for kind in ("schedules", "triggers") for run in _items(entry.get(kind))]
+                if not runs or not all(map(_recipe_of, runs)):
+                    found.append(number)
     return found
 
 
-def _items(value: JsonValue) -> list[JsonValue]:
+def _items(value: JsonValue | None) -> list[JsonValue]:
     return value if isinstance(value, list) else []
 
 

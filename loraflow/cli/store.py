@@ -67,7 +67,7 @@ def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, m
     opened = open_store(store)
     if rederive != (what is not None) or (rederive and deep) or (model and not rederive):
         raise BadConfig(
-            "--rederive checks one model; the other checks read the whole store.",
+            "A model is verified with --rederive, and the whole store without a model.",
             where="loraflow verify",
             next_step="`loraflow verify champion --rederive`, or `loraflow verify --deep`",
         )

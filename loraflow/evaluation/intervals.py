@@ -72,7 +72,24 @@ def mean_interval(
     value, low, high = ratio_interval(sums, weights, confidence, skewness=_SKEWNESS if is_plain else 0.0)
     if not is_plain and value > 0 and scores.min() >= 0 and np.isfinite(low):
         low, high = (float(value * np.exp(end / value - 1)) for end in (low, high))
-    return Interval(value, low, high) if largest is None else Interval(value, max(low, 0.0), min(high, largest))
+    found = Interval(value, low, high)
+    return found if largest is None else within_range(found, weights, confidence, largest)
+
+
+def within_range(found: Interval, weights: np.ndarray, confidence: float, largest: float = 1.0) -> Interval:
+    """Return the part of an interval between 0 and `largest`; Wilson's if each score is one of these.
+
+    No group differs then, so the jackknife finds no error.
+
+    Args:
+        weights: rows [groups].
+    """
+    value, low, high = found
+    if value in (0.0, largest) and high - low <= 1e-9 * largest:
+        groups = float(weights.sum() ** 2 / (weights @ weights))  # of equal weight
+        z2 = float(stats.norm.ppf((1 + confidence) / 2)) ** 2
+        low, high = value - largest * z2 / (groups + z2), value + largest * z2 / (groups + z2)
+    return Interval(value, max(low, 0.0), min(high, largest))
 
 
 def ratio_interval(

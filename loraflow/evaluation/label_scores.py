@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loraflow.evaluation.intervals import Interval, ratio_interval
+from loraflow.evaluation.intervals import Interval, ratio_interval, within_range
 from loraflow.evaluation.values import Confusion
 
 WORST = 10  # labels in the report
@@ -44,8 +44,9 @@ def macro_f1(
     of_right, of_both = np.append(2 / both, 0), np.append(-2 * right / both**2, 0)  # derivatives; 0 for other answers
     added = value + len(expected) / count * (is_right * of_right[expected] + of_both[expected] + of_both[given])
     labels = np.arange(len(expected)) if groups is None else groups
-    _, low, high = ratio_interval(np.bincount(labels, added), np.bincount(labels).astype(float), confidence)
-    return Interval(value, max(low, 0.0), min(high, 1.0))
+    rows = np.bincount(labels).astype(float)
+    low, high = ratio_interval(np.bincount(labels, added), rows, confidence)[1:]
+    return within_range(Interval(value, low, high), rows, confidence)
 
 
 def confusions(answers: Sequence[str], references: Sequence[str]) -> tuple[Confusion, ...]:

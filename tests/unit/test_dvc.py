@@ -9,7 +9,9 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from loraflow.cli import cli
 from loraflow.config.data import Data
 from loraflow.data import dvc, version
 from loraflow.failures import BadConfig, BadData, DirtyData, MissingData
@@ -229,3 +231,14 @@ def test_a_module_of_the_repository_replaces_none_of_python_in_dvc(tmp_path):
 
     (tmp_path / "token.py").write_text("raise SystemExit('the module of the user')")
     assert run_dvc(["--version"], str(tmp_path))[0].isdigit()
+
+
+def test_a_dataset_is_pulled_by_the_name_of_its_folder_or_of_its_dvc_file(clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    write_chats(clone / "datasets" / "tiny" / "a.jsonl", range(3))
+    pinned = dvc.add("datasets/tiny", push=False).md5
+    for name in ("datasets/tiny", "datasets/tiny/", "datasets/tiny.dvc"):
+        shutil.rmtree(clone / "datasets" / "tiny")
+        done = CliRunner().invoke(cli, ["data", "pull", name])
+        assert done.exit_code == 0 and pinned in done.output, done.output
+        assert dvc.work_tree_md5(Path("datasets/tiny")) == pinned

@@ -48,6 +48,14 @@ def test_a_cache_miss_names_the_field_and_both_values():
     assert identity.explain(old, new) == ["peft_config.r 8 → 16", f"inputs.base {'a' * 12} → {'b' * 12}"]
 
 
+def test_a_metric_that_is_removed_is_named_without_its_file_and_a_changed_file_is_named():
+    old = {"config": {"metrics": ["rouge", "chrf"], "modules": {"rouge": "1", "chrf": "2"}}}
+    new = {"config": {"metrics": ["rouge"], "modules": {"rouge": "3"}}}
+    assert identity.explain(old, new) == ['metrics ["rouge", "chrf"] → ["rouge"]', "modules.rouge 1 → 3"]
+    lost = {"config": {"metrics": ["rouge", "chrf"], "modules": {"rouge": "1"}}}
+    assert identity.explain(old, lost) == ["modules.chrf 2 → absent"]
+
+
 def test_a_digest_depends_only_on_names_and_contents():
     assert identity.digest({"a": "1", "b": "2"}) == identity.digest({"b": "2", "a": "1"})
     assert identity.digest({"a": "1", "b": "2"}) != identity.digest({"a": "2", "b": "1"})

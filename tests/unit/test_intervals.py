@@ -200,3 +200,20 @@ def test_an_interval_of_rows_in_groups_is_as_wide_as_that_of_the_groups():
     once, often = mean_interval(scores, 0.95), mean_interval(np.repeat(scores, 5), 0.95, groups=groups)
     assert often.high - often.low == pytest.approx(once.high - once.low, rel=0.03)
     assert often.value == pytest.approx(once.value)
+
+
+@pytest.mark.parametrize(("score", "largest"), [(0.0, None), (1.0, None), (0.0, 100.0), (100.0, 100.0)])
+def test_rows_in_groups_that_all_have_the_lowest_or_highest_score_have_the_interval_of_a_share_of_the_groups(
+    score, largest
+):
+    found = mean_interval(np.full(40, score), 0.95, groups=np.arange(40) // 2, largest=largest)
+    wilson = stats.binomtest(20 if score else 0, 20).proportion_ci(0.95, method="wilson")
+    assert found == pytest.approx((score, wilson.low * (largest or 1), wilson.high * (largest or 1)))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1])
+def test_the_interval_of_a_rare_score_of_rows_in_groups_covers_it(share):
+    rng = np.random.default_rng(0)
+    drawn = np.repeat(rng.random((1000, 20)) < share, 2, axis=1).astype(float)  # two equal rows in each group
+    found = [mean_interval(scores, 0.95, groups=np.arange(40) // 2) for scores in drawn]
+    assert np.mean([low <= share <= high for _, low, high in found]) >= 0.925  # 0.25 if no hit had no width

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from loraflow.config import load_recipe
 from loraflow.evaluation.label_scores import OTHER, confusions, macro_f1
@@ -42,6 +43,15 @@ def test_rows_of_a_group_are_drawn_together_so_the_interval_is_wider():
     grouped = macro_f1(answers, references, np.arange(80) // 10, 0.95)
     assert grouped.value == single.value and grouped.high - grouped.low > 1.5 * (single.high - single.low)
     assert macro_f1(answers, references, np.zeros(80, int), 0.95)[1:] == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("groups", [None, np.arange(21)])
+def test_macro_f1_of_answers_that_are_all_right_or_all_wrong_has_the_interval_of_a_share(groups):
+    references = ["a", "b", "c"] * 7
+    for answers, hits in ((references, 21), (["b", "c", "a"] * 7, 0)):
+        wilson = stats.binomtest(hits, 21).proportion_ci(0.95, method="wilson")
+        found = macro_f1(answers, references, groups, 0.95)
+        assert found == pytest.approx((hits / 21, wilson.low, wilson.high))
 
 
 def test_accuracy_counts_rows_without_differences_of_case_and_white_space():

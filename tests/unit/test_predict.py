@@ -174,6 +174,14 @@ def test_an_invalid_row_has_an_error_and_the_other_rows_have_answers(phi3, tmp_p
     assert isinstance(out[0]["prediction"], str) and out[0]["messages"] == chat(1)["messages"]
 
 
+def test_a_folder_as_the_input_is_refused_with_a_file_in_it(phi3, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "in.jsonl").write_text(json.dumps(chat(1)) + "\n")
+    error = CliRunner().invoke(cli, ["predict", str(phi3), "rows", "out.jsonl"]).exception
+    assert isinstance(error, BadConfig) and "The input is a folder" in str(error) and "rows/in.jsonl" in str(error)
+
+
 @pytest.mark.parametrize("source_suffix", [".jsonl", ".csv", ".parquet"])
 @pytest.mark.parametrize("target_suffix", [".jsonl", ".csv", ".parquet"])
 def test_every_input_format_gives_the_same_answers_in_every_output_format(phi3, tmp_path, source_suffix, target_suffix):

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from loraflow.cli import cli
 from loraflow.config import load_recipe
 from loraflow.config.load import upgrade_recipe
-from loraflow.config.project import id_in
+from loraflow.config.project import PROJECT_ID, id_in
 from loraflow.flows.server.new_prefect_yaml import upgrade_prefect_yaml, write_prefect_yaml
 
 RECIPE = """\
@@ -230,8 +230,20 @@ def test_a_deployment_of_loraflow_without_variables_gets_the_projects_id(tmp_pat
     head += "    work_pool: {name: own}\n  - entrypoint: loraflow.flows.finetune.finetune\n    work_pool: "
     upgraded, notes = upgrade_prefect_yaml(head + pool + "\n", tmp_path)
     made = f'LORAFLOW_PROJECT_ID: "{id_in(yaml.safe_load(upgraded))}"'
-    assert (upgraded, notes) == (head + (new or pool).replace("ID", made) + "\n", [])
-    assert upgrade_prefect_yaml(upgraded, tmp_path) == (upgraded, [])
+    assert upgraded == head + (new or pool).replace("ID", made) + "\n"
+    assert upgrade_prefect_yaml(upgraded, tmp_path) == (upgraded, notes)
+    if new:
+        assert notes == []
+    else:
+        [note] = notes
+        assert note.startswith(f'deployments[1]: add {PROJECT_ID}: "') and "work_pool.job_variables.env" in note
+
+
+def test_a_deployment_with_the_id_in_an_alias_or_a_merge_is_not_named(tmp_path):
+    head = "name: x\ndefinitions: {v: &v {env: &e {LORAFLOW_PROJECT_ID: mine}}}\ndeployments:\n"
+    for variables in ("*v", "{<<: *v}", "{env: *e}", "{env: {<<: *e, A: b}}"):
+        entry = f"  - entrypoint: loraflow.flows.finetune.finetune\n    work_pool: {{name: p, job_variables: {variables}}}\n"
+        assert upgrade_prefect_yaml(head + entry, tmp_path).notes == []
 
 
 def test_a_prefect_yaml_of_init_without_an_id_gets_the_one_that_init_would_write(tmp_path):
