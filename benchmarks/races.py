@@ -111,7 +111,13 @@ RACES = (
     Race("sign, promote and sign", (sign, signed(promote_new(range(2)))), everything_is_signed, make_key),
     Race("upgrade, upgrade, read", (upgrade_project, upgrade_project, read_project), files_are_upgraded, make_old_project),
 )  # fmt: skip
-IN_FOLDER = ("back up", "promote and sign", "repair, back up", "sign", "upgrade")  # starts of the names of races that need a folder
+IN_FOLDER = (
+    "back up",
+    "promote and sign",
+    "repair, back up",
+    "sign",
+    "upgrade",
+)  # starts of the names of races that need a folder
 
 
 def delay_steps(chance: random.Random, mean: float, *, in_bucket: bool) -> None:
