@@ -30,7 +30,8 @@ from loraflow.config.recipe_text import recipe_names
 from loraflow.credentials import HAS_CREDENTIALS, mask_json, protect_output
 from loraflow.stages import STAGES
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class MaskedFlow(Flow[P, R]):
