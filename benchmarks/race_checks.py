@@ -93,6 +93,16 @@ def deals_are_apart(place: Place, outcomes: list[str]) -> Iterator[str]:
         yield "two models were dealt the same rows"
 
 
+def nothing_is_lost(place: Place, outcomes: list[str]) -> Iterator[str]:
+    """Yield what is wrong, if the first process repaired a store of which nothing was damaged or missing."""
+    yield from store_is_whole(place)
+    if outcomes[0] != "done":
+        yield f"the repair ended with {outcomes[0]}"
+    store = place.store
+    if isinstance(store, LocalStore) and any((store.root / "set-aside").glob("*")):
+        yield "something was quarantined"
+
+
 def one_is_current(place: Place, outcomes: list[str]) -> Iterator[str]:
     """Yield what is wrong, if all processes committed the same artifact."""
     yield from store_is_whole(place)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from loraflow.cli.registry import promote, registry, rollback
-from loraflow.cli.store import backup, gc
+from loraflow.cli.store import backup, gc, repair
 from loraflow.cli.upgrade import upgrade
 from loraflow.registry import PromotionLog
 from loraflow.registry.deals import DealRecord, DealRequest
@@ -89,6 +89,11 @@ def roll_back(place: Place, _: random.Random) -> None:
 def clean_up(place: Place, _: random.Random) -> None:
     """Remove all that no champion needs."""
     place.run_command(gc, "--keep", 0, "--keep-champions", 2)
+
+
+def repair_store(place: Place, _: random.Random) -> None:
+    """Look for what is damaged or missing, of which there is nothing."""
+    place.run_command(repair, "--yes")
 
 
 def back_up(place: Place, _: random.Random) -> None:

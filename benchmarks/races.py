@@ -30,6 +30,7 @@ from race_checks import (
     everything_is_signed,
     files_are_upgraded,
     looks_are_apart,
+    nothing_is_lost,
     one_is_current,
     promotions_took_place,
     store_is_whole,
@@ -49,6 +50,7 @@ from race_commands import (
     promote_run,
     put,
     read_project,
+    repair_store,
     roll_back,
     sign,
     signed,
@@ -90,6 +92,15 @@ RACES = (
     Race("back up, clean up, promote", (back_up, clean_up, promote_run(3)), copy_is_whole, fill),
     Race("back up, look", (back_up, look_often(range(6)), look_often(range(10, 16))), copy_is_whole, fill),
     Race("back up, accept a loss", (back_up, accept_loss), copy_is_whole_or_refused, lose_an_entry),
+    Race("accept a loss, promote", (accept_loss, promote_run(3)), lambda place, _: store_is_whole(place), lose_an_entry),
+    Race("accept a loss, accept a loss, roll back", (accept_loss, accept_loss, roll_back),
+         lambda place, _: store_is_whole(place), lose_an_entry),
+    Race("accept a loss, clean up", (accept_loss, clean_up), lambda place, _: store_is_whole(place), lose_an_entry),
+    Race("repair, promote, roll back", (repair_store, promote_run(2), roll_back), nothing_is_lost, fill),
+    Race("repair, clean up", (repair_store, clean_up), nothing_is_lost, fill),
+    Race("repair, put, put again", (repair_store, put("a"), put("b", replace=True)), nothing_is_lost, fill),
+    Race("repair, look, promote", (repair_store, look_often(range(3)), promote_new(range(3))), nothing_is_lost, fill),
+    Race("repair, back up", (back_up, repair_store), copy_is_whole, fill),
     Race("look, look", (take_look(1, range(9)), take_look(2, range(9))), looks_are_apart, fill),
     Race("look, look, look, look", tuple(take_look(n, range(n, n + 3)) for n in range(4)), looks_are_apart, fill),
     Race("deal, deal, deal", tuple(map(take_deal, range(3))), deals_are_apart, fill),
@@ -100,7 +111,13 @@ RACES = (
     Race("sign, promote and sign", (sign, signed(promote_new(range(2)))), everything_is_signed, make_key),
     Race("upgrade, upgrade, read", (upgrade_project, upgrade_project, read_project), files_are_upgraded, make_old_project),
 )  # fmt: skip
-IN_FOLDER = ("back up", "promote and sign", "sign", "upgrade")  # starts of the names of races that need a folder
+IN_FOLDER = (
+    "back up",
+    "promote and sign",
+    "repair, back up",
+    "sign",
+    "upgrade",
+)  # starts of the names of races that need a folder
 
 
 def delay_steps(chance: random.Random, mean: float, *, in_bucket: bool) -> None:

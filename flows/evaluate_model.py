@@ -2,13 +2,12 @@
 
 # No `from __future__ import annotations`: Prefect loads a served flow from its file, where it cannot look up names in text.
 
-from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import JsonValue
 
 from loraflow.execution.deal import deal_for_scores
 from loraflow.execution.runner import find_scorable_model, with_model
-from loraflow.flows.parameters import NO_SETTINGS, THE_ONLY_RECIPE, RecipeName, Settings
+from loraflow.flows.parameters import NO_SETTINGS, THE_ONLY_RECIPE, RecipeName, Settings, flow
 from loraflow.tasks.report import publish_scores
 from loraflow.tasks.run import open_run
 from loraflow.tasks.stages import check_dataset, deal_rows, resolve_base, version_dataset

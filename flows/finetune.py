@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator
 from types import TracebackType
 
-from prefect import flow
 from pydantic import JsonValue
 
 from loraflow.execution.results import PipelineResult, Registration
@@ -23,6 +22,7 @@ from loraflow.flows.parameters import (
     RecipeName,
     Settings,
     StageName,
+    flow,
 )
 from loraflow.flows.pipeline import pipeline
 from loraflow.registry.runs import RunSummary

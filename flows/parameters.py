@@ -5,9 +5,11 @@ The form has the most common settings. Any other key is changed in the recipe, o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, ParamSpec, Self, TypeVar
 
+from prefect import Flow
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -25,8 +27,29 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from loraflow.config.recipe_text import recipe_names
-from loraflow.credentials import HAS_CREDENTIALS
+from loraflow.credentials import HAS_CREDENTIALS, mask_json, protect_output
 from loraflow.stages import STAGES
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class MaskedFlow(Flow[P, R]):
+    """A flow that is called from Python with credentials: the server is sent masked ones, the process has its own."""
+
+    def serialize_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Return what the server stores."""
+        return {name: mask_json(value) for name, value in super().serialize_parameters(parameters).items()}
+
+    def validate_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Return the parameters in the flow's types. Prefect logs all of them if one does not fit."""
+        protect_output()
+        return super().validate_parameters(parameters)
+
+
+def flow(**options: Any) -> Callable[[Callable[P, R]], MaskedFlow[P, R]]:
+    """Make a function a flow, as `prefect.flow` does."""
+    return lambda function: MaskedFlow(function, **options)
 
 
 class RecipeChoice:

@@ -5,9 +5,8 @@ python -c "from loraflow.flows.predict import predict; predict(source='tickets.j
 
 # No `from __future__ import annotations`: Prefect loads a served flow from its file, where it cannot look up names in text.
 
-from prefect import flow
-
 from loraflow.credentials import protect_output
+from loraflow.flows.parameters import flow
 from loraflow.serving.predict import PredictionReport
 from loraflow.tasks.predict import predict_file
 

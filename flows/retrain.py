@@ -7,7 +7,6 @@ A run that finds nothing new ends within seconds, in a state named UpToDate.
 
 from typing import Annotated
 
-from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import Field, JsonValue
@@ -16,7 +15,7 @@ from loraflow.config import Recipe
 from loraflow.data.drift import why_wait
 from loraflow.data.git_branch import newest_settings
 from loraflow.flows.finetune import decide_and_register, publish_and_report, repairs
-from loraflow.flows.parameters import NO_SETTINGS, THE_ONLY_RECIPE, RecipeName, Settings
+from loraflow.flows.parameters import NO_SETTINGS, THE_ONLY_RECIPE, RecipeName, Settings, flow
 from loraflow.flows.pipeline import pipeline
 from loraflow.registry.runs import RunSummary
 from loraflow.tasks.approval import refuse_without_deployment

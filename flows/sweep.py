@@ -8,7 +8,6 @@ loraflow sweep configs/tickets.yaml --grid peft_config.r=8,16 --seeds 3
 from pathlib import Path
 from typing import Annotated
 
-from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import Field, JsonValue
 
@@ -16,7 +15,7 @@ from loraflow.config.grid import MAX_TRIALS, check_grid
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.sweep import Trial, make_trials
 from loraflow.flows.finetune import decide_and_register, publish_and_report, repairs
-from loraflow.flows.parameters import NO_SETTINGS, THE_ONLY_RECIPE, JsonObject, RecipeName, Settings
+from loraflow.flows.parameters import NO_SETTINGS, THE_ONLY_RECIPE, JsonObject, RecipeName, Settings, flow
 from loraflow.flows.pipeline import pipeline
 from loraflow.registry.runs import StageRun
 from loraflow.stages import TRAIN

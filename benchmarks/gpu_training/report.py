@@ -47,6 +47,8 @@ def print_table(results: dict[str, dict[str, Any]], work: Path, peak_flops: floa
               f"{ratio(speed, unsloth.get('tokens_per_second')):>9s} {ratio(memory, unsloth.get('peak_gib')):>11s} "
               f"{result.get('first_step_s', 0):6.1f}  "
               f"{case.description}")  # fmt: skip
+        if line := result.get("memory"):
+            print(f"{'':20s} {line}")
         print(f"{'':20s} losses {[round(x, 3) for x in result['losses'][::2]]}")
     print("1st s: from the start of the process to the end of the first step, compiling included")
 

@@ -20,7 +20,8 @@ from gpu_training.model import base_folder, documents, split_base, step_tokens
 
 def run_loraflow(case: Case, work: Path) -> dict[str, Any]:
     """Run the train stage in its worker process, as the flow does."""
-    from loraflow.execution.job_file import JobFile
+    from loraflow.cli.show import memory_line
+    from loraflow.execution.job_file import JobFile, read_memory
     from loraflow.store import Ref
     from tests.job_factory import make_job
 
@@ -51,6 +52,7 @@ def run_loraflow(case: Case, work: Path) -> dict[str, Any]:
         "tokens_per_second": tokens / (time_of_step[last] - time_of_step[first]),
         "step_ms": statistics.median(intervals) / 5 * 1e3,
         "peak_gib": engine.get("peak_gib"),
+        "memory": memory_line(read_memory(home)),
         "first_step_s": time_of_step[1] - started,
         "losses": [row["loss"] for row in curve if "loss" in row],
         "engine": engine,

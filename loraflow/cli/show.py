@@ -19,6 +19,8 @@ from loraflow.registry.runs import PREFECT_ID, RUN_ID, RunRecord, StageRun, find
 from loraflow.store import Manifest, Ref, Store, open_store
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from loraflow.serving.champion import Champion, Files, MadeWith, PromotionEntry, RunScores
 
 
@@ -264,9 +266,13 @@ def _file_parts(files: Files) -> list[str]:
 
 def memory_of(manifest: Manifest) -> str | None:
     """Return a line about the memory of the stage that made an artifact; None if it was not measured."""
+    return memory_line(manifest.provenance.get("memory"))
+
+
+def memory_line(recorded: JsonValue) -> str | None:
+    """Return peak, estimate and its parts, as `read_memory` gives them; None if nothing was measured."""
     from loraflow.training.memory import describe
 
-    recorded = manifest.provenance.get("memory")
     if not isinstance(recorded, dict):
         return None
     peaks, estimate = recorded.get("peak_bytes"), recorded.get("estimate_bytes")

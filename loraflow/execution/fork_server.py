@@ -102,12 +102,16 @@ class Server:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # workers save a checkpoint then; the server ends after them
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        signal.signal(signal.SIGALRM, lambda *_: self._end_with_launcher())
+        signal.siginterrupt(signal.SIGALRM, False)
+        signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)  # an import takes half a minute on a busy machine
         with selectors.DefaultSelector() as selector:
             selector.register(self.connection, selectors.EVENT_READ)
             selector.register(woken, selectors.EVENT_READ)
             is_closed = False
-            while os.getppid() == self.parent and not (is_closed and not self._status_pipes):
-                ready = {key.fd for key, _ in selector.select(timeout=0 if self._not_imported else 1.0)}
+            while not (is_closed and not self._status_pipes):
+                self._end_with_launcher()
+                ready = {key.fd for key, _ in selector.select(timeout=0 if self._not_imported else None)}
                 if woken in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.read(woken, 4096)
@@ -129,6 +133,11 @@ class Server:
                 elif not ready and self._not_imported:
                     self._import(self._not_imported[:1])
         return None
+
+    def _end_with_launcher(self) -> None:
+        """Exit if the launcher has died; the kernel ends the workers then."""
+        if os.getppid() != self.parent:
+            os._exit(0)
 
     def _import(self, names: Sequence[str]) -> None:
         for name in names:
@@ -152,8 +161,8 @@ class Server:
     def _become_worker(self, request: Request, log_file: int, outcome: int, status: int) -> None:
         """Turn a fork into what `python -P -m loraflow.execution.worker` is at its start."""
         os.setsid()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGALRM, signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         for descriptor in (status, *self._status_pipes.values()):
             os.close(descriptor)
         null = os.open(os.devnull, os.O_RDONLY)

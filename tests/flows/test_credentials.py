@@ -5,10 +5,12 @@ import logging
 import re
 import sqlite3
 import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from prefect.exceptions import ParameterTypeError
 
 from loraflow import credentials
 from loraflow.cli import cli
@@ -35,10 +37,12 @@ def masking(monkeypatch):
 
 
 def database_text() -> str:
-    """Return every row of the Prefect server's database."""
+    """Return every row of the Prefect server's database, after a look at the bytes of its files, which have old rows too."""
     from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
 
     file = PREFECT_API_DATABASE_CONNECTION_URL.value().split("///")[1]
+    for path in Path(file).parent.glob(f"{Path(file).name}*"):
+        assert CANARY.encode() not in path.read_bytes(), path
     with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as database:
         return "\n".join(database.iterdump())
 
@@ -78,7 +82,7 @@ def api_answers(run: str) -> dict[str, bytes]:
 def test_no_byte_that_a_successful_run_from_the_form_writes_has_the_canary(
     project, tmp_path, monkeypatch, capfd, caplog, masking
 ):
-    """The settings are the form's: Prefect's server has them before the flow starts."""
+    """The settings are given to the flow in Python: Prefect's server is sent masked ones."""
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, f"{name.lower()}-{CANARY}")
     pin = f"outs:\n- md5: {dvc.dvc_md5(project.folder / 'data')}\n  hash: md5\n  path: data\n"
@@ -103,6 +107,37 @@ def test_no_byte_that_a_successful_run_from_the_form_writes_has_the_canary(
     assert "a retry of this run will not have them" in caplog.text
     shown = capfd.readouterr()
     assert CANARY not in shown.out + shown.err + caplog.text
+
+
+def test_parameters_of_a_call_in_python_are_masked_before_the_server_stores_them(
+    tmp_path, monkeypatch, capfd, caplog, masking
+):
+    """Without `mask_parameters`, which replaces them once the run has started. Some do not fit: Prefect logs them all."""
+    from loraflow.flows import evaluate_model, finetune, predict, retrain, sweep
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("loraflow.tasks.run.mask_parameters", lambda given: None)
+    monkeypatch.setattr(sweep, "mask_parameters", lambda given: None)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.yaml").write_text("name: tiny\n")
+    for number, (flow, given) in enumerate(
+        (
+            (finetune.finetune, {"overrides": {"repo": "{}"}}),
+            (finetune.finetune, {"settings": {"data.repo": "{}"}}),
+            (retrain.retrain, {"settings": {"data.repo": "{}"}}),
+            (evaluate_model.evaluate, {"settings": {"data.repo": "{}"}}),
+            (sweep.sweep, {"grid": {"data.repo": ["{}"]}}),
+            (predict.predict, {"source": "{}", "target": "answers.jsonl"}),
+        )
+    ):
+        url = f"https://someone:{CANARY}@127.0.0.1:{number}/called.git"
+        logging.setLogRecordFactory(logging.LogRecord)
+        with pytest.raises((Failure, ParameterTypeError)):
+            flow(**json.loads(json.dumps(given).replace("{}", url)))
+        assert url.replace(f"someone:{CANARY}", "***") in database_text()
+    shown = capfd.readouterr()
+    text = shown.out + shown.err + caplog.text
+    assert "Parameter validation failed" in text and CANARY not in text
 
 
 def test_no_byte_that_a_crash_writes_has_the_canary(recipe, tmp_path, monkeypatch, capfd, masking):

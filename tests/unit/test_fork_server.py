@@ -167,6 +167,38 @@ def test_a_killed_launcher_takes_its_server_and_the_worker_with_it(running):
     assert_gone(fork_server, worker)
 
 
+IMPORTS = """
+import os, sys, time
+from loraflow.execution import start_worker
+start_worker.SERVER = [sys.executable, "-c", "import sys; from loraflow.execution import fork_server;"
+    "fork_server.MODULES = {'train': ('takes_long',)}; sys.exit(fork_server.main(sys.argv[1:]))"]
+server = start_worker._ForkServer(dict(os.environ))
+print(server.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_launcher_takes_a_server_with_it_that_is_importing(tmp_path):
+    """Importing torch and transformers took up to 35 s beside other processes."""
+    (tmp_path / "takes_long.py").write_text(
+        "import pathlib\npathlib.Path('importing').touch()\nwhile True:\n    pass\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    process = subprocess.Popen([sys.executable, "-c", IMPORTS], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    fork_server = psutil.Process(int(process.stdout.readline()))
+    try:
+        while not (tmp_path / "importing").exists():
+            assert fork_server.is_running() and fork_server.status() != psutil.STATUS_ZOMBIE
+            time.sleep(0.05)
+        process.kill()
+        process.communicate()
+        assert_gone(fork_server)
+    finally:
+        if fork_server.is_running():
+            fork_server.kill()
+
+
 def test_a_killed_server_ends_its_worker_and_the_run_says_that_it_was_killed(running):
     launcher_process, worker = running
     worker.parent().kill()
