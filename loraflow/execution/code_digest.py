@@ -22,6 +22,7 @@ from loraflow.stages import Stage
 # CPython before 3.11.8 fails in ast.parse when two threads parse at once (bug 106905); Prefect has threads.
 _PARSING = threading.Lock()
 PARSE_ATTEMPTS = 20
+PREFIX = 16  # digits of a digest, among the few of a stage
 
 
 class RecordedCode(BaseModel):
@@ -32,7 +33,7 @@ class RecordedCode(BaseModel):
     version: int
     digest: str
     sources: str  # sha256 over the source files
-    equivalent: list[str] = []  # digests of earlier code whose results are the same
+    equivalent: list[str] = []  # how the digests of earlier code with the same results begin
 
 
 @cache
@@ -47,7 +48,7 @@ def is_current(stage: Stage, digest: str) -> bool:
     known = recorded().get(stage.name)
     if digest == code_digest(stage):
         return True
-    return known is not None and known.version == stage.version and digest in known.equivalent
+    return known is not None and known.version == stage.version and digest[:PREFIX] in known.equivalent
 
 
 def code_digest(stage: Stage) -> str:

@@ -2,7 +2,6 @@
 
 import pytest
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
-from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.utilities.callables import parameter_schema
 
 from loraflow.failures import BadConfig
@@ -18,7 +17,6 @@ def deployed(client):
     def start(
         change,
         entrypoint="loraflow.flows.finetune.finetune",
-        pull_step="loraflow.flows.server.project.enter",
         **parameters,
     ):
         schema = parameter_schema(finetune).model_dump()
@@ -31,7 +29,7 @@ def deployed(client):
             work_pool_name="old",
             parameter_openapi_schema=schema,
             enforce_parameter_schema=True,
-            pull_steps=[{pull_step: {}}],
+            pull_steps=[{"loraflow.flows.server.project.enter": {}}],
         )
         return client.create_flow_run_from_deployment(deployment_id, parameters=parameters)
 
@@ -96,20 +94,9 @@ def state_after_running(client, run, folder, project_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pull_step", ["loraflow.flows.server.project.enter", "flows.project.enter"])
-def test_a_refused_run_shows_the_reason_in_its_state(deployed, client, tmp_path, pull_step):
+def test_a_refused_run_shows_the_reason_in_its_state(deployed, client, tmp_path):
     (tmp_path / "configs").mkdir()
-    run = deployed(renamed, pull_step=pull_step, recipe="quickstart", speed=3)
+    run = deployed(renamed, recipe="quickstart", speed=3)
     state = state_after_running(client, run, tmp_path / "worker", tmp_path)
     assert state.is_failed() or state.is_crashed()
     assert "another version of loraflow" in state.message, state.message
-
-
-@pytest.mark.slow
-def test_a_deployment_with_old_module_names_runs_and_warns_if_the_repository_is_importable(deployed, client, tmp_path):
-    (tmp_path / "configs").mkdir()
-    run = deployed(unchanged, "flows.finetune.finetune", "flows.project.enter", recipe="nowhere")
-    state = state_after_running(client, run, tmp_path / "worker", tmp_path)
-    assert state.is_failed() and "There is no such recipe." in state.message, "the flow itself has run"
-    logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])))
-    assert any("Run `loraflow deploy` to update it." in log.message for log in logs)

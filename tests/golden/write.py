@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from loraflow.execution.code_digest import parsed_digest, recorded
+from loraflow.execution.code_digest import PREFIX, parsed_digest, recorded
 from loraflow.stage_code import source_hash
 from loraflow.stages import STAGES
 
@@ -26,7 +26,8 @@ def code_digests() -> dict:
         digest, before = parsed_digest(stage.code), recorded().get(name)
         equivalent = []
         if before is not None and before.version == stage.version:
-            equivalent = [old for old in dict.fromkeys([*before.equivalent, before.digest]) if old != digest]
+            olds = dict.fromkeys([*before.equivalent, before.digest[:PREFIX]])
+            equivalent = [old for old in olds if not digest.startswith(old)]
         record = {"version": stage.version, "digest": digest, "sources": source_hash(stage.code)}
         found[name] = {**record, "equivalent": equivalent}
     return found
