@@ -8,17 +8,16 @@ import shlex
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from click.testing import CliRunner
 
 from loraflow.cli import cli, parse_overrides
+from loraflow.execution.sweep import read_curves
 from loraflow.failures import CorruptArtifact
 from loraflow.registry import PromotionLog
 from loraflow.store import LocalStore, hash_memo
-from loraflow.tasks.report import _losses
 from tests.flows.conftest import states
 from tests.promoted_models import forget_promotions
 
@@ -177,8 +176,9 @@ def test_show_champion_says_whether_the_weights_are_known_to_be_intact(champion)
 
 
 def test_a_damaged_training_log_is_left_out_of_the_report(store):
-    run, adapter = SimpleNamespace(workspace=SimpleNamespace(store=store)), artifact(store, "train")
-    assert len(_losses(run, adapter)) == 6
+    adapter = artifact(store, "train")
+    curves = read_curves(store, adapter)
+    assert curves is not None and len(curves.training) == 6
     flip(store.path(adapter) / "telemetry" / "curves.jsonl")
-    assert not _losses(run, adapter)
+    assert read_curves(store, adapter) is None
     assert store.check(adapter) == [], "nothing is decided by it, so nothing is retrained"

@@ -159,6 +159,6 @@ def test_a_run_in_dvcs_copy_of_a_project_warns_unless_its_store_is_elsewhere(tmp
     from loraflow.tracking.dvclive import lost_with_experiment
 
     copy = tmp_path / ".dvc" / "tmp" / "exps" / "standalone" / "tmpabc"
-    assert "a promotion" in lost_with_experiment(copy, ".loraflow/store")
+    assert "promotion" in lost_with_experiment(copy, ".loraflow/store")
     for folder, store in ((copy, "/shared/store"), (copy, "s3://bucket/x"), (tmp_path, ".loraflow/store")):
         assert lost_with_experiment(folder, store) is None

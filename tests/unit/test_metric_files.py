@@ -104,7 +104,8 @@ def test_a_file_of_the_project_named_like_a_library_is_neither_imported_nor_hash
     assert is_the_projects is (name == "metrics")
     assert (hash_now() != before) is is_the_projects
     assert (
-        any(f"not {name}.py of the project" in record.getMessage() for record in caplog.records) is not is_the_projects
+        any(f"not the project's file {name}.py" in record.getMessage() for record in caplog.records)
+        is not is_the_projects
     )
     monkeypatch.setenv("PYTHONPATH", str(project))
     assert hash_now() != before, "its folder comes first then"
