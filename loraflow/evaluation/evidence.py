@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import special
 
 from loraflow.evaluation.intervals import Bounds, Interval, ratio_interval, tango_bound
 
@@ -122,7 +122,9 @@ class Evidence:
             return low
         if self._p_of_mean(estimate) <= error:  # all groups differ by the same amount
             return estimate
-        root = optimize.brentq(lambda c: self._p_of_mean(c) - error, low, estimate, xtol=max(1e-7 * scale, 1e-300))
+        from scipy.optimize import brentq
+
+        root = brentq(lambda c: self._p_of_mean(c) - error, low, estimate, xtol=max(1e-7 * scale, 1e-300))
         return float(root)
 
     @property
@@ -204,6 +206,8 @@ def exact_p_value(wins: int, losses: int, n: int, bound: float, level: float) ->
     It is the largest probability, over the rates of disagreement that are plausible, of a score that is at least as large
     as the one observed; plus the probability that the rate is not among them.
     """
+    from scipy.stats import binom
+
     observed = float(_score(np.array([wins]), np.array([losses]), n, bound)[0])
     if observed <= 0:
         return 1.0
@@ -214,12 +218,12 @@ def exact_p_value(wins: int, losses: int, n: int, bound: float, level: float) ->
     rates = np.linspace(max(low, abs(bound)), max(high, abs(bound)), _NUISANCE_POINTS)
     lose = np.clip((rates - bound) / 2, 0.0, 1.0)  # at the border of the hypothesis: wins - losses = bound
     win = np.clip(lose + bound, 0.0, 1.0)
-    most = int(min(n, stats.binom.isf(outside * 1e-3, n, float(lose.max())))) if lose.max() < 1 else n
+    most = int(min(n, binom.isf(outside * 1e-3, n, float(lose.max())))) if lose.max() < 1 else n
     lost = np.arange(most + 1)
     enough = _fewest_wins(lost, n, bound, observed)
-    chance = stats.binom.pmf(lost[:, None], n, lose[None, :])
+    chance = binom.pmf(lost[:, None], n, lose[None, :])
     share = np.divide(win, 1 - lose, out=np.ones_like(win), where=lose < 1)
-    tail = stats.binom.sf(enough[:, None] - 1, (n - lost)[:, None], np.clip(share, 0, 1)[None, :])
+    tail = binom.sf(enough[:, None] - 1, (n - lost)[:, None], np.clip(share, 0, 1)[None, :])
     return float(min((chance * tail).sum(0).max() + outside * 1e-3 + outside, 1.0))
 
 

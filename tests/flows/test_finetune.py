@@ -308,7 +308,10 @@ def test_a_cached_run_and_a_plan_import_no_torch(project):
         "assert not bad, bad\n"
     )
     project.run()
-    for command, also in (("plan", "assert 'prefect' not in sys.modules"), ("run", "")):
+    for command, also in (
+        ("plan", "assert 'prefect' not in sys.modules"),
+        ("run", "assert 'scipy.stats' not in sys.modules"),
+    ):
         script = code.format(arguments=[command, str(project.recipe), *(["-q"] if command == "run" else [])]) + also
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=with_server())
         assert done.returncode == 0, done.stderr[-2000:]
