@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from scipy import special
+import scipy
 
 from loraflow.evaluation.intervals import Bounds, Interval, ratio_interval, tango_bound
 
@@ -122,9 +122,9 @@ class Evidence:
             return low
         if self._p_of_mean(estimate) <= error:  # all groups differ by the same amount
             return estimate
-        from scipy.optimize import brentq
-
-        root = brentq(lambda c: self._p_of_mean(c) - error, low, estimate, xtol=max(1e-7 * scale, 1e-300))
+        root = scipy.optimize.brentq(
+            lambda c: self._p_of_mean(c) - error, low, estimate, xtol=max(1e-7 * scale, 1e-300)
+        )
         return float(root)
 
     @property
@@ -152,7 +152,7 @@ def _t_p_value(values: np.ndarray, times: int) -> float:
     mean, error = float(values.mean()), float(values.std()) / np.sqrt(n - 1)
     if error <= 1e-14 * abs(mean):
         return 0.0 if mean > 0 else 1.0
-    return float(special.stdtr(n - 1, -mean / error)) if error else 1.0
+    return float(scipy.special.stdtr(n - 1, -mean / error)) if error else 1.0
 
 
 def gaffke_p_value(values: np.ndarray, worst: float, times: int = 1) -> float:
@@ -176,7 +176,7 @@ def gaffke_p_value(values: np.ndarray, worst: float, times: int = 1) -> float:
         p = 0.5 - (float(number @ y) / np.sqrt(k2) - k3 / (6 * k2**1.5)) / np.sqrt(2 * np.pi)
     else:
         u = t * np.sqrt(float(number @ (y / (1 - t * y)) ** 2))
-        p = special.ndtr(r) + np.exp(-r * r / 2) / np.sqrt(2 * np.pi) * (1 / r - 1 / u)
+        p = scipy.special.ndtr(r) + np.exp(-r * r / 2) / np.sqrt(2 * np.pi) * (1 / r - 1 / u)
     return float(min(max(p, 0.0), 1.0))
 
 
@@ -206,24 +206,22 @@ def exact_p_value(wins: int, losses: int, n: int, bound: float, level: float) ->
     It is the largest probability, over the rates of disagreement that are plausible, of a score that is at least as large
     as the one observed; plus the probability that the rate is not among them.
     """
-    from scipy.stats import binom
-
     observed = float(_score(np.array([wins]), np.array([losses]), n, bound)[0])
     if observed <= 0:
         return 1.0
     outside = level * _NUISANCE_SHARE
     seen = wins + losses
-    low = float(special.betaincinv(seen, n - seen + 1, outside / 2)) if seen else 0.0
-    high = float(special.betaincinv(seen + 1, n - seen, 1 - outside / 2)) if seen < n else 1.0
+    low = float(scipy.special.betaincinv(seen, n - seen + 1, outside / 2)) if seen else 0.0
+    high = float(scipy.special.betaincinv(seen + 1, n - seen, 1 - outside / 2)) if seen < n else 1.0
     rates = np.linspace(max(low, abs(bound)), max(high, abs(bound)), _NUISANCE_POINTS)
     lose = np.clip((rates - bound) / 2, 0.0, 1.0)  # at the border of the hypothesis: wins - losses = bound
     win = np.clip(lose + bound, 0.0, 1.0)
-    most = int(min(n, binom.isf(outside * 1e-3, n, float(lose.max())))) if lose.max() < 1 else n
+    most = int(min(n, scipy.stats.binom.isf(outside * 1e-3, n, float(lose.max())))) if lose.max() < 1 else n
     lost = np.arange(most + 1)
     enough = _fewest_wins(lost, n, bound, observed)
-    chance = binom.pmf(lost[:, None], n, lose[None, :])
+    chance = scipy.stats.binom.pmf(lost[:, None], n, lose[None, :])
     share = np.divide(win, 1 - lose, out=np.ones_like(win), where=lose < 1)
-    tail = binom.sf(enough[:, None] - 1, (n - lost)[:, None], np.clip(share, 0, 1)[None, :])
+    tail = scipy.stats.binom.sf(enough[:, None] - 1, (n - lost)[:, None], np.clip(share, 0, 1)[None, :])
     return float(min((chance * tail).sum(0).max() + outside * 1e-3 + outside, 1.0))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy import special  # scipy.stats and scipy.optimize take a second to import: a cached run has no use for them
+import scipy  # imports its parts when they are used first: scipy.stats takes a second, and a cached run has no use for it
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,10 +63,8 @@ def mean_interval(
         largest = 1.0
     is_plain = weights is None and groups is None
     if is_plain and largest is not None and is_binary(scores / largest):
-        from scipy.stats import binomtest
-
         hits = int(np.count_nonzero(scores))
-        interval = binomtest(hits, len(scores)).proportion_ci(confidence, method="wilson")
+        interval = scipy.stats.binomtest(hits, len(scores)).proportion_ci(confidence, method="wilson")
         return Interval(float(scores.mean()), largest * float(interval.low), largest * float(interval.high))
     weights = np.ones(len(scores)) if weights is None else weights
     labels = np.arange(len(scores)) if groups is None else groups
@@ -89,7 +87,7 @@ def within_range(found: Interval, weights: np.ndarray, confidence: float, larges
     value, low, high = found
     if value in (0.0, largest) and high - low <= 1e-9 * largest:
         groups = float(weights.sum() ** 2 / (weights @ weights))  # of equal weight
-        z2 = float(special.ndtri((1 + confidence) / 2)) ** 2
+        z2 = float(scipy.special.ndtri((1 + confidence) / 2)) ** 2
         low, high = value - largest * z2 / (groups + z2), value + largest * z2 / (groups + z2)
     return Interval(value, max(low, 0.0), min(high, largest))
 
@@ -118,7 +116,7 @@ def ratio_interval(
         return Interval(value, value, value)
     moved /= scale  # powers of very small or large numbers
     variance = float(moved @ moved)
-    t = float(special.stdtrit(effective - 1, (1 + confidence) / 2))
+    t = float(scipy.special.stdtrit(effective - 1, (1 + confidence) / 2))
     skew = float((moved**3).sum()) / variance**1.5  # of the value
     error = scale * float(np.sqrt(variance * n / (n - 1)))
     ends = np.array([t, -t])
@@ -133,7 +131,7 @@ def tango_bound(wins: int, losses: int, n: int, confidence: float) -> float:
     The bound is the difference d0 at which z = (d - d0) / sqrt((p - d0²) / n) reaches the quantile, where p, the rate
     of disagreement, is its maximum likelihood estimate under d0. Tango 1998, Statistics in Medicine 17:891.
     """
-    z = float(special.ndtri(confidence))
+    z = float(scipy.special.ndtri(confidence))
     d = (wins - losses) / n
 
     def excess(d0: float) -> float:
@@ -146,9 +144,7 @@ def tango_bound(wins: int, losses: int, n: int, confidence: float) -> float:
 
     if excess(-1 + 1e-12) <= 0:
         return -1.0
-    from scipy.optimize import brentq
-
-    return float(brentq(excess, -1 + 1e-12, d, xtol=1e-10)) if d > -1 else -1.0
+    return float(scipy.optimize.brentq(excess, -1 + 1e-12, d, xtol=1e-10)) if d > -1 else -1.0
 
 
 def group_labels(table: pd.DataFrame) -> np.ndarray:
