@@ -46,7 +46,14 @@ class MaskedFlow(Flow[P, R]):
         protect_output()
         return super().validate_parameters(parameters)
 
+    def with_options(self, **options: Any) -> MaskedFlow[P, R]:
+        """Return this flow with other options. Prefect's own method returns a plain flow."""
+        new = super().with_options(**options)
+        new.__class__ = MaskedFlow
+        return new  # type: ignore[return-value]
 
+
+# It is called `flow` because Prefect looks for a decorator of this name in the syntax tree of a flow's file.
 def flow(**options: Any) -> Callable[[Callable[P, R]], MaskedFlow[P, R]]:
     """Make a function a flow, as `prefect.flow` does."""
     return lambda function: MaskedFlow(function, **options)

@@ -133,6 +133,7 @@ def test_parameters_of_a_call_in_python_are_masked_before_the_server_stores_them
             (predict.predict, {"source": "{}", "target": "answers.jsonl"}),
             (predict.predict, {"source": "rows.jsonl", "target": "{}"}),
             (predict.predict, {"source": "rows.jsonl", "target": "answers.jsonl", "model": "{}"}),
+            (predict.predict.with_options(retries=0), {"source": "{}", "target": "answers.jsonl"}),
             (evaluate_model.evaluate, {"model": "{}"}),
             (finetune.finetune, {"recipe": "{}"}),
             (retrain.retrain, {"recipe": "{}"}),
