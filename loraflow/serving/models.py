@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -288,31 +290,58 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
     Raises:
         BadModel: the adapter does not fit the base, or a folder that is not an artifact cannot be opened.
     """
-    from safetensors import SafetensorError
-
-    from loraflow.base.architecture import reason_of
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
     from loraflow.data.loss_mask import ChatTemplate
 
     adapter = model.unmerged_adapter
     if adapter is not None:
         check_unmerged(model)
-    try:
+    with _refuse_unloadable(model):
         network = load_model(model.folder, dtype, Runtime.model_validate({"device": device}))
-        positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-        if adapter is not None:
-            network = _with_adapter(network, adapter)
-        with served_folder(model.folder, adapter) as folder:
-            return Loaded(network, load_tokenizer(folder), ChatTemplate(folder), stop_ids(folder), positions)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, SafetensorError, RuntimeError) as error:
+    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if adapter is not None:
+        network = _with_adapter(network, adapter)
+    with served_folder(model.folder, adapter) as folder:
+        with _refuse_unloadable(model):
+            tokenizer = load_tokenizer(folder)
+        return Loaded(network, tokenizer, ChatTemplate(folder), stop_ids(folder), positions)
+
+
+@contextmanager
+def _refuse_unloadable(model: Model) -> Iterator[None]:
+    """Raise BadModel for an error of transformers that the model's files cause. Those of an artifact are intact."""
+    from safetensors import SafetensorError
+
+    from loraflow.base.architecture import reason_of
+    from loraflow.base.usable import refuse_unusable_folder
+
+    try:
+        yield
+    except (
+        ImportError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:
         is_of_machine = isinstance(error, RuntimeError) and "mismatched_sizes" not in str(error)
-        if model.ref is not None or is_of_machine:  # the files of an artifact are intact
+        if model.ref is not None or is_of_machine:
+            raise
+        try:
+            refuse_unusable_folder(model.folder, trust=False)
+        except BadModel as refusal:
+            refusal.where = str(model.folder)
+            raise refusal from error
+        if isinstance(error, ImportError):
             raise
         raise BadModel(
             "transformers cannot open the model.",
             where=str(model.folder),
             got=reason_of(error),
-            next_step="fetch or save the model again: its files are damaged, or of different models",
+            next_step="fetch or save the model again: its files are damaged, of different models, or not a text generator",
         ) from error
 
 
