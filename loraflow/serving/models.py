@@ -309,32 +309,19 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
 
 @contextmanager
 def _refuse_unloadable(model: Model) -> Iterator[None]:
-    """Raise BadModel for an error of transformers that the model's files cause. Those of an artifact are intact."""
+    """Raise BadModel for errors of transformers that the files cause, unless they are an artifact's: those are intact."""
     from safetensors import SafetensorError
 
-    from loraflow.base.architecture import reason_of
+    from loraflow.base.architecture import config_errors, reason_of
     from loraflow.base.usable import refuse_unusable_folder
 
     try:
         yield
-    except (
-        ImportError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:
-        is_of_machine = isinstance(error, RuntimeError) and "mismatched_sizes" not in str(error)
+    except (*config_errors(), SafetensorError) as error:
+        is_of_machine = isinstance(error, (OSError, RuntimeError)) and "mismatched_sizes" not in str(error)
         if model.ref is not None or is_of_machine:
             raise
-        try:
-            refuse_unusable_folder(model.folder, trust=False)
-        except BadModel as refusal:
-            refusal.where = str(model.folder)
-            raise refusal from error
+        refuse_unusable_folder(model.folder, trust=False)
         if isinstance(error, ImportError):
             raise
         raise BadModel(
