@@ -6,6 +6,7 @@ loraflow prepares the model's folder, its name, all its stop ids and a free port
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -173,12 +174,18 @@ def _hub_cache(folder: Path, name: str) -> Path:
     (repo / "blobs").mkdir()
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
+    old = temporary.with_suffix(".old")
     if not _is_intact(cache, temporary):  # it was damaged, or a crash left it incomplete
-        shutil.rmtree(cache, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            cache.rename(old)
     try:
         temporary.rename(cache)
     except OSError:  # it is there already, or another server of the same model was faster
-        shutil.rmtree(temporary)
+        if not _is_intact(cache, temporary):
+            raise
+    finally:
+        for path in (old, temporary):
+            shutil.rmtree(path, ignore_errors=True)
     return cache
 
 
