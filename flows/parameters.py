@@ -46,14 +46,14 @@ class MaskedFlow(Flow[P, R]):
         protect_output()
         return super().validate_parameters(parameters)
 
-    def with_options(self, **options: Any) -> MaskedFlow[P, R]:
-        """Return this flow with other options. Prefect's own method returns a plain flow."""
+    def with_options(self, **options: Any) -> Flow[P, R]:
+        """Return the flow with other options."""
         new = super().with_options(**options)
-        new.__class__ = MaskedFlow
-        return new  # type: ignore[return-value]
+        new.__class__ = MaskedFlow  # Prefect makes a plain Flow
+        return new
 
 
-# It is called `flow` because Prefect looks for a decorator of this name in the syntax tree of a flow's file.
+# Prefect looks for a decorator named `flow` in the file's syntax tree.
 def flow(**options: Any) -> Callable[[Callable[P, R]], MaskedFlow[P, R]]:
     """Make a function a flow, as `prefect.flow` does."""
     return lambda function: MaskedFlow(function, **options)

@@ -206,7 +206,7 @@ def refuse_damaged_settings(folder: Path, where: str | None = None) -> dict[str,
     """Refuse a model's folder with a damaged file of settings or of the tokenizer. Return the content of config.json.
 
     Raises:
-        BadModel: one of them is not a JSON object. Of tokenizer.json, only the first and the last byte are read as JSON.
+        BadModel: one of them is not a JSON object.
     """
     config: dict[str, JsonValue] = {}
     for name in _SETTINGS:
@@ -216,7 +216,7 @@ def refuse_damaged_settings(folder: Path, where: str | None = None) -> dict[str,
         data = file.read_bytes().strip()
         try:
             if name == "tokenizer.json" and data[:1] + data[-1:] == b"{}":
-                continue  # up to 30 MB, which take a second; most commands open it as a tokenizer anyway
+                continue  # not parsed: 28 MB take a second, and most commands open it as a tokenizer
             values = json.loads(data.decode())  # Mamba-2's config.json has Infinity
             if not isinstance(values, dict):
                 raise ValueError(f"{type(values).__name__}, not an object")

@@ -104,7 +104,7 @@ class Server:
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGALRM, lambda *_: self._end_with_launcher())
         signal.siginterrupt(signal.SIGALRM, False)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # a launcher's mask is inherited
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # launchers may block it
         signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)  # an import takes half a minute on a busy machine
         with selectors.DefaultSelector() as selector:
             selector.register(self.connection, selectors.EVENT_READ)
@@ -133,7 +133,7 @@ class Server:
                         return request["job_file"]
                 elif not ready and self._not_imported:
                     self._import(self._not_imported[:1])
-        signal.setitimer(signal.ITIMER_REAL, 0)  # Python removes the handler when it ends, and the signal would kill it
+        signal.setitimer(signal.ITIMER_REAL, 0)  # Python removes the handler before it ends
         return None
 
     def _end_with_launcher(self) -> None:

@@ -64,7 +64,7 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
             copy.remove_document(name)
     _write_documents(copy, anchors)
     _write_documents(copy, runs)
-    for name in damaged_runs(copy).keys() - runs.keys():  # the store's was damaged too, and a person has removed it
+    for name in damaged_runs(copy).keys() - runs.keys():  # a person has removed the store's
         copy.remove_document(name)
 
 

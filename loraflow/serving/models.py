@@ -309,15 +309,16 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
 
 @contextmanager
 def _refuse_unloadable(model: Model) -> Iterator[None]:
-    """Raise BadModel for errors of transformers that the files cause, unless they are an artifact's: those are intact."""
+    """Raise BadModel for errors of transformers that a folder's files cause. An artifact's files are intact."""
     from safetensors import SafetensorError
 
     from loraflow.base.architecture import config_errors, reason_of
     from loraflow.base.usable import refuse_unusable_folder
 
+    errors: tuple[type[Exception], ...] = (*config_errors(), SafetensorError)
     try:
         yield
-    except (*config_errors(), SafetensorError) as error:
+    except errors as error:
         is_of_machine = isinstance(error, (OSError, RuntimeError)) and "mismatched_sizes" not in str(error)
         if model.ref is not None or is_of_machine:
             raise
