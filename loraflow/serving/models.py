@@ -8,8 +8,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -290,47 +288,38 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
     Raises:
         BadModel: the adapter does not fit the base, or a folder that is not an artifact cannot be opened.
     """
+    from safetensors import SafetensorError
+
+    from loraflow.base.architecture import config_errors, reason_of
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
+    from loraflow.base.usable import refuse_unusable_folder
     from loraflow.data.loss_mask import ChatTemplate
 
     adapter = model.unmerged_adapter
     if adapter is not None:
         check_unmerged(model)
-    with _refuse_unloadable(model):
-        network = load_model(model.folder, dtype, Runtime.model_validate({"device": device}))
-    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    if adapter is not None:
-        network = _with_adapter(network, adapter)
-    with served_folder(model.folder, adapter) as folder:
-        with _refuse_unloadable(model):
-            tokenizer = load_tokenizer(folder)
-        return Loaded(network, tokenizer, ChatTemplate(folder), stop_ids(folder), positions)
-
-
-@contextmanager
-def _refuse_unloadable(model: Model) -> Iterator[None]:
-    """Raise BadModel for errors of transformers that a folder's files cause. An artifact's files are intact."""
-    from safetensors import SafetensorError
-
-    from loraflow.base.architecture import config_errors, reason_of
-    from loraflow.base.usable import refuse_unusable_folder
-
     errors: tuple[type[Exception], ...] = (*config_errors(), SafetensorError)
-    try:
-        yield
-    except errors as error:
-        is_of_machine = isinstance(error, (OSError, RuntimeError)) and "mismatched_sizes" not in str(error)
-        if model.ref is not None or is_of_machine:
-            raise
-        refuse_unusable_folder(model.folder, trust=False)
-        if isinstance(error, ImportError):
-            raise
-        raise BadModel(
-            "transformers cannot open the model.",
-            where=str(model.folder),
-            got=reason_of(error),
-            next_step="fetch or save the model again: its files are damaged, of different models, or not a text generator",
-        ) from error
+    with served_folder(model.folder, adapter) as folder:
+        try:
+            network = load_model(model.folder, dtype, Runtime.model_validate({"device": device}))
+            tokenizer = load_tokenizer(folder)
+        except errors as error:
+            is_of_machine = isinstance(error, (OSError, RuntimeError)) and "mismatched_sizes" not in str(error)
+            if model.ref is not None or is_of_machine:  # the files of an artifact are intact
+                raise
+            refuse_unusable_folder(model.folder, trust=False)
+            if isinstance(error, ImportError):
+                raise
+            raise BadModel(
+                "transformers cannot open the model.",
+                where=str(model.folder),
+                got=reason_of(error),
+                next_step="fetch or save the model again: its files are damaged, of different models, or not a text generator",
+            ) from error
+        positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+        if adapter is not None:
+            network = _with_adapter(network, adapter)
+        return Loaded(network, tokenizer, ChatTemplate(folder), stop_ids(folder), positions)
 
 
 def check_unmerged(model: Model) -> None:

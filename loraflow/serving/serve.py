@@ -152,24 +152,22 @@ def _hub_cache(folder: Path, name: str) -> Path:
     """
     from loraflow.base.load import stop_ids
 
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST]
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST]
+    names += further_templates(folder)
     file = folder / "generation_config.json"
     settings: dict[str, JsonValue] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     settings["eos_token_id"] = [*stop_ids(folder)]
-    files_of_templates = [str(folder / template) for template in further_templates(folder)]
-    key = fingerprint({"files": [*map(str, files), *files_of_templates], "settings": settings, "name": name})
+    key = fingerprint({"files": [str(folder / path) for path in names], "settings": settings, "name": name})
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraflow" / "serve"
     cache = caches / short(key)
     temporary = caches / f".{uuid.uuid4().hex}"
     repo, commit = temporary / f"models--{name}", key[:40]
     snapshot = repo / "snapshots" / commit
     snapshot.mkdir(parents=True)
-    for path in files:
-        if path != file:
-            (snapshot / path.name).symlink_to(path)
-    for template in further_templates(folder):
-        (snapshot / template).parent.mkdir(exist_ok=True)
-        (snapshot / template).symlink_to(folder / template)
+    for path in names:
+        if path != file.name:
+            (snapshot / path).parent.mkdir(exist_ok=True)
+            (snapshot / path).symlink_to(folder / path)
     (snapshot / file.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (repo / "blobs").mkdir()
     (repo / "refs").mkdir()

@@ -161,7 +161,8 @@ def test_a_damaged_cache_that_cannot_be_replaced_is_not_served(tmp_path, cache, 
 
     [settings] = plan().glob("*/snapshots/*/generation_config.json")
     settings.write_text("")
-    monkeypatch.setattr(serve, "_is_intact", lambda cache, expected, found=iter((True, False)): next(found))
+    answers = iter((True, False))
+    monkeypatch.setattr(serve, "_is_intact", lambda cache, expected: next(answers))
     with pytest.raises(OSError, match="not empty"):  # another server has just damaged it
         plan()
     assert [path.name for path in settings.parents[4].iterdir()] == [settings.parents[3].name]
