@@ -305,7 +305,7 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
             tokenizer = load_tokenizer(folder)
         except errors as error:
             is_of_machine = isinstance(error, (OSError, RuntimeError)) and "mismatched_sizes" not in str(error)
-            if model.ref is not None or is_of_machine:  # the files of an artifact are intact
+            if model.ref is not None or is_of_machine:  # an artifact is intact
                 raise
             refuse_unusable_folder(model.folder, trust=False)
             if isinstance(error, ImportError):
@@ -314,7 +314,7 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
                 "transformers cannot open the model.",
                 where=str(model.folder),
                 got=reason_of(error),
-                next_step="fetch or save the model again: its files are damaged, of different models, or not a text generator",
+                next_step="fetch or save it again: its files are damaged, of different models, or not a text generator",
             ) from error
         positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
         if adapter is not None:

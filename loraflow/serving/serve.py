@@ -173,17 +173,17 @@ def _hub_cache(folder: Path, name: str) -> Path:
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     old = temporary.with_suffix(".old")
-    if not _is_intact(cache, temporary):  # it was damaged, or a crash left it incomplete
+    if not _is_intact(cache, temporary):  # damaged or incomplete
         with contextlib.suppress(FileNotFoundError):
             cache.rename(old)
     try:
         temporary.rename(cache)
-    except OSError:  # it is there already, or another server of the same model was faster
+    except OSError:  # it is there, or another server was faster
         if not _is_intact(cache, temporary):
             raise
     finally:
-        for path in (old, temporary):
-            shutil.rmtree(path, ignore_errors=True)
+        for unused in (old, temporary):
+            shutil.rmtree(unused, ignore_errors=True)
     return cache
 
 
