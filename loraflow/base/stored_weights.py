@@ -216,7 +216,7 @@ def refuse_damaged_settings(folder: Path, where: str | None = None) -> dict[str,
         data = file.read_bytes().strip()
         try:
             if name == "tokenizer.json" and data[:1] + data[-1:] == b"{}":
-                continue  # not parsed: 28 MB take a second, and most commands open it as a tokenizer
+                continue  # 28 MB take a second to parse, and most commands open it
             values = json.loads(data.decode())  # Mamba-2's config.json has Infinity
             if not isinstance(values, dict):
                 raise ValueError(f"{type(values).__name__}, not an object")
