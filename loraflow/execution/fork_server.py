@@ -104,7 +104,7 @@ class Server:
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGALRM, lambda *_: self._end_with_launcher())
         signal.siginterrupt(signal.SIGALRM, False)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # may be inherited
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # a launcher may block it
         signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)  # an import takes half a minute on a busy machine
         with selectors.DefaultSelector() as selector:
             selector.register(self.connection, selectors.EVENT_READ)

@@ -178,7 +178,7 @@ def _hub_cache(folder: Path, name: str) -> Path:
             cache.rename(old)
     try:
         temporary.rename(cache)
-    except OSError:  # it is there, or another server was faster
+    except OSError:  # it is there
         if not _is_intact(cache, temporary):
             raise
     finally:
