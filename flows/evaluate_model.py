@@ -5,6 +5,7 @@
 from prefect.runtime import flow_run
 from pydantic import JsonValue
 
+from loraflow.credentials import mask
 from loraflow.execution.deal import deal_for_scores
 from loraflow.execution.runner import find_scorable_model, with_model
 from loraflow.flows.parameters import NO_SETTINGS, THE_ONLY_RECIPE, RecipeName, Settings, flow
@@ -15,7 +16,7 @@ from loraflow.tasks.stages import evaluate as task_evaluate
 
 
 def _run_name() -> str:
-    return f"{flow_run.parameters['model']}, recipe {flow_run.parameters['recipe']}"
+    return mask(f"{flow_run.parameters['model']}, recipe {flow_run.parameters['recipe']}")
 
 
 @flow(name="evaluate", flow_run_name=_run_name, validate_parameters=True)

@@ -46,7 +46,14 @@ class MaskedFlow(Flow[P, R]):
         protect_output()
         return super().validate_parameters(parameters)
 
+    def with_options(self, **options: Any) -> Flow[P, R]:
+        """Return the flow with other options."""
+        new = super().with_options(**options)
+        new.__class__ = MaskedFlow  # Prefect makes a plain Flow
+        return new
 
+
+# Prefect looks for a decorator named `flow` in the file's syntax tree.
 def flow(**options: Any) -> Callable[[Callable[P, R]], MaskedFlow[P, R]]:
     """Make a function a flow, as `prefect.flow` does."""
     return lambda function: MaskedFlow(function, **options)

@@ -5,13 +5,19 @@ python -c "from loraflow.flows.predict import predict; predict(source='tickets.j
 
 # No `from __future__ import annotations`: Prefect loads a served flow from its file, where it cannot look up names in text.
 
-from loraflow.credentials import protect_output
+from prefect.runtime import flow_run
+
+from loraflow.credentials import mask, protect_output
 from loraflow.flows.parameters import flow
 from loraflow.serving.predict import PredictionReport
 from loraflow.tasks.predict import predict_file
 
 
-@flow(name="predict", flow_run_name="{model} → {target}", validate_parameters=True)
+def _run_name() -> str:
+    return mask(f"{flow_run.parameters['model']} → {flow_run.parameters['target']}")
+
+
+@flow(name="predict", flow_run_name=_run_name, validate_parameters=True)
 def predict(
     source: str,
     target: str,

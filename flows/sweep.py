@@ -5,10 +5,8 @@ loraflow sweep configs/tickets.yaml --grid peft_config.r=8,16 --seeds 3
 
 # No `from __future__ import annotations`: Prefect loads a served flow from its file, where it cannot look up names in text.
 
-from pathlib import Path
 from typing import Annotated
 
-from prefect.runtime import flow_run
 from pydantic import Field, JsonValue
 
 from loraflow.config.grid import MAX_TRIALS, check_grid
@@ -20,14 +18,14 @@ from loraflow.flows.pipeline import pipeline
 from loraflow.registry.runs import StageRun
 from loraflow.stages import TRAIN
 from loraflow.tasks.approval import refuse_without_deployment
-from loraflow.tasks.run import Run, mask_parameters, open_run
+from loraflow.tasks.run import Run, mask_parameters, open_run, run_name
 from loraflow.tasks.trials import group_labels, note_loss_alone, refuse_if_all_failed, run_trials, validation_loss
 
 NO_GRID: JsonObject = {}
 
 
 def _run_name() -> str:
-    return f"{Path(flow_run.parameters['recipe']).stem}, sweep"
+    return f"{run_name()}, sweep"
 
 
 @flow(name="sweep", flow_run_name=_run_name, validate_parameters=True)

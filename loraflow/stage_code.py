@@ -80,7 +80,6 @@ CHECK_DATASET = (
 
 RESOLVE_BASE = (
     "loraflow.base.resolve",
-    "loraflow.base.gguf_file",
     "loraflow.base.weight_checks",
     "loraflow.base.stored_weights",
     "loraflow.base.load",

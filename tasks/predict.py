@@ -7,7 +7,9 @@ from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import task_run
 
+from loraflow.credentials import mask
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import find_model, tools_of
 from loraflow.serving.predict import PredictionReport, PredictOptions, predict
@@ -18,9 +20,13 @@ from loraflow.tasks.stages import RETRIES, RETRY_DELAYS, is_retryable
 log = logging.getLogger("loraflow")
 
 
+def _task_name() -> str:
+    return mask(f"predict {task_run.parameters['target']}")
+
+
 @task(
     name="predict",
-    task_run_name="predict {target}",
+    task_run_name=_task_name,
     cache_policy=NO_CACHE,  # the file is the result; an unfinished one records its input, model and settings
     persist_result=False,
     retries=RETRIES,

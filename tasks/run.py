@@ -21,7 +21,7 @@ from loraflow import identity
 from loraflow.config import Recipe
 from loraflow.config.load import RecipeFile, read_recipe
 from loraflow.config.stage_configs import StageConfig
-from loraflow.credentials import mask_json, protect_output
+from loraflow.credentials import mask, mask_json, protect_output
 from loraflow.data import dvc
 from loraflow.data.drift import DataDrift
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
@@ -258,7 +258,7 @@ SHOWN_CHARACTERS = 8  # of the dataset's md5 and of the fingerprint
 
 def run_name() -> str:
     """Return the name of a run before its recipe is read: the recipe's file name."""
-    return Path(flow_run.parameters["recipe"]).stem
+    return Path(mask(flow_run.parameters["recipe"])).stem
 
 
 def mask_parameters(given: Mapping[str, JsonValue]) -> None:

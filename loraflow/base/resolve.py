@@ -6,6 +6,7 @@ folder, or a hub id. A local model is pinned by its content, a hub id by its com
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+from unittest import mock
 
 from loraflow.base import hub
 from loraflow.base.model_files import copy_model, model_files, save_tokenizer
@@ -190,9 +192,7 @@ def _from_gguf(file: Path, out: Path, config: ResolveBaseConfig) -> Figures:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from loraflow.base.gguf_file import parsed_once
-
-    with parsed_once():
+    with _parsed_once():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, **_unpacked()
@@ -201,6 +201,28 @@ def _from_gguf(file: Path, out: Path, config: ResolveBaseConfig) -> Figures:
         tokenizer.pad_token = tokenizer.unk_token  # padding is left out of the loss, and the stop token must not be
     _forget_gguf(model)
     return _save(model.eval(), tokenizer, out, config)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers parse each GGUF file once inside the block, in place of once each for tokenizer, config and weights.
+
+    transformers also builds the table of tensor names again for each module of the model. Inside the block, the results of
+    both functions of gguf are cached.
+    """
+    import gguf
+    import numpy as np
+
+    class Reader(gguf.GGUFReader):
+        """gguf's reader, with the file as a plain array: parsing takes millions of slices, and a memmap's are slow."""
+
+        data = property(lambda self: self._data, lambda self, value: setattr(self, "_data", np.asarray(value)))
+
+    with (
+        mock.patch.object(gguf, "GGUFReader", functools.cache(Reader)),
+        mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+    ):
+        yield
 
 
 def _unpacked() -> dict[str, object]:

@@ -104,6 +104,7 @@ class Server:
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGALRM, lambda *_: self._end_with_launcher())
         signal.siginterrupt(signal.SIGALRM, False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # a launcher may block it
         signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)  # an import takes half a minute on a busy machine
         with selectors.DefaultSelector() as selector:
             selector.register(self.connection, selectors.EVENT_READ)
@@ -111,7 +112,7 @@ class Server:
             is_closed = False
             while not (is_closed and not self._status_pipes):
                 self._end_with_launcher()
-                ready = {key.fd for key, _ in selector.select(timeout=0 if self._not_imported else None)}
+                ready = {key.fd for key, _ in selector.select(timeout=0 if self._not_imported else 1.0)}
                 if woken in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.read(woken, 4096)
@@ -132,6 +133,7 @@ class Server:
                         return request["job_file"]
                 elif not ready and self._not_imported:
                     self._import(self._not_imported[:1])
+        signal.setitimer(signal.ITIMER_REAL, 0)  # Python removes the handler before it ends
         return None
 
     def _end_with_launcher(self) -> None:

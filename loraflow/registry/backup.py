@@ -47,8 +47,8 @@ class Copied(NamedTuple):
 def back_up(store: Store, target: Path) -> Iterator[Copied]:
     """Copy artifacts, promotion logs, anchors and run records to a folder; yield each artifact that is new there.
 
-    The folder is a store itself. A second backup to it copies what is new, and what was damaged there. Artifacts that the
-    store no longer has stay in it. Unfinished work and the quarantine are not copied.
+    The folder is a store itself. A second backup to it copies what is new, and what was damaged there. Artifacts and
+    intact run records that the store no longer has stay in it. Unfinished work and the quarantine are not copied.
 
     Raises:
         BadConfig: the folder has other files, or a copy of another store.
@@ -64,6 +64,8 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
             copy.remove_document(name)
     _write_documents(copy, anchors)
     _write_documents(copy, runs)
+    for name in damaged_runs(copy).keys() - runs.keys():  # a person has removed the store's
+        copy.remove_document(name)
 
 
 class _Documents(NamedTuple):
@@ -221,5 +223,5 @@ def require_complete(failed: int, store: Store, target: Path) -> None:
             "A damaged document was copied as it is. Everything else was copied.",
             where=f"{store.uri}/{name}",
             got=problem.got or problem.what,
-            next_step=f"{problem.next_step}; then back up again",
+            next_step="restore it from another backup, or remove it; then back up again",
         )

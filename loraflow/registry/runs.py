@@ -242,7 +242,7 @@ def _checked_report(store: Store, name: str, data: bytes) -> str:
         raise CorruptArtifact(
             "The report of a run was changed, or belongs to another run.",
             where=f"{store.uri}/{name}",
-            next_step="restore the file from a backup, or remove it; `loraflow show --json` has the run's record",
+            next_step="restore the file from a backup, or remove it",
         )
     return content
 
@@ -332,7 +332,7 @@ def _parse(store: Store, name: str, data: bytes) -> RunRecord:
             "A run's record cannot be read.",
             where=f"{store.uri}/{name}",
             got=first_problem(error),
-            next_step="restore the file from a backup, or remove it; artifacts and promotion log do not depend on it",
+            next_step="restore the file from a backup, or remove it",
         ) from error
 
 

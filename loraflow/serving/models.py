@@ -290,30 +290,36 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
     """
     from safetensors import SafetensorError
 
-    from loraflow.base.architecture import reason_of
+    from loraflow.base.architecture import config_errors, reason_of
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
+    from loraflow.base.usable import refuse_unusable_folder
     from loraflow.data.loss_mask import ChatTemplate
 
     adapter = model.unmerged_adapter
     if adapter is not None:
         check_unmerged(model)
-    try:
-        network = load_model(model.folder, dtype, Runtime.model_validate({"device": device}))
+    errors: tuple[type[Exception], ...] = (*config_errors(), SafetensorError)
+    with served_folder(model.folder, adapter) as folder:
+        try:
+            network = load_model(model.folder, dtype, Runtime.model_validate({"device": device}))
+            tokenizer = load_tokenizer(folder)
+        except errors as error:
+            is_of_machine = isinstance(error, (OSError, RuntimeError)) and "mismatched_sizes" not in str(error)
+            if model.ref is not None or is_of_machine:  # an artifact is intact
+                raise
+            refuse_unusable_folder(model.folder, trust=False)
+            if isinstance(error, ImportError):
+                raise
+            raise BadModel(
+                "transformers cannot open the model.",
+                where=str(model.folder),
+                got=reason_of(error),
+                next_step="fetch or save it again: its files are damaged, of different models, or not a text generator",
+            ) from error
         positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
         if adapter is not None:
             network = _with_adapter(network, adapter)
-        with served_folder(model.folder, adapter) as folder:
-            return Loaded(network, load_tokenizer(folder), ChatTemplate(folder), stop_ids(folder), positions)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, SafetensorError, RuntimeError) as error:
-        is_of_machine = isinstance(error, RuntimeError) and "mismatched_sizes" not in str(error)
-        if model.ref is not None or is_of_machine:  # the files of an artifact are intact
-            raise
-        raise BadModel(
-            "transformers cannot open the model.",
-            where=str(model.folder),
-            got=reason_of(error),
-            next_step="fetch or save the model again: its files are damaged, or of different models",
-        ) from error
+        return Loaded(network, tokenizer, ChatTemplate(folder), stop_ids(folder), positions)
 
 
 def check_unmerged(model: Model) -> None:

@@ -6,6 +6,7 @@ loraflow prepares the model's folder, its name, all its stop ids and a free port
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -151,34 +152,38 @@ def _hub_cache(folder: Path, name: str) -> Path:
     """
     from loraflow.base.load import stop_ids
 
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST]
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST]
+    names += further_templates(folder)
     file = folder / "generation_config.json"
     settings: dict[str, JsonValue] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     settings["eos_token_id"] = [*stop_ids(folder)]
-    files_of_templates = [str(folder / template) for template in further_templates(folder)]
-    key = fingerprint({"files": [*map(str, files), *files_of_templates], "settings": settings, "name": name})
+    key = fingerprint({"files": [str(folder / path) for path in names], "settings": settings, "name": name})
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraflow" / "serve"
     cache = caches / short(key)
     temporary = caches / f".{uuid.uuid4().hex}"
     repo, commit = temporary / f"models--{name}", key[:40]
     snapshot = repo / "snapshots" / commit
     snapshot.mkdir(parents=True)
-    for path in files:
-        if path != file:
-            (snapshot / path.name).symlink_to(path)
-    for template in further_templates(folder):
-        (snapshot / template).parent.mkdir(exist_ok=True)
-        (snapshot / template).symlink_to(folder / template)
+    for path in names:
+        if path != file.name:
+            (snapshot / path).parent.mkdir(exist_ok=True)
+            (snapshot / path).symlink_to(folder / path)
     (snapshot / file.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (repo / "blobs").mkdir()
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
-    if not _is_intact(cache, temporary):  # it was damaged, or a crash left it incomplete
-        shutil.rmtree(cache, ignore_errors=True)
+    old = temporary.with_suffix(".old")
+    if not _is_intact(cache, temporary):  # damaged or incomplete
+        with contextlib.suppress(FileNotFoundError):
+            cache.rename(old)
     try:
         temporary.rename(cache)
-    except OSError:  # it is there already, or another server of the same model was faster
-        shutil.rmtree(temporary)
+    except OSError:  # it is there
+        if not _is_intact(cache, temporary):
+            raise
+    finally:
+        for unused in (old, temporary):
+            shutil.rmtree(unused, ignore_errors=True)
     return cache
 
 

@@ -112,7 +112,10 @@ def test_no_byte_that_a_successful_run_from_the_form_writes_has_the_canary(
 def test_parameters_of_a_call_in_python_are_masked_before_the_server_stores_them(
     tmp_path, monkeypatch, capfd, caplog, masking
 ):
-    """Without `mask_parameters`, which replaces them once the run has started. Some do not fit: Prefect logs them all."""
+    """Without `mask_parameters`, which replaces them once the run has started. Some do not fit: Prefect logs them all.
+
+    The names of runs and tasks are made of parameters, too.
+    """
     from loraflow.flows import evaluate_model, finetune, predict, retrain, sweep
 
     monkeypatch.chdir(tmp_path)
@@ -128,9 +131,16 @@ def test_parameters_of_a_call_in_python_are_masked_before_the_server_stores_them
             (evaluate_model.evaluate, {"settings": {"data.repo": "{}"}}),
             (sweep.sweep, {"grid": {"data.repo": ["{}"]}}),
             (predict.predict, {"source": "{}", "target": "answers.jsonl"}),
+            (predict.predict, {"source": "rows.jsonl", "target": "{}"}),
+            (predict.predict, {"source": "rows.jsonl", "target": "answers.jsonl", "model": "{}"}),
+            (predict.predict.with_options(retries=0), {"source": "{}", "target": "answers.jsonl"}),
+            (evaluate_model.evaluate, {"model": "{}"}),
+            (finetune.finetune, {"recipe": "{}"}),
+            (retrain.retrain, {"recipe": "{}"}),
+            (sweep.sweep, {"recipe": "{}"}),
         )
     ):
-        url = f"https://someone:{CANARY}@127.0.0.1:{number}/called.git"
+        url = f"https://someone:{CANARY}@127.0.0.1:{number + 10}"
         logging.setLogRecordFactory(logging.LogRecord)
         with pytest.raises((Failure, ParameterTypeError)):
             flow(**json.loads(json.dumps(given).replace("{}", url)))

@@ -11,6 +11,7 @@ from loraflow.adapters.convert import convert
 from loraflow.adapters.merge_folders import merge
 from loraflow.adapters.validation import check_adapter
 from loraflow.base.usable import refuse_unusable_folder
+from loraflow.cli.os_errors import from_system
 from loraflow.failures import BadConfig, BadModel
 from loraflow.serving.models import Model, find_model, load
 from loraflow.serving.publish import package
@@ -399,9 +400,17 @@ def test_a_damaged_file_of_a_model_is_named_by_each_command_that_takes_its_folde
         assert refused.value.got.startswith(name) and name in refused.value.next_step
 
 
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, phi3):
+    folder = shutil.copytree(phi3, tmp_path / "model")
+    (folder / "added_tokens.json").mkdir()
+    with pytest.raises(IsADirectoryError) as refused:
+        find_model(open_store(str(tmp_path / "store")), str(folder))
+    assert from_system(refused.value).what == "This is a folder, where a file is needed."
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("model.safetensors", b""), ("config.json", b""), ("chat_template.jinja", b"\xff")],
+    [("model.safetensors", b""), ("config.json", b""), ("chat_template.jinja", b"\xff"), ("tokenizer.json", b"{1}")],
 )
 def test_a_model_folder_that_transformers_cannot_open_is_refused_by_chat_and_predict(tmp_path, phi3, name, content):
     folder = shutil.copytree(phi3, tmp_path / "model")
@@ -412,3 +421,29 @@ def test_a_model_folder_that_transformers_cannot_open_is_refused_by_chat_and_pre
     with pytest.raises(BadModel) as refused:
         load(find_model(open_store(str(tmp_path / "store")), str(folder)), "float32", "cpu")
     assert refused.value.where == str(folder) and "again" in refused.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized already"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder"),
+    ],
+)
+def test_an_intact_model_that_transformers_cannot_open_for_chat_is_not_called_damaged(tmp_path, phi3, config, says):
+    folder = shutil.copytree(phi3, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    with pytest.raises(BadModel, match=says) as refused:
+        load(find_model(open_store(str(tmp_path / "store")), str(folder)), "float32", "cpu")
+    assert "again" not in refused.value.next_step
+
+
+def test_a_mistake_after_the_model_is_loaded_is_not_reported_as_a_damaged_file(tmp_path, phi3, monkeypatch):
+    folder = shutil.copytree(phi3, tmp_path / "model")
+
+    def fail(path):
+        raise AttributeError("a mistake")
+
+    monkeypatch.setattr("loraflow.base.load.stop_ids", fail)
+    with pytest.raises(AttributeError, match="a mistake"):
+        load(find_model(open_store(str(tmp_path / "store")), str(folder)), "float32", "cpu")

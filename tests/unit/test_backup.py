@@ -171,7 +171,20 @@ def test_a_backup_with_a_damaged_run_record_is_not_called_complete(store, tmp_pa
     name = store.documents("runs/")[0]
     store.write_document(name, store.read_document(name).replace(b"tickets", b"Tickets"))
     refused = loraflow("backup", tmp_path / "copy", "--store", store.uri, fails=CorruptArtifact).exception
-    assert refused.where == f"{store.uri}/{name}" and "back up again" in refused.next_step
+    assert refused.where == f"{store.uri}/{name}"
+    assert refused.next_step == "restore it from another backup, or remove it; then back up again"
+    store.remove_document(name)
+    loraflow("backup", tmp_path / "copy", "--store", store.uri)
+    assert check_copy(tmp_path / "copy", store).store.documents("runs/") == store.documents("runs/")
+
+
+def test_a_backup_keeps_an_intact_run_record_that_the_store_lost(store, tmp_path):
+    list(back_up(store, tmp_path / "copy"))
+    name = store.documents("runs/")[0]
+    intact = store.read_document(name)
+    store.remove_document(name)
+    list(back_up(store, tmp_path / "copy"))
+    assert LocalStore(tmp_path / "copy").read_document(name) == intact
 
 
 def test_a_document_that_is_damaged_in_the_store_does_not_replace_its_copy(store, tmp_path, caplog):

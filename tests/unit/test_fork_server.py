@@ -168,8 +168,9 @@ def test_a_killed_launcher_takes_its_server_and_the_worker_with_it(running):
 
 
 IMPORTS = """
-import os, sys, time
+import os, signal, sys, time
 from loraflow.execution import start_worker
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # as a program may that launches runs; children inherit it
 start_worker.SERVER = [sys.executable, "-c", "import sys; from loraflow.execution import fork_server;"
     "fork_server.MODULES = {'train': ('takes_long',)}; sys.exit(fork_server.main(sys.argv[1:]))"]
 server = start_worker._ForkServer(dict(os.environ))
@@ -197,6 +198,26 @@ def test_a_killed_launcher_takes_a_server_with_it_that_is_importing(tmp_path):
     finally:
         if fork_server.is_running():
             fork_server.kill()
+
+
+def test_a_server_that_ends_after_its_launcher_is_not_killed_by_its_timer(tmp_path, monkeypatch):
+    """Python removes the handler of SIGALRM before it takes the modules apart, which takes seconds with torch."""
+    (tmp_path / "ends_slowly.py").write_text(
+        "import time\nclass Slow:\n    def __del__(self, sleep=time.sleep):\n        sleep(1.5)\nslow = Slow()\n"
+        "open('imported', 'w').close()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "import sys; from loraflow.execution import fork_server;"
+        "fork_server.MODULES = {'train': ('ends_slowly',)}; sys.exit(fork_server.main(sys.argv[1:]))"
+    )
+    monkeypatch.setattr(start_worker, "SERVER", [sys.executable, "-c", code])
+    started = start_worker._ForkServer({**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"})
+    while not (tmp_path / "imported").exists():
+        assert started.process.poll() is None
+        time.sleep(0.05)
+    started._socket.close()
+    assert started.process.wait(timeout=20) == 0
 
 
 def test_a_killed_server_ends_its_worker_and_the_run_says_that_it_was_killed(running):

@@ -128,8 +128,10 @@ def test_the_served_model_has_its_name_and_every_stop_id(tmp_path, cache):
     assert again.cache == server.cache and "caution" not in again.greeting
 
 
-@pytest.mark.parametrize("harm", ["cut off", "another model", "another file", "missing", "none"])
-def test_a_damaged_cache_of_the_server_is_written_again_and_an_intact_one_is_kept(tmp_path, cache, phi3, harm):
+@pytest.mark.parametrize("harm", ["cut off", "no removal", "another model", "another file", "missing", "none"])
+def test_a_damaged_cache_of_the_server_is_written_again_and_an_intact_one_is_kept(
+    tmp_path, cache, phi3, monkeypatch, harm
+):
     def served():
         (view,) = plan_server(Model("a", phi3), "transformers", "127.0.0.1", free_port(), None, None).cache.glob(
             "*/snapshots/*"
@@ -139,8 +141,10 @@ def test_a_damaged_cache_of_the_server_is_written_again_and_an_intact_one_is_kep
     view, before = served()
     inode, weights = view.stat().st_ino, view / "model.safetensors"
     (view.parents[2] / ".locks").mkdir()  # as the hub's client does
-    if harm == "cut off":
+    if harm in ("cut off", "no removal"):
         (view / "generation_config.json").write_text("")
+        if harm == "no removal":  # files of another user in it
+            monkeypatch.setattr(serve.shutil, "rmtree", lambda path, ignore_errors: None)
     elif harm == "another file":
         (view / "adapter_config.json").write_text("{}")
     elif harm != "none":
@@ -149,6 +153,19 @@ def test_a_damaged_cache_of_the_server_is_written_again_and_an_intact_one_is_kep
             weights.symlink_to(build_phi3(tmp_path / "other", seed=1) / "model.safetensors")
     assert served() == (view, before)
     assert (view.stat().st_ino == inode) == (harm == "none")
+
+
+def test_a_damaged_cache_that_cannot_be_replaced_is_not_served(tmp_path, cache, phi3, monkeypatch):
+    def plan():
+        return plan_server(Model("a", phi3), "transformers", "127.0.0.1", free_port(), None, None).cache
+
+    [settings] = plan().glob("*/snapshots/*/generation_config.json")
+    settings.write_text("")
+    answers = iter((True, False))
+    monkeypatch.setattr(serve, "_is_intact", lambda cache, expected: next(answers))
+    with pytest.raises(OSError, match="not empty"):  # another server has just damaged it
+        plan()
+    assert [path.name for path in settings.parents[4].iterdir()] == [settings.parents[3].name]
 
 
 @pytest.mark.parametrize(("model_type", "concurrent"), [("phi3", True), ("falcon_h1", False)])
