@@ -293,6 +293,29 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
     return cls(what, where=path, got=got, next_step=next_step)
 
 
+def from_cache_error(error: BaseException, where: str) -> Failure | None:
+    """Return the failure of this machine's disk behind an error of the hub's library; None if there is none."""
+    for cause in (error, error.__cause__):
+        if not isinstance(cause, OSError) or cause.errno is None:
+            continue
+        known = from_os_error(cause, where)
+        if known is not None and not isinstance(known, ReadOnlyStore):
+            return known
+        if cause.filename:
+            return Failure(
+                "The hub's cache on this machine cannot be used.",
+                where=str(cause.filename),
+                got=cause.strerror or "",
+                next_step="correct its permissions, or set HF_HOME to another folder",
+            )
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's type and first line for a message, without credentials: a part of one would not be masked."""
+    return mask(f"{type(error).__name__}: {error}".splitlines()[0])[:200]
+
+
 def disk_full(where: str, number: int = errno.ENOSPC) -> DiskFull:
     """Return the failure for a disk, a quota or a file that cannot take more bytes, with what is free at `where`."""
     what, next_step = _NO_SPACE[number]
