@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from loraflow.data.cell_values import strict_json
 from loraflow.data.chat_formats import has_known_keys, is_bare_chat
 from loraflow.data.chats import BadRow
+from loraflow.data.judgements import is_for_training
 from loraflow.failures import BadData
 
 MAX_ROW_BYTES = 50_000_000
@@ -198,14 +199,24 @@ def _not_a_list(value: JsonValue, name: str) -> BadData:
         key = "rows" if "rows" in lists else lists[0]  # beside the features, in answers of the hub's API
         inner = ".row" if key == "rows" and isinstance(value, dict) and "row_idx" in str(value[key])[:30] else ""
         next_step = f"jq -c {shlex.quote(f'.[{json.dumps(key)}][]{inner}')} {shlex.quote(name)} > {new}"
-    elif isinstance(value, dict) and len(value) > 1 and _are_rows(list(value.values())):
+    elif isinstance(value, dict) and len(value) > 1 and _are_rows(value):
         next_step = f"jq -c '.[]' {shlex.quote(name)} > {shlex.quote(f'{Path(name).stem}.jsonl')}"
     return BadData(
         "The file does not contain a list.", where=name, expected="a JSON list of rows", got=got, next_step=next_step
     )
 
 
-def _are_rows(values: list[JsonValue]) -> bool:
-    """Tell whether the values of an object are rows, by their ids: all are objects with the same keys."""
-    keys = {frozenset(value) if isinstance(value, dict) else None for value in values}
-    return len(keys) == 1 and None not in keys
+def _are_rows(by_id: dict[str, JsonValue]) -> bool:
+    """Tell whether the values of an object are rows, by their ids: all are objects with the same keys.
+
+    Splits, whose values may be whole columns, are none.
+    """
+    keys = {frozenset(value) if isinstance(value, dict) else None for value in by_id.values()}
+    if len(keys) > 1 or None in keys or any(is_for_training("split", key) is not None for key in by_id):
+        return False
+    return not any(_has_columns(list(value.values())) for value in by_id.values() if isinstance(value, dict))
+
+
+def _has_columns(values: list[JsonValue]) -> bool:
+    sizes = {len(value) if isinstance(value, dict | list) else None for value in values}
+    return len(sizes) == 1 and None not in sizes and not any(map(is_bare_chat, values))
