@@ -296,23 +296,18 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
 def from_cache_error(error: BaseException, where: str) -> Failure | None:
     """Return the failure of this machine's disk behind an error of the hub's library; None if there is none."""
     for cause in (error, error.__cause__):
-        if not isinstance(cause, OSError) or cause.errno is None:
-            continue
-        known = from_os_error(cause, where)
-        if known is not None and not isinstance(known, ReadOnlyStore):
-            return known
-        if cause.filename:
-            return Failure(
-                "The hub's cache on this machine cannot be used.",
-                where=str(cause.filename),
-                got=cause.strerror or "",
-                next_step="correct its permissions, or set HF_HOME to another folder",
-            )
+        if isinstance(cause, OSError) and cause.errno is not None:
+            known = from_os_error(cause, where)
+            if known is not None and not isinstance(known, ReadOnlyStore):
+                return known
+            if cause.filename:
+                what, next_step = "The hub's cache cannot be used.", "correct its permissions, or set HF_HOME"
+                return Failure(what, where=where, got=str(cause), next_step=next_step)
     return None
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's type and first line for a message, without credentials: a part of one would not be masked."""
+    """Return an error's type and first line for a message: masked first, because a part of a secret is not found."""
     return mask(f"{type(error).__name__}: {error}".splitlines()[0])[:200]
 
 

@@ -20,9 +20,11 @@ COLUMNS = (
     "train", "exclude",
 )  # fmt: skip
 MAX_WEIGHT = 100
-# repository, revision, path; bucket, key
-HUB_FILE = re.compile(r"hf://datasets/((?:[\w.-]+/)?[\w.-]+)(?:@(refs/(?:convert|pr)/\w+|[\w.-]+))?(?:/(.+))?")
-S3_OBJECT = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]*)/(.*[^/])")
+# repository, revision, and a path whose parts are names; bucket and key
+HUB_FILE = re.compile(
+    r"hf://datasets/(?!.*/(?:\.{0,2}/[^/]|\.\.?/*$))((?:[\w.-]+/)?[\w.-]+)(?:@(refs/(?:convert|pr)/\w+|[\w.-]+))?(?:/(.+))?"
+)
+S3_OBJECT = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]*)/(?!(?:.*/)?\.\.?$)([^*]*[^/*])")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Settings of `data` that each source has for itself.
 REPLACED = (
@@ -61,24 +63,6 @@ def refuse_ignored_columns(columns: dict[str, str], ignore: list[str]) -> None:
     """
     if both := sorted(set(columns.values()) & set(ignore)):
         raise ValueError(f"ignore: {', '.join(both)} is named in columns; remove it from one of them")
-
-
-def _refuse_of_hub(repo: str, revision: str, path: str) -> None:
-    """Refuse a place that the hub cannot have, before it is asked.
-
-    Raises:
-        ValueError: repository, revision or path is not valid.
-    """
-    from huggingface_hub.utils import validate_repo_id
-
-    validate_repo_id(repo)
-    if revision != revision.lower() and re.fullmatch("[0-9a-f]{40}", revision.lower()):
-        raise ValueError(f"a commit has lower-case letters: @{revision.lower()}")
-    parts = path.split("/") if path else []
-    if "**" in path:
-        raise ValueError("** is not read: name the folder instead, which is read with its subfolders")
-    if {"", ".", ".."} & set(parts):
-        raise ValueError(f"{path} should be a path without empty parts, `.` and `..`")
 
 
 class DataSource(FrozenModel):
@@ -128,16 +112,14 @@ class DataSource(FrozenModel):
                 way = f"pin it with `dvc import-url {shlex.quote(mask(value))} NAME`, and name NAME.dvc"
                 raise ValueError(f"{scheme[0]} is not read; {way}")
             if not (found := forms[scheme[1]].fullmatch(value)):
-                form = "hf://datasets/OWNER/NAME@COMMIT/PATH" if scheme[1] == "hf" else "s3://BUCKET/KEY"
-                raise ValueError(f"should be {form}, not {mask(value)}")
+                form = "hf://datasets/OWNER/NAME@COMMIT/PATH" if scheme[1] == "hf" else "s3://BUCKET/KEY, not a pattern"
+                raise ValueError(f"should be {form}: {mask(value)}")
             if scheme[1] == "hf":
-                _refuse_of_hub(found[1], found[2] or "", (found[3] or "").strip("/"))
-            elif "*" in value:
-                raise ValueError(
-                    "patterns of a bucket are not read: name one object, or pin a prefix with `dvc import-url`"
-                )
-            elif found[2].rpartition("/")[2] in (".", ".."):
-                raise ValueError(f"should end with the name of an object, not {mask(value)}")
+                from huggingface_hub.utils import validate_repo_id
+
+                validate_repo_id(found[1])
+                if "**" in value:
+                    raise ValueError("** is not read; name the folder instead: it is read with its subfolders")
         if not value.strip():
             raise ValueError("should be a .dvc file, a folder, a file or a pattern")
         return value

@@ -207,16 +207,12 @@ def _not_a_list(value: JsonValue, name: str) -> BadData:
 
 
 def _are_rows(by_id: dict[str, JsonValue]) -> bool:
-    """Tell whether the values of an object are rows, by their ids: all are objects with the same keys.
-
-    Splits, whose values may be whole columns, are none.
-    """
-    keys = {frozenset(value) if isinstance(value, dict) else None for value in by_id.values()}
-    if len(keys) > 1 or None in keys or any(is_for_training("split", key) is not None for key in by_id):
+    """Tell whether the values of an object are rows, by their ids: all have the same keys, and no columns of a split."""
+    rows = [row for row in by_id.values() if isinstance(row, dict)]
+    if (
+        len(rows) < len(by_id)
+        or len(set(map(frozenset, rows))) > 1
+        or any(is_for_training("split", key) is not None for key in by_id)
+    ):
         return False
-    return not any(_has_columns(list(value.values())) for value in by_id.values() if isinstance(value, dict))
-
-
-def _has_columns(values: list[JsonValue]) -> bool:
-    sizes = {len(value) if isinstance(value, dict | list) else None for value in values}
-    return len(sizes) == 1 and None not in sizes and not any(map(is_bare_chat, values))
+    return all(is_bare_chat(item) or not isinstance(item, dict | list) for row in rows for item in row.values())

@@ -234,7 +234,12 @@ def _hub_failure(url: str, error: Exception) -> Failure:
         )
     if isinstance(error, RevisionNotFoundError | EntryNotFoundError):
         what = "commit" if isinstance(error, RevisionNotFoundError) else "file"
-        return BadData(f"The dataset has no such {what}.", where=url, got=got, next_step="correct source")
+        return BadData(
+            f"The dataset has no such {what}.",
+            where=url,
+            got=got,
+            next_step="correct source; a commit has 40 digits, 0-9 and a-f",
+        )
     if isinstance(error, ValueError | LookupError | TypeError | AttributeError):
         return BadConfig(
             "HF_ENDPOINT did not answer as the hub does.",
@@ -299,10 +304,8 @@ def _read_object(url: str) -> Iterator[bytes]:
             yield block
     except (BotoCoreError, ClientError, OSError) as error:
         got = first_line(error)
-        if isinstance(error, OSError):
-            raise _not_answered(url, got) from error
-        if isinstance(error, BotoCoreError):
-            refused: Failure = request_failure(error, url)
+        if not isinstance(error, ClientError):
+            refused = request_failure(error, url)
         elif error_code(error) in NOT_FOUND | {"NoSuchBucket"}:
             raise BadData("There is no such object.", where=url, got=got, next_step="correct source") from error
         else:
@@ -316,9 +319,5 @@ def _read_object(url: str) -> Iterator[bytes]:
                 got=got,
                 next_step="set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, of someone who may read it",
             ) from error
-        raise BadData(
-            "The bucket refused the request.",
-            where=url,
-            got=got,
-            next_step="check the object: `aws s3 cp` sends the same request",
-        ) from error
+        refused.what = "The bucket refused the request."
+        raise refused from error

@@ -177,7 +177,7 @@ def test_a_branch_is_refused_with_the_commit_to_write(hub, revision):
     [
         (at("faq.csv"), 0, BadData, "No file of the dataset has this name"),
         (at("nothing/faq.jsonl"), 0, BadData, "no such file"),
-        (at("faq.jsonl", f"@{OTHER}"), 0, BadData, "no such commit"),
+        (at("faq.jsonl", f"@{OTHER}"), 0, BadData, "a commit has 40 digits, 0-9 and a-f"),
         ({"source": f"hf://datasets/me/other@{COMMIT}/a.jsonl"}, 0, BadData, "set HF_TOKEN"),
         (at("faq.jsonl"), 401, BadData, "set HF_TOKEN"),
         (at("faq.jsonl"), 403, BadData, "set HF_TOKEN"),
@@ -330,18 +330,19 @@ def test_names_that_leave_their_folder_are_refused_in_a_listing_and_in_the_lock_
     [
         ({"source": "hf://me/set/faq.jsonl"}, "should be hf://datasets/OWNER/NAME@COMMIT/PATH"),
         ({"source": "s3://bucket"}, "should be s3://BUCKET/KEY"),
-        ({"source": "s3://key:word@bucket/a.jsonl"}, "should be s3://BUCKET/KEY, not s3://***@bucket/a.jsonl"),
+        ({"source": "s3://key:word@bucket/a.jsonl"}, "s3://***@bucket/a.jsonl"),
         ({"source": "faq", "md5": "0" * 32}, "md5: only an object of s3:// is pinned by it"),
         ({"source": "s3://bucket/a.jsonl", "md5": "0" * 31}, "md5"),
-        (at("data/**/*.jsonl"), "name the folder instead, which is read with its subfolders"),
-        (at("../faq.jsonl"), "without empty parts, `.` and `..`"),
-        (at("data//faq.jsonl"), "without empty parts, `.` and `..`"),
+        (at("data/**/*.jsonl"), "name the folder instead: it is read with its subfolders"),
+        *(
+            (at(path), "should be hf://datasets/OWNER/NAME@COMMIT/PATH")
+            for path in ("../a", "a/../b", "a/..", "a//b", "a/./b", ".")
+        ),
         ({"source": f"hf://datasets/a--b/c@{COMMIT}/a.jsonl"}, "Cannot have -- or .. in repo_id"),
         ({"source": f"hf://datasets/me/set.git@{COMMIT}/a.jsonl"}, "cannot end by '.git'"),
         ({"source": f"hf://datasets/../set@{COMMIT}/a.jsonl"}, "cannot start or end with"),
-        (at("faq.jsonl", "@0123ABC" + "0" * 33), "lower-case letters: @0123abc0"),
-        ({"source": "s3://bucket/chats/*.jsonl"}, "patterns of a bucket are not read"),
-        ({"source": "s3://bucket/chats/.."}, "should end with the name of an object"),
+        ({"source": "s3://bucket/chats/*.jsonl"}, "s3://BUCKET/KEY, not a pattern"),
+        ({"source": "s3://bucket/chats/.."}, "should be s3://BUCKET/KEY"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_named_before_anything_runs(source, problem):
@@ -352,7 +353,7 @@ def test_a_source_that_cannot_be_read_is_named_before_anything_runs(source, prob
 
 
 def test_sources_of_two_files_with_an_at_sign_have_two_names_and_other_buckets_are_read():
-    sources = recipe(at("faq@de.jsonl"), at("faq@en.jsonl"), {"source": "s3://My_Bucket/a"}).data.sources
+    sources = recipe(at("faq@de.jsonl"), at("faq@en.jsonl"), {"source": "s3://My_Bucket//x/../a"}).data.sources
     assert [source.key for source in sources] == ["faq-de", "faq-en", "a"]
 
 
@@ -412,8 +413,8 @@ def test_an_object_that_cannot_be_read_is_named(bucket, tmp_path, monkeypatch, u
         ("AccessDenied", 403, BadConfig, "do not give access"),
         ("ExpiredToken", 400, BadConfig, "do not give access"),
         ("SlowDown", 503, Network, "check the network, then run again\n"),
-        ("InvalidObjectState", 403, BadData, "The bucket refused the request"),
-        ("PermanentRedirect", 301, BadData, "The bucket refused the request"),
+        ("InvalidObjectState", 403, Failure, "The bucket refused the request"),
+        ("PermanentRedirect", 301, Failure, "The bucket refused the request"),
     ],
 )
 def test_what_a_bucket_refuses_is_not_always_a_matter_of_credentials(
