@@ -275,9 +275,11 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
     if number in _NO_SPACE:
         target = error.filename2  # the target of a copy, link or rename: its disk is the one that is full
         return disk_full(target if isinstance(target, str) and target else path, number)
-    if number in (errno.EACCES, errno.EPERM) and path != where and not path.startswith(where):
-        return Failure("A file cannot be read or written.", where=path, got=got, next_step="correct its permissions")
     if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if not path.startswith(where):
+            return Failure(
+                "A file cannot be read or written.", where=path, got=got, next_step="correct its permissions"
+            )
         return ReadOnlyStore(
             "The store cannot be written.",
             where=path,
@@ -293,21 +295,17 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
     return cls(what, where=path, got=got, next_step=next_step)
 
 
-def from_cache_error(error: BaseException, where: str) -> Failure | None:
-    """Return the failure of this machine's disk behind an error of the hub's library; None if there is none."""
+def from_library_error(error: BaseException, where: str) -> Failure | None:
+    """Return the failure of this machine's disk behind an error of a library; None if it has another cause."""
     for cause in (error, error.__cause__):
-        if isinstance(cause, OSError) and cause.errno is not None:
-            known = from_os_error(cause, where)
-            if known is not None and not isinstance(known, ReadOnlyStore):
-                return known
-            if cause.filename:
-                what, next_step = "The hub's cache cannot be used.", "correct its permissions, or set HF_HOME"
-                return Failure(what, where=where, got=str(cause), next_step=next_step)
+        known = from_os_error(cause, where) if isinstance(cause, OSError) else None
+        if known is not None and not isinstance(known, ReadOnlyStore):  # a remote's refusal names no file
+            return known
     return None
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's type and first line for a message: masked first, because a part of a secret is not found."""
+    """Return an error's type and first line, masked before it is cut: a part of a secret is not found."""
     return mask(f"{type(error).__name__}: {error}".splitlines()[0])[:200]
 
 

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 from loraflow.config.locations import LOCK, read_lock
-from loraflow.failures import BadModel, Failure, Network, first_line, from_cache_error
+from loraflow.failures import BadModel, Failure, Network, first_line, from_library_error
 from loraflow.store.files import hash_file, write_json
 
 # A file of the hub's cache is named by its content: git's id of a blob, or the sha256 of a large file.
@@ -30,12 +30,12 @@ def commit_of(model: str, revision: str) -> str:
     if isinstance(found := read_lock().get(key), str):
         return found
     commit = _ask_the_hub(model, revision, key)
-    write_json(LOCK, {**read_lock(), key: commit})  # read again: another process may have written meanwhile
+    write_json(LOCK, {**read_lock(), key: commit})  # others may have written it
     return commit
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """Return the errors of the hub's library: also those of an answer that is not the hub's, as a proxy's page."""
+    """Return the errors of the hub's library, also for an answer that is not the hub's."""
     from huggingface_hub.errors import HTTPError
 
     return OSError, HTTPError, RuntimeError, ValueError, LookupError, TypeError
@@ -86,9 +86,13 @@ def download_config(model: str, commit: str) -> Path:
 
 
 def _not_delivered(model: str, commit: str, error: Exception) -> Failure:
-    return from_cache_error(error, f"{model} at {commit}") or Network(
+    if known := from_library_error(error, where := f"{model} at {commit}"):
+        return known
+    if isinstance(error, OSError) and error.filename:
+        raise error  # also of the local disk, not of the network
+    return Network(
         "The model could not be downloaded from the hub.",
-        where=f"{model} at {commit}",
+        where=where,
         got=first_line(error),
         next_step="check the network (and HF_TOKEN for a gated model), or set base.model to a local folder",
     )
@@ -128,8 +132,7 @@ def download(model: str, commit: str, *, trust: bool, with_weights: bool = True)
 def _refuse_damaged(file: Path) -> None:
     """Hash a file of a snapshot: the hub's library does not look again at what it has downloaded once.
 
-    The base's fingerprint is its commit, so damaged weights would be taken for those of the commit from then on. Where the
-    cache has no links (on Windows), nothing says what the files should be.
+    The base's fingerprint is its commit. Where the cache has no links (on Windows), nothing says what the files should be.
 
     Args:
         file: a link to a file that is named by its content.

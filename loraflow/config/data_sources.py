@@ -22,7 +22,7 @@ COLUMNS = (
 MAX_WEIGHT = 100
 # repository, revision, and a path whose parts are names; bucket and key
 HUB_FILE = re.compile(
-    r"hf://datasets/(?!.*/(?:\.{0,2}/[^/]|\.\.?/*$))((?:[\w.-]+/)?[\w.-]+)(?:@(refs/(?:convert|pr)/\w+|[\w.-]+))?(?:/(.+))?"
+    r"hf://datasets/(?!.*(?:\*\*|/\.{0,2}/[^/]|/\.\.?/*$))((?:[\w.-]+/)?[\w.-]+)(?:@(refs/(?:convert|pr)/\w+|[\w.-]+))?(?:/(.+))?"
 )
 S3_OBJECT = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]*)/(?!(?:.*/)?\.\.?$)([^*]*[^/*])")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -112,14 +112,14 @@ class DataSource(FrozenModel):
                 way = f"pin it with `dvc import-url {shlex.quote(mask(value))} NAME`, and name NAME.dvc"
                 raise ValueError(f"{scheme[0]} is not read; {way}")
             if not (found := forms[scheme[1]].fullmatch(value)):
-                form = "hf://datasets/OWNER/NAME@COMMIT/PATH" if scheme[1] == "hf" else "s3://BUCKET/KEY, not a pattern"
+                form = "s3://BUCKET/KEY, not a pattern"
+                if scheme[1] == "hf":
+                    form = "hf://datasets/OWNER/NAME@COMMIT/PATH (a folder is read with its subfolders, without **)"
                 raise ValueError(f"should be {form}: {mask(value)}")
             if scheme[1] == "hf":
                 from huggingface_hub.utils import validate_repo_id
 
                 validate_repo_id(found[1])
-                if "**" in value:
-                    raise ValueError("** is not read; name the folder instead: it is read with its subfolders")
         if not value.strip():
             raise ValueError("should be a .dvc file, a folder, a file or a pattern")
         return value

@@ -209,10 +209,7 @@ def _not_a_list(value: JsonValue, name: str) -> BadData:
 def _are_rows(by_id: dict[str, JsonValue]) -> bool:
     """Tell whether the values of an object are rows, by their ids: all have the same keys, and no columns of a split."""
     rows = [row for row in by_id.values() if isinstance(row, dict)]
-    if (
-        len(rows) < len(by_id)
-        or len(set(map(frozenset, rows))) > 1
-        or any(is_for_training("split", key) is not None for key in by_id)
-    ):
+    items = [item for row in rows for item in row.values() if isinstance(item, dict | list)]
+    if len(rows) < len(by_id) or len(set(map(frozenset, rows))) > 1 or not all(map(is_bare_chat, items)):
         return False
-    return all(is_bare_chat(item) or not isinstance(item, dict | list) for row in rows for item in row.values())
+    return all(is_for_training("split", key) is None for key in by_id)

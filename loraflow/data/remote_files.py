@@ -27,7 +27,7 @@ from loraflow.failures import (
     Network,
     ReadOnlyStore,
     first_line,
-    from_cache_error,
+    from_library_error,
 )
 from loraflow.store.files import BLOCK, hash_file, write_json
 
@@ -83,7 +83,7 @@ def fetch_remote(url: str, md5: str, target: Path) -> None:
         return
     pin, next_step = "the recipe", f"if the new content is wanted, write md5: {got}; else restore the object"
     if cached is not None:
-        if len(cached.name) in (40, 64):  # the name of a file of the cache is its hash, if the cache has links
+        if re.fullmatch("[0-9a-f]{40,64}", cached.name):  # the cache has links: the name is the file's hash
             _refuse_damaged(cached, cached.name)
         pin, next_step = str(LOCK), f"restore {LOCK} with git, or remove the source's entry; then run again"
     raise BadData(
@@ -177,7 +177,7 @@ def _checked_md5(url: str, listed: RepoFile) -> str:
 
 
 def _refuse_damaged(file: Path, expected: str) -> None:
-    """Hash a file of the cache as the hub does: its library does not look again at what it has downloaded once."""
+    """Hash a file of the cache: the hub's library does not look again at what it has downloaded once."""
     if len(expected) == 64:
         got = hash_file(file)
     else:
@@ -219,8 +219,10 @@ def _hub_failure(url: str, error: Exception) -> Failure:
         RevisionNotFoundError,
     )
 
-    if (failure := from_cache_error(error, url)) is not None:
-        return failure
+    if known := from_library_error(error, url):
+        return known
+    if isinstance(error, OSError) and error.filename:
+        raise error  # also of the local disk, not of the network
     got = first_line(error)
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or status == 429 or status >= 500:
@@ -238,7 +240,7 @@ def _hub_failure(url: str, error: Exception) -> Failure:
             f"The dataset has no such {what}.",
             where=url,
             got=got,
-            next_step="correct source; a commit has 40 digits, 0-9 and a-f",
+            next_step="correct source (a commit has 40 digits, 0-9 and a-f)",
         )
     if isinstance(error, ValueError | LookupError | TypeError | AttributeError):
         return BadConfig(
