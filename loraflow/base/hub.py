@@ -35,7 +35,7 @@ def commit_of(model: str, revision: str) -> str:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """Return the errors of the hub's library, also for an answer that is not the hub's."""
+    """Return the errors of the hub's library: also of an answer that is not the hub's."""
     from huggingface_hub.errors import HTTPError
 
     return OSError, HTTPError, RuntimeError, ValueError, LookupError, TypeError
@@ -89,7 +89,7 @@ def _not_delivered(model: str, commit: str, error: Exception) -> Failure:
     if known := from_library_error(error, where := f"{model} at {commit}"):
         return known
     if isinstance(error, OSError) and error.filename:
-        raise error  # also of the local disk, not of the network
+        raise error  # also the disk's
     return Network(
         "The model could not be downloaded from the hub.",
         where=where,

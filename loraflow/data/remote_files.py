@@ -1,7 +1,7 @@
 """Files of `data.sources` on the Hugging Face hub, pinned by a commit, and objects of buckets, pinned by their md5.
 
-The md5 of a file of the hub is computed once, after its content was compared with the hash that the hub gives for the
-commit. loraflow.lock remembers it, so the identity of the dataset needs no network afterwards.
+The md5 of a file of the hub is computed once. loraflow.lock remembers it, so the identity of the dataset needs no network
+afterwards.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _folder_of(path: str, names: Iterable[str]) -> str:
 
 
 def _checked_md5(url: str, listed: RepoFile) -> str:
-    """Return the md5 of a file, after its content was compared with the hash that the hub gives."""
+    """Return the md5 of a file, after it was compared with the hash that the hub gives."""
     file = _download(url)
     _refuse_damaged(file, listed.blob_id if listed.lfs is None else listed.lfs.sha256)
     return hash_file(file, "md5")
@@ -214,18 +214,15 @@ def _hub_failure(url: str, error: Exception) -> Failure:
         HfHubHTTPError,
         HTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     if known := from_library_error(error, url):
         return known
-    if isinstance(error, OSError) and error.filename:
-        raise error  # also of the local disk, not of the network
     got = first_line(error)
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or status == 429 or status >= 500:
+    if isinstance(error, LocalEntryNotFoundError) or status == 429 or status >= 500:
         return _not_answered(url, got)
     if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
         return BadData(
@@ -235,21 +232,12 @@ def _hub_failure(url: str, error: Exception) -> Failure:
             next_step="correct source; of a private or gated dataset, accept its terms and set HF_TOKEN (`hf auth login`)",
         )
     if isinstance(error, RevisionNotFoundError | EntryNotFoundError):
-        what = "commit" if isinstance(error, RevisionNotFoundError) else "file"
-        return BadData(
-            f"The dataset has no such {what}.",
-            where=url,
-            got=got,
-            next_step="correct source (a commit has 40 digits, 0-9 and a-f)",
-        )
+        what = "file" if isinstance(error, EntryNotFoundError) else "commit of 40 digits, 0-9 and a-f"
+        return BadData(f"The dataset has no such {what}.", where=url, got=got, next_step="correct source")
     if isinstance(error, ValueError | LookupError | TypeError | AttributeError):
-        return BadConfig(
-            "HF_ENDPOINT did not answer as the hub does.",
-            where=url,
-            got=got,
-            next_step="check HF_ENDPOINT, and whether a proxy answers instead",
-        )
-    if not isinstance(error, OSError | HTTPError | RuntimeError):
+        what = "HF_ENDPOINT did not answer as the hub does."
+        return BadConfig(what, where=url, got=got, next_step="check HF_ENDPOINT, and whether a proxy answers")
+    if (isinstance(error, OSError) and error.filename) or not isinstance(error, OSError | HTTPError | RuntimeError):
         raise error
     return _not_answered(url, got)
 
@@ -276,7 +264,7 @@ def _pinned_object(source: DataSource) -> SourcePart:
             next_step=f"write md5: {digest.hexdigest()}",
         )
     name = found[2].rpartition("/")[2]
-    check_names([name], source.source, "copy the object to another key")
+    check_names([name], source.source, "correct source")
     return SourcePart(path=name, md5=source.md5, origin=RemoteOrigin(url=source.source))
 
 
@@ -315,11 +303,8 @@ def _read_object(url: str) -> Iterator[bytes]:
         if isinstance(refused, Network):
             raise _not_answered(url, got) from error
         if isinstance(refused, BadConfig | ReadOnlyStore):
-            raise BadConfig(
-                "The credentials do not give access to a source.",
-                where=url,
-                got=got,
-                next_step="set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, of someone who may read it",
-            ) from error
+            what = "The credentials do not give access to a source."
+            next_step = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            raise BadConfig(what, where=url, got=got, next_step=next_step) from error
         refused.what = "The bucket refused the request."
         raise refused from error

@@ -177,7 +177,7 @@ def test_a_branch_is_refused_with_the_commit_to_write(hub, revision):
     [
         (at("faq.csv"), 0, BadData, "No file of the dataset has this name"),
         (at("nothing/faq.jsonl"), 0, BadData, "no such file"),
-        (at("faq.jsonl", f"@{OTHER}"), 0, BadData, "(a commit has 40 digits, 0-9 and a-f)"),
+        (at("faq.jsonl", f"@{OTHER}"), 0, BadData, "no such commit of 40 digits, 0-9 and a-f"),
         ({"source": f"hf://datasets/me/other@{COMMIT}/a.jsonl"}, 0, BadData, "set HF_TOKEN"),
         (at("faq.jsonl"), 401, BadData, "set HF_TOKEN"),
         (at("faq.jsonl"), 403, BadData, "set HF_TOKEN"),
