@@ -306,7 +306,7 @@ def from_library_error(error: BaseException, where: str) -> Failure | None:
 
 def first_line(error: BaseException) -> str:
     """Return an error's type and first line, masked before it is cut: a part of a secret is not found."""
-    return mask(f"{type(error).__name__}: {error}".splitlines()[0])[:200]
+    return mask(f"{type(error).__name__}: {error}".splitlines()[0])[:300]
 
 
 def disk_full(where: str, number: int = errno.ENOSPC) -> DiskFull:

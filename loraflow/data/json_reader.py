@@ -14,7 +14,6 @@ from pydantic import JsonValue
 from loraflow.data.cell_values import strict_json
 from loraflow.data.chat_formats import has_known_keys, is_bare_chat
 from loraflow.data.chats import BadRow
-from loraflow.data.judgements import is_for_training
 from loraflow.failures import BadData
 
 MAX_ROW_BYTES = 50_000_000
@@ -212,4 +211,4 @@ def _are_rows(by_id: dict[str, JsonValue]) -> bool:
     items = [item for row in rows for item in row.values() if isinstance(item, dict | list)]
     if len(rows) < len(by_id) or len(set(map(frozenset, rows))) > 1 or not all(map(is_bare_chat, items)):
         return False
-    return all(is_for_training("split", key) is None for key in by_id)
+    return not by_id.keys() & {"train", "test", "validation", "valid", "val", "dev"}

@@ -254,14 +254,14 @@ def part_of_dataset(name: str, here: tuple[str, ...], value: JsonValue, beside: 
     labels = beside.labels
     if name not in SPLITS | HELD_OUT_FLAGS or labels is None or not labels.is_training:
         return None
-    if is_for_training(name, value) is not False:
+    if _is_trained_on(name, value) is not False:
         return None
-    if not labels.some_row(("train", *here), lambda row: any(is_for_training(name, v) for v in values_at(row, here))):
+    if not labels.some_row(("train", *here), lambda row: any(_is_trained_on(name, v) for v in values_at(row, here))):
         return None
     return Judgement(False, shown(here, value))
 
 
-def is_for_training(name: str, value: JsonValue) -> bool | None:
+def _is_trained_on(name: str, value: JsonValue) -> bool | None:
     """Tell whether a split is for training: also `train_sft` and `test[:10%]`; None if it is no split."""
     if name in HELD_OUT_FLAGS:
         side = label_side(value)
