@@ -296,16 +296,16 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
 
 
 def from_library_error(error: BaseException, where: str) -> Failure | None:
-    """Return the failure of this machine's disk behind an error of a library; None if it has another cause."""
+    """Return the failure of a disk behind an error of a library; None for any other cause."""
     for cause in (error, error.__cause__):
         known = from_os_error(cause, where) if isinstance(cause, OSError) else None
-        if known is not None and not isinstance(known, ReadOnlyStore):  # a remote's refusal names no file
+        if known is not None and not isinstance(known, ReadOnlyStore):  # refused by a remote
             return known
     return None
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's type and first line, masked before it is cut: a part of a secret is not found."""
+    """Return an error's type and first line, masked before it is cut."""
     return mask(f"{type(error).__name__}: {error}".splitlines()[0])[:300]
 
 
