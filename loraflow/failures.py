@@ -275,9 +275,11 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
     if number in _NO_SPACE:
         target = error.filename2  # the target of a copy, link or rename: its disk is the one that is full
         return disk_full(target if isinstance(target, str) and target else path, number)
-    if number in (errno.EACCES, errno.EPERM) and path != where and not path.startswith(where):
-        return Failure("A file cannot be read or written.", where=path, got=got, next_step="correct its permissions")
     if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if not path.startswith(where):
+            return Failure(
+                "A file cannot be read or written.", where=path, got=got, next_step="correct its permissions"
+            )
         return ReadOnlyStore(
             "The store cannot be written.",
             where=path,
@@ -291,6 +293,20 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
     if isinstance(error.filename2, str):  # the target of a rename or link
         path += f" → {error.filename2}"
     return cls(what, where=path, got=got, next_step=next_step)
+
+
+def from_library_error(error: BaseException, where: str) -> Failure | None:
+    """Return the failure of a disk behind an error of a library; None for any other cause."""
+    for cause in (error, error.__cause__):
+        known = from_os_error(cause, where) if isinstance(cause, OSError) else None
+        if known is not None and not isinstance(known, ReadOnlyStore):  # refused by a remote
+            return known
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's type and first line, masked before it is cut."""
+    return mask(f"{type(error).__name__}: {error}".splitlines()[0])[:300]
 
 
 def disk_full(where: str, number: int = errno.ENOSPC) -> DiskFull:

@@ -13,7 +13,7 @@ from prefect.settings import get_current_settings
 
 from loraflow.config.project import served_project
 from loraflow.execution.results import Registration
-from loraflow.failures import BadConfig, Network
+from loraflow.failures import BadConfig, Network, first_line
 
 log = logging.getLogger("loraflow")
 DATASET = "loraflow.dataset.updated"
@@ -83,7 +83,7 @@ def announce_dataset(name: str, md5: str, commit: str, project: str | None = Non
         raise Network(
             "The dataset is versioned, but Prefect's server was not notified.",
             where=str(url),
-            got=f"{type(error).__name__}: {error}".splitlines()[0],
+            got=first_line(error),
             next_step="start the server, then the same command again; or run retrain from the UI",
         ) from error
     return str(url)

@@ -13,7 +13,7 @@ from prefect._internal.urls import strip_auth_from_url
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import get_current_settings
 
-from loraflow.failures import Failure, Network, failure_names
+from loraflow.failures import Failure, Network, failure_names, first_line
 
 ENGINE_LOGS = ("prefect.flow_runs", "prefect.task_runs")
 # Prefect's words for Ctrl-C and SIGTERM, which the command reports itself.
@@ -32,7 +32,7 @@ class MessageWithoutTraceback(logging.Filter):
         if isinstance(error, Failure):
             record.msg = str(error) if record.name == ENGINE_LOGS[0] else f"failed: {error.what}"
         elif error is not None and is_server_error(error):
-            record.msg = f"Prefect's server did not answer: {type(error).__name__}: {error}".splitlines()[0]
+            record.msg = f"Prefect's server did not answer: {first_line(error)}"
         else:
             return True
         record.args, record.exc_info, record.exc_text = (), None, None
@@ -125,7 +125,7 @@ def server_lost(error: Exception) -> Network:
     return Network(
         "Prefect's server stopped answering during the run.",
         where=strip_auth_from_url(str(url)) if url else "the temporary server",
-        got=f"{type(error).__name__}: {error}".splitlines()[0],
+        got=first_line(error),
         next_step=f"{'start the server, then ' if url else ''}run again: finished stages are cached, and training resumes",
     )
 

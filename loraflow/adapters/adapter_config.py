@@ -21,7 +21,7 @@ from pydantic import (
     field_validator,
 )
 
-from loraflow.failures import BadModel
+from loraflow.failures import BadModel, first_line
 
 FILE = "adapter_config.json"
 
@@ -103,7 +103,7 @@ class AdapterConfig(BaseModel):
                 "The adapter's configuration cannot be read.",
                 where=str(file),
                 expected="the JSON that peft writes beside adapter_model.safetensors",
-                got=f"{type(error).__name__}: {error}".splitlines()[0][:200],
+                got=first_line(error),
                 next_step="save or fetch the adapter again",
             ) from error
         config._check_patterns(file)

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 from loraflow.config.locations import LOCK, read_lock
-from loraflow.failures import BadModel, Network
+from loraflow.failures import BadModel, Failure, Network, first_line, from_library_error
 from loraflow.store.files import hash_file, write_json
 
 # A file of the hub's cache is named by its content: git's id of a blob, or the sha256 of a large file.
@@ -27,29 +27,35 @@ def commit_of(model: str, revision: str) -> str:
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     key = f"{model}@{revision}"
-    locked = read_lock()
-    if isinstance(found := locked.get(key), str):
+    if isinstance(found := read_lock().get(key), str):
         return found
     commit = _ask_the_hub(model, revision, key)
-    write_json(LOCK, {**locked, key: commit})
+    write_json(LOCK, {**read_lock(), key: commit})  # others may have written it
     return commit
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Return the errors of the hub's library: also of an answer that is not the hub's."""
+    from huggingface_hub.errors import HTTPError
+
+    return OSError, HTTPError, RuntimeError, ValueError, LookupError, TypeError
 
 
 def _ask_the_hub(model: str, revision: str, key: str) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
         commit: str = HfApi().model_info(model, revision=revision).sha
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise BadModel(
             "The hub has no such model.", where="base.model", got=model, next_step="correct base.model"
         ) from error
-    except (OSError, HTTPError, HfHubHTTPError, OfflineModeIsEnabled, RuntimeError) as error:
+    except _errors() as error:
         raise Network(
             "The hub did not return the commit of the branch.",
             where=key,
-            got=f"{type(error).__name__}: {error}".splitlines()[0][:200],
+            got=first_line(error),
             next_step="set base.revision to the commit's 40 hex digits, or base.model to a local folder",
         ) from error
     return commit
@@ -63,11 +69,11 @@ def download_config(model: str, commit: str) -> Path:
         BadModel: the model has none.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(model, "config.json", revision=commit)).parent
-    except (OSError, HTTPError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+    except _errors() as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise BadModel(
                 "The hub's repository does not contain a model.",
@@ -76,16 +82,18 @@ def download_config(model: str, commit: str) -> Path:
                 got="none",
                 next_step="name the repository of a model, such as microsoft/Phi-3-mini-4k-instruct",
             ) from error
-        if isinstance(error, OSError) and error.errno is not None and error.filename:
-            raise  # the local disk's failure, not the network's
         raise _not_delivered(model, commit, error) from error
 
 
-def _not_delivered(model: str, commit: str, error: Exception) -> Network:
+def _not_delivered(model: str, commit: str, error: Exception) -> Failure:
+    if known := from_library_error(error, where := f"{model} at {commit}"):
+        return known
+    if isinstance(error, OSError) and error.filename:
+        raise error  # also the disk's
     return Network(
         "The model could not be downloaded from the hub.",
-        where=f"{model} at {commit}",
-        got=f"{type(error).__name__}: {error}".splitlines()[0][:200],
+        where=where,
+        got=first_line(error),
         next_step="check the network (and HF_TOKEN for a gated model), or set base.model to a local folder",
     )
 
@@ -98,7 +106,6 @@ def download(model: str, commit: str, *, trust: bool, with_weights: bool = True)
         BadModel: a file of the hub's cache on this machine is damaged.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils import filter_repo_objects
 
     patterns = ["*.json", "*.jinja", "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken"]
@@ -110,9 +117,7 @@ def download(model: str, commit: str, *, trust: bool, with_weights: bool = True)
     patterns += ["*.py"] * trust
     try:
         folder = Path(snapshot_download(model, revision=commit, allow_patterns=patterns, ignore_patterns=_NOT_LOADED))
-    except (OSError, HTTPError, LocalEntryNotFoundError, HfHubHTTPError) as error:
-        if isinstance(error, OSError) and error.errno is not None and error.filename:
-            raise  # the local disk's failure, not the network's
+    except _errors() as error:
         raise _not_delivered(model, commit, error) from error
     links = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_symlink()]
     # The cache may have other files, in any state.
@@ -127,8 +132,7 @@ def download(model: str, commit: str, *, trust: bool, with_weights: bool = True)
 def _refuse_damaged(file: Path) -> None:
     """Hash a file of a snapshot: the hub's library does not look again at what it has downloaded once.
 
-    The base's fingerprint is its commit, so damaged weights would be taken for those of the commit from then on. Where the
-    cache has no links (on Windows), nothing says what the files should be.
+    The base's fingerprint is its commit. Where the cache has no links (on Windows), nothing says what the files should be.
 
     Args:
         file: a link to a file that is named by its content.

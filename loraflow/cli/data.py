@@ -185,7 +185,7 @@ def _print_check(rows: int, problems: list[dict[str, str]], columns: dict[str, s
         click.echo(f"{first}: {text}", err=True)
         if others:
             etc = ", …" if len(others) > 2 else ""
-            click.echo(f"  the same: {len(others)} rows more ({', '.join(others[:2])}{etc})", err=True)
+            click.echo(f"  the same: {len(others)} more ({', '.join(others[:2])}{etc})", err=True)
     if unlisted := sum(map(len, list(places.values())[MAX_PROBLEMS:])):
         click.echo(f"… and {unlisted} more rows with other problems", err=True)
     if columns:

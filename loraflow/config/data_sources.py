@@ -20,8 +20,11 @@ COLUMNS = (
     "train", "exclude",
 )  # fmt: skip
 MAX_WEIGHT = 100
-HUB_FILE = re.compile(r"hf://datasets/((?:[\w.-]+/)?[\w.-]+)(?:@([\w.-]+))?(?:/(.+))?")  # repository, revision, path
-S3_OBJECT = re.compile(r"s3://([a-z0-9][a-z0-9.-]+)/(.+[^/])")  # bucket, key
+# repository, revision, and a path whose parts are names; bucket and key
+HUB_FILE = re.compile(
+    r"hf://datasets/(?!.*(?:\*\*|/\.{0,2}/[^/]|/\.\.?/*$))((?:[\w.-]+/)?[\w.-]+)(?:@(refs/(?:convert|pr)/\w+|[\w.-]+))?(?:/(.+))?"
+)
+S3_OBJECT = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]*)/(?!(?:.*/)?\.\.?$)([^*]*[^/*])")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Settings of `data` that each source has for itself.
 REPLACED = (
@@ -108,9 +111,15 @@ class DataSource(FrozenModel):
                 # DVC reads web servers and other buckets itself, and pins their content.
                 way = f"pin it with `dvc import-url {shlex.quote(mask(value))} NAME`, and name NAME.dvc"
                 raise ValueError(f"{scheme[0]} is not read; {way}")
-            if not forms[scheme[1]].fullmatch(value):
-                form = "hf://datasets/OWNER/NAME@COMMIT/PATH" if scheme[1] == "hf" else "s3://BUCKET/KEY"
-                raise ValueError(f"should be {form}, not {mask(value)}")
+            if not (found := forms[scheme[1]].fullmatch(value)):
+                form = "s3://BUCKET/KEY, not a pattern"
+                if scheme[1] == "hf":
+                    form = "hf://datasets/OWNER/NAME@COMMIT/PATH (a folder is read with its subfolders, without **)"
+                raise ValueError(f"should be {form}: {mask(value)}")
+            if scheme[1] == "hf":
+                from huggingface_hub.utils import validate_repo_id
+
+                validate_repo_id(found[1])
         if not value.strip():
             raise ValueError("should be a .dvc file, a folder, a file or a pattern")
         return value
@@ -150,7 +159,7 @@ class DataSource(FrozenModel):
         """The name, or what stands for it: the last part of the source that is no pattern, without its suffix."""
         if self.name is not None:
             return self.name
-        source = re.sub(r"@[^/]*", "", self.source) if self.source.startswith("hf://") else self.source
+        source = re.sub(r"@[^/]*", "", self.source, count=1) if self.source.startswith("hf://") else self.source
         parts = [part for part in PurePosixPath(source).parts if not any(sign in part for sign in "*?[")]
         plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", PurePosixPath(parts[-1]).stem if parts else "").strip("-.")
         return plain or "data"

@@ -24,9 +24,9 @@ from loraflow.failures import (
     Failure,
     MissingData,
     Network,
-    ReadOnlyStore,
     StorageError,
-    from_os_error,
+    first_line,
+    from_library_error,
 )
 
 if TYPE_CHECKING:
@@ -188,17 +188,15 @@ def _translate_errors(repo: str, pin: Pin, rev: str | None, remote: str | None) 
             next_step="free space on the disks of the project and of DVC's cache, then run again",
         ) from error
     except Exception as error:  # DVC and its file systems raise dozens of types; all mean that the data is unavailable
-        for cause in (error, error.__cause__):
-            known = from_os_error(cause, where) if isinstance(cause, OSError) else None
-            if known is not None and not isinstance(known, ReadOnlyStore):  # a full disk, for example
-                raise known from error
+        if known := from_library_error(error, where):
+            raise known from error
         if remote is not None and not is_url(repo):
             check_remote(remote, repo)
         raise MissingData(
             "The pinned data is neither in the work tree nor in DVC's cache, and its remote does not have it.",
             where=where,
             expected=f"md5 {pin.md5}",
-            got=f"{type(error).__name__}: {error}".splitlines()[0][:300],
+            got=first_line(error),
             next_step="`dvc remote list` shows the remotes; `dvc push` where the data was added; then run again",
         ) from error
 

@@ -198,14 +198,17 @@ def _not_a_list(value: JsonValue, name: str) -> BadData:
         key = "rows" if "rows" in lists else lists[0]  # beside the features, in answers of the hub's API
         inner = ".row" if key == "rows" and isinstance(value, dict) and "row_idx" in str(value[key])[:30] else ""
         next_step = f"jq -c {shlex.quote(f'.[{json.dumps(key)}][]{inner}')} {shlex.quote(name)} > {new}"
-    elif isinstance(value, dict) and len(value) > 1 and _are_rows(list(value.values())):
+    elif isinstance(value, dict) and len(value) > 1 and _are_rows(value):
         next_step = f"jq -c '.[]' {shlex.quote(name)} > {shlex.quote(f'{Path(name).stem}.jsonl')}"
     return BadData(
         "The file does not contain a list.", where=name, expected="a JSON list of rows", got=got, next_step=next_step
     )
 
 
-def _are_rows(values: list[JsonValue]) -> bool:
-    """Tell whether the values of an object are rows, by their ids: all are objects with the same keys."""
-    keys = {frozenset(value) if isinstance(value, dict) else None for value in values}
-    return len(keys) == 1 and None not in keys
+def _are_rows(by_id: dict[str, JsonValue]) -> bool:
+    """Tell whether the values of an object are rows, by their ids: all have the same keys, and no columns of a split."""
+    rows = [row for row in by_id.values() if isinstance(row, dict)]
+    items = [item for row in rows for item in row.values() if isinstance(item, dict | list)]
+    if len(rows) < len(by_id) or len(set(map(frozenset, rows))) > 1 or not all(map(is_bare_chat, items)):
+        return False
+    return not by_id.keys() & {"train", "test", "validation", "valid", "val", "dev"}

@@ -70,10 +70,9 @@ _BETWEEN = frozenset({
     "unsatisfactory", "terrible", "success", "successful", "succeeded", "med", "mid", "middle", "meh", "so so", "middling",
     "passable", "borderline", "avg", "partially accepted",
 })  # fmt: skip
-# Wrong in a column of grades. `low` may be about anything there, so it is a question only.
-_LOW = frozenset({"very bad", "very poor", "terrible", "unsatisfactory"})
-# Verdicts that may also be the number of the right choice, or a count.
-_COUNTS = frozenset({"correct", "accepted", "good", "incorrect", "rejected", "wrong", "bad"})
+_LOW = frozenset({"very low", "very bad", "very poor", "terrible", "unsatisfactory"})  # wrong in a column of grades
+_LOW_IS_A_QUESTION = frozenset({"quality", "rating", "grade"})  # `low` may be about anything of the row in these
+_COUNTS = frozenset({"correct", "accepted"})  # verdicts that may also be the number of the right choice, or a count
 # What a column of verdicts says of an answer that is not finished.
 _NOT_DONE = frozenset({
     "incomplete", "not complete", "unfinished", "not finished", "not solved", "problem not solved", "unsolved", "truncated",
@@ -110,16 +109,16 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
 def is_bad_word(text: str) -> bool:
     """Tell whether a short text says that something is wrong or poor."""
     word = plain(text)
-    return word in _WRONG | _LOW | _NOT_DONE | {"unsafe", "low", "very low"} or judges_badly(word)
+    return word in _WRONG | _LOW | _NOT_DONE | {"unsafe", "low"} or judges_badly(word)
 
 
 def unclear_verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> str | None:
     """Return the problem of a judgement with a third value, such as `is_correct: falsch` or `solution_is_valid: Incomplete`.
 
-    None if there is none. The column must have true or false in another row: otherwise it may hold texts. Of `correct: 0`
-    and `incorrect: 1`, a single number above 1 in the column leaves open whether it is a judgement.
+    None if there is none. The column must have true or false in another row: otherwise it may hold texts. Of `correct: 0`,
+    a single number above 1 in the column leaves open whether it is a judgement.
     """
-    if as_number(value) == float(name not in GOOD) and _is_count(here, value, beside, least=1):
+    if as_number(value) == 0 and _is_count(here, value, beside, least=1):
         return None if _is_count(here, value, beside, least=2) else _unclear(here, value)
     if not isinstance(value, str) or not (judges_badly(value) or plain(value) in _NOT_DONE):
         return None
@@ -197,7 +196,8 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
 
 def _is_unclear(name: str, text: str) -> bool:
     """Tell whether a word of an opinion may say that the answer is wrong."""
-    if text == "-1" or (name in GRADES and text in _LOW) or (name in RUNS and text in _FAILED_RUNS):
+    is_low = text in _LOW or (text == "low" and name not in _LOW_IS_A_QUESTION)
+    if text == "-1" or (opinion_name(name) in GRADES and is_low) or (name in RUNS and text in _FAILED_RUNS):
         return True
     return name not in STATES and judges_badly(text)
 

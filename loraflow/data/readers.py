@@ -24,7 +24,7 @@ from loraflow.data.labels import Labels
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.sqlite_reader import SUFFIXES, read_sqlite
 from loraflow.data.unread_values import Told, told_by, without_ignored
-from loraflow.failures import BadData
+from loraflow.failures import BadData, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -322,7 +322,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawValue]:
         raise BadData(
             "The Parquet file cannot be read.",
             where=name,
-            got=f"{type(error).__name__}: {error}"[:300],
+            got=first_line(error),
             next_step="download it or write it again",
         ) from error
 
@@ -337,7 +337,7 @@ def _records(batch: pa.RecordBatch, name: str) -> list[RawRow]:
             raise BadData(
                 "A column of the Parquet file has values that cannot be read.",
                 where=f"{name}, column {column} ({batch.schema.field(column).type})",
-                got=f"{type(error).__name__}: {error}"[:300],
+                got=first_line(error),
                 next_step="write the column as text, or leave it out",
             ) from error
     return [dict(zip(cells, values, strict=True)) for values in zip(*cells.values(), strict=True)]

@@ -1,7 +1,7 @@
 """Files of `data.sources` on the Hugging Face hub, pinned by a commit, and objects of buckets, pinned by their md5.
 
-The md5 of a file of the hub is computed once, after its content was compared with the hash that the hub gives for the
-commit. loraflow.lock remembers it, so the identity of the dataset needs no network afterwards.
+The md5 of a file of the hub is computed once. loraflow.lock remembers it, so the identity of the dataset needs no network
+afterwards.
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ from loraflow.config.locations import LOCK, RemoteOrigin, SourcePart, read_lock
 from loraflow.data.dataset_files import is_hidden
 from loraflow.data.dvc_pin import check_names
 from loraflow.data.readers import READABLE
-from loraflow.failures import BadConfig, BadData, Failure, MissingExtra, Network
+from loraflow.failures import (
+    BadConfig,
+    BadData,
+    Failure,
+    MissingExtra,
+    Network,
+    ReadOnlyStore,
+    first_line,
+    from_library_error,
+)
 from loraflow.store.files import BLOCK, hash_file, write_json
 
 if TYPE_CHECKING:
-    from botocore.exceptions import ClientError
     from huggingface_hub import RepoFile
 
 log = logging.getLogger(__name__)
@@ -45,9 +53,8 @@ def locate_remote(source: DataSource) -> list[SourcePart]:
     repo, revision, path = _hub_parts(source.source)
     if not _COMMIT.fullmatch(revision):
         raise _without_commit(source.source, repo, revision, path)
-    locked = read_lock()
-    files = locked.get(source.source)
-    if not isinstance(files, dict):
+    files = read_lock().get(source.source)
+    if not files or isinstance(files, str):
         files = _hub_files(source.source)
         write_json(LOCK, {**read_lock(), source.source: files})
     check_names(list(files), source.source, f"choose other files in source, or remove its entry from {LOCK}")
@@ -66,24 +73,25 @@ def fetch_remote(url: str, md5: str, target: Path) -> None:
         BadData: it has another md5, or does not exist.
         BadConfig, Network: as `locate_remote`.
     """
-    if url.startswith("s3://"):
-        with target.open("wb") as file:
-            for block in _read_object(url):
-                file.write(block)
-        pin = "the md5 in the recipe"
+    cached = None if url.startswith("s3://") else _download(url)
+    if cached is not None:
+        shutil.copyfile(cached, target)
     else:
-        shutil.copyfile(_download(url), target)
-        pin = f"the md5 in {LOCK}"
+        with target.open("wb") as file:
+            file.writelines(_read_object(url))
     if (got := hash_file(target, "md5")) == md5:
         return
+    pin, next_step = "the recipe", f"if the new content is wanted, write md5: {got}; else restore the object"
+    if cached is not None:
+        if re.fullmatch("[0-9a-f]{40,64}", cached.name):  # the cache has links: the name is the file's hash
+            _refuse_damaged(cached, cached.name)
+        pin, next_step = str(LOCK), f"restore {LOCK} with git, or remove the source's entry; then run again"
     raise BadData(
-        f"The content of a source differs from {pin}.",
+        f"The content of a source differs from the md5 in {pin}.",
         where=url,
         expected=f"md5 {md5}",
         got=f"md5 {got}",
-        next_step=f"if the new content is wanted, write md5: {got}; else restore the object"
-        if url.startswith("s3://")
-        else f"remove its entry from {LOCK}, and its file from the hub's cache (`hf cache rm`), then run again",
+        next_step=next_step,
     )
 
 
@@ -162,16 +170,18 @@ def _folder_of(path: str, names: Iterable[str]) -> str:
 
 
 def _checked_md5(url: str, listed: RepoFile) -> str:
-    """Return the md5 of a file, after its content was compared with the hash that the hub gives.
-
-    The hub's library does not look again at what it has downloaded once.
-    """
+    """Return the md5 of a file, after it was compared with the hash that the hub gives."""
     file = _download(url)
-    if listed.lfs is not None:
-        expected, got = listed.lfs.sha256, hash_file(file)
+    _refuse_damaged(file, listed.blob_id if listed.lfs is None else listed.lfs.sha256)
+    return hash_file(file, "md5")
+
+
+def _refuse_damaged(file: Path, expected: str) -> None:
+    """Hash a file of the cache: the hub's library does not look again at what it has downloaded once."""
+    if len(expected) == 64:
+        got = hash_file(file)
     else:
         content = file.read_bytes()
-        expected = listed.blob_id
         got = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     if got != expected:
         raise BadData(
@@ -181,7 +191,6 @@ def _checked_md5(url: str, listed: RepoFile) -> str:
             got=got[:12],
             next_step="remove it, then run again: it is downloaded again",
         )
-    return hash_file(file, "md5")
 
 
 def _download(url: str) -> Path:
@@ -205,14 +214,15 @@ def _hub_failure(url: str, error: Exception) -> Failure:
         HfHubHTTPError,
         HTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    got = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    if known := from_library_error(error, url):
+        return known
+    got = first_line(error)
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or status == 429 or status >= 500:
+    if isinstance(error, LocalEntryNotFoundError) or status == 429 or status >= 500:
         return _not_answered(url, got)
     if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
         return BadData(
@@ -222,21 +232,20 @@ def _hub_failure(url: str, error: Exception) -> Failure:
             next_step="correct source; of a private or gated dataset, accept its terms and set HF_TOKEN (`hf auth login`)",
         )
     if isinstance(error, RevisionNotFoundError | EntryNotFoundError):
-        what = "commit" if isinstance(error, RevisionNotFoundError) else "file"
+        what = "file" if isinstance(error, EntryNotFoundError) else "commit of 40 digits, 0-9 and a-f"
         return BadData(f"The dataset has no such {what}.", where=url, got=got, next_step="correct source")
-    if isinstance(error, OSError) and error.errno is not None and error.filename:
-        raise error  # the local disk's failure, not the network's
-    if not isinstance(error, OSError | HTTPError | HfHubHTTPError | RuntimeError):
+    if isinstance(error, ValueError | LookupError | TypeError | AttributeError):
+        what = "HF_ENDPOINT did not answer as the hub does."
+        return BadConfig(what, where=url, got=got, next_step="check HF_ENDPOINT, and whether a proxy answers")
+    if (isinstance(error, OSError) and error.filename) or not isinstance(error, OSError | HTTPError | RuntimeError):
         raise error
     return _not_answered(url, got)
 
 
 def _not_answered(url: str, got: str) -> Network:
+    kept = "" if url.startswith("s3://") else ": what was downloaded is kept"
     return Network(
-        "A source could not be read.",
-        where=url,
-        got=got,
-        next_step="check the network, then run again: what was downloaded is kept",
+        "A source could not be read.", where=url, got=got, next_step=f"check the network, then run again{kept}"
     )
 
 
@@ -254,7 +263,9 @@ def _pinned_object(source: DataSource) -> SourcePart:
             got="none",
             next_step=f"write md5: {digest.hexdigest()}",
         )
-    return SourcePart(path=PurePosixPath(found[2]).name, md5=source.md5, origin=RemoteOrigin(url=source.source))
+    name = found[2].rpartition("/")[2]
+    check_names([name], source.source, "correct source")
+    return SourcePart(path=name, md5=source.md5, origin=RemoteOrigin(url=source.source))
 
 
 def _read_object(url: str) -> Iterator[bytes]:
@@ -266,14 +277,14 @@ def _read_object(url: str) -> Iterator[bytes]:
         BadConfig: the server refuses the request.
         Network: it did not answer, or the answer was cut off.
     """
-    from loraflow.store.s3_client import NOT_FOUND, error_code, make_client
+    from loraflow.store.s3_client import NOT_FOUND, client_error_failure, error_code, make_client, request_failure
 
     try:
         client = make_client()
     except MissingExtra as failure:
         failure.what, failure.where = "A source in a bucket needs the package boto3.", url
         raise
-    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     found = S3_OBJECT.fullmatch(url)
     assert found, url
@@ -281,21 +292,19 @@ def _read_object(url: str) -> Iterator[bytes]:
         body = client.get_object(Bucket=found[1], Key=found[2])["Body"]
         while block := body.read(BLOCK):
             yield block
-    except (ClientError, NoCredentialsError) as error:
-        code, status = ("", 0) if isinstance(error, NoCredentialsError) else (error_code(error), _status(error))
-        if code in NOT_FOUND | {"NoSuchBucket"}:
-            raise BadData("There is no such object.", where=url, got=str(error), next_step="correct source") from error
-        if status >= 500:
-            raise _not_answered(url, str(error)) from error
-        raise BadConfig(
-            "The credentials do not give access to a source.",
-            where=url,
-            got=str(error),
-            next_step="set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, of someone who may read it",
-        ) from error
-    except (BotoCoreError, HTTPClientError, OSError) as error:
-        raise _not_answered(url, f"{type(error).__name__}: {error}"[:200]) from error
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    except (BotoCoreError, ClientError, OSError) as error:
+        got = first_line(error)
+        if not isinstance(error, ClientError):
+            refused = request_failure(error, url)
+        elif error_code(error) in NOT_FOUND | {"NoSuchBucket"}:
+            raise BadData("There is no such object.", where=url, got=got, next_step="correct source") from error
+        else:
+            refused = client_error_failure(error, url, found[1])
+        if isinstance(refused, Network):
+            raise _not_answered(url, got) from error
+        if isinstance(refused, BadConfig | ReadOnlyStore):
+            what = "The credentials do not give access to a source."
+            next_step = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            raise BadConfig(what, where=url, got=got, next_step=next_step) from error
+        refused.what = "The bucket refused the request."
+        raise refused from error

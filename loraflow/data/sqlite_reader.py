@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from loraflow.failures import BadData
+from loraflow.failures import BadData, first_line
 
 SUFFIXES = (".db", ".sqlite", ".sqlite3")
 
@@ -38,9 +38,7 @@ def read_sqlite(path: Path, name: str, query: str | None = None) -> Iterator[dic
             for cells in cursor:
                 yield dict(zip(columns, cells, strict=True))
     except (sqlite3.Error, sqlite3.Warning) as error:
-        raise _failure(
-            name, f"{type(error).__name__}: {error}"[:300], "a SQLite database, and a table or query of it"
-        ) from error
+        raise _failure(name, first_line(error), "a SQLite database, and a table or query of it") from error
 
 
 def refuse_unsaved(path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from loraflow.config import Runtime
-from loraflow.failures import BadConfig, MissingExtra
+from loraflow.failures import BadConfig, MissingExtra, first_line
 from loraflow.hardware.device import Device
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _fastest(requested: str, load: Callable[[DocumentKernelName], K]) -> tuple[K
         try:
             return load(name), kernel.title, "installed, and agrees with torch's own kernel on this GPU"
         except Exception as error:  # another version of the package may raise anything; torch's own kernel remains
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            reason = first_line(error)
             if requested == name:
                 raise BadConfig(
                     f"{name.upper()} does not work here.",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from loraflow.adapters.tokenizer_files import VOCABULARY, tokenizer_files
 from loraflow.data.tokenizer_config import further_templates
-from loraflow.failures import BadConfig, BadModel, Failure, Network
+from loraflow.failures import BadConfig, BadModel, Failure, Network, first_line
 from loraflow.identity import short
 from loraflow.registry.anchor import now
 from loraflow.registry.runs import Publication
@@ -253,4 +253,4 @@ def _refusal(error: HfHubHTTPError, repo: str, token: str) -> Failure:
 
 
 def _first_line(error: BaseException, token: str) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200].replace(token, "…")
+    return first_line(error).replace(token, "…")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from loraflow.credentials import MASK, mask, reveal
-from loraflow.failures import Network
+from loraflow.failures import Network, first_line
 from loraflow.tracking.tracker import RunContent, TrackedRun, Tracking, missing_extra
 
 RUN_TAG, COMPLETE_TAG, DIGEST_TAG = "loraflow.run", "loraflow.complete", "loraflow.digest"
@@ -201,7 +201,7 @@ class MlflowTracker:
             raise missing_extra(str(error)) from error
         # MLflow raises its own errors, those of requests, urllib3 and SQLAlchemy, and OSError: there is no common class.
         except Exception as error:
-            raise self._failure((f"{type(error).__name__}: {error}".splitlines() or [""])[0][:300]) from error
+            raise self._failure(first_line(error)) from error
 
     def _failure(self, got: str) -> Network:
         return Network(

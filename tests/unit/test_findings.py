@@ -311,5 +311,5 @@ def test_rows_with_the_same_problem_are_named_once_with_their_number(tmp_path):
     lines = CliRunner().invoke(cli, ["data", "check", str(path)]).stderr.splitlines()
     problems = [line for line in lines if line.startswith(("c.jsonl", "  "))]
     assert problems[0].startswith("c.jsonl:2: expected messages")
-    assert problems[1] == "  the same: 3 rows more (c.jsonl:3, c.jsonl:4, …)"
+    assert problems[1] == "  the same: 3 more (c.jsonl:3, c.jsonl:4, …)"
     assert problems[2:] == ["c.jsonl:6: message 2: an empty assistant message"]

@@ -114,7 +114,7 @@ CHAT = json.dumps([USER, ANSWER])
 def test_a_chat_that_was_written_as_json_text_is_read_as_a_chat(tmp_path):
     wanted = [USER, ANSWER]
     prompt, completion = json.dumps([USER]), json.dumps([ANSWER])
-    for row in ({"messages": CHAT}, {"prompt": prompt, "completion": completion}):
+    for row in ({"messages": [USER, ANSWER]}, {"prompt": prompt, "completion": completion}):
         assert read_chat(row).messages == wanted
         assert to_prompt(row) == wanted[:1]
     turns = json.dumps([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])
@@ -195,6 +195,14 @@ def test_arguments_that_json_lacks_are_malformed_instead_of_a_traceback_later(tm
         ("t.json", json.dumps({"messages": [USER, ANSWER]}), "a single row", "put the rows in a list"),
         ("t.json", json.dumps({"prompt": {"0": "a"}, "completion": {"0": "b"}}), "whole columns", "orient=\"records\""),
         ("t.json", json.dumps({"a1": PAIR, "a2": PAIR}), "the keys a1, a2", "jq -c '.[]' t.json > t.jsonl"),
+        ("t.json", json.dumps({"a1": {"messages": [USER, ANSWER], "id": "x"}, "a2": {"messages": [USER, ANSWER], "id": "y"}}), "a1, a2", "jq -c '.[]' t.json"),
+        ("t.json", json.dumps({"a1": {"messages": [USER, ANSWER]}, "a2": {"messages": [USER, ANSWER]}}), "a1, a2", "jq -c '.[]' t.json"),
+        *(("t.json", json.dumps(splits), ", ".join(splits), "name the chat files in data.train") for splits in (
+            {"train": {"prompt": ["q", "r"], "completion": ["a", "b"]}, "test": {"prompt": ["q"], "completion": ["a"]}},
+            {"train": PAIR, "validation": PAIR},
+            {"de": {"prompt": ["q", "r"], "completion": ["a", "b"]}, "en": {"prompt": ["q"], "completion": ["a"]}},
+            {"de": {"prompt": {"0": "q"}, "completion": {"0": "a"}}, "en": {"prompt": {"0": "q"}, "completion": {"0": "a"}}},
+        )),
         ("t.json", json.dumps({"data": [PAIR]}), "the keys data", "jq -c '.[\"data\"][]'"),
     ],
 )  # fmt: skip

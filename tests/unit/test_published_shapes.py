@@ -152,9 +152,12 @@ SHAPES = {
         [{"prompt": "q", "completion": "a", "corrected_answer": text} for text in ("b", "a", "", None)], [REFUSED, QA, QA, QA]),
     "grades": ([{"prompt": "q", "completion": "a", "quality": grade} for grade in ("bad", "medium", "high", "low")],
                [REFUSED, QA, QA, QA]),
-    "counts in columns of verdicts": ([{"prompt": "q", "completion": "a", "good": n, "bad": n} for n in range(4)], [QA] * 4),
-    "the score of a quiz": ([{"prompt": "q", "completion": "a", "correct": 10 - n, "incorrect": n} for n in range(4)], [QA] * 4),
-    "one number above 1 in a column of bad verdicts": ([{"prompt": "q", "completion": "a", "wrong": n} for n in (0, 1, 99)], [QA, REFUSED, QA]),
+    **{f"the grade {grade} in {key}": ([{"prompt": "q", "completion": "a", key: text} for text in (grade, "high")], [kind, QA])
+       for grade, key, kind in (("low", "answer_quality", REFUSED), ("low", "completion_rating", REFUSED), ("low", "rating", QA),
+                                ("very low", "response_quality", REFUSED), ("very low", "quality", REFUSED))},
+    **{f"numbers above 1 in {key}": ([{"prompt": "q", "completion": "a", key: n} for n in (0, 1, 0, 1, 10, 11)], marks)
+       for key, marks in (("correct", [QA] * 6), ("incorrect", [QA, OUT, QA, OUT, QA, QA]), ("bad", [QA, OUT, QA, OUT, QA, QA]),
+                          ("good", [OUT, QA, OUT, QA, QA, QA]))},
     "thumbs as numbers": ([{"prompt": "q", "completion": "a", "feedback": vote} for vote in (-1, 0, 1)], [REFUSED, QA, QA]),
     "counts of votes": ([{"prompt": "q", "completion": "a", "vote": votes} for votes in (-1, 12)], [QA, QA]),
     "results of tests": ([{"prompt": "q", "completion": "a", "execution_status": status} for status in ("failed", "success")], [REFUSED, QA]),

@@ -1,7 +1,10 @@
 """Sources on the Hugging Face hub (hf://) and in a bucket (s3://): what pins them, and what happens when they fail."""
 
+import errno
 import hashlib
 import json
+import resource
+import signal
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,12 +14,13 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
+from loraflow.base import hub as base_hub
 from loraflow.config.load import parse_recipe
 from loraflow.config.locations import LOCK
 from loraflow.data import remote_files
 from loraflow.data.remote_files import fetch_remote
 from loraflow.data.version import locate
-from loraflow.failures import BadConfig, BadData, MissingExtra, Network
+from loraflow.failures import BadConfig, BadData, DiskFull, Failure, MissingExtra, Network, StorageError
 from loraflow.store.files import HashMemo
 from tests.unit.test_sources import Mixture, recipe
 
@@ -37,6 +41,8 @@ class DatasetHub:
                       "data/old/train-0.jsonl": rows("old"), "faq.jsonl": rows("faq")}  # fmt: skip
         self.large = {"data/train-1.jsonl"}  # stored as git-lfs does
         self.status = 0  # answers everything with this status
+        self.page = b""  # answers everything with this text, as a proxy does
+        self.without: tuple[str, ...] = ()  # keys that lines of the list lack
         self.cut = 0  # bytes that are missing at the end of each file
         self.requests: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -66,6 +72,8 @@ class DatasetHub:
 
     def answer(self, path):
         missing = {"X-Error-Code": "RepoNotFound"}
+        if self.page:
+            return 200, {"Content-Type": "text/html"}, self.page
         if self.status:
             return self.status, missing if self.status in (401, 404) else {}, b"{}"
         if "me/set" not in path:
@@ -92,7 +100,7 @@ class DatasetHub:
         line = {"type": "file", "path": name, "size": len(content), "oid": oid}
         if name in self.large:
             line["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
-        return line
+        return {key: value for key, value in line.items() if key not in self.without}
 
 
 @pytest.fixture
@@ -169,7 +177,7 @@ def test_a_branch_is_refused_with_the_commit_to_write(hub, revision):
     [
         (at("faq.csv"), 0, BadData, "No file of the dataset has this name"),
         (at("nothing/faq.jsonl"), 0, BadData, "no such file"),
-        (at("faq.jsonl", f"@{OTHER}"), 0, BadData, "no such commit"),
+        (at("faq.jsonl", f"@{OTHER}"), 0, BadData, "no such commit of 40 digits, 0-9 and a-f"),
         ({"source": f"hf://datasets/me/other@{COMMIT}/a.jsonl"}, 0, BadData, "set HF_TOKEN"),
         (at("faq.jsonl"), 401, BadData, "set HF_TOKEN"),
         (at("faq.jsonl"), 403, BadData, "set HF_TOKEN"),
@@ -211,18 +219,107 @@ def test_a_file_that_was_changed_in_the_hubs_cache_is_refused(hub, name):
         located(at(name))
 
 
-def test_content_that_differs_from_the_lock_file_is_refused(hub, tmp_path):
+def test_content_that_differs_from_the_lock_file_is_refused_with_the_one_that_is_wrong(hub, tmp_path):
     url = at("faq.jsonl")["source"]
+    with pytest.raises(BadData, match=r"differs from the md5 in loraflow\.lock(.|\n)*restore loraflow\.lock"):
+        fetch_remote(url, "0" * 32, tmp_path / "faq.jsonl")
     remote_files._download(url).write_bytes(rows("other"))
-    with pytest.raises(BadData, match=r"differs from the md5 in loraflow\.lock"):
+    with pytest.raises(BadData, match=r"damaged in the hub's cache(.|\n)*remove it"):
         fetch_remote(url, hashlib.md5(hub.files["faq.jsonl"]).hexdigest(), tmp_path / "faq.jsonl")
+
+
+def test_an_empty_entry_of_the_lock_file_is_no_entry(hub):
+    LOCK.write_text(json.dumps({at("faq.jsonl")["source"]: {}}))
+    assert [part.path for part in located(at("faq.jsonl")).origin.sources["faq"]] == ["faq.jsonl"]
+
+
+def test_the_lock_file_is_read_again_after_the_hub_has_answered(hub, monkeypatch):
+    """A process that asks for another model at the same time has written meanwhile."""
+    monkeypatch.setattr(base_hub, "_ask_the_hub", lambda *of: LOCK.write_text(json.dumps({"b@main": OTHER})) and COMMIT)
+    assert base_hub.commit_of("a", "main") == COMMIT
+    assert json.loads(LOCK.read_text()) == {"a@main": COMMIT, "b@main": OTHER}
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull, "The disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), DiskFull, "quota"),
+        (OSError(errno.EIO, "Input/output error"), StorageError, "input/output error"),
+        (PermissionError(errno.EACCES, "Permission denied", "/cache/blobs/x"), Failure, "correct its permissions"),
+        (OSError(errno.EROFS, "Read-only file system", "/cache/blobs/x"), Failure, "/cache/blobs/x"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), Network, "check the network"),
+    ],
+)
+def test_a_disk_that_fails_while_a_file_is_downloaded_is_no_failure_of_the_network(hub, monkeypatch, cause, kind, said):
+    def fails(*arguments, **options):
+        raise cause
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fails)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    for read in (
+        lambda: remote_files._download(at("faq.jsonl")["source"]),
+        lambda: base_hub.download_config("me/model", COMMIT),
+        lambda: base_hub.download("me/model", COMMIT, trust=False),
+    ):
+        with pytest.raises(Failure) as caught:
+            read()
+        assert type(caught.value) is kind
+        assert said in str(caught.value)
+        assert "runtime.store" not in str(caught.value) or kind is DiskFull
+
+
+def test_a_limit_of_the_size_of_files_is_named(hub, monkeypatch):
+    """The kernel's own error, which has no file's name."""
+    hub.files["faq.jsonl"] = rows("x", 4000)
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
+        with pytest.raises(DiskFull, match="larger than a limit"):
+            located(at("faq.jsonl"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_answers_that_are_not_those_of_a_hub_are_named(hub):
+    hub.without = ("size",)
+    with pytest.raises(BadConfig, match="HF_ENDPOINT did not answer as the hub does"):
+        located(at("faq.jsonl"))
+    hub.page = b"<html>Please log in to the network.</html>"
+    for source in (at("faq.jsonl"), at("faq.jsonl", "@main")):
+        with pytest.raises(BadConfig, match="HF_ENDPOINT did not answer as the hub does"):
+            located(source)
+    with pytest.raises(Network, match="did not return the commit"):
+        base_hub.commit_of("me/model", "main")
+    with pytest.raises(Network, match="could not be downloaded"):
+        base_hub.download("me/model", COMMIT, trust=False)
+
+
+def test_a_secret_is_masked_before_a_message_is_cut(hub, monkeypatch):
+    """The first characters of a secret are not found by its name any more."""
+    monkeypatch.setenv("MY_API_KEY", "geheim" * 30)
+
+    def fails(*arguments, **options):
+        raise RuntimeError("x" * 250 + "geheim" * 30)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fails)
+    for read in (
+        lambda: remote_files._download(at("faq.jsonl")["source"]),
+        lambda: base_hub.download_config("a", COMMIT),
+    ):
+        with pytest.raises(Network) as caught:
+            read()
+        assert "x" * 250 in str(caught.value)
+        assert "geheim" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["data/../../train.jsonl", "data/.git/train.jsonl"])
 def test_names_that_leave_their_folder_are_refused_in_a_listing_and_in_the_lock_file(hub, name):
     hub.files[name] = rows("x")
-    with pytest.raises(BadData, match="must not be written"):
-        located(at(name))
+    if ".." not in name:  # which the recipe refuses, and a folder does not read
+        with pytest.raises(BadData, match="must not be written"):
+            located(at(name))
     LOCK.write_text(json.dumps({at("data")["source"]: {name: "0" * 32}}))
     with pytest.raises(BadData, match="must not be written"):
         located(at("data"))
@@ -233,9 +330,19 @@ def test_names_that_leave_their_folder_are_refused_in_a_listing_and_in_the_lock_
     [
         ({"source": "hf://me/set/faq.jsonl"}, "should be hf://datasets/OWNER/NAME@COMMIT/PATH"),
         ({"source": "s3://bucket"}, "should be s3://BUCKET/KEY"),
-        ({"source": "s3://key:word@bucket/a.jsonl"}, "should be s3://BUCKET/KEY, not s3://***@bucket/a.jsonl"),
+        ({"source": "s3://key:word@bucket/a.jsonl"}, "s3://***@bucket/a.jsonl"),
         ({"source": "faq", "md5": "0" * 32}, "md5: only an object of s3:// is pinned by it"),
         ({"source": "s3://bucket/a.jsonl", "md5": "0" * 31}, "md5"),
+        (at("data/**/*.jsonl"), "a folder is read with its subfolders, without **"),
+        *(
+            (at(path), "should be hf://datasets/OWNER/NAME@COMMIT/PATH")
+            for path in ("../a", "a/../b", "a/..", "a//b", "a/./b", ".")
+        ),
+        ({"source": f"hf://datasets/a--b/c@{COMMIT}/a.jsonl"}, "Cannot have -- or .. in repo_id"),
+        ({"source": f"hf://datasets/me/set.git@{COMMIT}/a.jsonl"}, "cannot end by '.git'"),
+        ({"source": f"hf://datasets/../set@{COMMIT}/a.jsonl"}, "cannot start or end with"),
+        ({"source": "s3://bucket/chats/*.jsonl"}, "s3://BUCKET/KEY, not a pattern"),
+        ({"source": "s3://bucket/chats/.."}, "should be s3://BUCKET/KEY"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_named_before_anything_runs(source, problem):
@@ -243,6 +350,17 @@ def test_a_source_that_cannot_be_read_is_named_before_anything_runs(source, prob
     with pytest.raises(BadConfig) as caught:
         parse_recipe(text, name="r.yaml")
     assert problem in str(caught.value)
+
+
+def test_sources_of_two_files_with_an_at_sign_have_two_names_and_other_buckets_are_read():
+    sources = recipe(at("faq@de.jsonl"), at("faq@en.jsonl"), {"source": "s3://My_Bucket//x/../a"}).data.sources
+    assert [source.key for source in sources] == ["faq-de", "faq-en", "a"]
+
+
+def test_a_converted_branch_is_refused_with_the_commit_to_write(hub):
+    with pytest.raises(BadData, match=f"write hf://datasets/me/set@{COMMIT}/default/train"):
+        located(at("default/train", "@refs/convert/parquet"))
+    assert hub.requests == ["GET /api/datasets/me/set/revision/refs/convert/parquet"]
 
 
 @pytest.fixture
@@ -287,6 +405,33 @@ def test_an_object_that_cannot_be_read_is_named(bucket, tmp_path, monkeypatch, u
         fetch_remote(url, MD5, tmp_path / "a.jsonl")
     assert problem in str(caught.value)
     assert url in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind", "problem"),
+    [
+        ("AccessDenied", 403, BadConfig, "do not give access"),
+        ("ExpiredToken", 400, BadConfig, "do not give access"),
+        ("SlowDown", 503, Network, "check the network, then run again\n"),
+        ("InvalidObjectState", 403, Failure, "The bucket refused the request"),
+        ("PermanentRedirect", 301, Failure, "The bucket refused the request"),
+    ],
+)
+def test_what_a_bucket_refuses_is_not_always_a_matter_of_credentials(
+    tmp_path, monkeypatch, code, status, kind, problem
+):
+    errors = pytest.importorskip("botocore.exceptions")
+
+    class Client:
+        def get_object(self, **of):
+            answer = {"Error": {"Code": code, "Message": "m"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+            raise errors.ClientError(answer, "GetObject")
+
+    monkeypatch.setattr("loraflow.store.s3_client.make_client", Client)
+    with pytest.raises(kind) as caught:
+        fetch_remote("s3://b/a.jsonl", MD5, tmp_path / "a.jsonl")
+    assert problem in f"{caught.value}\n"
+    assert code in str(caught.value)
 
 
 def test_without_boto3_the_extra_to_install_is_named(tmp_path, monkeypatch):
