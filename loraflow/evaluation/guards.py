@@ -73,34 +73,34 @@ def partition_of(guards: Iterable[SliceGuard]) -> list[list[str]]:
 
 
 def power_lines(
-    parts: Mapping[str, int],
+    parts: Mapping[str, Sequence[int]],
     margins: Mapping[str, float],
     confidence: float,
     reaches: Mapping[str, float],
-    grouped: Set[str] = frozenset(),
 ) -> list[str]:
     """Return for people which guards even unchanged outputs do not pass, before anything is trained.
 
     Args:
-        parts: {name of a part: its independent rows}.
+        parts: {name of a part: rows of each group of its rows, 1 for a row that is independent of all others}.
         reaches: the largest difference of each score that has one.
-        grouped: parts with rows that depend on each other; no exact test is for their scores of 0 and 1.
     """
     lines = []
-    for name, rows in parts.items():
+    for name, sizes in parts.items():
+        rows, is_grouped = len(sizes), max(sizes, default=1) > 1
         for metric, margin in margins.items():
             if not margin:
                 lines.append(f"  {metric} on {name}: a margin of 0 passes only better outputs, never unchanged ones")
                 continue
-            kind = "" if name in grouped else metric
-            needed = max(rows_for_margin(margin, confidence, kind, reaches.get(metric)) or 0, MINIMUM_ROWS)
-            if rows < needed:
-                unchanged = margin_of_unchanged(rows, confidence, kind, reaches.get(metric))
-                counted = "groups of equal size" if name in grouped else f"rows{equally_long(metric)}"
+            reach = reaches.get(metric)
+            needed = max(rows_for_margin(margin, confidence, "" if is_grouped else metric, reach) or 0, MINIMUM_ROWS)
+            unchanged = margin_of_unchanged(rows, confidence, metric, reach, sizes)
+            if rows < needed or (unchanged is not None and unchanged >= margin):
+                counted = "groups of equal size" if is_grouped else f"rows{equally_long(metric)}"
+                unequal = " of unequal size" if len(set(sizes)) > 1 else ""
                 out = "" if unchanged is None else f", which can rule out a drop of {unchanged:.2g}"
                 lines.append(
                     f"  {metric} on {name}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} "
-                    f"{counted}, you have {rows}{out}"
+                    f"{counted}, you have {rows}{unequal}{out}"
                 )
     return lines
 
