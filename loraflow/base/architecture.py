@@ -48,9 +48,43 @@ def is_tested(config: PreTrainedConfig) -> bool:
     return text is config and config.model_type in FAST and type(config).__module__.startswith("transformers.")
 
 
+def ignored_keys(config: PreTrainedConfig, keys: tuple[str, ...]) -> list[str]:
+    """Return which keys config.json has and transformers' class does not, as after a conversion to Llama.
+
+    The model's code ignores them. trl and transformers' cache read them of any config.
+    """
+    text = config.get_text_config()
+    kind = type(text)
+    found = [key for key in keys if key in vars(text) and not hasattr(kind, key) and key not in text.attribute_map]
+    if not found or not kind.__module__.startswith("transformers."):
+        return []
+    own = vars(kind())
+    return [key for key in found if key not in own]
+
+
+def forget_ignored_windows(config: PreTrainedConfig) -> list[str]:
+    """Remove the attention windows that the model's code ignores from its config; return their keys.
+
+    With them, transformers' cache forgets tokens, and answers are generated from other logits, or not at all.
+    """
+    found = ignored_keys(config, ("sliding_window", "attention_chunk_size", "layer_types"))
+    for key in found:
+        delattr(config.get_text_config(), key)
+    return found
+
+
 def _scales(config: PreTrainedConfig, keys: tuple[str, ...] = LOGIT_SCALES) -> dict[str, float]:
-    values = {key: getattr(config.get_text_config(), key, None) for key in keys}
-    return {key: float(value) for key, value in values.items() if value not in (None, 1, 1.0)}
+    text = config.get_text_config()
+    given = [key for key in keys if getattr(text, key, None) not in (None, 1, 1.0)]
+    ignored = ignored_keys(config, tuple(given))
+    return {key: float(getattr(text, key)) for key in given if key not in ignored}
+
+
+def scales_logits_for_trl_only(config: PreTrainedConfig) -> bool:
+    """Tell whether config.json has a factor or cap of logits that trl's loss applies and the model's code ignores."""
+    return any(
+        getattr(config.get_text_config(), key) not in (None, 1, 1.0) for key in ignored_keys(config, LOGIT_SCALES)
+    )
 
 
 def scales_logits(config: PreTrainedConfig) -> bool:

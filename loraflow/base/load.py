@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
-from loraflow.base.architecture import code_references, is_tested, read_config, scales_logits, stateful_layers
+from loraflow.base.architecture import (
+    code_references,
+    forget_ignored_windows,
+    is_tested,
+    read_config,
+    scales_logits,
+    stateful_layers,
+)
 from loraflow.config import Runtime
 from loraflow.failures import BadConfig, BadModel, MissingExtra
 from loraflow.hardware.attention import attention_with_mask, choose_for_loading
@@ -77,6 +84,7 @@ def load_model(
     loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     model, report = cast("tuple[PreTrainedModel, Mapping[str, set[str]]]", loaded)
     refuse_missing_weights(folder, report)
+    forget_ignored_windows(model.config)  # in artifacts of earlier versions, and in models that were merged from them
     model.eval()
     return model
 
