@@ -77,11 +77,16 @@ def refuse_unconvertible(folder: Path) -> AdapterConfig:
     refuse_pickles(folder)
     config = AdapterConfig.read(folder)
     check_config(config, folder)
-    _refuse_more_than_lora(config, folder)
+    refuse_more_than_lora(config, folder)
     return config
 
 
-def _refuse_more_than_lora(config: AdapterConfig, folder: Path) -> None:
+def refuse_more_than_lora(config: AdapterConfig, folder: Path) -> None:
+    """Refuse an adapter that by its configuration is more than LoRA, rsLoRA or DoRA.
+
+    Raises:
+        BadModel: it is.
+    """
     more = config.enabled(_NOT_CONVERTED)
     if more or config.bias != "none":
         raise BadModel(
