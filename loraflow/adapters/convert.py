@@ -20,7 +20,7 @@ from loraflow.adapters.lora_updates import (
     block_sizes,
     convolution,
 )
-from loraflow.adapters.peft_folder import read_peft, refuse_more_than_lora, refuse_unconvertible, write_peft
+from loraflow.adapters.peft_folder import read_peft, refuse_unconvertible, write_peft
 from loraflow.adapters.tokenizer_files import copy_tokenizer_files
 from loraflow.adapters.validation import check_adapter, check_finite
 from loraflow.base.stored_weights import refuse_damaged_settings
@@ -65,7 +65,7 @@ def convert(
     shapes = BaseShapes.read(base)
     if source.is_dir():
         refuse_unconvertible(source)
-        refuse_more_than_lora(check_adapter(source, base, convertible=True), source)
+        refuse_unconvertible(source, check_adapter(source, base, convertible=True))
         adapter = read_peft(source)
     elif lora_alpha is None:
         raise BadModel(

@@ -134,10 +134,10 @@ def _check_inputs(
 def _has_conv1d(entries: list[TensorEntry]) -> bool:
     """Tell whether a base has matrices [inputs, outputs]: their biases are as long as a row, as GPT-2's."""
     shapes = {entry.name: entry.shape for entry in entries}
-    weights = (
-        (shape, shapes.get(name.removesuffix("weight") + "bias")) for name, shape in shapes.items() if len(shape) == 2
+    return any(
+        len(shape) == 2 and shape[0] != shape[1] and shapes.get(name.removesuffix("weight") + "bias") == shape[1:]
+        for name, shape in shapes.items()
     )
-    return any(shape[0] != shape[1] and bias == shape[1:] for shape, bias in weights)
 
 
 def _plan(

@@ -68,25 +68,20 @@ def read_peft(folder: Path) -> Adapter:
     return Adapter(updates)
 
 
-def refuse_unconvertible(folder: Path) -> AdapterConfig:
-    """Return an adapter's configuration, if it is of a kind that can be converted.
+def refuse_unconvertible(folder: Path, config: AdapterConfig | None = None) -> AdapterConfig:
+    """Return an adapter's configuration, the file's if it is not given, if it is of a kind that can be converted.
 
     Raises:
         BadModel: it is a pickle, or by its configuration more than LoRA, rsLoRA or DoRA.
     """
     refuse_pickles(folder)
-    config = AdapterConfig.read(folder)
+    config = config or AdapterConfig.read(folder)
     check_config(config, folder)
-    refuse_more_than_lora(config, folder)
+    _refuse_more_than_lora(config, folder)
     return config
 
 
-def refuse_more_than_lora(config: AdapterConfig, folder: Path) -> None:
-    """Refuse an adapter that by its configuration is more than LoRA, rsLoRA or DoRA.
-
-    Raises:
-        BadModel: it is.
-    """
+def _refuse_more_than_lora(config: AdapterConfig, folder: Path) -> None:
     more = config.enabled(_NOT_CONVERTED)
     if more or config.bias != "none":
         raise BadModel(

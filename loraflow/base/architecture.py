@@ -73,18 +73,13 @@ def forget_ignored_windows(config: PreTrainedConfig) -> list[str]:
     return found
 
 
-def _scales(config: PreTrainedConfig, keys: tuple[str, ...] = LOGIT_SCALES) -> dict[str, float]:
+def _scales(
+    config: PreTrainedConfig, keys: tuple[str, ...] = LOGIT_SCALES, *, ignored: bool = False
+) -> dict[str, float]:
     text = config.get_text_config()
-    given = [key for key in keys if getattr(text, key, None) not in (None, 1, 1.0)]
-    ignored = ignored_keys(config, tuple(given))
-    return {key: float(getattr(text, key)) for key in given if key not in ignored}
-
-
-def scales_logits_for_trl_only(config: PreTrainedConfig) -> bool:
-    """Tell whether config.json has a factor or cap of logits that trl's loss applies and the model's code ignores."""
-    return any(
-        getattr(config.get_text_config(), key) not in (None, 1, 1.0) for key in ignored_keys(config, LOGIT_SCALES)
-    )
+    values = {key: getattr(text, key, None) for key in keys}
+    unused = ignored_keys(config, keys)
+    return {key: float(values[key]) for key in keys if values[key] not in (None, 1) and (key in unused) == ignored}
 
 
 def scales_logits(config: PreTrainedConfig) -> bool:
@@ -92,9 +87,12 @@ def scales_logits(config: PreTrainedConfig) -> bool:
     return bool(_scales(config))
 
 
-def scales_logits_unknown_to_trl(config: PreTrainedConfig) -> bool:
-    """Tell whether a model has a factor or cap that trl's loss leaves out. Small logits would hardly show a cap."""
-    return bool(_scales(config, _UNKNOWN_TO_TRL))
+def scales_logits_unlike_trl(config: PreTrainedConfig) -> bool:
+    """Tell whether trl's loss leaves out a factor or cap, or applies one that the model's code ignores.
+
+    Small logits would hardly show a cap.
+    """
+    return bool(_scales(config, _UNKNOWN_TO_TRL) or _scales(config, ignored=True))
 
 
 def logit_factor(config: PreTrainedConfig) -> float | None:

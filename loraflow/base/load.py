@@ -84,7 +84,7 @@ def load_model(
     loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     model, report = cast("tuple[PreTrainedModel, Mapping[str, set[str]]]", loaded)
     refuse_missing_weights(folder, report)
-    forget_ignored_windows(model.config)  # in artifacts of earlier versions, and in models that were merged from them
+    forget_ignored_windows(model.config)  # in earlier versions' artifacts
     model.eval()
     return model
 
