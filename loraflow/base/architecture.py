@@ -79,7 +79,7 @@ def _scales(
     text = config.get_text_config()
     values = {key: getattr(text, key, None) for key in keys}
     unused = ignored_keys(config, keys)
-    return {key: float(values[key]) for key in keys if values[key] not in (None, 1) and (key in unused) == ignored}
+    return {key: float(value) for key, value in values.items() if value not in (None, 1) and (key in unused) == ignored}
 
 
 def scales_logits(config: PreTrainedConfig) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from loraflow.evaluation.general import CHATS, CHOICES
 from loraflow.evaluation.intervals import group_labels
-from loraflow.evaluation.power import MINIMUM_ROWS, equally_long, margin_of_unchanged, rows_for_margin
+from loraflow.evaluation.power import MINIMUM_ROWS, margin_of_unchanged, not_passed, rows_for_margin
 from loraflow.evaluation.slices import NO_FIELDS, Part, divide
 from loraflow.evaluation.values import Comparison, Decision
 
@@ -86,22 +86,16 @@ def power_lines(
     """
     lines = []
     for name, sizes in parts.items():
-        rows, is_grouped = len(sizes), max(sizes, default=1) > 1
         for metric, margin in margins.items():
             if not margin:
                 lines.append(f"  {metric} on {name}: a margin of 0 passes only better outputs, never unchanged ones")
                 continue
             reach = reaches.get(metric)
-            needed = max(rows_for_margin(margin, confidence, "" if is_grouped else metric, reach) or 0, MINIMUM_ROWS)
-            unchanged = margin_of_unchanged(rows, confidence, metric, reach, sizes)
-            if rows < needed or (unchanged is not None and unchanged >= margin):
-                counted = "groups of equal size" if is_grouped else f"rows{equally_long(metric)}"
-                unequal = " of unequal size" if len(set(sizes)) > 1 else ""
-                out = "" if unchanged is None else f", which can rule out a drop of {unchanged:.2g}"
-                lines.append(
-                    f"  {metric} on {name}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} "
-                    f"{counted}, you have {rows}{unequal}{out}"
-                )
+            kind = "" if max(sizes, default=1) > 1 else metric
+            needed = max(rows_for_margin(margin, confidence, kind, reach) or 0, MINIMUM_ROWS)
+            unchanged = margin_of_unchanged(len(sizes), confidence, metric, reach, sizes)
+            if len(sizes) < needed or (unchanged is not None and unchanged >= margin):
+                lines.append(not_passed(metric, f" on {name}", margin, needed, unchanged, sizes))
     return lines
 
 

@@ -71,9 +71,27 @@ def largest_differences(largest_loss: float, ranges: Mapping[str, tuple[float, f
     return {"token_loss": largest_loss, **RANGES, **{name: high - low for name, (low, high) in ranges.items()}}
 
 
-def equally_long(metric: str) -> str:
-    """Return the condition under which a number of rows is right, for a sentence about them."""
-    return " of equal length" if metric == "token_loss" else ""
+def _counted(metric: str, sizes: Sequence[int]) -> str:
+    """Return what a number of rows counts, for a sentence about them."""
+    if max(sizes, default=1) > 1:
+        return "groups of equal size"
+    return "rows of equal length" if metric == "token_loss" else "rows"
+
+
+def not_passed(
+    metric: str, where: str, margin: float, needed: int, unchanged: float | None, sizes: Sequence[int]
+) -> str:
+    """Return for people that a guard is too strict for groups of these sizes.
+
+    Args:
+        unchanged: see `margin_of_unchanged`.
+    """
+    unequal = " of unequal size" if len(set(sizes)) > 1 else ""
+    out = "" if unchanged is None else f", which can rule out a drop of {unchanged:.2g}"
+    return (
+        f"  {metric}{where}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} "
+        f"{_counted(metric, sizes)}, you have {len(sizes)}{unequal}{out}"
+    )
 
 
 def rows_that_rule_out(margin: float, confidence: float, reach: float) -> int:
@@ -107,21 +125,24 @@ def smallest_gain(
 class GatePower:
     """What a gate can show."""
 
-    rows: int  # that are independent of each other
+    sizes: Sequence[int]  # of the groups that are independent of each other
     look: str
     level: float
     primary: str
     min_gain: float
     gain: float | None  # the smallest gain that can be shown; None if none can be
     guards: Mapping[str, tuple[float, float | None, int | None]]  # margin, margin of unchanged outputs, rows needed
-    scored: int = 0  # more than `rows`, if some are in a group
-    is_unequal: bool = False  # whether the groups have different sizes
     unknown: tuple[str, ...] = ()  # compared scores without a known range: no claim about them is confirmed
+
+    @property
+    def rows(self) -> int:
+        """The number of rows, or groups, that are independent of each other."""
+        return len(self.sizes)
 
     def lines(self) -> list[str]:
         """Return what people read in a plan."""
-        is_grouped = self.scored > self.rows
-        scored = f"{self.scored} held-out rows in {self.rows} groups" if is_grouped else f"{self.rows} held-out rows"
+        is_grouped = sum(self.sizes) > self.rows
+        scored = f"{sum(self.sizes)} held-out rows" + (f" in {self.rows} groups" if is_grouped else "")
         found = [f"gate: {scored}, {self.look}, level {self.level:.2g}"]
         if self.rows < MINIMUM_ROWS:
             found.append(f"  no model can be promoted: at least {MINIMUM_ROWS} independent rows are needed")
@@ -150,15 +171,10 @@ class GatePower:
                 found.append(f"  {metric}: a margin of 0 passes only better outputs, never unchanged ones")
             if needed is None or unchanged is None:
                 continue
-            kind = "groups of equal size" if is_grouped else f"rows{equally_long(metric)}"
-            unequal = " of unequal size" if self.is_unequal else ""
             if unchanged >= margin:
-                found.append(
-                    f"  {metric}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} {kind}, "
-                    f"you have {self.rows}{unequal}, which can rule out a drop of {unchanged:.2g}"
-                )
+                found.append(not_passed(metric, "", margin, needed, unchanged, self.sizes))
             else:
-                kind = f"groups{unequal}" if unequal else kind
+                kind = "groups of unequal size" if len(set(self.sizes)) > 1 else _counted(metric, self.sizes)
                 found.append(
                     f"  {metric}: unchanged outputs pass; {self.rows} {kind} can rule out a drop of {unchanged:.2g}"
                 )
@@ -190,27 +206,25 @@ def gate_power(
         largest_loss: the logarithm of the vocabulary.
     """
     reaches = largest_differences(largest_loss, ranges)
-    reach, rows, scored = reaches.get(primary), len(sizes), sum(sizes)
+    reach, rows = reaches.get(primary), len(sizes)
     gain = (
         smallest_gain(rows, level, min_gain, primary, reach, sizes)
         if level > 0 and rows and reach is not None
         else None
     )
     return GatePower(
-        rows=rows,
+        sizes=sizes,
         look=look,
         level=level,
         primary=primary,
         min_gain=min_gain,
         gain=gain if gain is not None and reach is not None and gain < reach else None,
-        scored=scored,
-        is_unequal=len(set(sizes)) > 1,
         unknown=tuple(dict.fromkeys(name for name in (primary, *guards) if name not in reaches)),
         guards={
             metric: (
                 margin,
                 margin_of_unchanged(rows, confidence, metric, reaches.get(metric), sizes),
-                rows_for_margin(margin, confidence, "" if scored > rows else metric, reaches.get(metric)),
+                rows_for_margin(margin, confidence, "" if sum(sizes) > rows else metric, reaches.get(metric)),
             )
             for metric, margin in guards.items()
         },
