@@ -94,16 +94,6 @@ def not_passed(
     )
 
 
-def rows_that_rule_out(margin: float, confidence: float, reach: float) -> int:
-    """Return the number of equally long rows from which unchanged losses pass a guard.
-
-    Args:
-        margin: of the guard, in nats per token.
-        reach: the largest loss of a token, the logarithm of the vocabulary.
-    """
-    return 1 if margin >= reach else math.ceil(math.log(1 - confidence) / math.log1p(-margin / reach))
-
-
 def smallest_gain(
     rows: int, level: float, min_gain: float, metric: str, reach: float, sizes: Sequence[int] = ()
 ) -> float:

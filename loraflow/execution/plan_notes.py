@@ -14,7 +14,7 @@ from loraflow.data.check_report import CheckReport
 from loraflow.data.general import KINDS
 from loraflow.data.heldout_fields import FILE, parse_field_values
 from loraflow.data.row_limits import source_lines
-from loraflow.evaluation.power import rows_for_margin, rows_that_rule_out
+from loraflow.evaluation.power import rows_for_margin
 from loraflow.execution.cache import look_up
 from loraflow.execution.deal import checked_rows, compared_rows, group_sizes, rows_of_a_look
 from loraflow.execution.plan import base_config, vocabulary_of
@@ -112,11 +112,8 @@ def _lines(workspace: Workspace, counts: object) -> Iterator[str]:
     found = counts if isinstance(counts, dict) else {}
     for score, margin in gate.forgetting.items():
         count = found.get(KINDS[score], 0)
-        needed: int | None
-        if score == "loss":
-            needed = rows_that_rule_out(margin, gate.confidence, math.log(vocabulary_of(workspace)))
-        else:
-            needed = rows_for_margin(margin, gate.confidence, "accuracy")
+        reach = math.log(vocabulary_of(workspace)) if score == "loss" else None
+        needed = rows_for_margin(margin, gate.confidence, "accuracy" if reach is None else "token_loss", reach)
         enough = isinstance(count, int) and needed is not None and count >= needed
         what = "unchanged outputs pass" if enough else "even unchanged outputs do not pass"
         yield f"  general_{score}: {what}: a margin of {margin:g} needs {needed} rows, you have {count}"
