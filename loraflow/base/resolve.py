@@ -199,7 +199,7 @@ def _drop_ignored_windows(folder: Path) -> None:
     for key in ignored:
         text.pop(key, None)
     write_json(file, values)
-    log.info("The architecture has no %s: removed from the copy of the base's config.json.", ", ".join(ignored))
+    log.info("Removed from config.json, because the architecture has no such setting: %s", ", ".join(ignored))
 
 
 def _from_gguf(file: Path, out: Path, config: ResolveBaseConfig) -> Figures:

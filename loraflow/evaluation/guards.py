@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from loraflow.evaluation.general import CHATS, CHOICES
 from loraflow.evaluation.intervals import group_labels
-from loraflow.evaluation.power import MINIMUM_ROWS, margin_of_unchanged, not_passed, rows_for_margin
+from loraflow.evaluation.power import MINIMUM_ROWS, is_too_strict, margin_of_unchanged, not_passed, rows_for_margin
 from loraflow.evaluation.slices import NO_FIELDS, Part, divide
 from loraflow.evaluation.values import Comparison, Decision
 
@@ -87,14 +87,11 @@ def power_lines(
     lines = []
     for name, sizes in parts.items():
         for metric, margin in margins.items():
-            if not margin:
-                lines.append(f"  {metric} on {name}: a margin of 0 passes only better outputs, never unchanged ones")
-                continue
             reach = reaches.get(metric)
             kind = "" if max(sizes, default=1) > 1 else metric
             needed = max(rows_for_margin(margin, confidence, kind, reach) or 0, MINIMUM_ROWS)
             unchanged = margin_of_unchanged(len(sizes), confidence, metric, reach, sizes)
-            if len(sizes) < needed or (unchanged is not None and unchanged >= margin):
+            if len(sizes) < needed or is_too_strict(margin, unchanged):
                 lines.append(not_passed(metric, f" on {name}", margin, needed, unchanged, sizes))
     return lines
 

@@ -78,14 +78,17 @@ def _counted(metric: str, sizes: Sequence[int]) -> str:
     return "rows of equal length" if metric == "token_loss" else "rows"
 
 
-def not_passed(
-    metric: str, where: str, margin: float, needed: int, unchanged: float | None, sizes: Sequence[int]
-) -> str:
-    """Return for people that a guard is too strict for groups of these sizes.
+def is_too_strict(margin: float, unchanged: float | None) -> bool:
+    """Tell whether even unchanged outputs do not pass a guard."""
+    return not margin or (unchanged is not None and unchanged >= margin)
 
-    Args:
-        unchanged: see `margin_of_unchanged`.
-    """
+
+def not_passed(
+    metric: str, where: str, margin: float, needed: int | None, unchanged: float | None, sizes: Sequence[int]
+) -> str:
+    """Return for people that a guard is too strict for groups of these sizes."""
+    if not margin:
+        return f"  {metric}{where}: a margin of 0 passes only better outputs, never unchanged ones"
     unequal = " of unequal size" if len(set(sizes)) > 1 else ""
     out = "" if unchanged is None else f", which can rule out a drop of {unchanged:.2g}"
     return (
@@ -157,13 +160,9 @@ class GatePower:
                 f"  {self.primary}: no gain below {self.gain:.2g} can be shown, and more is needed if rows differ"
             )
         for metric, (margin, unchanged, needed) in self.guards.items():
-            if not margin:
-                found.append(f"  {metric}: a margin of 0 passes only better outputs, never unchanged ones")
-            if needed is None or unchanged is None:
-                continue
-            if unchanged >= margin:
+            if is_too_strict(margin, unchanged):
                 found.append(not_passed(metric, "", margin, needed, unchanged, self.sizes))
-            else:
+            elif unchanged is not None:
                 kind = "groups of unequal size" if len(set(self.sizes)) > 1 else _counted(metric, self.sizes)
                 found.append(
                     f"  {metric}: unchanged outputs pass; {self.rows} {kind} can rule out a drop of {unchanged:.2g}"
@@ -172,9 +171,8 @@ class GatePower:
 
     def is_warning(self) -> bool:
         """Tell whether the gate can never promote, or an unchanged model does not pass a guard."""
-        missing = any(unchanged is not None and unchanged >= margin for margin, unchanged, _ in self.guards.values())
-        no_margin = any(not margin for margin, _, _ in self.guards.values())
-        return self.rows < MINIMUM_ROWS or self.gain is None or bool(self.unknown) or missing or no_margin
+        too_strict = any(is_too_strict(margin, unchanged) for margin, unchanged, _ in self.guards.values())
+        return self.rows < MINIMUM_ROWS or self.gain is None or bool(self.unknown) or too_strict
 
 
 def gate_power(
