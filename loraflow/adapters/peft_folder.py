@@ -69,7 +69,7 @@ def read_peft(folder: Path) -> Adapter:
 
 
 def refuse_unconvertible(folder: Path, config: AdapterConfig | None = None) -> AdapterConfig:
-    """Return an adapter's configuration, the file's if it is not given, if it is of a kind that can be converted.
+    """Return an adapter's configuration, by default the file's, if it is of a kind that can be converted.
 
     Raises:
         BadModel: it is a pickle, or by its configuration more than LoRA, rsLoRA or DoRA.

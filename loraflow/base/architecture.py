@@ -82,11 +82,6 @@ def _scales(
     return {key: float(value) for key, value in values.items() if value not in (None, 1) and (key in unused) == ignored}
 
 
-def scales_logits(config: PreTrainedConfig) -> bool:
-    """Tell whether a model changes its head's product by a factor or a cap."""
-    return bool(_scales(config))
-
-
 def scales_logits_unlike_trl(config: PreTrainedConfig) -> bool:
     """Tell whether trl's loss leaves out a factor or cap, or applies one that the model's code ignores.
 

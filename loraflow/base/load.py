@@ -11,8 +11,8 @@ from loraflow.base.architecture import (
     code_references,
     forget_ignored_windows,
     is_tested,
+    logit_factor,
     read_config,
-    scales_logits,
     stateful_layers,
 )
 from loraflow.config import Runtime
@@ -141,7 +141,7 @@ def has_linear_head(model: PreTrainedModel) -> bool:
 
     Configs have many names for factors and caps of logits, so that architectures which are not tested compute a few.
     """
-    if scales_logits(model.config) or model.get_output_embeddings() is None or model.get_decoder() is None:
+    if logit_factor(model.config) != 1.0 or model.get_output_embeddings() is None or model.get_decoder() is None:
         return False
     return is_tested(model.config) or _is_head_times_state(model)
 
