@@ -122,22 +122,16 @@ def _check_inputs(
         validation.check_tensors(adapter)
         check_origin(adapter, base, base_digest)
         _check_vocabulary(base, adapter, entries)
-        if _has_conv1d(entries):  # peft's file says false if the head, which is not one, is adapted too
+        shapes = {entry.name: entry.shape for entry in entries}
+        biases = ((shape, shapes.get(name.replace("weight", "bias"))) for name, shape in shapes.items())
+        if any(len(shape) == 2 and shape[0] != shape[1] and bias == shape[1:] for shape, bias in biases):
+            # As GPT-2's, its matrices are [inputs, outputs]. peft's file says false if the head is adapted too.
             config = config.model_copy(update={"fan_in_fan_out": True})
     else:
         config = check_adapter(adapter, base, base_digest=base_digest, trust=trust)
         if not trust:
             check_fits_config(base)
     return config, entries
-
-
-def _has_conv1d(entries: list[TensorEntry]) -> bool:
-    """Tell whether a base has matrices [inputs, outputs]: their biases are as long as a row, as GPT-2's."""
-    shapes = {entry.name: entry.shape for entry in entries}
-    return any(
-        len(shape) == 2 and shape[0] != shape[1] and shapes.get(name.removesuffix("weight") + "bias") == shape[1:]
-        for name, shape in shapes.items()
-    )
 
 
 def _plan(

@@ -81,7 +81,7 @@ def power_lines(
     """Return for people which guards even unchanged outputs do not pass, before anything is trained.
 
     Args:
-        parts: {name of a part: rows of each group of its rows, 1 for a row that is independent of all others}.
+        parts: {name of a part: rows of each of its groups}.
         reaches: the largest difference of each score that has one.
     """
     lines = []

@@ -23,7 +23,7 @@ def margin_of_unchanged(
 
     Args:
         reach: the largest difference of a metric of the user's own, or of `token_loss`: then the rows are equally long.
-        sizes: rows of each group, if rows are in groups: `rows` is the number of groups.
+        sizes: rows of each of `rows` groups.
     """
     if metric in BINARY and max(sizes, default=1) == 1:  # where Tango's bound of no differences is
         z2 = _NORMAL.inv_cdf(confidence) ** 2
@@ -118,7 +118,7 @@ def smallest_gain(
 class GatePower:
     """What a gate can show."""
 
-    sizes: Sequence[int]  # of the groups that are independent of each other
+    sizes: Sequence[int]  # of independent groups
     look: str
     level: float
     primary: str
@@ -129,7 +129,7 @@ class GatePower:
 
     @property
     def rows(self) -> int:
-        """The number of rows, or groups, that are independent of each other."""
+        """The number of independent groups."""
         return len(self.sizes)
 
     def lines(self) -> list[str]:
