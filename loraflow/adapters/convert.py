@@ -65,7 +65,7 @@ def convert(
     shapes = BaseShapes.read(base)
     if source.is_dir():
         refuse_unconvertible(source)
-        check_adapter(source, base, convertible=True)
+        refuse_unconvertible(source, check_adapter(source, base, convertible=True))
         adapter = read_peft(source)
     elif lora_alpha is None:
         raise BadModel(

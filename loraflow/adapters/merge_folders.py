@@ -122,6 +122,11 @@ def _check_inputs(
         validation.check_tensors(adapter)
         check_origin(adapter, base, base_digest)
         _check_vocabulary(base, adapter, entries)
+        shapes = {entry.name: entry.shape for entry in entries}
+        biases = ((shape, shapes.get(name.replace("weight", "bias"))) for name, shape in shapes.items())
+        if any(len(shape) == 2 and shape[0] != shape[1] and bias == shape[1:] for shape, bias in biases):
+            # As GPT-2's, its matrices are [inputs, outputs]. peft's file says false if the head is adapted too.
+            config = config.model_copy(update={"fan_in_fan_out": True})
     else:
         config = check_adapter(adapter, base, base_digest=base_digest, trust=trust)
         if not trust:

@@ -68,14 +68,14 @@ def read_peft(folder: Path) -> Adapter:
     return Adapter(updates)
 
 
-def refuse_unconvertible(folder: Path) -> AdapterConfig:
-    """Return an adapter's configuration, if it is of a kind that can be converted.
+def refuse_unconvertible(folder: Path, config: AdapterConfig | None = None) -> AdapterConfig:
+    """Return an adapter's configuration, by default the file's, if it is of a kind that can be converted.
 
     Raises:
         BadModel: it is a pickle, or by its configuration more than LoRA, rsLoRA or DoRA.
     """
     refuse_pickles(folder)
-    config = AdapterConfig.read(folder)
+    config = config or AdapterConfig.read(folder)
     check_config(config, folder)
     _refuse_more_than_lora(config, folder)
     return config

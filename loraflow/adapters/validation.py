@@ -222,9 +222,8 @@ def check_adapter(
     has_embeddings = _contains_embeddings(names, model)
     modules = dict(model.named_modules())
     if any(isinstance(modules.get(module_of(name)), Conv1D) for name in names):
-        config = config.model_copy(
-            update={"fan_in_fan_out": True}
-        )  # as peft does: the file of some adapters says false
+        # As peft does: the file of some adapters says false.
+        config = config.model_copy(update={"fan_in_fan_out": True})
     check_complete(adapter, config, model)
     check_vocabulary(base, adapter, rows)
     if not has_embeddings:

@@ -48,19 +48,46 @@ def is_tested(config: PreTrainedConfig) -> bool:
     return text is config and config.model_type in FAST and type(config).__module__.startswith("transformers.")
 
 
-def _scales(config: PreTrainedConfig, keys: tuple[str, ...] = LOGIT_SCALES) -> dict[str, float]:
-    values = {key: getattr(config.get_text_config(), key, None) for key in keys}
-    return {key: float(value) for key, value in values.items() if value not in (None, 1, 1.0)}
+def ignored_keys(config: PreTrainedConfig, keys: tuple[str, ...]) -> list[str]:
+    """Return which keys config.json has and transformers' class does not, as after a conversion to Llama.
+
+    The model's code ignores them. trl and transformers' cache read them of any config.
+    """
+    text = config.get_text_config()
+    kind = type(text)
+    found = [key for key in keys if key in vars(text) and not hasattr(kind, key) and key not in text.attribute_map]
+    if not found or not kind.__module__.startswith("transformers."):
+        return []
+    own = vars(kind())
+    return [key for key in found if key not in own]
 
 
-def scales_logits(config: PreTrainedConfig) -> bool:
-    """Tell whether a model changes its head's product by a factor or a cap."""
-    return bool(_scales(config))
+def forget_ignored_windows(config: PreTrainedConfig) -> list[str]:
+    """Remove the attention windows that the model's code ignores from its config; return their keys.
+
+    With them, transformers' cache forgets tokens, and answers are generated from other logits, or not at all.
+    """
+    found = ignored_keys(config, ("sliding_window", "attention_chunk_size", "layer_types"))
+    for key in found:
+        delattr(config.get_text_config(), key)
+    return found
 
 
-def scales_logits_unknown_to_trl(config: PreTrainedConfig) -> bool:
-    """Tell whether a model has a factor or cap that trl's loss leaves out. Small logits would hardly show a cap."""
-    return bool(_scales(config, _UNKNOWN_TO_TRL))
+def _scales(
+    config: PreTrainedConfig, keys: tuple[str, ...] = LOGIT_SCALES, *, ignored: bool = False
+) -> dict[str, float]:
+    text = config.get_text_config()
+    values = {key: getattr(text, key, None) for key in keys}
+    unused = ignored_keys(config, keys)
+    return {key: float(value) for key, value in values.items() if value not in (None, 1) and (key in unused) == ignored}
+
+
+def scales_logits_unlike_trl(config: PreTrainedConfig) -> bool:
+    """Tell whether trl's loss leaves out a factor or cap, or applies one that the model's code ignores.
+
+    Small logits would hardly show a cap.
+    """
+    return bool(_scales(config, _UNKNOWN_TO_TRL) or _scales(config, ignored=True))
 
 
 def logit_factor(config: PreTrainedConfig) -> float | None:

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
-from loraflow.base.architecture import code_references, is_tested, read_config, scales_logits, stateful_layers
+from loraflow.base.architecture import (
+    code_references,
+    forget_ignored_windows,
+    is_tested,
+    logit_factor,
+    read_config,
+    stateful_layers,
+)
 from loraflow.config import Runtime
 from loraflow.failures import BadConfig, BadModel, MissingExtra
 from loraflow.hardware.attention import attention_with_mask, choose_for_loading
@@ -77,6 +84,7 @@ def load_model(
     loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     model, report = cast("tuple[PreTrainedModel, Mapping[str, set[str]]]", loaded)
     refuse_missing_weights(folder, report)
+    forget_ignored_windows(model.config)  # in earlier versions' artifacts
     model.eval()
     return model
 
@@ -133,7 +141,7 @@ def has_linear_head(model: PreTrainedModel) -> bool:
 
     Configs have many names for factors and caps of logits, so that architectures which are not tested compute a few.
     """
-    if scales_logits(model.config) or model.get_output_embeddings() is None or model.get_decoder() is None:
+    if logit_factor(model.config) != 1.0 or model.get_output_embeddings() is None or model.get_decoder() is None:
         return False
     return is_tested(model.config) or _is_head_times_state(model)
 

@@ -7,6 +7,7 @@ folder, or a hub id. A local model is pinned by its content, a hub id by its com
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from loraflow.base import hub
+from loraflow.base.architecture import forget_ignored_windows, read_config
 from loraflow.base.model_files import copy_model, model_files, save_tokenizer
 from loraflow.base.stored_weights import INDEX, PICKLES, refuse_pickles
 from loraflow.base.template_check import check_template, conversations, follows_stop_ids
@@ -32,7 +34,7 @@ from loraflow.failures import BadModel, MissingExtra
 from loraflow.identity import digest
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
-from loraflow.store.files import HashMemo
+from loraflow.store.files import HashMemo, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -185,7 +187,21 @@ def _bundled(model: str) -> Path:
 
 def _copy(folder: Path, out: Path, config: ResolveBaseConfig) -> Figures:
     copy_model(folder, out, trust=config.trust_remote_code)
+    if not config.trust_remote_code:
+        _drop_ignored_windows(out)
     return {"files": len(list(out.iterdir()))}
+
+
+def _drop_ignored_windows(folder: Path) -> None:
+    if not (ignored := forget_ignored_windows(read_config(folder))):
+        return
+    file = folder / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    text = values.get("text_config", values)
+    for key in ignored:
+        text.pop(key, None)
+    write_json(file, values)
+    log.info("Removed from config.json, because the architecture has no such setting: %s", ", ".join(ignored))
 
 
 def _from_gguf(file: Path, out: Path, config: ResolveBaseConfig) -> Figures:

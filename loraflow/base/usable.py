@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import logging
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from loraflow.base.architecture import code_references, config_errors, read_config, reason_of
+from loraflow.base.architecture import code_references, read_config
 from loraflow.base.stored_weights import PICKLES, refuse_damaged_settings
-from loraflow.data.positions import Positions
 from loraflow.failures import BadModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-log = logging.getLogger(__name__)
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _OTHER_TASKS = {
     "ForSequenceClassification": "a classification or reward model",
@@ -34,7 +25,6 @@ _OTHER_TASKS = {
     "EncoderModel": "an encoder",
 }
 _WHERE = "base.model"
-_WINDOWS = ("sliding_window", "attention_chunk_size", "layer_types")  # what transformers' cache reads of any config
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # with its owner: the hub only redirects old names such as gpt2
 _ANOTHER = "choose a model for text generation; its architecture ends in ForCausalLM"
 # transformers lists these for masked language models too, but their class for causal language models is a decoder.
@@ -101,54 +91,8 @@ def refuse_unusable_folder(folder: Path, *, trust: bool, known_to_transformers: 
     refuse_unusable(config, trust=trust)
     if known_to_transformers:
         refuse_unknown_architecture(config, trust=trust)
-        read = None if trust else read_config(folder)
-        if getattr(read, "is_encoder_decoder", False):  # some classes say it, not the file
+        if not trust and getattr(read_config(folder), "is_encoder_decoder", False):  # some classes say it, not the file
             raise _encoder_decoder(config)
-        if read is not None:
-            _refuse_window_of_the_cache(config, read)
-
-
-def _refuse_window_of_the_cache(values: Mapping[str, JsonValue], config: PreTrainedConfig) -> None:
-    """Refuse an attention window that config.json has and the architecture does not, as after a conversion to Llama.
-
-    The model ignores it, and is trained on whole rows. transformers' cache follows it and forgets the tokens before it, so
-    that answers are generated from other logits, or not at all.
-
-    Raises:
-        BadModel: the cache is another one without these settings, for rows that the model has positions for.
-    """
-    text = config.get_text_config()
-    own = {*vars(type(text)()), *text.attribute_map}
-    if not (
-        stray := [key for key in _WINDOWS if key in vars(text) and key not in own and not hasattr(type(text), key)]
-    ):
-        return
-    plain = copy.copy(text)
-    for key in stray:
-        delattr(plain, key)
-    found, expected = _windows_of_the_cache(text), _windows_of_the_cache(plain)
-    limit = Positions.of(values).limit
-    if found == expected or (found and limit is not None and min(found) >= limit):
-        return
-    raise BadModel(
-        "The base's config.json has an attention window that its architecture does not have: training would see whole rows, "
-        "and answers would be generated from the last tokens alone.",
-        where=_WHERE,
-        expected=f"settings that {type(text).__name__} has",
-        got=", ".join(f"{key}: {json.dumps(vars(text)[key])}"[:80] for key in stray),
-        next_step=f"remove {' and '.join(stray)} from config.json",
-    )
-
-
-def _windows_of_the_cache(text: PreTrainedConfig) -> list[float]:
-    """Return the window of each layer of a model's cache, in tokens; none if transformers cannot make the cache."""
-    from transformers import DynamicCache
-
-    try:
-        return [getattr(layer, "sliding_window", math.inf) for layer in DynamicCache(config=text).layers]
-    except config_errors() as error:
-        log.info("transformers makes no cache for the base: %s", reason_of(error))
-        return []
 
 
 def refuse_code_elsewhere(folder: Path) -> None:

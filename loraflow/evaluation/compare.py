@@ -42,9 +42,8 @@ class Difference:
     second: float
     interval: Interval  # the second model against the first, positive where the second is better; two-sided
     bounds: Bounds  # each one-sided, as the gate's
-    uncapped: (
-        float  # the second model's score against the first's; not the estimate of the bounds if losses were capped
-    )
+    # The difference of the two reported scores; `bounds.mean` has losses capped.
+    uncapped: float
     better: tuple[ChangedRow, ...]  # the rows on which the second is better, those that changed most first
     worse: tuple[ChangedRow, ...]
     better_rows: int

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from loraflow.evaluation.general import CHATS, CHOICES
 from loraflow.evaluation.intervals import group_labels
-from loraflow.evaluation.power import MINIMUM_ROWS, equally_long, margin_of_unchanged, rows_for_margin
+from loraflow.evaluation.power import MINIMUM_ROWS, is_too_strict, margin_of_unchanged, not_passed, rows_for_margin
 from loraflow.evaluation.slices import NO_FIELDS, Part, divide
 from loraflow.evaluation.values import Comparison, Decision
 
@@ -73,35 +73,26 @@ def partition_of(guards: Iterable[SliceGuard]) -> list[list[str]]:
 
 
 def power_lines(
-    parts: Mapping[str, int],
+    parts: Mapping[str, Sequence[int]],
     margins: Mapping[str, float],
     confidence: float,
     reaches: Mapping[str, float],
-    grouped: Set[str] = frozenset(),
 ) -> list[str]:
     """Return for people which guards even unchanged outputs do not pass, before anything is trained.
 
     Args:
-        parts: {name of a part: its independent rows}.
+        parts: {name of a part: rows of each of its groups}.
         reaches: the largest difference of each score that has one.
-        grouped: parts with rows that depend on each other; no exact test is for their scores of 0 and 1.
     """
     lines = []
-    for name, rows in parts.items():
+    for name, sizes in parts.items():
         for metric, margin in margins.items():
-            if not margin:
-                lines.append(f"  {metric} on {name}: a margin of 0 passes only better outputs, never unchanged ones")
-                continue
-            kind = "" if name in grouped else metric
-            needed = max(rows_for_margin(margin, confidence, kind, reaches.get(metric)) or 0, MINIMUM_ROWS)
-            if rows < needed:
-                unchanged = margin_of_unchanged(rows, confidence, kind, reaches.get(metric))
-                counted = "groups of equal size" if name in grouped else f"rows{equally_long(metric)}"
-                out = "" if unchanged is None else f", which can rule out a drop of {unchanged:.2g}"
-                lines.append(
-                    f"  {metric} on {name}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} "
-                    f"{counted}, you have {rows}{out}"
-                )
+            reach = reaches.get(metric)
+            kind = "" if max(sizes, default=1) > 1 else metric
+            needed = max(rows_for_margin(margin, confidence, kind, reach) or 0, MINIMUM_ROWS)
+            unchanged = margin_of_unchanged(len(sizes), confidence, metric, reach, sizes)
+            if len(sizes) < needed or is_too_strict(margin, unchanged):
+                lines.append(not_passed(metric, f" on {name}", margin, needed, unchanged, sizes))
     return lines
 
 

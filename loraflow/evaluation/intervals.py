@@ -79,7 +79,8 @@ def mean_interval(
 def within_range(found: Interval, weights: np.ndarray, confidence: float, largest: float = 1.0) -> Interval:
     """Return the part of an interval between 0 and `largest`; Wilson's if each score is one of these.
 
-    No group differs then, so the jackknife finds no error.
+    No group differs then, so the jackknife finds no error. Rows of a group count as one row, so the interval can be wider
+    than with one wrong row.
 
     Args:
         weights: rows [groups].

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from types import MappingProxyType
@@ -16,23 +16,33 @@ POWER = 0.8
 _NORMAL = NormalDist()
 
 
-def margin_of_unchanged(rows: int, confidence: float, metric: str, reach: float | None = None) -> float | None:
+def margin_of_unchanged(
+    rows: int, confidence: float, metric: str, reach: float | None = None, sizes: Sequence[int] = ()
+) -> float | None:
     """Return the margin above which a guard passes if all outputs are unchanged; None if the metric has no range.
 
     Args:
         reach: the largest difference of a metric of the user's own, or of `token_loss`: then the rows are equally long.
+        sizes: rows of each of `rows` groups.
     """
-    if metric in BINARY:  # where Tango's bound of no differences is
+    if metric in BINARY and max(sizes, default=1) == 1:  # where Tango's bound of no differences is
         z2 = _NORMAL.inv_cdf(confidence) ** 2
         return z2 / (rows + z2)
     reach = RANGES.get(metric, reach)
+    if reach is not None and len(set(sizes)) > 1:
+        import numpy as np
+
+        from loraflow.evaluation.evidence import Evidence
+
+        weights = np.array(sizes, float)
+        return -Evidence(0 * weights, weights, reach, rows=sum(sizes)).lower_bound(confidence)
     return None if reach is None else -reach * math.expm1(math.log(1 - confidence) / rows)
 
 
 def rows_for_margin(margin: float, confidence: float, metric: str, reach: float | None = None) -> int | None:
-    """Return the number of rows from which unchanged outputs pass a guard; None if it is not known.
+    """Return the number of rows, or of equal groups, from which unchanged outputs pass a guard; None if it is not known.
 
-    The arguments are those of `margin_of_unchanged`.
+    For groups, the metric is empty. The arguments are those of `margin_of_unchanged`.
     """
 
     def unchanged(rows: int) -> float:
@@ -61,25 +71,39 @@ def largest_differences(largest_loss: float, ranges: Mapping[str, tuple[float, f
     return {"token_loss": largest_loss, **RANGES, **{name: high - low for name, (low, high) in ranges.items()}}
 
 
-def equally_long(metric: str) -> str:
-    """Return the condition under which a number of rows is right, for a sentence about them."""
-    return " of equal length" if metric == "token_loss" else ""
+def _counted(metric: str, sizes: Sequence[int]) -> str:
+    """Return what a number of rows counts, for a sentence about them."""
+    if max(sizes, default=1) > 1:
+        return "groups of equal size"
+    return "rows of equal length" if metric == "token_loss" else "rows"
 
 
-def rows_that_rule_out(margin: float, confidence: float, reach: float) -> int:
-    """Return the number of equally long rows from which unchanged losses pass a guard.
-
-    Args:
-        margin: of the guard, in nats per token.
-        reach: the largest loss of a token, the logarithm of the vocabulary.
-    """
-    return 1 if margin >= reach else math.ceil(math.log(1 - confidence) / math.log1p(-margin / reach))
+def is_too_strict(margin: float, unchanged: float | None) -> bool:
+    """Tell whether even unchanged outputs do not pass a guard."""
+    return not margin or (unchanged is not None and unchanged >= margin)
 
 
-def smallest_gain(rows: int, level: float, min_gain: float, metric: str, reach: float) -> float:
+def not_passed(
+    metric: str, where: str, margin: float, needed: int | None, unchanged: float | None, sizes: Sequence[int]
+) -> str:
+    """Return for people that a guard is too strict for groups of these sizes."""
+    if not margin:
+        return f"  {metric}{where}: a margin of 0 passes only better outputs, never unchanged ones"
+    unequal = " of unequal size" if len(set(sizes)) > 1 else ""
+    out = "" if unchanged is None else f", which can rule out a drop of {unchanged:.2g}"
+    return (
+        f"  {metric}{where}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} "
+        f"{_counted(metric, sizes)}, you have {len(sizes)}{unequal}{out}"
+    )
+
+
+def smallest_gain(
+    rows: int, level: float, min_gain: float, metric: str, reach: float, sizes: Sequence[int] = ()
+) -> float:
     """Return the gain that the gate shows at all, or for scores of 0 and 1 that it shows in four of five looks."""
-    if metric not in BINARY:  # if each row gains the same; with any spread, more is needed
-        return min_gain + (min_gain + reach) * math.expm1(-math.log(level) / rows)
+    if metric not in BINARY or max(sizes, default=1) > 1:  # if each row gains the same; with any spread, more is needed
+        unchanged = margin_of_unchanged(rows, 1 - level, "", reach, sizes) or 0.0
+        return math.inf if unchanged >= reach else min_gain + (min_gain + reach) * unchanged / (reach - unchanged)
     alpha, power = _NORMAL.inv_cdf(1 - level), _NORMAL.inv_cdf(POWER)
     low, high = min_gain, 1.0
     for _ in range(60):
@@ -94,20 +118,24 @@ def smallest_gain(rows: int, level: float, min_gain: float, metric: str, reach: 
 class GatePower:
     """What a gate can show."""
 
-    rows: int  # that are independent of each other
+    sizes: Sequence[int]  # of independent groups
     look: str
     level: float
     primary: str
     min_gain: float
     gain: float | None  # the smallest gain that can be shown; None if none can be
     guards: Mapping[str, tuple[float, float | None, int | None]]  # margin, margin of unchanged outputs, rows needed
-    scored: int = 0  # more than `rows`, if some are in a group
     unknown: tuple[str, ...] = ()  # compared scores without a known range: no claim about them is confirmed
+
+    @property
+    def rows(self) -> int:
+        """The number of independent groups."""
+        return len(self.sizes)
 
     def lines(self) -> list[str]:
         """Return what people read in a plan."""
-        is_grouped = self.scored > self.rows
-        scored = f"{self.scored} held-out rows in {self.rows} groups" if is_grouped else f"{self.rows} held-out rows"
+        is_grouped = sum(self.sizes) > self.rows
+        scored = f"{sum(self.sizes)} held-out rows" + (f" in {self.rows} groups" if is_grouped else "")
         found = [f"gate: {scored}, {self.look}, level {self.level:.2g}"]
         if self.rows < MINIMUM_ROWS:
             found.append(f"  no model can be promoted: at least {MINIMUM_ROWS} independent rows are needed")
@@ -132,17 +160,10 @@ class GatePower:
                 f"  {self.primary}: no gain below {self.gain:.2g} can be shown, and more is needed if rows differ"
             )
         for metric, (margin, unchanged, needed) in self.guards.items():
-            if not margin:
-                found.append(f"  {metric}: a margin of 0 passes only better outputs, never unchanged ones")
-            if needed is None:
-                continue
-            kind = "groups of equal size" if is_grouped else f"rows{equally_long(metric)}"
-            if needed > self.rows:
-                found.append(
-                    f"  {metric}: even unchanged outputs do not pass: a margin of {margin:g} needs {needed} {kind}, "
-                    f"you have {self.rows}, which can rule out a drop of {unchanged:.2g}"
-                )
-            else:
+            if is_too_strict(margin, unchanged):
+                found.append(not_passed(metric, "", margin, needed, unchanged, self.sizes))
+            elif unchanged is not None:
+                kind = "groups of unequal size" if len(set(self.sizes)) > 1 else _counted(metric, self.sizes)
                 found.append(
                     f"  {metric}: unchanged outputs pass; {self.rows} {kind} can rule out a drop of {unchanged:.2g}"
                 )
@@ -150,15 +171,13 @@ class GatePower:
 
     def is_warning(self) -> bool:
         """Tell whether the gate can never promote, or an unchanged model does not pass a guard."""
-        missing = any(needed is not None and needed > self.rows for _, _, needed in self.guards.values())
-        no_margin = any(not margin for margin, _, _ in self.guards.values())
-        return self.rows < MINIMUM_ROWS or self.gain is None or bool(self.unknown) or missing or no_margin
+        too_strict = any(is_too_strict(margin, unchanged) for margin, unchanged, _ in self.guards.values())
+        return self.rows < MINIMUM_ROWS or self.gain is None or bool(self.unknown) or too_strict
 
 
 def gate_power(
-    rows: int,
+    sizes: Sequence[int],
     *,
-    scored: int = 0,
     look: str,
     level: float,
     primary: str,
@@ -168,36 +187,32 @@ def gate_power(
     largest_loss: float,
     ranges: Mapping[str, tuple[float, float]] = MappingProxyType({}),
 ) -> GatePower:
-    """Return what a gate can show with this number of independent rows.
+    """Return what a gate can show.
 
     Args:
-        rows: held-out rows that are independent of each other: groups, if some rows depend on each other.
-        scored: all held-out rows, if they are more.
+        sizes: rows of each group of held-out rows: 1 for a row that is independent of all others.
         largest_loss: the logarithm of the vocabulary.
     """
     reaches = largest_differences(largest_loss, ranges)
-    reach = reaches.get(primary)
-
-    def kind(metric: str) -> str:  # scores of 0 and 1 are tested exactly only if no rows are in a group
-        return "" if scored > rows else metric
-
+    reach, rows = reaches.get(primary), len(sizes)
     gain = (
-        smallest_gain(rows, level, min_gain, kind(primary), reach) if level > 0 and rows and reach is not None else None
+        smallest_gain(rows, level, min_gain, primary, reach, sizes)
+        if level > 0 and rows and reach is not None
+        else None
     )
     return GatePower(
-        rows=rows,
+        sizes=sizes,
         look=look,
         level=level,
         primary=primary,
         min_gain=min_gain,
         gain=gain if gain is not None and reach is not None and gain < reach else None,
-        scored=scored,
         unknown=tuple(dict.fromkeys(name for name in (primary, *guards) if name not in reaches)),
         guards={
             metric: (
                 margin,
-                margin_of_unchanged(rows, confidence, kind(metric), reaches.get(metric)),
-                rows_for_margin(margin, confidence, kind(metric), reaches.get(metric)),
+                margin_of_unchanged(rows, confidence, metric, reaches.get(metric), sizes),
+                rows_for_margin(margin, confidence, "" if sum(sizes) > rows else metric, reaches.get(metric)),
             )
             for metric, margin in guards.items()
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
@@ -136,16 +137,17 @@ def compared_rows(
     return [(_key(row.messages), row) for row in rows if row.set == GATE_SET]
 
 
-def independent_rows(rows: Sequence[HeldoutRow]) -> int:
-    """Return how many rows are independent of each other, as the gate counts them: groups by `group` and by prompt."""
+def group_sizes(rows: Sequence[HeldoutRow]) -> list[int]:
+    """Return the rows of each group of rows that depend on each other, as the gate forms them: by `group` and by prompt."""
     prompts = [json.dumps(row.messages[:-1], ensure_ascii=False) for row in rows]
     if not any(row.group for row in rows):
-        return len(set(prompts))
+        return list(Counter(prompts).values())
     import pandas as pd
 
     from loraflow.evaluation.intervals import group_labels
 
-    return len(set(group_labels(pd.DataFrame({"group": [row.group for row in rows], "prompt": prompts}))))
+    labels = group_labels(pd.DataFrame({"group": [row.group for row in rows], "prompt": prompts}))
+    return list(Counter(labels.tolist()).values())
 
 
 def _is_dealt(row: ChatRecord, dealt: Set[str]) -> bool:

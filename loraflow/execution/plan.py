@@ -19,7 +19,7 @@ from loraflow.config.locations import FolderOrigin
 from loraflow.data.positions import Positions
 from loraflow.evaluation.values import LARGEST_VOCABULARY
 from loraflow.execution.cache import OTHER_CODE, known_changes, look_up
-from loraflow.execution.deal import checked_rows, independent_rows, preview_heldout, rows_of_a_look
+from loraflow.execution.deal import checked_rows, group_sizes, preview_heldout, rows_of_a_look
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry.budget import gains_to_follow
@@ -287,8 +287,7 @@ def gate_power(workspace: Workspace) -> GatePower | None:
         nearly=gains_to_follow(workspace.log, workspace.looks.entries(), groups, independent=gate.independent_rows),
     )
     return power_of(
-        independent_rows([row for _, row in compared]),
-        scored=len(compared),
+        group_sizes([row for _, row in compared]),
         look=f"look {number} of {gate.looks}",
         level=level,
         primary=gate.primary,

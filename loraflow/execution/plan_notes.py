@@ -14,9 +14,9 @@ from loraflow.data.check_report import CheckReport
 from loraflow.data.general import KINDS
 from loraflow.data.heldout_fields import FILE, parse_field_values
 from loraflow.data.row_limits import source_lines
-from loraflow.evaluation.power import rows_for_margin, rows_that_rule_out
+from loraflow.evaluation.power import rows_for_margin
 from loraflow.execution.cache import look_up
-from loraflow.execution.deal import checked_rows, compared_rows, independent_rows, rows_of_a_look
+from loraflow.execution.deal import checked_rows, compared_rows, group_sizes, rows_of_a_look
 from loraflow.execution.plan import base_config, vocabulary_of
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, DamagedLog
@@ -57,10 +57,8 @@ def slice_power_lines(workspace: Workspace) -> list[str]:
     reaches = largest_differences(math.log(vocabulary_of(workspace)), recipe.gate.score_ranges)
     found: list[str] = []
     for by, margins in rules.items():
-        divided = divide(table, by, fields)
-        parts = {str(part): independent_rows([scored[row] for row in part.ids]) for part in divided}
-        grouped = {str(part) for part in divided if parts[str(part)] < len(part.ids)}
-        found += power_lines(parts, margins, recipe.gate.confidence, reaches, grouped)
+        parts = {str(part): group_sizes([scored[row] for row in part.ids]) for part in divide(table, by, fields)}
+        found += power_lines(parts, margins, recipe.gate.confidence, reaches)
     unscored = unscored_parts(everything, scored.keys(), rules, fields)
     return [*found, *(f"  {part}: no row is scored, so no model is promoted (gate.slices)" for part in unscored)]
 
@@ -114,11 +112,8 @@ def _lines(workspace: Workspace, counts: object) -> Iterator[str]:
     found = counts if isinstance(counts, dict) else {}
     for score, margin in gate.forgetting.items():
         count = found.get(KINDS[score], 0)
-        needed: int | None
-        if score == "loss":
-            needed = rows_that_rule_out(margin, gate.confidence, math.log(vocabulary_of(workspace)))
-        else:
-            needed = rows_for_margin(margin, gate.confidence, "accuracy")
+        reach = math.log(vocabulary_of(workspace)) if score == "loss" else None
+        needed = rows_for_margin(margin, gate.confidence, "accuracy" if reach is None else "token_loss", reach)
         enough = isinstance(count, int) and needed is not None and count >= needed
         what = "unchanged outputs pass" if enough else "even unchanged outputs do not pass"
         yield f"  general_{score}: {what}: a margin of {margin:g} needs {needed} rows, you have {count}"

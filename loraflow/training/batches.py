@@ -210,34 +210,38 @@ def assign(tokens: NDArray[np.integer], capacity: int) -> list[list[int]]:
 
 
 def balance(
-    batches: list[list[int]], tokens: NDArray[np.integer], costs: NDArray[np.integer], capacities: Sequence[int]
+    batches: list[list[int]],
+    tokens: NDArray[np.integer],
+    costs: NDArray[np.integer],
+    capacities: Sequence[int],
+    devices: int,
 ) -> list[list[int]]:
-    """Exchange rows between micro-batches that different devices compute at the same time, so that none waits for another.
+    """Exchange rows between the micro-batches of a step, so that no device has much more to compute than the others.
 
-    Rows of equally many tokens take different times: attention grows with the square of a document's length.
+    Rows of equally many tokens take different times: attention grows with the square of a document's length. The devices
+    wait for each other only at the end of a step, so the sums of their micro-batches count.
 
     Args:
-        batches: the indices of each micro-batch's rows.
+        batches: the indices of each micro-batch's rows. The devices take turns.
         tokens: of each row.
-        costs: of each row; the largest sum of a micro-batch counts.
+        costs: of each row; the largest sum of a device counts.
         capacities: largest number of tokens of each micro-batch.
 
     Returns:
         micro-batches of the same rows. They are the given ones if the others are no better, or too large.
     """
-    free, spent = list(capacities), [0] * len(batches)
+    free, spent = list(capacities), [0] * devices
     found: list[list[int]] = [[] for _ in batches]
-    rows = [row for batch in batches for row in batch]
-    for row in sorted(rows, key=lambda row: (-costs[row], row)):
+    for row in np.argsort(-costs, kind="stable").tolist():
         size = int(tokens[row])
         places = [place for place, room in enumerate(free) if room >= size]
         if not places:
             return batches
-        place = min(places, key=lambda place: spent[place])
+        place = min(places, key=lambda place: (spent[place % devices], -free[place]))
         found[place].append(row)
         free[place] -= size
-        spent[place] += int(costs[row])
-    before = max(int(costs[batch].sum()) for batch in batches)
+        spent[place % devices] += int(costs[row])
+    before = max(sum(int(costs[rows].sum()) for rows in batches[device::devices]) for device in range(devices))
     return [sorted(batch) for batch in found] if all(found) and max(spent) < before else batches
 
 
@@ -310,16 +314,11 @@ class StepDataset(Dataset[StepItem]):
         """Return the rows of each micro-batch, as indices into the step's rows: the same list on all devices."""
         if isinstance(self.layout, Concatenated):
             tokens, costs = self.rows.tokens[self.steps[step]], self._costs[self.steps[step]]
-            batches, devices = assign(tokens, self.layout.lengths[-1]), self.group.size
-            if devices == 1:
+            batches, fit = assign(tokens, self.layout.lengths[-1]), self.layout.fit
+            if self.group.size == 1:
                 return batches
-            rounds = [batches[first : first + devices] for first in range(0, len(batches), devices)]
-            fit = self.layout.fit
-            return [
-                batch
-                for together in rounds
-                for batch in balance(together, tokens, costs, [fit(int(tokens[rows].sum())) for rows in together])
-            ]
+            capacities = [fit(int(tokens[rows].sum())) for rows in batches]
+            return balance(batches, tokens, costs, capacities, self.group.size)
         width, rows = len(self.steps[step]), self.layout.rows
         return [list(range(first, min(first + rows, width))) for first in range(0, width, rows)]
 

@@ -212,12 +212,10 @@ class TrainingSetup:
     preemption: callbacks.PreemptionHandler
     callbacks: list[TrainerCallback]
     resumed_from: Path | None  # a checkpoint
-    together: tuple[
-        PeftConfig, ...
-    ] = ()  # all adapters that are trained in one pass (train_group); empty: only this one
-    longrope_switch: int | None = (
-        None  # tokens; set if rows are on both sides of it: each document has angles of its own
-    )
+    # All adapters that are trained in one pass (train_group); empty: only this one.
+    together: tuple[PeftConfig, ...] = ()
+    # Tokens; set if rows are on both sides of it: each document has angles of its own.
+    longrope_switch: int | None = None
     is_sharded: bool = False  # whether the frozen base is sharded over the devices; set by `engine`
 
     @property

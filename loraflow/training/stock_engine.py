@@ -17,7 +17,7 @@ from torch.utils.data import SequentialSampler
 from trl.trainer.utils import FusedCausalLMOutput
 
 from loraflow.adapters.targets import has_routers
-from loraflow.base.architecture import is_tested, logit_factor, scales_logits_unknown_to_trl
+from loraflow.base.architecture import is_tested, scales_logits_unlike_trl
 from loraflow.data.token_labels import IGNORED
 from loraflow.failures import BadConfig
 from loraflow.training.base_model import adapter_config, initialise_adapter
@@ -237,12 +237,8 @@ def use_own_logits_where_trl_is_wrong(model: PreTrainedModel, compute_dtype: tor
     Returns:
         whether trl's were replaced. The model's own logits take more memory.
     """
-    if is_tested(model.config):
-        # trl also applies a factor that config.json has and the architecture does not, as after a conversion to Llama.
-        is_wrong = logit_factor(model.config) is None
-    else:
-        is_wrong = scales_logits_unknown_to_trl(model.config) or _differs(model, compute_dtype)
-    if not is_wrong:
+    config = model.config
+    if not scales_logits_unlike_trl(config) and (is_tested(config) or not _differs(model, compute_dtype)):
         return False
     log.info("trl's head computes other logits than this model does, so the loss is computed from the model's own.")
     fused = model.forward

@@ -9,6 +9,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from loraflow.adapters.lora_config import check_trainable
 from loraflow.adapters.targets import find_targets, has_routers
+from loraflow.base.architecture import logit_factor, obstacle_to_fast_engine
 from loraflow.base.load import has_linear_head
 from loraflow.base.usable import refuse_unknown_architecture
 from loraflow.config.lora import PeftConfig
@@ -121,11 +122,23 @@ def test_the_stock_engines_loss_is_that_of_the_models_own_logits(family, replace
 
 @pytest.mark.parametrize("key", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
 def test_a_factor_that_only_config_json_has_does_not_change_the_stock_engines_loss(key):
-    """trl applies it, whatever the architecture; Llama's code does not."""
+    """trl applies it, whatever the architecture; Llama's code does not, so the fast engine computes the loss too."""
     model, ids = model_of("llama", **{key: 0.5}), torch.arange(3, 33)[None]
+    assert logit_factor(model.config) == 1.0 and obstacle_to_fast_engine(model.config) == ""
     expected = expected_log_probs(model, ids)
     add_fused_lm_head(model, outputs=("log_probs",))
     assert use_own_logits_where_trl_is_wrong(model, FLOAT)
+    found = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    torch.testing.assert_close(found.log_probs, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cap_of_the_architectures_own_is_left_to_trl():
+    """It takes less memory than the model's own logits."""
+    model, ids = model_of("gemma3_text", final_logit_softcapping=0.5), torch.arange(3, 33)[None]
+    assert logit_factor(model.config) is None and "changes its head's logits" in obstacle_to_fast_engine(model.config)
+    expected = expected_log_probs(model, ids)
+    add_fused_lm_head(model, outputs=("log_probs",))
+    assert not use_own_logits_where_trl_is_wrong(model, FLOAT)
     found = model(input_ids=ids, labels=ids, fused_lm_head=True)
     torch.testing.assert_close(found.log_probs, expected, rtol=1e-4, atol=1e-4)
 

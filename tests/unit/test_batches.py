@@ -33,45 +33,61 @@ def test_every_row_of_a_step_is_in_one_micro_batch_of_one_device(lengths, width,
         assert all(rows.tokens[steps[step]][places].sum() <= layout.lengths[-1] for places in dealt)
 
 
-def test_devices_attend_to_about_equally_many_pairs_of_tokens_in_packed_rows():
-    """Documents of lognormal length in 256 rows of 2,048 tokens, eight rows for each of four devices in a step."""
+@pytest.mark.parametrize(
+    ("devices", "rounds", "rows_each", "before", "after"),
+    [(4, 1, 8, 0.14, 0.021), (4, 2, 4, 0.17, 0.021), (8, 2, 4, 0.23, 0.032), (4, 4, 2, 0.17, 0.021)],
+)
+def test_devices_attend_to_about_equally_many_pairs_of_tokens_in_a_step(devices, rounds, rows_each, before, after):
+    """Documents of lognormal length in packed rows of 2,048 tokens; a device has `rounds` micro-batches in a step."""
     generator = np.random.default_rng(0)
-    packed: list[list[int]] = [[] for _ in range(256)]
+    width = devices * rounds * rows_each
+    packed: list[list[int]] = [[] for _ in range(8 * width)]
     for row in packed:
         while sum(row) < 2048:
             row.append(min(int(np.exp(generator.normal(np.log(350), 0.8))) + 1, 2048 - sum(row)))
     rows = TokenRows.__new__(TokenRows)
     rows.lengths, rows.row_length = np.concatenate(packed), 2048
     rows.documents, rows.offsets = np.arange(len(rows.lengths)), np.cumsum([0, *map(len, packed)])
-    rows.tokens = np.full(256, 2048)
-    steps = generator.permutation(256).reshape(8, 32)
-    layout = batches.concatenated_layout(rows, steps, 16384, 4)
-    dataset = batches.StepDataset(rows, steps, layout, 0, group=ProcessGroup(0, 4))
+    rows.tokens = np.full(len(packed), 2048)
+    steps = generator.permutation(len(packed)).reshape(8, width)
+    layout = batches.concatenated_layout(rows, steps, 2048 * rows_each, devices)
+    dataset = batches.StepDataset(rows, steps, layout, 0, group=ProcessGroup(0, devices))
 
-    def excess(assignment):
-        """Return by how much the slowest device exceeds the mean, averaged over the steps."""
+    def excess(step, dealt):
+        """Return by how much the slowest device exceeds the mean in a step: devices wait for each other only at its end."""
         sums = [
-            [sum(n * n for i in batch for n in packed[step[i]]) for batch in batches_] for step, batches_ in assignment
+            sum(n * n for i in chain(*dealt[device::devices]) for n in packed[step[i]]) for device in range(devices)
         ]
-        return np.mean([max(found) / np.mean(found) - 1 for found in sums])
+        return max(sums) / np.mean(sums) - 1
 
-    dealt = [(step, dataset.assignment(number)) for number, step in enumerate(steps)]
-    assert all(len(batches_) == 4 and sorted(chain(*batches_)) == list(range(32)) for _, batches_ in dealt)
-    in_order = [(step, batches.assign(rows.tokens[step], layout.lengths[-1])) for step in steps]
-    assert excess(in_order) > 0.14 and excess(dealt) < 0.021
+    dealt = [dataset.assignment(number) for number in range(8)]
+    assert all(len(found) == devices * rounds and sorted(chain(*found)) == list(range(width)) for found in dealt)
+    in_order = [batches.assign(rows.tokens[step], layout.lengths[-1]) for step in steps]
+    new, old = ([excess(step, found) for step, found in zip(steps, how, strict=True)] for how in (dealt, in_order))
+    assert all(new_ <= old_ for new_, old_ in zip(new, old, strict=True)), "never slower than without the exchange"
+    assert np.mean(old) > before and np.mean(new) < after
     alone = batches.StepDataset(rows, steps, layout, 0)
-    assert [alone.assignment(number) for number in range(8)] == [batch for _, batch in in_order], "one device: in order"
+    assert [alone.assignment(number) for number in range(8)] == in_order, "one device: in order"
 
 
-@given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 9999)), min_size=2, max_size=30), st.integers(2, 4))
-def test_balancing_keeps_rows_and_capacities_and_never_makes_the_slowest_batch_slower(rows, devices):
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 9999)), min_size=2, max_size=30),
+    st.integers(2, 4),
+    st.integers(1, 3),
+)
+def test_balancing_keeps_rows_and_capacities_and_never_makes_the_slowest_device_slower(rows, devices, rounds):
     tokens, costs = np.array(rows).T
-    given_ = [part.tolist() for part in np.array_split(np.arange(len(rows)), min(devices, len(rows)))]
+    given_ = [part.tolist() for part in np.array_split(np.arange(len(rows)), min(devices * rounds, len(rows)))]
     capacities = [int(tokens[part].sum()) + 5 for part in given_]
-    found = batches.balance(given_, tokens, costs, capacities)
+    found = batches.balance(given_, tokens, costs, capacities, devices)
+    assert len(found) == len(given_) and all(found)
     assert sorted(chain(*found)) == list(range(len(rows)))
     assert all(tokens[part].sum() <= most for part, most in zip(found, capacities, strict=True))
-    assert max(costs[part].sum() for part in found) <= max(costs[part].sum() for part in given_)
+    slowest = [
+        max(costs[list(chain(*how[device::devices]))].sum() for device in range(min(devices, len(how))))
+        for how in (found, given_)
+    ]
+    assert slowest[0] <= slowest[1]
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -150,17 +150,34 @@ def test_embeddings_saved_beside_an_adapter_of_a_tied_base_are_merged_as_in_peft
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
 
 
+@pytest.mark.parametrize("checked", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_square_matrix_of_gpt2_is_merged_as_peft_merges_it_though_the_file_does_not_say_that_it_is_transposed(
-    dora, tmp_path
+    dora, checked, tmp_path
 ):
     """peft sets fan_in_fan_out for Conv1D when it loads an adapter; scripts and older files leave it false or out."""
     base = save_tiny("gpt2", tmp_path / "base")
     lora = LoraConfig(r=4, target_modules=["attn.c_proj"], use_dora=dora, fan_in_fan_out=True, init_lora_weights=False)
     adapter = saved(lora, base, tmp_path / "adapter")
     configured(adapter, fan_in_fan_out=False)
+    with pytest.raises(BadModel, match="are converted(.|\n)*fan_in_fan_out"):  # as if the file said it
+        convert(adapter, base, tmp_path / "converted")
     (tmp_path / "out").mkdir()
-    merge(base, adapter, tmp_path / "out")
+    merge(base, adapter, tmp_path / "out", checked=checked)
+    expected = PeftModel.from_pretrained(load_plain(base), str(adapter)).merge_and_unload().state_dict()
+    found = load_plain(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_an_adapter_of_gpt2_and_of_its_head_is_merged_as_peft_merges_it(checked, tmp_path):
+    """peft writes fan_in_fan_out: false then, because the head was the last module."""
+    base = save_tiny("gpt2", tmp_path / "base", tie_word_embeddings=False)
+    lora = LoraConfig(r=4, target_modules=["attn.c_proj", "lm_head"], fan_in_fan_out=True, init_lora_weights=False)
+    adapter = saved(lora, base, tmp_path / "adapter")
+    assert not json.loads((adapter / "adapter_config.json").read_text())["fan_in_fan_out"]
+    (tmp_path / "out").mkdir()
+    merge(base, adapter, tmp_path / "out", checked=checked)
     expected = PeftModel.from_pretrained(load_plain(base), str(adapter)).merge_and_unload().state_dict()
     found = load_plain(tmp_path / "out").state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

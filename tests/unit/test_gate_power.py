@@ -4,10 +4,12 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from loraflow.config import load_recipe
+from loraflow.evaluation.evidence import Evidence
 from loraflow.evaluation.gate import decide
 from loraflow.evaluation.generation import GeneratedAnswer
 from loraflow.evaluation.guards import SliceGuard, power_lines
@@ -48,9 +50,9 @@ def test_the_plan_counts_rows_and_looks_and_warns_of_a_gate_that_cannot_promote(
 def test_the_plan_knows_what_a_score_of_the_users_can_show_once_its_range_is_known():
     fixed = {"look": "look 1 of 365", "level": 0.025, "confidence": 0.95, "largest_loss": 10.4, "primary": "brevity"}
     rules = {"min_gain": 20.0, "guards": {"brevity": 3.0}}
-    unknown = power_of(100, **fixed, **rules)
+    unknown = power_of([1] * 100, **fixed, **rules)
     assert "the range of brevity is not known: set gate.ranges" in unknown.lines()[1] and unknown.is_warning()
-    known = power_of(100, **fixed, **rules, ranges={"brevity": (0.0, 100.0)})
+    known = power_of([1] * 100, **fixed, **rules, ranges={"brevity": (0.0, 100.0)})
     assert known.gain == pytest.approx(20 + 120 * (0.025 ** (-1 / 100) - 1))
     assert "no gain below" in known.lines()[1] and "unchanged outputs pass" in known.lines()[2]
     table = pd.DataFrame({"id": [f"r{i}" for i in range(100)], "brevity": 50.0})
@@ -60,9 +62,9 @@ def test_the_plan_knows_what_a_score_of_the_users_can_show_once_its_range_is_kno
             ranges={"brevity": (0.0, 100.0)},
         )  # fmt: skip
         assert found.comparisons[1].state == state, "as the plan says: 100·(1 − 0.05^(1/100)) = 2.95"
-    few = power_of(20, **fixed, min_gain=90.0, guards={}, ranges={"brevity": (0.0, 100.0)})
+    few = power_of([1] * 20, **fixed, min_gain=90.0, guards={}, ranges={"brevity": (0.0, 100.0)})
     assert "so few rows show no gain over 90" in few.lines()[1] and few.is_warning()
-    spent = power_of(100, **{**fixed, "level": 0.0}, min_gain=0.0, guards={}, ranges={"brevity": (0.0, 100.0)})
+    spent = power_of([1] * 100, **{**fixed, "level": 0.0}, min_gain=0.0, guards={}, ranges={"brevity": (0.0, 100.0)})
     assert "gate.error is used up" in spent.lines()[1] and spent.is_warning()
 
 
@@ -74,8 +76,8 @@ def test_a_guard_of_the_loss_or_of_an_own_score_on_a_part_is_passed_from_the_row
     )
     for metric, margin in margins.items():
         needed = rows_for_margin(margin, 0.95, metric, reaches[metric])
-        assert not power_lines({"language de": needed}, {metric: margin}, 0.95, reaches)
-        (line,) = power_lines({"language de": needed - 1}, {metric: margin}, 0.95, reaches)
+        assert not power_lines({"language de": [1] * needed}, {metric: margin}, 0.95, reaches)
+        (line,) = power_lines({"language de": [1] * (needed - 1)}, {metric: margin}, 0.95, reaches)
         assert f"a margin of {margin:g} needs {needed} rows" in line and (" of equal length" in line) == (
             metric == "token_loss"
         )
@@ -89,7 +91,7 @@ def test_a_guard_of_the_loss_or_of_an_own_score_on_a_part_is_passed_from_the_row
             found = decide(table, {"base": table}, **rules, parts=parts, ranges={"brevity": (0.0, 100.0)})
             assert found.comparisons[1].state == state, (metric, rows)
         power = power_of(
-            needed - 1, look="", level=0.025, confidence=0.95, largest_loss=math.log(400), primary="exact_match", min_gain=0.0,
+            [1] * (needed - 1), look="", level=0.025, confidence=0.95, largest_loss=math.log(400), primary="exact_match", min_gain=0.0,
             guards={metric: margin}, ranges={"brevity": (0.0, 100.0)},
         )  # fmt: skip
         assert power.is_warning() and f"needs {needed} rows" in "\n".join(power.lines())
@@ -138,7 +140,7 @@ def test_rows_of_a_group_are_held_out_together_and_have_its_name_in_the_scores(r
 def test_the_plan_counts_groups_of_rows_as_the_gate_does(groups):
     """Scores of 0 and 1 of rows in groups have Gaffke's bound: unchanged ones pass 0.01 from 299 groups on, not from 268."""
     power = power_of(
-        groups, scored=2 * groups, look="look 1 of 365", level=0.025, confidence=0.95, largest_loss=math.log(400),
+        [2] * groups, look="look 1 of 365", level=0.025, confidence=0.95, largest_loss=math.log(400),
         primary="exact_match", min_gain=0.0, guards={"stops": 0.01},
     )  # fmt: skip
     group = [f"g{i // 2}" for i in range(2 * groups)]
@@ -157,6 +159,42 @@ def test_the_plan_counts_groups_of_rows_as_the_gate_does(groups):
     assert ("a margin of 0.01 needs 299 groups of equal size, you have 298" in power.lines()[2]) is not enough
     gain = "exact_match: no gain below 0.012 can be shown, and more is needed if rows differ"
     assert gain in power.lines()[1], "exp(-ln(0.025) / 299) - 1"
+
+
+UNEQUAL = {
+    "one large group": ([50] + [1] * 450, 0.01, True),
+    "one group with most rows": ([401] + [1] * 99, 0.05, True),
+    "geometric sizes": ([2 ** (i % 7) for i in range(140)], 0.03, True),
+    "two sizes": ([1, 2] * 100, 0.05, False),
+    "a small margin": ([1, 2] * 100, 0.015, True),
+}
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_the_plan_says_of_groups_of_unequal_size_what_the_gate_does(name):
+    """The gate's own bound is the oracle: a few large groups can show less than as many groups of equal size."""
+    sizes, margin, is_open = UNEQUAL[name]
+    fixed = {"look": "look 1 of 365", "level": 0.025, "confidence": 0.95, "largest_loss": math.log(400)}
+    power = power_of(sizes, **fixed, primary="exact_match", min_gain=0.0, guards={"stops": margin})
+    group = [f"g{number}" for number, size in enumerate(sizes) for _ in range(size)]
+    base = pd.DataFrame({"id": [f"r{i}" for i in range(len(group))], "group": group, "exact_match": 0.0, "stops": 1.0})
+    parts = [SliceGuard(Part("language", "de", frozenset(base["id"])), "stops", margin)]
+    rules = {"primary": "exact_match", "min_gain": 0, "guards": {"stops": margin}, "confidence": 0.95}
+    found = decide(base, {"base": base}, **rules, parts=parts)
+    assert {comparison.state for comparison in found.comparisons[1:]} == {"open" if is_open else "passed"}
+    weights = np.array(sizes, float)
+    bound = Evidence(0 * weights, weights, 1.0, rows=len(group)).lower_bound(0.95)
+    assert power.guards["stops"][1] == pytest.approx(-bound) and (-bound >= margin) == is_open
+    (line,) = [line for line in power.lines() if line.startswith("  stops")]
+    assert ("even unchanged outputs do not pass" in line, power.is_warning()) == (is_open, is_open)
+    assert f"{len(sizes)} {'' if is_open else 'groups '}of unequal size" in line
+    lines = power_lines({"language de": sizes}, {"stops": margin}, 0.95, {"stops": 1.0})
+    assert ["of unequal size, which can rule out" in line for line in lines] == [True] * is_open
+    can_promote = Evidence(weights, weights, 1.0, rows=len(group)).p_above(0.0, 0.025) <= 0.025
+    assert (power.gain is not None) == can_promote
+    for factor in (1.001, 0.999) if can_promote else ():  # each row gains as much as the plan says
+        p = Evidence(factor * power.gain * weights, weights, 1.0, rows=len(group)).p_above(0.0, 0.025)
+        assert (p <= 0.025) == (factor > 1)
 
 
 def test_a_held_out_row_without_its_group_is_malformed(recipe, dataset):

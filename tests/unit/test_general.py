@@ -17,7 +17,7 @@ from loraflow.evaluation import general as stage
 from loraflow.evaluation.gate import decide
 from loraflow.evaluation.general import CHATS, CHOICES, encode_choice, is_right
 from loraflow.evaluation.guards import general_guards
-from loraflow.evaluation.power import rows_that_rule_out
+from loraflow.evaluation.power import rows_for_margin
 from loraflow.execution.launcher import run_job
 from loraflow.execution.plan_notes import forgetting_lines
 from loraflow.execution.workspace import Workspace
@@ -407,4 +407,4 @@ def test_the_plan_says_how_many_general_rows_a_margin_needs(recipe):
 
 
 def needed_for_500():
-    return rows_that_rule_out(0.05, 0.95, np.log(500)) + 1
+    return rows_for_margin(0.05, 0.95, "token_loss", np.log(500)) + 1

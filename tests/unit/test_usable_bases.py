@@ -1,6 +1,7 @@
 """A base that cannot be trained is refused by its config.json, with one sentence and what to do, before anything heavy."""
 
 import json
+import shutil
 
 import pytest
 
@@ -167,49 +168,60 @@ def test_code_of_another_repository_is_refused_if_the_recipe_would_run_it(name, 
     assert asked == [("org/other", None)]  # the newest commit, whatever the revision of the base
 
 
-WINDOWS = {
-    "a window": ({"sliding_window": 8}, "sliding_window: 8"),
-    "none at all": ({"sliding_window": 0}, "sliding_window: 0"),
-    "chunks": ({"attention_chunk_size": 8}, "attention_chunk_size: 8"),
-    "types of layers": ({"layer_types": ["sliding_attention"] * 2}, "layer_types: "),
-    "a text": ({"sliding_window": "8"}, 'sliding_window: "8"'),
-    "no window": ({"sliding_window": None}, ""),
-    "longer than any row": ({"sliding_window": 4096}, ""),
-    "only full layers": ({"layer_types": ["full_attention"] * 2}, ""),
-    "Mistral's own": ({"model_type": "mistral", "sliding_window": 8}, ""),
-    "Qwen2's own, turned off": ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}, ""),
+STRAY = {
+    "a window": {"sliding_window": 8},
+    "turned off": {"sliding_window": 8, "use_sliding_window": False},
+    "none at all": {"sliding_window": 0},
+    "without a number of positions": {"sliding_window": 8, "max_position_embeddings": None},
+    "chunks": {"attention_chunk_size": 8},
+    "types of layers": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8},
+    "a text": {"sliding_window": "8"},
+    "only full layers": {"layer_types": ["full_attention"] * 2},
 }
+STRAY_KEYS = {"sliding_window", "attention_chunk_size", "layer_types"}
+OWN = {
+    "no window": {},
+    "Mistral's own": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8},
+    "Qwen2's own, turned off": {
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "sliding_window": 8, "use_sliding_window": False,
+    },
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WINDOWS)
-def test_a_window_that_only_the_cache_follows_is_refused(name, tmp_path):
-    """The oracle: what transformers generates beyond the window, with its cache and without."""
+@pytest.mark.parametrize("name", [*STRAY, *OWN])
+def test_answers_do_not_follow_a_window_that_the_architecture_does_not_have(name, tmp_path):
+    """The oracle: what transformers generates beyond the window without its cache, as in training."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from loraflow.base.load import load_model
+    from loraflow.config import Runtime
     from tests.families.tiny import COMMON
 
-    settings, got = WINDOWS[name]
-    model_type = settings.get("model_type", "llama")
-    folder = folder_with({**COMMON, **LLAMA, "model_type": model_type, **settings}, tmp_path)
-    if got:
-        with pytest.raises(BadModel, match="whole rows") as caught:
-            resolve._folder_of(FolderOrigin(folder=str(folder)), trust=False)
-        assert got in caught.value.got and "from config.json" in caught.value.next_step
-    else:
-        resolve._folder_of(FolderOrigin(folder=str(folder)), trust=False)
+    values = {**COMMON, **LLAMA, **STRAY.get(name, OWN.get(name))}
+    folder = folder_with({key: value for key, value in values.items() if value is not None}, tmp_path)
+    resolve._folder_of(FolderOrigin(folder=str(folder)), trust=False)  # is not refused
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved/config.json").write_bytes((folder / "config.json").read_bytes())
+    resolved = tmp_path / "resolved"
+    shutil.copytree(tmp_path / "saved", resolved)
+    resolve._drop_ignored_windows(resolved)
+    kept = {
+        key: value
+        for key, value in json.loads((folder / "config.json").read_text()).items()
+        if name in OWN or key not in STRAY_KEYS
+    }
+    assert json.loads((resolved / "config.json").read_text()) == kept
     prompt, options = (
         torch.arange(3, 33)[None],
         {"do_sample": False, "output_logits": True, "return_dict_in_generate": True},
     )
-    try:
-        cached, plain = (
-            torch.stack(model.generate(prompt, max_new_tokens=4, use_cache=cache, **options).logits)
-            for cache in (True, False)
-        )
-    except (RuntimeError, AttributeError, TypeError):
-        assert got
-    else:
-        assert torch.allclose(cached, plain, atol=1e-5) != bool(got)
+    plain = torch.stack(model.eval().generate(prompt, max_new_tokens=4, use_cache=False, **options).logits)
+    for loaded in (
+        load_model(tmp_path / "saved", "float32", Runtime(device="cpu")),
+        AutoModelForCausalLM.from_pretrained(resolved, dtype=torch.float32).eval(),
+    ):
+        cached = torch.stack(loaded.generate(prompt, max_new_tokens=4, use_cache=True, **options).logits)
+        torch.testing.assert_close(cached, plain, atol=1e-5, rtol=1e-5)
