@@ -30,13 +30,13 @@ from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.answer_spans import IfCut
 from loraflow.data.chats import ChatRecord
 from loraflow.data.loss_mask import ChatTemplate, Encoded, name_row
-from loraflow.data.segments import segments as cut
 from loraflow.data.token_files import TokenBatch
 from loraflow.data.token_labels import IGNORED
 from loraflow.data.token_report import LongRow, long_rows
 from loraflow.failures import Killed
 from loraflow.job import Job
 from loraflow.store.chunk_cache import ChunkCache
+from loraflow.store.chunk_cache import segments as cut
 
 FORMAT = 2  # of the entries; those of version 1 had no key in their hash
 MAX_BYTES = 4_000_000  # of a segment, but for its last row: the arrays of long documents must fit into memory

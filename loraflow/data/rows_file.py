@@ -14,7 +14,7 @@ from loraflow.data.json_reader import RawValue, json_line, read_lines
 from loraflow.data.labels import Labels
 from loraflow.data.readers import Row, RowSettings, checked_suffix, labels_of, read_row, read_values
 from loraflow.data.row_segment import RowSegment, SegmentBuilder
-from loraflow.data.segments import segments
+from loraflow.store.chunk_cache import segments
 
 MAX_BYTES = 500_000  # of a segment, but for its last row
 _LINES = (".jsonl", ".ndjson")

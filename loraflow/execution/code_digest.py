@@ -22,7 +22,7 @@ from loraflow.stages import Stage
 # CPython before 3.11.8 fails in ast.parse when two threads parse at once (bug 106905); Prefect has threads.
 _PARSING = threading.Lock()
 PARSE_ATTEMPTS = 20
-PREFIX = 16  # digits of a digest, among the few of a stage
+PREFIX = 16  # recorded digits of a hash
 
 
 class RecordedCode(BaseModel):
@@ -32,7 +32,7 @@ class RecordedCode(BaseModel):
 
     version: int
     digest: str
-    sources: str  # sha256 over the source files
+    sources: str  # how the sha256 over the source files begins
     equivalent: list[str] = []  # how the digests of earlier code with the same results begin
 
 
@@ -59,7 +59,7 @@ def code_digest(stage: Stage) -> str:
 @cache
 def _code_digest(stage: str, modules: tuple[str, ...]) -> str:
     known = recorded().get(stage)
-    if known is not None and known.sources == source_hash(modules):
+    if known is not None and source_hash(modules).startswith(known.sources):
         return known.digest
     return parsed_digest(modules)
 

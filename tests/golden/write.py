@@ -28,7 +28,7 @@ def code_digests() -> dict:
         if before is not None and before.version == stage.version:
             olds = dict.fromkeys([*before.equivalent, before.digest[:PREFIX]])
             equivalent = [old for old in olds if not digest.startswith(old)]
-        record = {"version": stage.version, "digest": digest, "sources": source_hash(stage.code)}
+        record = {"version": stage.version, "digest": digest, "sources": source_hash(stage.code)[:PREFIX]}
         found[name] = {**record, "equivalent": equivalent}
     return found
 
