@@ -275,11 +275,9 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
     if number in _NO_SPACE:
         target = error.filename2  # the target of a copy, link or rename: its disk is the one that is full
         return disk_full(target if isinstance(target, str) and target else path, number)
+    if number in (errno.EACCES, errno.EPERM) and not path.startswith(where):
+        return Failure("A file cannot be read or written.", where=path, got=got, next_step="correct its permissions")
     if number in (errno.EROFS, errno.EACCES, errno.EPERM):
-        if not path.startswith(where):
-            return Failure(
-                "A file cannot be read or written.", where=path, got=got, next_step="correct its permissions"
-            )
         return ReadOnlyStore(
             "The store cannot be written.",
             where=path,
@@ -299,7 +297,13 @@ def from_library_error(error: BaseException, where: str) -> Failure | None:
     """Return the failure of a disk behind an error of a library; None for any other cause."""
     for cause in (error, error.__cause__):
         known = from_os_error(cause, where) if isinstance(cause, OSError) else None
-        if known is not None and not isinstance(known, ReadOnlyStore):  # refused by a remote
+        if isinstance(known, ReadOnlyStore):  # a remote refused it; but for a library's cache, a file is named
+            if known.where == where:
+                continue
+            known = Failure(
+                "A file cannot be written.", where=known.where, got=known.got, next_step="name another cache"
+            )
+        if known is not None:
             return known
     return None
 

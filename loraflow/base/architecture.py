@@ -62,15 +62,15 @@ def ignored_keys(config: PreTrainedConfig, keys: tuple[str, ...]) -> list[str]:
     return [key for key in found if key not in own]
 
 
-def forget_ignored_windows(config: PreTrainedConfig) -> list[str]:
-    """Remove the attention windows that the model's code ignores from its config; return their keys.
+def ignored_windows(config: PreTrainedConfig) -> list[str]:
+    """Return the keys of attention windows that config.json has and the model's code ignores.
 
-    With them, transformers' cache forgets tokens, and answers are generated from other logits, or not at all.
+    transformers' cache follows them: an answer that begins after more tokens than the window has comes from other logits.
     """
+    text = config.get_text_config()
     found = ignored_keys(config, ("sliding_window", "attention_chunk_size", "layer_types"))
-    for key in found:
-        delattr(config.get_text_config(), key)
-    return found
+    is_full = set(getattr(text, "layer_types", None) or ()) == {"full_attention"}
+    return [key for key in found if getattr(text, key) is not None and not is_full]
 
 
 def _scales(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 from loraflow.base.architecture import (
     code_references,
-    forget_ignored_windows,
     is_tested,
     logit_factor,
     read_config,
@@ -84,7 +83,6 @@ def load_model(
     loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     model, report = cast("tuple[PreTrainedModel, Mapping[str, set[str]]]", loaded)
     refuse_missing_weights(folder, report)
-    forget_ignored_windows(model.config)  # in earlier versions' artifacts
     model.eval()
     return model
 

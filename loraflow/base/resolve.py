@@ -7,7 +7,6 @@ folder, or a hub id. A local model is pinned by its content, a hub id by its com
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from loraflow.base import hub
-from loraflow.base.architecture import forget_ignored_windows, read_config
+from loraflow.base.architecture import ignored_windows, read_config
 from loraflow.base.model_files import copy_model, model_files, save_tokenizer
 from loraflow.base.stored_weights import INDEX, PICKLES, refuse_pickles
 from loraflow.base.template_check import check_template, conversations, follows_stop_ids
@@ -34,7 +33,7 @@ from loraflow.failures import BadModel, MissingExtra
 from loraflow.identity import digest
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
-from loraflow.store.files import HashMemo, write_json
+from loraflow.store.files import HashMemo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -188,20 +187,17 @@ def _bundled(model: str) -> Path:
 def _copy(folder: Path, out: Path, config: ResolveBaseConfig) -> Figures:
     copy_model(folder, out, trust=config.trust_remote_code)
     if not config.trust_remote_code:
-        _drop_ignored_windows(out)
+        _warn_of_ignored_windows(out)
     return {"files": len(list(out.iterdir()))}
 
 
-def _drop_ignored_windows(folder: Path) -> None:
-    if not (ignored := forget_ignored_windows(read_config(folder))):
-        return
-    file = folder / "config.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    text = values.get("text_config", values)
-    for key in ignored:
-        text.pop(key, None)
-    write_json(file, values)
-    log.info("Removed from config.json, because the architecture has no such setting: %s", ", ".join(ignored))
+def _warn_of_ignored_windows(folder: Path) -> None:
+    if ignored := ignored_windows(read_config(folder)):
+        log.warning(
+            "config.json of the base has %s, which its architecture does not have. The model is trained without a window, "
+            "but transformers generates answers with it: if prompts and answers are longer, remove it from config.json",
+            " and ".join(ignored),
+        )
 
 
 def _from_gguf(file: Path, out: Path, config: ResolveBaseConfig) -> Figures:

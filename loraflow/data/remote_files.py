@@ -234,7 +234,7 @@ def _hub_failure(url: str, error: Exception) -> Failure:
     if isinstance(error, RevisionNotFoundError | EntryNotFoundError):
         what = "file" if isinstance(error, EntryNotFoundError) else "commit of 40 digits, 0-9 and a-f"
         return BadData(f"The dataset has no such {what}.", where=url, got=got, next_step="correct source")
-    if isinstance(error, ValueError | LookupError | TypeError | AttributeError):
+    if isinstance(error, ValueError | LookupError | TypeError | AttributeError) and not status:
         what = "HF_ENDPOINT did not answer as the hub does."
         return BadConfig(what, where=url, got=got, next_step="check HF_ENDPOINT, and whether a proxy answers")
     if (isinstance(error, OSError) and error.filename) or not isinstance(error, OSError | HTTPError | RuntimeError):

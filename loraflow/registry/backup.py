@@ -65,6 +65,7 @@ def back_up(store: Store, target: Path) -> Iterator[Copied]:
     _write_documents(copy, anchors)
     _write_documents(copy, runs)
     for name in damaged_runs(copy).keys() - runs.keys():  # a person has removed the store's
+        log.warning("%s is damaged and not in the store: it is removed from the backup", name)
         copy.remove_document(name)
 
 

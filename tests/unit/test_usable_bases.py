@@ -1,7 +1,6 @@
 """A base that cannot be trained is refused by its config.json, with one sentence and what to do, before anything heavy."""
 
 import json
-import shutil
 
 import pytest
 
@@ -178,7 +177,6 @@ STRAY = {
     "a text": {"sliding_window": "8"},
     "only full layers": {"layer_types": ["full_attention"] * 2},
 }
-STRAY_KEYS = {"sliding_window", "attention_chunk_size", "layer_types"}
 OWN = {
     "no window": {},
     "Mistral's own": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8},
@@ -189,39 +187,25 @@ OWN = {
 
 
 @pytest.mark.parametrize("name", [*STRAY, *OWN])
-def test_answers_do_not_follow_a_window_that_the_architecture_does_not_have(name, tmp_path):
-    """The oracle: what transformers generates beyond the window without its cache, as in training."""
+def test_a_window_that_the_architecture_does_not_have_is_a_warning_if_answers_follow_it(name, tmp_path, caplog):
+    """The oracle: what transformers generates beyond the window with its cache, and without it, as in training."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from loraflow.base.load import load_model
-    from loraflow.config import Runtime
     from tests.families.tiny import COMMON
 
     values = {**COMMON, **LLAMA, **STRAY.get(name, OWN.get(name))}
     folder = folder_with({key: value for key, value in values.items() if value is not None}, tmp_path)
     resolve._folder_of(FolderOrigin(folder=str(folder)), trust=False)  # is not refused
+    resolve._warn_of_ignored_windows(folder)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    model.save_pretrained(tmp_path / "saved")
-    (tmp_path / "saved/config.json").write_bytes((folder / "config.json").read_bytes())
-    resolved = tmp_path / "resolved"
-    shutil.copytree(tmp_path / "saved", resolved)
-    resolve._drop_ignored_windows(resolved)
-    kept = {
-        key: value
-        for key, value in json.loads((folder / "config.json").read_text()).items()
-        if name in OWN or key not in STRAY_KEYS
-    }
-    assert json.loads((resolved / "config.json").read_text()) == kept
-    prompt, options = (
-        torch.arange(3, 33)[None],
-        {"do_sample": False, "output_logits": True, "return_dict_in_generate": True},
-    )
-    plain = torch.stack(model.eval().generate(prompt, max_new_tokens=4, use_cache=False, **options).logits)
-    for loaded in (
-        load_model(tmp_path / "saved", "float32", Runtime(device="cpu")),
-        AutoModelForCausalLM.from_pretrained(resolved, dtype=torch.float32).eval(),
-    ):
-        cached = torch.stack(loaded.generate(prompt, max_new_tokens=4, use_cache=True, **options).logits)
-        torch.testing.assert_close(cached, plain, atol=1e-5, rtol=1e-5)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 4}
+    prompt = torch.arange(3, 33)[None]
+    plain = torch.stack(model.generate(prompt, use_cache=False, **options).logits)
+    try:
+        follows = not torch.allclose(torch.stack(model.generate(prompt, **options).logits), plain, atol=1e-5, rtol=1e-5)
+    except Exception:  # transformers makes no cache for it
+        follows = True
+    assert (name in STRAY and name != "only full layers") is follows
+    assert ("generates answers with it" in caplog.text) is follows
