@@ -85,6 +85,13 @@ def test_a_read_only_store_can_be_read_and_a_write_reports_it(tmp_path):
 FAULTS = {"EIO": errno.EIO, "EMFILE": errno.EMFILE, "ESTALE": errno.ESTALE, "EACCES": errno.EACCES}
 
 
+def test_a_file_system_that_is_read_only_is_the_stores_whichever_folder_the_error_names():
+    """A store's lock is named by its own path, and the folder that cannot be made is the one above."""
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS), "/mnt/store")
+    failure = from_os_error(error, "/mnt/store/locks/train.lock")
+    assert isinstance(failure, ReadOnlyStore) and "runtime.store" in failure.next_step
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("call", ["pointer", "manifest", "list", "size"])
 def test_a_lookup_that_the_machine_cannot_answer_is_a_failure_and_no_miss(tmp_path, monkeypatch, fault, call):
