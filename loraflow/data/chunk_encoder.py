@@ -1,7 +1,7 @@
 """Encode a file of chats chunk by chunk, in several processes, with the rows in order.
 
 Encoded rows are entries of a cache, so that appended rows alone are tokenized. An entry is a segment of rows
-(`loraflow/data/segments.py`). It depends on the chats and marks of its rows, the base's tokenizer and template, and
+(`loraflow/store/chunk_cache.py`). It depends on the chats and marks of its rows, the base's tokenizer and template, and
 `data.loss_on`; not on places, `max_length`, packing, or what happens to long rows.
 """
 

@@ -99,18 +99,6 @@ def test_automations_do_not_depend_on_the_order_of_their_sets():
     assert not same_automation_fields(automation("a"), automation("a", force=("merge", "train"))), "a list of a person"
 
 
-def test_the_old_name_of_the_pull_step_works_and_names_the_command_that_updates_it(tmp_path):
-    """Deployments that were created when this package was called `flows` name `flows.project.enter`."""
-    (tmp_path / "configs").mkdir()
-    script = "from flows.project import enter; print(enter())"
-    env = {**os.environ, "PYTHONPATH": str(FILE.parent), "LORAFLOW_HOME": str(tmp_path)}
-    command = [sys.executable, "-W", "always", "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout == f"{{'directory': '{tmp_path}'}}\n", done.stderr
-    assert "DeprecationWarning: This deployment was created by an earlier version" in done.stderr
-    assert "Run `loraflow deploy` to update it." in done.stderr
-
-
 def test_a_server_without_a_password_listens_on_localhost_only(tmp_path, monkeypatch):
     monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
     with pytest.raises(BadConfig) as error:

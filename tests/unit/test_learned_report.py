@@ -8,12 +8,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from loraflow.data import chunk_encoder, segments
+from loraflow.data import chunk_encoder
 from loraflow.data import tokenization as tokens
 from loraflow.data.token_report import LONGEST, Lengths, LongRow, SampleRow, TokenReport, long_rows, longest_of
 from loraflow.job import Inputs, Progress
 from loraflow.reporting import markdown, sections
 from loraflow.reporting.sections import Learned, learned_lines
+from loraflow.store import chunk_cache
 from tests.conftest import chat
 from tests.job_factory import make_job
 from tests.unit.test_report import report
@@ -119,7 +120,7 @@ def test_tokenize_reports_the_lengths_that_transformers_counts_with_the_rows_tha
 ):  # fmt: skip
     from transformers import AutoTokenizer
 
-    monkeypatch.setattr(segments, "MAX_ROWS", 8)
+    monkeypatch.setattr(chunk_cache, "MAX_ROWS", 8)
     monkeypatch.setattr(chunk_encoder, "ONE_PROCESS_BYTES", 1)
     chats = [chat(n)["messages"] for n in range(30)]
     chats[17] = [{"role": "user", "content": "so long " * 70}, {"role": "assistant", "content": "yes"}]

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from loraflow.data import json_reader, segments
+from loraflow.data import json_reader
 from loraflow.data.chats import BadRow
 from loraflow.data.near import first_equal, is_repeated, may_be_equal
+from loraflow.store import chunk_cache
 
 
 def cut_row_by_row(rows: list[bytes], max_bytes: int) -> list[list[bytes]]:
@@ -17,7 +18,7 @@ def cut_row_by_row(rows: list[bytes], max_bytes: int) -> list[list[bytes]]:
     for row in rows:
         found[-1].append(row)
         size = sum(map(len, found[-1]))
-        if len(found[-1]) == segments.MAX_ROWS or size >= max_bytes or zlib.crc32(row) % segments.MEAN_ROWS == 0:
+        if len(found[-1]) == chunk_cache.MAX_ROWS or size >= max_bytes or zlib.crc32(row) % chunk_cache.MEAN_ROWS == 0:
             found.append([])
     return [rows for rows in found if rows]
 
@@ -25,11 +26,11 @@ def cut_row_by_row(rows: list[bytes], max_bytes: int) -> list[list[bytes]]:
 @pytest.mark.parametrize("batch", [1, 7, 5000])
 @pytest.mark.parametrize("max_bytes", [60, 10**6])
 def test_segments_do_not_depend_on_the_batches(monkeypatch, batch, max_bytes):
-    monkeypatch.setattr(segments, "MEAN_ROWS", 20)
-    monkeypatch.setattr(segments, "MAX_ROWS", 30)
+    monkeypatch.setattr(chunk_cache, "MEAN_ROWS", 20)
+    monkeypatch.setattr(chunk_cache, "MAX_ROWS", 30)
     rows = [b"row %d" % number for number in range(800)]
     batches = [rows[at : at + batch] for at in range(0, len(rows), batch)]
-    found = list(segments.segments(batches, lambda items: items, max_bytes))
+    found = list(chunk_cache.segments(batches, lambda items: items, max_bytes))
     assert found == cut_row_by_row(rows, max_bytes)
 
 
