@@ -8,7 +8,7 @@ the backward pass would. That needs no wrapper and no hooks, and allows any numb
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -73,6 +73,27 @@ class ProcessGroup:
             return results
         columns = zip(*self.all_gather(results), strict=True)
         return [next((result for result in column if result is not None), None) for column in columns]
+
+    def any_later(self, value: bool, device: Device) -> Callable[[], bool]:
+        """Ask whether the value is true on any process, without waiting for the answer.
+
+        Returns:
+            a function that waits for the answer. Called after more work was given to a GPU, it leaves the GPU busy.
+        """
+        import torch
+        import torch.distributed as dist
+
+        total = torch.full((), float(value), device=device)  # unlike torch.tensor, this does not wait for the GPU
+        dist.all_reduce(total)
+        on_host = total.to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if device == "cuda" else None
+
+        def answer() -> bool:
+            if copied is not None:
+                copied.synchronize()
+            return float(on_host) > 0
+
+        return answer
 
     def all_reduce_gradients(
         self, parameters: Iterable[torch.nn.Parameter], *scalars: torch.Tensor

@@ -8,7 +8,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraflow.failures import NonFiniteLoss, Preempted
+from loraflow.hardware.device import Device
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.job import Progress
 from loraflow.store.checkpoints import finalize_checkpoint, read_checkpoint_manifest
@@ -149,10 +150,16 @@ class CheckpointFinalizer(TrainerCallback):
 
 
 class PreemptionHandler(TrainerCallback):
-    """On SIGTERM, finish the step, save a checkpoint and stop. The stage then fails as preempted, and a retry resumes."""
+    """On SIGTERM, finish the step, save a checkpoint and stop. The stage then fails as preempted, and a retry resumes.
 
-    def __init__(self) -> None:
-        self.is_requested = False
+    Several processes must stop at the same step. At the end of each step, each one starts to ask whether any was asked to
+    stop, and reads the answer one step later, when it has been computed: neither processes nor GPUs wait for it.
+    """
+
+    def __init__(self, group: ProcessGroup = ProcessGroup(), device: Device = "cpu") -> None:
+        self.group, self.device = group, device
+        self.is_requested = False  # of this process
+        self._answer: Callable[[], bool] | None = None  # whether any process was asked to stop, one step ago
         signal.signal(signal.SIGTERM, self._request)
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
@@ -164,16 +171,20 @@ class PreemptionHandler(TrainerCallback):
 
     def on_step_end(self, args: object, state: object, control: TrainerControl, **_: Any) -> None:
         """Save and stop, if requested."""
-        if self.is_requested:
+        is_due = self.is_requested
+        if self.group.size > 1:
+            earlier, self._answer = self._answer, self.group.any_later(self.is_requested, self.device)
+            is_due = earlier is not None and earlier()
+        if is_due:
             control.should_save = control.should_training_stop = True
 
     def raise_if_requested(self, step: int) -> None:
-        """Fail if training was stopped before its end.
+        """Fail if any process was asked to stop. All processes must call this at the same point.
 
         Raises:
             Preempted: a signal came.
         """
-        if self.is_requested:
+        if any(self.group.all_gather(self.is_requested)):
             raise Preempted("Training was asked to end.", where=f"step {step}", next_step="run again: it resumes")
 
 

@@ -87,7 +87,6 @@ def build_fast_trainer(
         ),
         validation=_validation_steps(setup, fit, attention, sharing),
         group=setup.group,
-        preemption=setup.preemption,
         autocast=compute_dtype if compute_dtype != base_dtype else None,
         noise_alpha=setup.settings.neftune_noise_alpha,
         processing_class=setup.tokenizer,

@@ -301,7 +301,7 @@ def prepare_training(job: Job[TrainConfig], inputs: Inputs, progress: Progress) 
     group = join(device)
     carried = [curves_file(work), work / EVA_FILE]  # copied into each checkpoint, which another machine may resume from
     resumed_from = _resume(group, work, carried)
-    preemption = callbacks.PreemptionHandler()
+    preemption = callbacks.PreemptionHandler(group, device)
     trainer_callbacks: list[TrainerCallback] = []
     if group.is_main:
         tokens_per_step = figures["train_tokens"] / len(rows) * global_batch

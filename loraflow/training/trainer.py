@@ -20,7 +20,6 @@ from trl import SFTTrainer
 from loraflow.base.architecture import logit_factor
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.training.batches import StepDataset, StepItem
-from loraflow.training.callbacks import PreemptionHandler
 from loraflow.training.collation import MicroBatch, move_inputs
 from loraflow.training.cuda_graphs import GraphedPass
 from loraflow.training.layers import CompiledLayer
@@ -130,7 +129,6 @@ class FastTrainer(LoraTrainer):
         steps: StepDataset,
         validation: StepDataset | None,
         group: ProcessGroup,
-        preemption: PreemptionHandler,
         autocast: torch.dtype | None,
         noise_alpha: float | None = None,
         model: PreTrainedModel,
@@ -149,7 +147,7 @@ class FastTrainer(LoraTrainer):
             peft_config=peft_config,
             callbacks=callbacks,
         )
-        self.steps, self.validation, self.group, self.preemption = steps, validation, group, preemption
+        self.steps, self.validation, self.group = steps, validation, group
         self.autocast_dtype, self.noise_alpha = autocast, noise_alpha
         causal = self.causal_model()
         self.decoder: PreTrainedModel = causal.get_decoder()  # type: ignore[no-untyped-call]
@@ -162,7 +160,6 @@ class FastTrainer(LoraTrainer):
         self.loras: list[FastLora] = []  # layers that need the keys of the next tokens
         self.compiled_layers: list[CompiledLayer] = []
         self.graphs: GraphedPass | None = None
-        self._stop_requests: Tensor | None = None  # how many processes were asked to stop, one step ago
 
     def get_train_dataloader(self) -> DataLoader[StepItem]:
         """Return a loader of the steps in their order. Every device has the same number of them."""
@@ -199,11 +196,7 @@ class FastTrainer(LoraTrainer):
                 self.accelerator.backward(loss)
                 total += loss.detach()
         if self.group.size > 1:
-            stop_requests = torch.tensor(float(self.preemption.is_requested), device=total.device)
-            total, stop_requests = self.group.all_reduce_gradients(self.trained, total, stop_requests)
-            # Read the sum one step later, when it has been computed: nothing waits, and all processes stop at the same step.
-            self.preemption.is_requested = self._stop_requests is not None and float(self._stop_requests) > 0
-            self._stop_requests = stop_requests
+            (total,) = self.group.all_reduce_gradients(self.trained, total)
         self._total_train_tokens += inputs["tokens"]
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return total

@@ -84,6 +84,31 @@ def test_two_processes_match_one(base, shards, alone, tmp_path):  # noqa: F811
     assert alone[1] == pytest.approx(pair[1], abs=2e-4)
 
 
+@pytest.mark.parametrize("engine", ["fast", "stock"])
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(base, shards, tmp_path, engine):  # noqa: F811
+    store = store_of(tmp_path, base, shards)
+    job = job_of(
+        training_config__max_steps=100000,
+        training_config__save_steps=100000,
+        runtime__devices=2,
+        runtime__engine=engine,
+    )
+    signalled = []
+
+    def signal_second(figures):
+        if figures.get("step", 0) < 3 or signalled:
+            return
+        for process in psutil.process_iter():
+            if _rank(process) == "1" and str(tmp_path) in _line(process):
+                process.terminate()
+                signalled.append(figures["step"])
+
+    with pytest.raises(Preempted, match="asked to end"):
+        launch.run_job(job, store, signal_second)
+    (saved,) = (store.work_folder(job.stage, job.fingerprint) / "checkpoints").glob("checkpoint-*")
+    assert signalled[0] <= int(saved.name.removeprefix("checkpoint-")) < 5000 and (saved / "complete.json").exists()
+
+
 def free_port():
     with socket.socket() as socket_:
         socket_.bind(("localhost", 0))
