@@ -156,7 +156,7 @@ class PreemptionHandler(TrainerCallback):
     stop, and reads the answer one step later, when it has been computed: neither processes nor GPUs wait for it.
     """
 
-    def __init__(self, group: ProcessGroup = ProcessGroup(), device: Device = "cpu") -> None:
+    def __init__(self, group: ProcessGroup, device: Device) -> None:
         self.group, self.device = group, device
         self.is_requested = False  # of this process
         self._answer: Callable[[], bool] | None = None  # whether any process was asked to stop, one step ago

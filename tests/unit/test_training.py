@@ -18,6 +18,7 @@ from loraflow.config.training import BestCheckpoint
 from loraflow.data import tokenization as tokens
 from loraflow.data.token_files import TokenRows
 from loraflow.failures import BadConfig, NonFiniteLoss, Preempted
+from loraflow.hardware.process_group import ProcessGroup
 from loraflow.job import Inputs, Progress
 from loraflow.store import Ref
 from loraflow.store.checkpoints import prune_to_newest_intact
@@ -148,7 +149,7 @@ def test_activation_checkpointing_does_not_change_the_result(base, straight, tmp
 def test_a_signal_while_the_model_is_loaded_stops_the_training_before_its_first_step():
     before = signal.getsignal(signal.SIGTERM)
     try:
-        handler = PreemptionHandler()
+        handler = PreemptionHandler(ProcessGroup(), "cpu")
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Preempted, match="asked to end"):
             handler.on_train_begin(None, TrainerState(), None)
