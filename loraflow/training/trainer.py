@@ -114,7 +114,55 @@ def retry_uncompiled(layers: list[CompiledLayer], compute: Callable[[], Tensor])
         return compute()
 
 
-class FastTrainer(LoraTrainer):
+class DecoderPass:
+    """The pass of a micro-batch through a base with adapters, up to the states from which tokens are learned. A mixin."""
+
+    decoder: PreTrainedModel
+    embed: torch.nn.Module
+    trained: Sequence[torch.nn.Parameter]
+    loras: Sequence[FastLora] = ()  # layers that need the keys of the next tokens
+    compiled_layers: list[CompiledLayer]
+    graphs: GraphedPass | None = None
+    autocast_dtype: torch.dtype | None = None  # None computes in the base's dtype
+    noise_alpha: float | None = None  # the scale of NEFTune's noise; None trains without it
+
+    def learned_states(self, micro: MicroBatch, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the states [n, width] that predict a micro-batch's supervised tokens, these tokens, and their weights."""
+        tensors, lengths = move_inputs(micro, device)
+        index, targets, weights = tensors.pop("loss_index"), tensors.pop("targets"), tensors.pop("loss_weights", None)
+        is_graphed = self.graphs is not None and self.decoder.training and torch.is_grad_enabled()
+        hidden = self.graphs(tensors, lengths) if self.graphs and is_graphed else self.hidden_states(tensors, lengths)
+        return hidden.flatten(0, 1).index_select(0, index), targets, weights
+
+    def hidden_states(self, tensors: Mapping[str, Tensor], lengths: Mapping[str, int]) -> Tensor:
+        """Return the decoder's last hidden states [rows, tokens, width].
+
+        Args:
+            tensors: the micro-batch's tensors on the device: ids, positions, document borders, keys for dropout and noise.
+        """
+        inputs = dict(tensors)
+        keys, document_lengths = inputs.pop("token_keys", None), inputs.pop("document_lengths", None)
+        set_token_keys(self.loras, keys)
+        with self._autocast(tensors["input_ids"].device):
+            embedded = self.embed(inputs.pop("input_ids"))
+            if self.noise_alpha is not None and self.decoder.training and keys is not None:
+                assert document_lengths is not None
+                embedded = add_noise(embedded, keys, document_lengths, self.noise_alpha)
+            if self.compiled_layers and self.decoder.training and not embedded.requires_grad:
+                embedded.requires_grad_()  # so that the first layer uses the same compiled code as the others
+            outputs = self.decoder(
+                inputs_embeds=embedded, **{"attention_mask": None, **inputs, **lengths}, use_cache=False
+            )
+        hidden: Tensor = outputs.last_hidden_state
+        return hidden
+
+    def _autocast(self, device: torch.device) -> torch.autocast | contextlib.nullcontext[None]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, self.autocast_dtype)
+
+
+class FastTrainer(DecoderPass, LoraTrainer):
     """SFTTrainer whose training step is a whole optimizer step.
 
     Args:
@@ -152,16 +200,14 @@ class FastTrainer(LoraTrainer):
         self.steps, self.validation, self.group, self.preemption = steps, validation, group, preemption
         self.autocast_dtype, self.noise_alpha = autocast, noise_alpha
         causal = self.causal_model()
-        self.decoder: PreTrainedModel = causal.get_decoder()  # type: ignore[no-untyped-call]
+        self.decoder = causal.get_decoder()  # type: ignore[no-untyped-call]
         self.head: torch.nn.Module = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
         factor = logit_factor(causal.config)
         assert factor is not None, "another engine is chosen for such a model"
         self.logit_factor = factor
-        self.embed: torch.nn.Module = causal.get_input_embeddings()
-        self.trained: list[torch.nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
-        self.loras: list[FastLora] = []  # layers that need the keys of the next tokens
-        self.compiled_layers: list[CompiledLayer] = []
-        self.graphs: GraphedPass | None = None
+        self.embed = causal.get_input_embeddings()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.compiled_layers = []
         self._stop_requests: Tensor | None = None  # how many processes were asked to stop, one step ago
 
     def get_train_dataloader(self) -> DataLoader[StepItem]:
@@ -214,40 +260,9 @@ class FastTrainer(LoraTrainer):
 
     def nll(self, micro: MicroBatch) -> Tensor:
         """Return the sum of -log p of a micro-batch's supervised tokens, times their weights."""
-        tensors, lengths = move_inputs(micro, self.args.device)
-        index, targets, weights = tensors.pop("loss_index"), tensors.pop("targets"), tensors.pop("loss_weights", None)
-        is_graphed = self.graphs is not None and self.decoder.training and torch.is_grad_enabled()
-        hidden = self.graphs(tensors, lengths) if self.graphs and is_graphed else self.hidden_states(tensors, lengths)
-        with self._autocast():
-            states = hidden.flatten(0, 1).index_select(0, index)
+        states, targets, weights = self.learned_states(micro, self.args.device)
+        with self._autocast(states.device):
             return head_loss(self.head, states, targets, self.logit_factor, weights)
-
-    def hidden_states(self, tensors: Mapping[str, Tensor], lengths: Mapping[str, int]) -> Tensor:
-        """Return the decoder's last hidden states [rows, tokens, width].
-
-        Args:
-            tensors: the micro-batch's tensors on the device: ids, positions, document borders, keys for dropout and noise.
-        """
-        inputs = dict(tensors)
-        keys, document_lengths = inputs.pop("token_keys", None), inputs.pop("document_lengths", None)
-        set_token_keys(self.loras, keys)
-        with self._autocast():
-            embedded = self.embed(inputs.pop("input_ids"))
-            if self.noise_alpha is not None and self.decoder.training and keys is not None:
-                assert document_lengths is not None
-                embedded = add_noise(embedded, keys, document_lengths, self.noise_alpha)
-            if self.compiled_layers and self.decoder.training and not embedded.requires_grad:
-                embedded.requires_grad_()  # so that the first layer uses the same compiled code as the others
-            outputs = self.decoder(
-                inputs_embeds=embedded, **{"attention_mask": None, **inputs, **lengths}, use_cache=False
-            )
-        hidden: Tensor = outputs.last_hidden_state
-        return hidden
-
-    def _autocast(self) -> torch.autocast | contextlib.nullcontext[None]:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.args.device.type, self.autocast_dtype)
 
     def validation_nll(self) -> tuple[float, float, int]:
         """Sum over the validation steps, whose micro-batches are divided among the devices."""
