@@ -12,18 +12,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
-from loraflow.config import Recipe
-from loraflow.config.load import parse_recipe
-from loraflow.execution.deal import use_dealt_rows
+from loraflow.execution.deal import recorded_workspace
 from loraflow.execution.plan import ALL_STEPS, CHAMPION, Step, find_step, inputs_of, steps_of
 from loraflow.execution.runner import run_stage
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry.champions import missing_models
 from loraflow.registry.log import PromotionLog, models
-from loraflow.registry.rebuild import UNKNOWN, made_by, revision_of
+from loraflow.registry.rebuild import UNKNOWN, made_by
 from loraflow.registry.runs import RunRecord, StageRun
-from loraflow.stages import DEAL_ROWS, MERGE
 from loraflow.store import Ref, Store
 from loraflow.store.artifact import MANIFEST, QUARANTINE, Manifest, result_problems
 from loraflow.store.checksum import check_document
@@ -148,7 +145,7 @@ def _described(store: Store, lost: Lost) -> Lost:
 def _why_not(store: Store, lost: Lost, record: RunRecord, stage: StageRun) -> str:
     """Return why a run's recipe does not compute a lost artifact today; an empty string if nothing is known against it."""
     try:
-        workspace = _workspace(store, record)
+        workspace = recorded_workspace(store, record, store.uri)
         step = _step(workspace, stage.stage)
         inputs = _inputs(workspace, step, lost.model, compute=False)
         if inputs is None or workspace.job(step.stage, inputs, step.seed).fingerprint == lost.ref.fingerprint:
@@ -158,19 +155,6 @@ def _why_not(store: Store, lost: Lost, record: RunRecord, stage: StageRun) -> st
     return (
         f"the data, the base, a metric or the version of a stage is not what it was in run {record.run}; use a backup"
     )
-
-
-def _recipe(store: Store, record: RunRecord) -> Recipe:
-    settings = {**record.overrides, **revision_of(store, record), "runtime.store": store.uri}
-    name = f"the recipe of run {record.run}"
-    return parse_recipe(record.recipe_text, name=name, overrides=settings, is_recorded=True)
-
-
-def _workspace(store: Store, record: RunRecord) -> Workspace:
-    workspace, merged = Workspace(_recipe(store, record)), record.stage(MERGE.name)
-    if merged is not None:
-        use_dealt_rows(workspace, store, merged.digest, record.stage(DEAL_ROWS.name))
-    return workspace
 
 
 def _step(workspace: Workspace, label: str) -> Step:
@@ -209,7 +193,7 @@ def recompute(store: Store, lost: Lost) -> Ref:
         Failure: the stage's own; or the result differs from the artifact that was lost.
     """
     assert lost.record is not None
-    workspace = _workspace(store, lost.record)
+    workspace = recorded_workspace(store, lost.record, store.uri)
     with store.reader_lock():
         ref = _artifact(workspace, _step(workspace, lost.label), lost.model, compute=True)
     workspace.save()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import JsonValue
 
-from loraflow.base.architecture import obstacle_to_fast_engine, obstacle_to_packing, obstacle_to_quantization
+from loraflow.base.architecture import obstacle_to_fast_engine
 from loraflow.config.stage_configs import TrainConfig
 from loraflow.failures import BadConfig
 from loraflow.hardware.attention import Attention, attention_with_mask
@@ -170,41 +170,6 @@ def choose_attention(setup: TrainingSetup, config: PreTrainedConfig) -> Attentio
     return attention
 
 
-def refuse_packing(setup: TrainingSetup, config: PreTrainedConfig) -> None:
-    """Refuse packed rows for a model whose layers carry a state over the borders of documents.
-
-    Raises:
-        BadConfig: the rows are packed.
-    """
-    obstacle = obstacle_to_packing(config)
-    if setup.rows.row_length is not None and obstacle:
-        raise BadConfig(
-            "This model cannot be trained on packed rows.",
-            where="training_config.packing",
-            expected="attention layers only",
-            got=f"architecture {config.model_type}: {obstacle}",
-            next_step="set training_config.packing to false",
-        )
-
-
-def refuse_quantization(setup: TrainingSetup, config: PreTrainedConfig) -> None:
-    """Refuse a quantized base for a model that cannot be trained on quantized weights.
-
-    Raises:
-        BadConfig: the recipe quantizes the base in a way that its architecture does not allow. (For the GPU's part of
-            fp8, see `refuse_fp8`.)
-    """
-    quantization = setup.config.base.quantization
-    if quantization is not None and (obstacle := obstacle_to_quantization(config, quantization)):
-        raise BadConfig(
-            f"This model cannot be trained on quantized weights in {quantization}.",
-            where="base.quantization",
-            expected="a model that the fast engine trains" if quantization == "fp8" else "attention layers only",
-            got=f"architecture {config.model_type}: {obstacle}",
-            next_step="set base.quantization to null",
-        )
-
-
 def choose_sharding(setup: TrainingSetup) -> ShardingChoice:
     """Choose whether the base is sharded over the devices.
 
@@ -224,7 +189,7 @@ def _sharding(setup: TrainingSetup) -> ShardingChoice:
         return ShardingChoice(True, "asked for")
     if setup.device == "cpu" or setup.shape is None:
         return ShardingChoice(False, "not asked for")
-    least, _ = memory.needed(setup.shape, setup.weight_format, setup.rank, setup.longest_row)
+    least = memory.least_bytes(setup.shape, setup.weight_format, setup.rank, setup.longest_row)
     free = setup.free_bytes()
     return ShardingChoice(
         least > free, f"one device needs {least / memory.GIB:.1f} GiB, and has {free / memory.GIB:.1f}"

@@ -41,7 +41,8 @@ def preview(base: Path, recipe: Recipe) -> list[str]:
         BadModel: the base's model cannot be built from its config.
     """
     model = model_without_weights(base)
-    _refuse(recipe, model.config)
+    packs, quantization = recipe.training_config.packing, recipe.base.quantization
+    refuse_unsupported(model.config, is_packed=packs, quantization=quantization)
     check_targets(model, recipe.peft_config)
     check_trainable(model, recipe.peft_config)
     variants.check(model, recipe.peft_config)
@@ -100,19 +101,27 @@ def _lines(base: Path, config: PreTrainedConfig) -> list[str]:
     return lines
 
 
-def _refuse(recipe: Recipe, config: PreTrainedConfig) -> None:
-    quantization = recipe.base.quantization
-    for where, asked, obstacle in (
-        ("training_config.packing", recipe.training_config.packing, obstacle_to_packing(config)),
-        ("base.quantization", quantization, obstacle_to_quantization(config, quantization) if quantization else ""),
-    ):
-        if asked and obstacle:
-            raise BadConfig(
-                f"The base's architecture {config.model_type} does not allow {where}: {str(asked).lower()}.",
-                where=where,
-                got=obstacle,
-                next_step=f"set {where} to {'false' if asked is True else 'null'}",
-            )
+def refuse_unsupported(
+    config: PreTrainedConfig, *, is_packed: bool, quantization: Literal["nf4", "fp8"] | None
+) -> None:
+    """Refuse packed rows or a quantized base where the architecture does not allow them.
+
+    Raises:
+        BadConfig: the rows are packed, and a layer carries a state over the borders of documents; or the weights cannot
+            be trained in this quantization. (For the GPU's part of fp8, see `refuse_fp8`.)
+    """
+    where, asked, instead = "training_config.packing", "true", "false"
+    obstacle = obstacle_to_packing(config) if is_packed else ""
+    if not obstacle and quantization:
+        where, asked, instead = "base.quantization", quantization, "null"
+        obstacle = obstacle_to_quantization(config, quantization)
+    if obstacle:
+        raise BadConfig(
+            f"The base's architecture {config.model_type} does not allow {where}: {asked}.",
+            where=where,
+            got=obstacle,
+            next_step=f"set {where} to {instead}",
+        )
 
 
 @dataclass(frozen=True)
