@@ -207,7 +207,7 @@ def _apply(adapter: Path, model: PreTrainedModel) -> PeftModel:
         ) from error
     if settings.is_prompt_learning:
         raise BadModel(
-            "This adapter puts tokens of its own before each prompt, which loraflow does not do.",
+            "This adapter adds tokens before each prompt; loraflow does not support that.",
             where=str(adapter / FILE),
             expected="an adapter of the model's weights, such as LORA",
             got=str(settings.peft_type.value),
@@ -265,7 +265,7 @@ def _refuse_other_projections(found: Mapping[str, Shape], model: PreTrainedModel
                 where=name,
                 expected=f"{counterpart}, which the base has instead",
                 got=module,
-                next_step="loraflow adapters convert ADAPTER BASE OUT makes it fit this base's projections; use OUT",
+                next_step="run `loraflow adapters convert ADAPTER BASE OUT`, then use OUT instead of the adapter",
             )
 
 

@@ -123,7 +123,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
         raise BadModel(
-            "The checkpoint does not contain only tensors, so it is not loaded.",
+            "The checkpoint contains more than tensors, so it is not loaded.",
             where=str(file),
             expected="safetensors, or torch.save of lora_state_dict(model)",
             got=str(error).strip().splitlines()[0][:200],

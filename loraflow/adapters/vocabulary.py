@@ -44,11 +44,11 @@ def fit_vocabulary(model: PreTrainedModel, adapter: Path, config: AdapterConfig)
         return False
     for name in _without_rows(model, found, config, before, rows):
         raise BadModel(
-            "The adapter has another vocabulary than the base, and does not contain all of its rows.",
+            "The adapter's vocabulary differs from the base's, and the adapter lacks embeddings of some tokens.",
             where=f"{adapter}: {name}",
             expected=f"{rows} rows, as the adapter's other embeddings",
             got=f"the base has {before}, the adapter none",
-            next_step="name the base whose embeddings were resized before the training: save_pretrained() it there",
+            next_step="save the resized base where the adapter was trained (save_pretrained), and name it as the base",
         )
     model.resize_token_embeddings(rows, mean_resizing=False)
     return True

@@ -95,7 +95,7 @@ def _wrong_inputs(manifest: Manifest, store: Store, checked: Mapping[str, Manife
     for name, ref in refs.items():
         own = checked.get(ref.digest)
         if used.get(name) not in {ref.digest, *(own.facets.values() if own else ())}:
-            wrong.append(f"input {name}: its digest differs from the digest that was used")
+            wrong.append(f"input {name}: its digest is not the one that was used")
     return wrong
 
 
@@ -218,7 +218,7 @@ def reproduce(store: Store, record: RunRecord, fresh: str) -> Iterator[Reproduce
     workspace = recorded_workspace(store, record, fresh)
     if next(workspace.store.artifacts(), None) is not None:
         raise BadConfig(
-            "The target store has artifacts, which would be reused instead of recomputed.",
+            "The target store is not empty: its artifacts would be reused instead of recomputed.",
             where=fresh,
             next_step="name a folder that does not exist yet: --into FOLDER",
         )
@@ -243,7 +243,7 @@ def _compared(store: Store, stage: StageRun, fresh: Store, now: Manifest) -> Rep
     try:
         before = store.manifest(ref)
     except Failure:
-        reasons = ["the artifact of the run is gone from its store, so its versions and hardware are not known"]
+        reasons = ["the artifact of the run is gone from its store, so its versions and hardware are unknown"]
         if stage.fingerprint != now.fingerprint:
             reasons.append("its settings or inputs differ")
         return Reproduced(stage.stage, stage.digest, now.digest, tuple(reasons))

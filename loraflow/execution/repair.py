@@ -98,7 +98,7 @@ def _quarantined(store: Store) -> Iterator[Lost]:
         manifest = _manifest(store.read_document(f"{name.removesuffix('.json')}/{MANIFEST}"))
         ref, problem = _name_quarantined(store, name, manifest)
         if ref is None:
-            log.warning("%s: it is not known what to recompute; run the recipe again", problem)
+            log.warning("%s: cannot tell what to recompute; run the recipe again", problem)
             continue
         job = (ref.stage, ref.fingerprint)
         if job not in seen and store.find(*job) is None:
@@ -152,9 +152,7 @@ def _why_not(store: Store, lost: Lost, record: RunRecord, stage: StageRun) -> st
             return ""
     except (Failure, OSError) as failure:
         return " ".join(str(failure).split())
-    return (
-        f"the data, the base, a metric or the version of a stage is not what it was in run {record.run}; use a backup"
-    )
+    return f"the data, the base, a metric or a stage's version has changed since run {record.run}; use a backup"
 
 
 def _step(workspace: Workspace, label: str) -> Step:
@@ -198,9 +196,7 @@ def recompute(store: Store, lost: Lost) -> Ref:
         ref = _artifact(workspace, _step(workspace, lost.label), lost.model, compute=True)
     workspace.save()
     if ref is None:
-        raise Failure(
-            "The champion whose scores were lost is not known.", where=str(lost.ref), next_step="run the recipe"
-        )
+        raise Failure("The scores of an unknown champion were lost.", where=str(lost.ref), next_step="run the recipe")
     if (ref.fingerprint, ref.digest) != (lost.ref.fingerprint, lost.ref.digest):
         raise CorruptArtifact(
             f"{lost.label} was recomputed, but the result differs from the lost artifact.",

@@ -172,7 +172,7 @@ def _refuse_without_effect(trials: Sequence[Trial], grid: Grid) -> None:
     for key, values in grid.values.items():
         if len(values) > 1 and not _changes(trials, key, [step.label for step in STEPS]):
             raise BadConfig(
-                "This key does not change what is trained, so all of its trials would be the same.",
+                "This key does not change what is trained, so all its trials would be equal.",
                 where=f"--grid {shorten(key)}",
                 expected="a key of peft_config, training_config, base or data that the training depends on",
                 next_step=f"set it for all trials: --set {shorten(key)}=VALUE",
@@ -207,7 +207,7 @@ def _warnings_once() -> Iterator[None]:
         reader.removeFilter(is_new)
 
 
-NOT_MEASURED = "its adapter is in the store, but its validation loss was not measured"
+NOT_MEASURED = "its adapter is in the store, without a measured validation loss"
 
 
 def read_curves(store: Store, adapter: Ref, name: str = CURVES) -> Curves | None:

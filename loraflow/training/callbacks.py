@@ -174,7 +174,7 @@ class PreemptionHandler(TrainerCallback):
             Preempted: a signal came.
         """
         if self.is_requested:
-            raise Preempted("Training was asked to end.", where=f"step {step}", next_step="run again: it resumes")
+            raise Preempted("Training was asked to stop.", where=f"step {step}", next_step="run again: it resumes")
 
 
 class StoppedEarly(Exception):

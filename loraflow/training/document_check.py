@@ -61,7 +61,7 @@ def refuse_leaking_documents(
         log.info("documents in one row: logits differ by %.1e, as expected of experts' rounding", difference)
         return
     raise BadModel(
-        "With several documents in a row, this model's documents influence each other.",
+        "Documents that share a row influence each other in this model.",
         where="training_config.packing",
         expected="logits of a document that do not depend on the document before it",
         got=f"architecture {model.config.model_type}: logits change by {difference:.2g} of their norm",
@@ -93,7 +93,7 @@ def refuse_seeing_later_tokens(
     difference, rounding = _difference(model, expected, found, compute_dtype)
     if difference > rounding:
         raise BadModel(
-            "This model's attention is not causal: in training, each token would see the tokens that it should predict.",
+            "This model's attention is not causal: in training, each token would see the tokens that it must predict.",
             where="base.model",
             expected="logits of a token that do not depend on later tokens",
             got=f"architecture {model.config.model_type}: a token's logits change by {difference:.2g} of their norm",
@@ -124,7 +124,7 @@ def refuse_padding_that_is_seen(model: PreTrainedModel, pad_id: int, *, compute_
     difference, rounding = _difference(model, expected, found, compute_dtype)
     if difference > rounding:
         raise BadModel(
-            "Padding changes this model's logits, so the length of other rows in a batch would change how a row is trained.",
+            "Padding changes this model's logits, so the other rows of a batch would change how a row is trained.",
             where="base.model",
             expected="logits of a document that do not depend on the padding behind it",
             got=f"architecture {model.config.model_type}: a token's logits change by {difference:.2g} of their norm",
@@ -225,7 +225,7 @@ def refuse_other_generation(model: PreTrainedModel, pad_id: int, *, compute_dtyp
     allowed = _ROUNDING if compute_dtype == torch.float32 else _ROUNDING_16_BITS
     if not difference <= allowed:  # NaN is refused too
         raise BadModel(
-            "This model's logits differ between training and generation, so it would not answer as trained.",
+            "This model's logits differ between training and generation, so its answers would not be those that it learned.",
             where="base.model",
             expected="the same logits for a generated token as for the whole row",
             got=f"architecture {model.config.model_type}: they differ by {difference:.2g} of their norm",

@@ -221,7 +221,7 @@ def choose_prefix_sharing(
     if setup.settings.neftune_noise_alpha is not None:
         return None, "noise differs from row to row"
     if setup.longrope_switch is not None:
-        return None, "long documents have other rotary angles"
+        return None, "long documents have different rotary angles"
     sets = [rows for rows in (setup.rows, setup.validation) if rows is not None]
     obstacle = obstacle_to_sharing(model, max(int(rows.lengths.max(initial=0)) for rows in sets))
     if obstacle:

@@ -96,7 +96,7 @@ def _lines(base: Path, config: PreTrainedConfig) -> list[str]:
         lines.append(f"  tokens of a row: at most {positions.limit:,}")
     if positions.switch is not None:
         lines.append(
-            f"  LongRoPE: rows of more than {positions.switch:,} tokens have other angles, and each document its own"
+            f"  LongRoPE: rows of more than {positions.switch:,} tokens have different angles, computed for each document"
         )
     return lines
 

@@ -240,7 +240,7 @@ def use_own_logits_where_trl_is_wrong(model: PreTrainedModel, compute_dtype: tor
     config = model.config
     if not scales_logits_unlike_trl(config) and (is_tested(config) or not _differs(model, compute_dtype)):
         return False
-    log.info("trl's head computes other logits than this model does, so the loss is computed from the model's own.")
+    log.info("trl's head computes other logits than this model, so the loss is computed from the model's logits.")
     fused = model.forward
     model.forward = types.MethodType(_with_own_logits(fused), model)
     return True

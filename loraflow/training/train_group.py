@@ -110,7 +110,7 @@ def _refuse(why: str) -> CannotGroup:
     return CannotGroup(
         f"These trials cannot be trained together: {why}.",
         where="train_group",
-        next_step="none is needed: each trial is trained by itself; with runtime.trials_together: 1, groups are not tried",
+        next_step="nothing: each trial is trained alone. To train no groups at all, set runtime.trials_together to 1",
     )
 
 
@@ -128,7 +128,7 @@ def build_group(setups: list[TrainingSetup], progress: Progress) -> tuple[GroupT
     if setup.runtime.engine == "stock" or (obstacle := obstacle_to_fast_engine(config)):
         raise _refuse("the stock engine trains one adapter" if setup.runtime.engine == "stock" else obstacle)
     if setup.longrope_switch is not None:
-        raise _refuse("long documents have other rotary angles")
+        raise _refuse("long documents have different rotary angles")
     if setup.group.size > 1:
         raise _refuse("several devices train one adapter")
     attention = choose_attention(setup, config)
@@ -138,7 +138,7 @@ def build_group(setups: list[TrainingSetup], progress: Progress) -> tuple[GroupT
     factor = logit_factor(config)
     head = base_of(model).get_output_embeddings()
     if adapters is None or factor is None:
-        raise _refuse("their adapters are more than LoRA on linear layers, or the base computes in another dtype")
+        raise _refuse("an adapter is more than LoRA on linear layers, or the base computes in another dtype")
     if not is_frozen_linear(head, dtype) or draws_in_passes(base_of(model).get_decoder()):
         raise _refuse("the base's head is no linear layer, or the base has a dropout of its own")
     group = GroupModel(model, adapters, factor, setup.device)
