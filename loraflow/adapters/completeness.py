@@ -20,7 +20,7 @@ from loraflow.adapters.adapter_config import FILE, AdapterConfig
 from loraflow.adapters.lora_updates import PREFIX, SPLIT, AttentionHeads, block_sizes
 from loraflow.adapters.vocabulary import embedding_names
 from loraflow.base.stored_weights import read_entries
-from loraflow.failures import BadModel
+from loraflow.failures import BadModel, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -202,7 +202,7 @@ def _apply(adapter: Path, model: PreTrainedModel) -> PeftModel:
         raise BadModel(
             "peft does not accept the adapter's configuration.",
             where=str(adapter / FILE),
-            got=_first_line(error),
+            got=first_line(error),
             next_step="save or fetch the adapter again, or correct this file",
         ) from error
     if settings.is_prompt_learning:
@@ -220,13 +220,9 @@ def _apply(adapter: Path, model: PreTrainedModel) -> PeftModel:
         raise BadModel(
             "The adapter does not fit the base.",
             where=str(adapter / FILE),
-            got=_first_line(error),
+            got=first_line(error),
             next_step="name the base that it was trained on",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def renamed(found: Mapping[str, Shape], wrapped: PeftModel) -> dict[str, Shape]:

@@ -19,7 +19,7 @@ from pydantic import JsonValue
 from loraflow.config.grid import SEED, Grid, short_names, show_value
 from loraflow.config.load import RecipeFile
 from loraflow.config.recipe_text import shorten
-from loraflow.config.stage_configs import FingerprintedTraining, TrainConfig
+from loraflow.config.stage_configs import TrainConfig
 from loraflow.execution.plan import steps_to
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, CorruptArtifact
@@ -48,6 +48,11 @@ class Trial:
     seed: int
     recipe_file: RecipeFile
     workspace: Workspace
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """The config of its training."""
+        return TrainConfig.from_recipe(self.workspace.recipe, self.workspace)
 
     @cached_property
     def identities(self) -> dict[str, str]:
@@ -217,8 +222,3 @@ def read_curves(store: Store, adapter: Ref, name: str = CURVES) -> Curves | None
     except CorruptArtifact as failure:
         log.warning("the losses of an adapter cannot be read. %s", failure)
         return None
-
-
-def training_config(workspace: Workspace) -> FingerprintedTraining:
-    """Return the settings of the training that decide its result."""
-    return TrainConfig.from_recipe(workspace.recipe, workspace).training_config

@@ -23,6 +23,7 @@ from loraflow.failures import BadConfig
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.choices import EngineChoices
 from loraflow.training.collation import Grid, NoiseKeys, RowCollator, label_weights
+from loraflow.training.document_check import evaluating
 from loraflow.training.lora_kernels import add_noise
 from loraflow.training.memory import MicroBatchSize
 from loraflow.training.setup import BatchSettings, TrainingSetup, micro_batch_rows, trainer_arguments
@@ -248,20 +249,15 @@ def use_own_logits_where_trl_is_wrong(model: PreTrainedModel, compute_dtype: tor
 
 def _differs(model: PreTrainedModel, compute_dtype: torch.dtype) -> bool:
     ids = torch.arange(12, device=model.device)[None]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(model.device.type, compute_dtype, enabled=model.dtype != compute_dtype):
-            expected = _log_probs(model(input_ids=ids, use_cache=False).logits, ids[:, 1:])[0]
-            try:
-                found = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
-            except (AttributeError, TypeError, IndexError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                log.info("trl's head does not fit this architecture: %s", error)
-                return True
-    finally:
-        model.train(was_training)
+    with evaluating(model, compute_dtype):
+        expected = _log_probs(model(input_ids=ids, use_cache=False).logits, ids[:, 1:])[0]
+        try:
+            found = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        except (AttributeError, TypeError, IndexError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            log.info("trl's head does not fit this architecture: %s", error)
+            return True
     tolerance = _TOLERANCE if compute_dtype == torch.float32 else _TOLERANCE_16_BITS
     return not bool((found - expected).abs().max() <= tolerance)
 
