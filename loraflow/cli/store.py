@@ -320,24 +320,24 @@ def repair(yes: bool, store: str) -> None:
     Exit status 1 if something is left that is damaged or missing.
     """
     quiet_logging()
-    from loraflow.execution.repair import find_loss, recompute, total_seconds
+    from loraflow.execution.repair import find_damage, recompute, total_seconds
 
     opened = open_store(store)
-    loss = find_loss(opened)
-    for lost in loss.repairable:
+    damage = find_damage(opened)
+    for lost in damage.repairable:
         took = "unknown time" if lost.seconds is None else f"{lost.seconds:.1f} s"
         run = lost.record.run if lost.record else ""
         click.echo(f"recompute  {lost.label:<17} {lost.ref}  took {took} in run {run}  ({lost.problem})")
-    for lost in loss.irreparable:
+    for lost in damage.irreparable:
         click.echo(
             f"lost       {lost.label or lost.ref.stage:<17} {lost.ref}  ({lost.problem})\n           {lost.why_not}"
         )
-    for failure in loss.logs:
+    for failure in damage.logs:
         click.echo(f"lost       promotion log     {failure.where}  ({failure.got})\n           {failure.next_step}")
-    left = len(loss.irreparable) + len(loss.logs)
-    if loss.repairable:
-        stages = len(loss.repairable)
-        cost = f"{stages} stage{'s' if stages > 1 else ''}, about {total_seconds(loss.repairable):.1f} s"
+    left = len(damage.irreparable) + len(damage.logs)
+    if damage.repairable:
+        stages = len(damage.repairable)
+        cost = f"{stages} stage{'s' if stages > 1 else ''}, about {total_seconds(damage.repairable):.1f} s"
         click.echo(f"to recompute: {cost}, and their missing inputs")
         if not yes and not (sys.stdin.isatty() and click.confirm("Recompute now?")):
             raise CorruptArtifact(
@@ -346,7 +346,7 @@ def repair(yes: bool, store: str) -> None:
                 got=f"{stages + left} artifacts and logs are damaged or missing",
                 next_step="loraflow repair --yes",
             )
-    for lost in loss.repairable:
+    for lost in damage.repairable:
         try:
             recompute(opened, lost)
             click.echo(f"recomputed {lost.label:<17} {lost.ref}")
@@ -360,4 +360,4 @@ def repair(yes: bool, store: str) -> None:
             got=f"{left} artifacts and logs are damaged or missing",
             next_step="see above; a backup of the store has them (docs/backup.md)",
         )
-    click.echo("the store is complete" if loss.repairable else "nothing is damaged or missing")
+    click.echo("the store is complete" if damage.repairable else "nothing is damaged or missing")

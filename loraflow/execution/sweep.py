@@ -60,11 +60,11 @@ class Trial:
         found: dict[str, str] = {}
         for step in STEPS:
             inputs = {name: found[source] for name, source in step.inputs.items()}
-            found[step.label] = json.dumps([self.own[step.label], inputs], sort_keys=True)
+            found[step.label] = json.dumps([self.settings_of_steps[step.label], inputs], sort_keys=True)
         return found
 
     @cached_property
-    def own(self) -> dict[str, str]:
+    def settings_of_steps(self) -> dict[str, str]:
         """What each step takes from the recipe, without its inputs."""
         recipe, context = self.workspace.recipe, self.workspace
         configs = {step.label: step.stage.config.from_recipe(recipe, context).identity() for step in STEPS}
@@ -191,7 +191,7 @@ def _changes(trials: Sequence[Trial], key: str, labels: Sequence[str]) -> bool:
         others = {name: value for name, value in trial.settings.items() if name != key}
         if key != SEED:
             others["seed of the trial"] = trial.seed
-        groups[json.dumps(others, sort_keys=True)].add(tuple(trial.own[label] for label in labels))
+        groups[json.dumps(others, sort_keys=True)].add(tuple(trial.settings_of_steps[label] for label in labels))
     return any(len(found) > 1 for found in groups.values())
 
 

@@ -34,18 +34,20 @@ class Groups:
     """The trials that are trained together, and why the others are not."""
 
     groups: tuple[tuple[Trial, ...], ...]  # each has two trials at least
-    apart: Mapping[str, str]  # label of a trial → reason
+    alone: Mapping[str, str]  # label of a trial → reason
     equal: Mapping[str, str]  # label of a trial → label of an earlier trial that is the same training
 
     def lines(self) -> list[str]:
         """Return the groups, as lines for people."""
-        lines = [f"trained together, in one process: {', '.join(one.label for one in group)}" for group in self.groups]
+        lines = [
+            f"trained together, in one process: {', '.join(trial.label for trial in group)}" for group in self.groups
+        ]
         by_reason: dict[str, list[str]] = {}
-        for label, why in self.apart.items():
+        for label, why in self.alone.items():
             by_reason.setdefault(why, []).append(label)
         lines += [f"trained by itself: {', '.join(labels)} ({why})" for why, labels in by_reason.items()]
         return lines + [
-            f"not trained again: {label} is the same training as {one}" for label, one in self.equal.items()
+            f"not trained again: {label} is the same training as {other}" for label, other in self.equal.items()
         ]
 
 
@@ -109,14 +111,14 @@ def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -
         size: the largest number of trials of a group (`runtime.trials_together`).
     """
     alike: dict[str, list[Trial]] = {}
-    apart: dict[str, str] = {}
+    alone: dict[str, str] = {}
     equal: dict[str, str] = {}
     first: dict[str, str] = {}  # training → label of the first trial that is this training
     for trial in trials:
         label, reads = trial.label, inputs[trial.label]
         training = json.dumps([trial.config.identity(), reads], sort_keys=True)
         if why := why_alone(trial):
-            apart[label] = why
+            alone[label] = why
         elif first.setdefault(training, label) != label:
             equal[label] = first[training]
         else:
@@ -127,8 +129,8 @@ def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -
             if len(part) > 1:
                 groups.append(part)
             else:
-                apart[part[0].label] = _why_left(size, len(found), len(alike))
-    return Groups(tuple(groups), apart, equal)
+                alone[part[0].label] = _why_left(size, len(found), len(alike))
+    return Groups(tuple(groups), alone, equal)
 
 
 def _parts(trials: Sequence[Trial], size: int) -> Iterator[tuple[Trial, ...]]:

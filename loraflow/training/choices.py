@@ -99,7 +99,7 @@ def frozen_bytes(model: torch.nn.Module) -> tuple[int, int]:
 
 EngineName = Literal["fast", "stock"]
 
-_RECORDED_NAMES = {  # field → key in telemetry/engine.json, which stays readable for older artifacts
+_RECORDED_NAMES = {  # fields that have another name in telemetry/engine.json, where older artifacts have it too
     "micro_batch_rows": "rows_at_once",
     "micro_batch_tokens": "tokens_at_once",
     "replicated_bytes": "whole_bytes",
