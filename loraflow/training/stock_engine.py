@@ -7,7 +7,7 @@ import logging
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -31,9 +31,7 @@ from loraflow.training.trainer import BuiltTrainer, LoraTrainer, numbers_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-    from trl import SFTConfig
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +104,7 @@ class StockTrainer(LoraTrainer):
     Args:
         train_rows: row numbers in the order of training.
         noise_alpha: the scale of NEFTune's noise; None trains without it.
-        model: a model of transformers, or with loralib's layers; without peft's adapter.
-        args: see SFTTrainer, down to `callbacks`.
+        options: of SFTTrainer, among them `model`: of transformers, or with loralib's layers; without peft's adapter.
     """
 
     def __init__(
@@ -117,22 +114,14 @@ class StockTrainer(LoraTrainer):
         validation_rows: int,
         collator: RowCollator,
         noise_alpha: float | None = None,
-        model: PreTrainedModel,
-        args: SFTConfig,
-        processing_class: PreTrainedTokenizerBase,
-        peft_config: LoraConfig | None,
-        callbacks: list[TrainerCallback],
+        **options: Any,
     ):
         validation = list(range(validation_rows))
         super().__init__(
             train_dataset=numbers_dataset({"row": train_rows.tolist(), "position": list(range(len(train_rows)))}),
             eval_dataset=numbers_dataset({"row": validation, "validation": [True] * validation_rows}),
             data_collator=collator,
-            model=model,
-            args=args,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            callbacks=callbacks,
+            **options,
         )
         self._noise: tuple[Tensor, Tensor] | None = None  # keys and documents' lengths of the next batch's tokens
         if noise_alpha is not None:

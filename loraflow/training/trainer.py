@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-    from trl import SFTConfig
+    from transformers import PreTrainedModel
 
     from loraflow.training.choices import EngineChoices
     from loraflow.training.memory import MicroBatchSize
@@ -168,8 +166,7 @@ class FastTrainer(DecoderPass, LoraTrainer):
     Args:
         autocast: dtype of autocast; None computes in the base's dtype.
         noise_alpha: the scale of NEFTune's noise; None trains without it.
-        model: a model of transformers, without peft's adapter.
-        args: see SFTTrainer, down to `callbacks`.
+        options: of SFTTrainer, among them `model`: of transformers, without peft's adapter.
     """
 
     def __init__(
@@ -181,21 +178,13 @@ class FastTrainer(DecoderPass, LoraTrainer):
         preemption: PreemptionHandler,
         autocast: torch.dtype | None,
         noise_alpha: float | None = None,
-        model: PreTrainedModel,
-        args: SFTConfig,
-        processing_class: PreTrainedTokenizerBase,
-        peft_config: LoraConfig | None,
-        callbacks: list[TrainerCallback],
+        **options: Any,
     ):
         super().__init__(
             train_dataset=numbers_dataset({"row": list(range(len(steps)))}),
             eval_dataset=numbers_dataset({"row": list(range(len(validation) if validation is not None else 0))}),
             data_collator=_only,
-            model=model,
-            args=args,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            callbacks=callbacks,
+            **options,
         )
         self.steps, self.validation, self.group, self.preemption = steps, validation, group, preemption
         self.autocast_dtype, self.noise_alpha = autocast, noise_alpha
