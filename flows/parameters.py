@@ -80,7 +80,7 @@ class StageChoice:
 
 
 NO_CREDENTIALS = (
-    "a text without a password or token, because the server stores it; use a git credential helper on the worker"
+    "a text without a password or token, which the server would store: git's credential helper of the worker"
 )
 
 

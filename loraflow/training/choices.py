@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import JsonValue
 
-from loraflow.base.architecture import obstacle_to_fast_engine
+from loraflow.base.architecture import obstacle_to_fast_engine, obstacle_to_packing, obstacle_to_quantization
 from loraflow.config.stage_configs import TrainConfig
 from loraflow.failures import BadConfig
 from loraflow.hardware.attention import Attention, attention_with_mask
@@ -168,6 +168,29 @@ def choose_attention(setup: TrainingSetup, config: PreTrainedConfig) -> Attentio
     if attention.concatenated and setup.config.peft_config.init_lora_weights == "eva":
         return Attention(grid, False, grid, "EVA reads padded rows first")
     return attention
+
+
+def refuse_unsupported(
+    config: PreTrainedConfig, *, is_packed: bool, quantization: Literal["nf4", "fp8"] | None
+) -> None:
+    """Refuse packed rows or a quantized base where the architecture does not allow them.
+
+    Raises:
+        BadConfig: the rows are packed, and a layer carries a state over the borders of documents; or the weights cannot
+            be trained in this quantization. (For the GPU's part of fp8, see `refuse_fp8`.)
+    """
+    where, asked, instead = "training_config.packing", "true", "false"
+    obstacle = obstacle_to_packing(config) if is_packed else ""
+    if not obstacle and quantization:
+        where, asked, instead = "base.quantization", quantization, "null"
+        obstacle = obstacle_to_quantization(config, quantization)
+    if obstacle:
+        raise BadConfig(
+            f"The base's architecture {config.model_type} does not allow {where}: {asked}.",
+            where=where,
+            got=obstacle,
+            next_step=f"set {where} to {instead}",
+        )
 
 
 def choose_sharding(setup: TrainingSetup) -> ShardingChoice:

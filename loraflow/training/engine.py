@@ -17,6 +17,7 @@ from loraflow.training.choices import (
     choose_engine,
     choose_sharding,
     refuse_mixed_devices,
+    refuse_unsupported,
     warn_of_slow_bfloat16,
 )
 from loraflow.training.document_check import (
@@ -25,7 +26,6 @@ from loraflow.training.document_check import (
     refuse_padding_that_is_seen,
     refuse_seeing_later_tokens,
 )
-from loraflow.training.preview import refuse_unsupported
 from loraflow.training.setup import TrainingSetup
 from loraflow.training.trainer import BuiltTrainer
 

@@ -21,8 +21,8 @@ from loraflow.base.stored_weights import model_without_weights
 from loraflow.config.lora import PeftConfig
 from loraflow.config.recipe import Recipe
 from loraflow.data.positions import Positions
-from loraflow.failures import BadConfig
 from loraflow.hardware.attention import attention_with_mask
+from loraflow.training.choices import refuse_unsupported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -99,29 +99,6 @@ def _lines(base: Path, config: PreTrainedConfig) -> list[str]:
             f"  LongRoPE: rows of more than {positions.switch:,} tokens have different angles, computed for each document"
         )
     return lines
-
-
-def refuse_unsupported(
-    config: PreTrainedConfig, *, is_packed: bool, quantization: Literal["nf4", "fp8"] | None
-) -> None:
-    """Refuse packed rows or a quantized base where the architecture does not allow them.
-
-    Raises:
-        BadConfig: the rows are packed, and a layer carries a state over the borders of documents; or the weights cannot
-            be trained in this quantization. (For the GPU's part of fp8, see `refuse_fp8`.)
-    """
-    where, asked, instead = "training_config.packing", "true", "false"
-    obstacle = obstacle_to_packing(config) if is_packed else ""
-    if not obstacle and quantization:
-        where, asked, instead = "base.quantization", quantization, "null"
-        obstacle = obstacle_to_quantization(config, quantization)
-    if obstacle:
-        raise BadConfig(
-            f"The base's architecture {config.model_type} does not allow {where}: {asked}.",
-            where=where,
-            got=obstacle,
-            next_step=f"set {where} to {instead}",
-        )
 
 
 @dataclass(frozen=True)
