@@ -99,12 +99,6 @@ def frozen_bytes(model: torch.nn.Module) -> tuple[int, int]:
 
 EngineName = Literal["fast", "stock"]
 
-_RECORDED_NAMES = {  # fields that have another name in telemetry/engine.json, where older artifacts have it too
-    "micro_batch_rows": "rows_at_once",
-    "micro_batch_tokens": "tokens_at_once",
-    "replicated_bytes": "whole_bytes",
-}
-
 
 @dataclass(frozen=True)
 class EngineChoices:
@@ -133,8 +127,8 @@ class EngineChoices:
     cuda_graphs_why: str | None = None
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Return the choices that apply, by the names that telemetry/engine.json has always had."""
-        return {_RECORDED_NAMES.get(name, name): value for name, value in asdict(self).items() if value is not None}
+        """Return the choices that apply."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

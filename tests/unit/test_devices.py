@@ -159,8 +159,8 @@ def test_two_processes_with_a_sharded_base_match_one(base, shards, alone, tmp_pa
     pair = result(store, launch.run_job(together, store))
     assert together.fingerprint == job_of(**UNEVEN).fingerprint, "who holds the base is no part of identity"
     assert pair[2]["base_sharded"] and not alone[2]["base_sharded"]
-    layers = alone[2]["frozen_bytes"] - pair[2]["whole_bytes"]
-    assert pair[2]["frozen_bytes"] == pytest.approx(pair[2]["whole_bytes"] + layers / 2, rel=0.01)
+    layers = alone[2]["frozen_bytes"] - pair[2]["replicated_bytes"]
+    assert pair[2]["frozen_bytes"] == pytest.approx(pair[2]["replicated_bytes"] + layers / 2, rel=0.01)
     assert alone[0].keys() == pair[0].keys()
     assert same(alone[0], pair[0], 5e-5)
     assert alone[1] == pytest.approx(pair[1], abs=2e-4)
