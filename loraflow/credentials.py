@@ -17,7 +17,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 from urllib.parse import unquote
@@ -89,12 +89,17 @@ def mask(text: str) -> str:
 
 def mask_json(value: JsonValue) -> JsonValue:
     """Return a JSON value whose texts are masked."""
+    return _with_texts(value, mask)
+
+
+def _with_texts(value: JsonValue, change: Callable[[str], str]) -> JsonValue:
+    """Return a JSON value with changed texts. Keys stay as they are."""
     if isinstance(value, str):
-        return mask(value)
+        return change(value)
     if isinstance(value, list):
-        return [mask_json(item) for item in value]
+        return [_with_texts(item, change) for item in value]
     if isinstance(value, dict):
-        return {key: mask_json(item) for key, item in value.items()}
+        return {key: _with_texts(item, change) for key, item in value.items()}
     return value
 
 
@@ -113,13 +118,7 @@ def hide_in_url(value: str) -> str:
 
 def hide_in_json(value: JsonValue) -> JsonValue:
     """Return a JSON value in which each text that is a URL is hidden (`hide_in_url`)."""
-    if isinstance(value, str):
-        return hide_in_url(value)
-    if isinstance(value, list):
-        return [hide_in_json(item) for item in value]
-    if isinstance(value, dict):
-        return {key: hide_in_json(item) for key, item in value.items()}
-    return value
+    return _with_texts(value, hide_in_url)
 
 
 def reveal(url: str) -> str:

@@ -55,7 +55,7 @@ def schedule_continuation_after_signal(computed: Sequence[str]) -> None:
     except Exception as error:  # the server is gone: a run that may have been cancelled must not come back
         log.warning("no other run was scheduled: %s", mask(str(error)))
         return
-    log.warning("this run was asked to end; the run %s continues it", name)
+    log.warning("this run was asked to stop; the run %s continues it", name)
 
 
 def _is_cancelled() -> bool:
@@ -72,7 +72,9 @@ def _schedule(computed: Sequence[str]) -> str:
             raise ValueError("this run has no deployment")
         parameters = dict(this.parameters)
         if MASK in json.dumps(parameters, default=str):
-            raise ValueError("the server has this run's parameters without their credentials; start it again by hand")
+            raise ValueError(
+                "credentials in this run's parameters are masked on the server; start the run again by hand"
+            )
         if parameters.get("force"):
             done = {label.split()[0] for label in computed}  # "evaluate base" is of the stage evaluate
             parameters["force"] = [stage for stage in parameters["force"] if stage not in done]

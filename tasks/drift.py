@@ -33,7 +33,7 @@ def compare_data(workspace: Workspace, rows: Ref) -> DataDrift | None:
         return None
     of_champion = {ref.stage: ref for ref in lineage(workspace.store, head)}
     if CHECK_DATASET.name not in of_champion:
-        log.warning("the champion's training rows are not in the store any more, so the new ones are not compared")
+        log.warning("the champion's training rows are no longer in the store, so the new rows are not compared")
         return None
     try:
         drift = _drift(workspace, of_champion[CHECK_DATASET.name], rows)

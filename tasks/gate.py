@@ -233,7 +233,7 @@ def _require_scored_alike(workspace: Workspace, tuned: Ref, others: Mapping[str,
         differs = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         if differs:
             raise BadData(
-                "The challenger and the other model were not scored in the same way.",
+                "The challenger and the other model were scored in different ways.",
                 where=f"scores of {name}",
                 expected=f"{differs[0]}: {expected.get(differs[0])}",
                 got=f"{differs[0]}: {found.get(differs[0])}",

@@ -65,7 +65,7 @@ def run_on_pool(job: Job[StageConfig], store: Store, label: str, name: str, *, f
     _raise_failure(done, label, name)
     ref = store.find(job.stage, job.fingerprint)
     if ref is None:
-        raise _other_store(store, f"{label} completed on the worker, but its artifact is not in this run's store")
+        raise _other_store(store, f"{label} completed on the worker, but this run's store does not have its artifact")
     return ref
 
 

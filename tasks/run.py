@@ -274,7 +274,7 @@ def mask_parameters(given: Mapping[str, JsonValue]) -> None:
             masked = {name: mask_json(value) for name, value in run.parameters.items()}
             client.update_flow_run(run.id, parameters=masked).raise_for_status()
         log.warning(
-            "credentials in the run's parameters are masked on Prefect's server; a retry of this run will not have them. "
+            "credentials in the run's parameters are masked on Prefect's server; a retry of this run does not have them. "
             "Set up a git credential helper on the worker instead."
         )
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:

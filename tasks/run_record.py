@@ -163,7 +163,7 @@ def write_record(run: Run, error: BaseException | None) -> RunRecord:
 def error_line(error: BaseException) -> str:
     """Return the line of a run's record that says why the run did not end."""
     if isinstance(error, TerminationSignal) or (isinstance(error, SystemExit) and error.code == 143):
-        return "Preempted: the run was asked to end (SIGTERM); another run resumes"
+        return "Preempted: the run was asked to stop (SIGTERM); another run resumes"
     if isinstance(error, KeyboardInterrupt):
         return "KeyboardInterrupt: the run was interrupted (Ctrl-C); another run resumes"
     return (f"{type(error).__name__}: {error}".splitlines() or [""])[0]

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from loraflow.execution.sweep import NOT_MEASURED, Trial, read_curves, training_config
-from loraflow.execution.trial_groups import GroupResult, config_of, divide, read_result
+from loraflow.config.stage_configs import TrainConfig
+from loraflow.execution.sweep import NOT_MEASURED, Trial, read_curves
+from loraflow.execution.trial_groups import GroupResult, divide, read_result
 from loraflow.failures import (
     BadConfig,
     BadData,
@@ -161,8 +162,11 @@ def _run_trial(run: Run, trial: Trial, inputs: TrialInputs) -> TrialRecord:
 
 def validation_loss(run: Run, adapter: Ref) -> float | None:
     """Return the loss of an adapter on the validation rows; None if it was not measured."""
-    curves = read_curves(run.workspace.store, adapter)
-    return None if curves is None else curves.validation_loss(training_config(run.workspace))
+    curves, config = (
+        read_curves(run.workspace.store, adapter),
+        TrainConfig.from_recipe(run.workspace.recipe, run.workspace),
+    )
+    return None if curves is None else curves.validation_loss(config.training_config)
 
 
 def refuse_if_all_failed(record: SweepRecord) -> str:
@@ -234,7 +238,7 @@ def note_loss_alone(record: SweepRecord, alone: float | None) -> SweepRecord:
 def _run_group(run: Run, group: list[Trial], inputs: Mapping[str, Ref], label: str) -> dict[str, TrialRecord]:
     """Train a group, or its halves if the memory is not enough; return the records of the trials that were trained."""
     log.info("%s: %d trials in one pass", label, len(group))
-    run.workspace = group[0].workspace.with_group(tuple(map(config_of, group)))
+    run.workspace = group[0].workspace.with_group(tuple(trial.config for trial in group))
     try:
         ref = train_group(run, tokens=inputs["tokens"], base=inputs["base"], label=label)
     except BadPlacement:  # no trial would find a worker

@@ -334,7 +334,7 @@ def _with_id(text: str, folder: Path) -> str:
         entry = f'{PROJECT_ID}: "{id_in(load_plain(text)) or _new_id(folder)}"'
         found = list(scalars(text))
         paths = {key.path for key in found}
-        ours = {
+        of_loraflow = {
             key.path[:2] for key in found if key.path[2:] == ("entrypoint",) and key.value.startswith("loraflow.flows.")
         }
         first: dict[tuple[str | int, ...], Edit] = {}
@@ -342,9 +342,9 @@ def _with_id(text: str, folder: Path) -> str:
             inner, place = key.path[:-1], key.path[2:-1]
             if inner[-1:] == ("env",) and (inner[0] == "definitions" or "job_variables" in inner):
                 name, added = PROJECT_ID, entry
-            elif inner[:2] in ours and place == ("work_pool", "job_variables"):
+            elif inner[:2] in of_loraflow and place == ("work_pool", "job_variables"):
                 name, added = "env", f"env: {{{entry}}}"
-            elif inner[:2] in ours and place == ("work_pool",):
+            elif inner[:2] in of_loraflow and place == ("work_pool",):
                 name, added = "job_variables", f"job_variables: {{env: {{{entry}}}}}"
             else:
                 continue

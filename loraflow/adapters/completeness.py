@@ -20,7 +20,7 @@ from loraflow.adapters.adapter_config import FILE, AdapterConfig
 from loraflow.adapters.lora_updates import PREFIX, SPLIT, AttentionHeads, block_sizes
 from loraflow.adapters.vocabulary import embedding_names
 from loraflow.base.stored_weights import read_entries
-from loraflow.failures import BadModel
+from loraflow.failures import BadModel, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -202,12 +202,12 @@ def _apply(adapter: Path, model: PreTrainedModel) -> PeftModel:
         raise BadModel(
             "peft does not accept the adapter's configuration.",
             where=str(adapter / FILE),
-            got=_first_line(error),
+            got=first_line(error),
             next_step="save or fetch the adapter again, or correct this file",
         ) from error
     if settings.is_prompt_learning:
         raise BadModel(
-            "This adapter puts tokens of its own before each prompt, which loraflow does not do.",
+            "This adapter adds tokens before each prompt; loraflow does not support that.",
             where=str(adapter / FILE),
             expected="an adapter of the model's weights, such as LORA",
             got=str(settings.peft_type.value),
@@ -220,13 +220,9 @@ def _apply(adapter: Path, model: PreTrainedModel) -> PeftModel:
         raise BadModel(
             "The adapter does not fit the base.",
             where=str(adapter / FILE),
-            got=_first_line(error),
+            got=first_line(error),
             next_step="name the base that it was trained on",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def renamed(found: Mapping[str, Shape], wrapped: PeftModel) -> dict[str, Shape]:
@@ -265,7 +261,7 @@ def _refuse_other_projections(found: Mapping[str, Shape], model: PreTrainedModel
                 where=name,
                 expected=f"{counterpart}, which the base has instead",
                 got=module,
-                next_step="loraflow adapters convert ADAPTER BASE OUT makes it fit this base's projections; use OUT",
+                next_step="run `loraflow adapters convert ADAPTER BASE OUT`, then use OUT instead of the adapter",
             )
 
 

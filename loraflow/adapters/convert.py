@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
-from loraflow.adapters.fit_to_base import BaseShapes, fit
+from loraflow.adapters.fit_to_base import BaseShapes, FitFigures, fit
 from loraflow.adapters.lora_updates import (
     FUSED_NAMES,
     Adapter,
@@ -32,12 +32,9 @@ if TYPE_CHECKING:
     _Loaded = Mapping[str, torch.Tensor | Mapping[str, torch.Tensor]]
 
 
-class ConvertFigures(TypedDict):
+class ConvertFigures(FitFigures):
     """What a conversion did to the adapter's modules."""
 
-    kept: int
-    split: int
-    fused: int
     ranks: list[int]  # the distinct ranks of the new adapter's modules
 
 
@@ -78,7 +75,7 @@ def convert(
     if source.is_dir():
         copy_tokenizer_files(source, out)
     ranks = sorted({update.rank for update in fitted.updates.values()})
-    return {"kept": done.kept, "split": done.split, "fused": done.fused, "ranks": ranks}
+    return {**done, "ranks": ranks}
 
 
 def parse_enabled(pairs: tuple[str, ...]) -> dict[str, list[str]]:
@@ -123,7 +120,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
         raise BadModel(
-            "The checkpoint does not contain only tensors, so it is not loaded.",
+            "The checkpoint contains more than tensors, so it is not loaded.",
             where=str(file),
             expected="safetensors, or torch.save of lora_state_dict(model)",
             got=str(error).strip().splitlines()[0][:200],

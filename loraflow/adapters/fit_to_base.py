@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from loraflow.adapters.lora_updates import SPLIT, Adapter, AttentionHeads, LoraUpdate, block_sizes
 from loraflow.base.stored_weights import model_without_weights
@@ -48,8 +49,7 @@ class BaseShapes:
 _FUSED = {name: fused_name for fused_name, names in SPLIT.items() for name in names}  # q_proj → qkv_proj
 
 
-@dataclass(frozen=True)
-class FitFigures:
+class FitFigures(TypedDict):
     """How many of an adapter's modules were kept or split, and how many fused ones were made."""
 
     kept: int
@@ -91,7 +91,7 @@ def fit(adapter: Adapter, base: BaseShapes) -> tuple[Adapter, FitFigures]:
         )
     fitted = Adapter(updates, adapter.biases, adapter.bias, adapter.fan_in_fan_out)
     kept = len(adapter.updates) - split - sum(map(len, groups.values()))
-    return fitted, FitFigures(kept, split, len(groups))
+    return fitted, {"kept": kept, "split": split, "fused": len(groups)}
 
 
 def _missing(name: str, parent: str, base: BaseShapes) -> BadModel:

@@ -151,7 +151,7 @@ def _cannot_carry(model: PreTrainedModel, module: nn.Module) -> str | None:
     if module is model.get_output_embeddings():
         return "the loss is computed from the head's weight"
     if module is model.get_input_embeddings() and getattr(model.config, "tie_word_embeddings", False):
-        return "its weight is the head's too"
+        return "the head has the same weight"
     if not isinstance(module, torch.nn.Linear | torch.nn.Embedding | torch.nn.Conv2d | Conv1D):
         return f"it is a {type(module).__name__}"
     return None

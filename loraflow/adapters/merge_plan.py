@@ -8,7 +8,6 @@ from pathlib import Path
 
 from loraflow.adapters import safetensors_files as files
 from loraflow.adapters.adapter_config import AdapterConfig
-from loraflow.adapters.completeness import fused_or_split
 from loraflow.adapters.lora_updates import PREFIX
 from loraflow.adapters.nf4 import Nf4
 from loraflow.base.stored_weights import TensorEntry, read_entries
@@ -59,17 +58,12 @@ class MergePlan:
 def plan_merge(config: AdapterConfig, adapter: Path) -> MergePlan | None:
     """Plan a merge that uses every tensor of the adapter once, or return None if only peft can merge it.
 
+    Args:
+        config: of LoRA, as `validation.check_config` ensures.
+
     Raises:
-        BadModel: the adapter is not a LoRA adapter, or it is damaged.
+        BadModel: the adapter is damaged.
     """
-    if config.peft_type != "LORA":
-        raise BadModel(
-            "This is not a LoRA adapter.",
-            where=str(adapter),
-            expected="LORA",
-            got=str(config.peft_type),
-            next_step="merge it with peft's merge_and_unload, and name the merged model as base.model",
-        )
     entries = {entry.name: entry for entry in read_entries(adapter / "adapter_model.safetensors")}
     if config.enabled(_NEEDS_PEFT) or config.base_was_modified:
         return None
@@ -109,47 +103,24 @@ def _fully_trained_tensors(
 def fits(entries: Iterable[TensorEntry], plan: MergePlan) -> bool:
     """Tell whether the base's files have a tensor of the same name and shape for each one that the plan changes."""
     base = {entry.name: entry.shape for entry in entries}
-    return all(base.get(name) == shape for name, shape in _shapes(plan).items())
-
-
-def _shapes(plan: MergePlan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {name: update.shape for name, update in plan.updates.items()}
-    return shapes | {name: entry.shape for name, entry in plan.replaced.items()}
+    shapes |= {name: entry.shape for name, entry in plan.replaced.items()}
+    return all(base.get(name) == shape for name, shape in shapes.items())
 
 
-def check_fit(entries: list[TensorEntry], plan: MergePlan) -> None:
-    """Check that every tensor of the adapter has its tensor in the base, of the same shape.
+def check_dtypes(entries: Iterable[TensorEntry], plan: MergePlan) -> None:
+    """Check that the tensors that the plan changes hold floating-point numbers.
 
     Raises:
-        BadModel: a tensor is missing in the base, or has another shape.
+        BadModel: a tensor has another type.
     """
-    base = {entry.name: entry for entry in entries}
-    for name, shape in _shapes(plan).items():
-        entry = base.get(name)
-        if entry is None:
-            raise _missing(name, base)
-        if shape != entry.shape or entry.dtype not in files.SIZES:
+    changed = plan.updates.keys() | plan.replaced.keys()
+    for entry in entries:
+        if entry.name in changed and entry.dtype not in files.SIZES:
             raise BadModel(
-                "The shape of an adapter's matrix does not match the base.",
-                where=name,
-                expected=f"{list(entry.shape)} {entry.dtype}",
-                got=str(list(shape)),
+                "A weight of the base has a type that an adapter cannot be merged into.",
+                where=entry.name,
+                expected=f"one of {', '.join(files.SIZES)}",
+                got=entry.dtype,
                 next_step="merge it into the base that it was trained on",
             )
-
-
-def _missing(name: str, base: Iterable[str]) -> BadModel:
-    names = list(base)
-    similar = [other for other in names if other.split(".")[-2:-1] == name.split(".")[-2:-1]][:2]
-    module, _, parameter = name.rpartition(".")
-    counterpart = fused_or_split(module, [other.rpartition(".")[0] for other in names])
-    return BadModel(
-        "The adapter adapts a matrix that the base does not have.",
-        where=name,
-        expected=f"{counterpart}.{parameter}"
-        if counterpart
-        else ", ".join(similar) or f"one of {len(names)} tensors such as {next(iter(names), None)}",
-        next_step="loraflow adapters convert ADAPTER BASE OUT makes it fit this base's projections; merge OUT"
-        if counterpart
-        else "merge it into the base that it was trained on",
-    )

@@ -39,7 +39,7 @@ class Nf4:
     def __post_init__(self) -> None:
         if find_spec("bitsandbytes") is None:
             raise MissingExtra(
-                "An adapter that was trained in NF4 is merged and verified with the package bitsandbytes, on a CPU too.",
+                "Merging and verifying an adapter that was trained in NF4 needs the package bitsandbytes, also on a CPU.",
                 where="base.quantization",
                 got="bitsandbytes missing",
                 next_step="pip install 'loraflow[gpu]', or bitsandbytes alone",

@@ -110,7 +110,7 @@ def not_adapted_by_all_linear(model: PreTrainedModel) -> dict[str, str]:
         elif routed and not _ROUTERS.isdisjoint(name.split(".")):
             found[name] = "router"
         elif name.rpartition(".")[2] in experts:
-            found[name] = "peft takes its name for the experts"
+            found[name] = "peft would adapt the experts, which have the same name"
         elif reason := obstacle_to_adapter(model, name, module):
             found[name] = reason
     return found

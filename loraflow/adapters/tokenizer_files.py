@@ -156,7 +156,7 @@ def refuse_other_ids(base: Path, adapter: Path) -> None:
     if different:
         index, token = different[0]
         raise BadModel(
-            "The adapter's tokenizer gives the base's tokens other ids.",
+            "The adapter's tokenizer gives tokens other ids than the base's tokenizer.",
             where=str(adapter / VOCABULARY),
             expected=f"{token!r} is {index}, as in the base",
             got=f"{of_adapter[token]}, and {len(different) - 1} more" if len(different) > 1 else str(of_adapter[token]),

@@ -72,7 +72,7 @@ def check_initialisation(config: AdapterConfig, adapter: Path) -> None:
         value = config.init_lora_weights
         is_quoted = isinstance(value, str) and config.initialisation in ("true", "false", "none")
         raise BadModel(
-            "The adapter's initialisation is unknown, and it may have changed the base's weights.",
+            "The adapter's initialisation is unknown, so it may have changed the base's weights.",
             where=f"{adapter / FILE}: init_lora_weights",
             expected="one of peft's, such as true or gaussian",
             got=json.dumps(value)[:200],
@@ -88,7 +88,7 @@ def check_initialisation(config: AdapterConfig, adapter: Path) -> None:
             got=config.initialisation,
             next_step="merge it where it was trained"
             if config.initialisation == "loftq"
-            else "save it again where it was trained, with peft's path_initial_model_for_weight_conversion: that makes "
+            else "save it again where it was trained, with peft's path_initial_model_for_weight_conversion, which makes "
             "it LoRA on the base itself",
         )
 

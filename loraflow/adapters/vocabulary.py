@@ -28,11 +28,8 @@ def embedding_names(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if id(module) in ids]
 
 
-def fit_vocabulary(model: PreTrainedModel, adapter: Path, config: AdapterConfig) -> bool:
+def fit_vocabulary(model: PreTrainedModel, adapter: Path, config: AdapterConfig) -> None:
     """Resize a base's embeddings and head to the rows of an adapter, if the adapter contains all rows that differ.
-
-    Returns:
-        whether the sizes were different.
 
     Raises:
         BadModel: the adapter does not contain the new rows, so they would be random.
@@ -41,17 +38,16 @@ def fit_vocabulary(model: PreTrainedModel, adapter: Path, config: AdapterConfig)
     rows = _rows(model, found, config)
     before = _vocabulary(model)
     if rows is None or rows == before:
-        return False
+        return
     for name in _without_rows(model, found, config, before, rows):
         raise BadModel(
-            "The adapter has another vocabulary than the base, and does not contain all of its rows.",
+            "The adapter's vocabulary differs from the base's, and the adapter lacks embeddings of some tokens.",
             where=f"{adapter}: {name}",
             expected=f"{rows} rows, as the adapter's other embeddings",
             got=f"the base has {before}, the adapter none",
-            next_step="name the base whose embeddings were resized before the training: save_pretrained() it there",
+            next_step="save the resized base where the adapter was trained (save_pretrained), and name it as the base",
         )
     model.resize_token_embeddings(rows, mean_resizing=False)
-    return True
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

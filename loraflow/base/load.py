@@ -99,8 +99,8 @@ def refuse_missing_weights(folder: Path, report: Mapping[str, set[str]]) -> None
             where=str(folder),
             expected="every weight of the language model",
             got=", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
-            next_step="fetch the base again, or choose another one; if its embeddings are its head too, config.json needs "
-            "tie_word_embeddings: true",
+            next_step="fetch the base again, or choose another one; if embeddings and head share a weight, config.json "
+            "needs tie_word_embeddings: true",
         )
 
 

@@ -107,7 +107,7 @@ def copy_model(folder: Path, out: Path, *, trust: bool, with_weights: bool = Tru
         save_tokenizer(open_tokenizer(folder, trust=trust), out, trust=trust)
         if not (out / "tokenizer.json").exists():
             raise BadModel(
-                "The base's tokenizer has no form that training reads.",
+                "Training cannot read the base's tokenizer.",
                 where=str(folder),
                 expected="tokenizer.json, or files that transformers converts to it",
                 got=", ".join(_tokenizer_sources(folder)) or "none",

@@ -107,8 +107,7 @@ def refuse_code_elsewhere(folder: Path) -> None:
         elsewhere = [reference for reference in code_references(folder / name) if "--" in reference]
         if elsewhere:
             raise BadModel(
-                "The base's code is in another repository, of which no version is pinned: it can change the model at any "
-                "time.",
+                "The base's code is in another repository without a pinned version, so it can change at any time.",
                 where=f"auto_map in {name} of the base",
                 expected="code in files of the base itself, such as modeling.Class",
                 got=elsewhere[0],
@@ -179,7 +178,7 @@ def refuse_unusable(config: Mapping[str, JsonValue], *, trust: bool) -> None:
     for key, wrong in (("return_dict", False), ("output_attentions", True)):
         if config.get(key) is wrong:
             raise BadModel(
-                "The base's config.json changes what the model returns, and training cannot read it then.",
+                "config.json of the base changes what the model returns, so training cannot read its output.",
                 where=_WHERE,
                 expected=f"no {key} in config.json",
                 got=f"{key}: {str(wrong).lower()}",

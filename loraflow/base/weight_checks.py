@@ -246,7 +246,7 @@ def _refuse_two_values(folder: Path, tied: Mapping[str, str]) -> None:
         first, second = (_read(stored[name].file, name) for name in pair)
         if not torch.equal(first, second):
             raise BadModel(
-                "config.json says that two weights are one, but the base's files have them with different values.",
+                "config.json ties two weights, but the base's files have different values for them.",
                 where=f"{folder}: {', '.join(pair)}",
                 expected="tie_word_embeddings: false, or equal weights",
                 got="tie_word_embeddings: true, which is also the default of some architectures",

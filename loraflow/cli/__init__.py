@@ -37,7 +37,7 @@ FORMATS = (
 COMMANDS = {
     "init": ("loraflow.cli.init", "Create a recipe and a versioned dataset from your own file."),
     "run": ("loraflow.cli.run", "Run a recipe on this machine, from dataset to registered model."),
-    "sweep": ("loraflow.cli.sweep", "Run a recipe with several settings, and judge the best of them."),
+    "sweep": ("loraflow.cli.sweep", "Train a recipe with several settings, and take the best to the gate."),
     "plan": ("loraflow.cli.plan", "Show which stages of a recipe will run, and why."),
     "data": ("loraflow.cli.data", "Version, check, pull and compare datasets."),
     "evaluate": ("loraflow.cli.models", "Score a model on a recipe's held-out rows."),
@@ -113,7 +113,7 @@ def _check_folder() -> None:
     try:
         Path.cwd()
     except FileNotFoundError:
-        raise BadConfig("The current folder does not exist any more.", next_step="go to the project's folder") from None
+        raise BadConfig("The current folder no longer exists.", next_step="go to the project's folder") from None
 
 
 def main() -> None:

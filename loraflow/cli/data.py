@@ -84,9 +84,7 @@ def pull(dvc_file: str, remote: str | None) -> None:
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), help="Format of the rows; auto by default. Not with a recipe."
 )
-@click.option(
-    "--ignore", multiple=True, metavar="KEY", help="A key that is not looked at: data.ignore. Not with a recipe."
-)
+@click.option("--ignore", multiple=True, metavar="KEY", help="Ignore this key, as data.ignore does. Not with a recipe.")
 @click.option(
     "--personal", is_flag=True, help="Look for personal data too: emails, phone and card numbers, IBANs, IPs."
 )
@@ -123,7 +121,7 @@ def check(source: str, form: str | None, ignore: tuple[str, ...], personal: bool
         for line in questions(doubtful(counts.told, unread)):
             click.echo(f"question  {line}", err=True)
         if counts.returns:
-            click.echo(f"{counts.returns} rows have carriage returns in their texts, which are learned as they are")
+            click.echo(f"{counts.returns} rows have carriage returns in their texts; these are learned")
         for line in marked_lines(counts.marks, counts.partly, counts.weighted):
             click.echo(line)
         print_findings(findings, detector.scripts)
@@ -303,7 +301,7 @@ def _of_run(name: str, store: Store) -> Version:
     ref = store.find("version_dataset", stage.fingerprint) if stage is not None else None
     if ref is None:
         raise BadData(
-            "The dataset of this run is not in the store any more.",
+            "The dataset of this run is no longer in the store.",
             where=name,
             next_step="name the git revision of its .dvc file instead",
         )

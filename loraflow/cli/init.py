@@ -342,7 +342,7 @@ def print_files(dataset: UserDataset, written: WrittenFiles, name: str, base: st
     click.echo(f"{written.target}/   {copy}")
     if source.resolve().is_relative_to(Path.cwd().resolve()):
         is_ignored = git_or_none(["check-ignore", "--", str(source)]) is not None
-        move = "" if is_ignored else "; move it away before `git add -A` takes it into git"
+        move = "" if is_ignored else "; move it elsewhere, or `git add -A` adds it to git"
         click.echo(f"{source}   runs do not read it any more{move}")
     click.echo(f"{recipe}   the recipe; its comments explain each line")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
@@ -371,6 +371,6 @@ def _held_out_line(chats: list[list[Message]], share: float, *, has_clusters: bo
     if len(set(keys)) < 2:
         return "held out: none, because every row has the same prompt; name a file with held-out rows in data.heldout"
     count = sum(in_share(key, share, 0, "heldout") for key in keys)
-    few = "" if count else ", because the seeded hash takes none of so few rows"
+    few = "" if count else ", because the random split chose none of so few rows"
     about, together = ("about ", "; near-duplicates stay on one side") if has_clusters else ("", "")
     return f"held out: {about}{count or 1} of {len(chats)} rows{few}{together}"

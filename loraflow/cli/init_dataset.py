@@ -59,7 +59,7 @@ def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
     named = choose_columns(folder / files[0], files[0], columns)
     rows = list(read_rows(folder, files, "auto", named, is_training=True))
     if len(rows) <= FEW:
-        click.echo(f"only {len(rows)} rows: too few to train or to compare models; a hundred are a beginning")
+        click.echo(f"only {len(rows)} rows: too few to train or to compare models; start with at least a hundred")
     chats = _chats(rows, source)
     if is_classification(named):
         classes = len({chat[-1]["content"] for chat in chats})

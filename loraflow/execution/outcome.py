@@ -99,7 +99,7 @@ def read_outcome(file: JobFile, pipe: int, code: int, *, oom_killed: bool) -> Su
     if code == -signal.SIGKILL:
         raise failures.Killed("The worker was killed.", where=where, got="SIGKILL", next_step=next_step)
     if code == -signal.SIGTERM:
-        raise failures.Preempted("The worker was asked to end.", where=where, got="SIGTERM", next_step=next_step)
+        raise failures.Preempted("The worker was asked to stop.", where=where, got="SIGTERM", next_step=next_step)
     if folder := full_folder([file.out, file.work]):  # a mapped file ends a process by SIGBUS then
         raise failures.disk_full(str(folder))
     got = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"

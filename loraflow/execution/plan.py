@@ -207,7 +207,7 @@ def _plan_deal(
     what = f"{dealt.rows} rows"
     if not dealt.is_new:
         planned, ref = _plan_step(workspace, step, {"rows": "check_dataset"}, {"rows": rows}, forced=name in force)
-        planned.why.append(f"deals nothing: the model has its {what}")
+        planned.why.append(f"nothing to deal: the model already has its {what}")
         return planned, ref
     kind = "that were never scored" if dealt.state.is_fresh else "that were scored before: the reserve is used up"
     if merged is None:

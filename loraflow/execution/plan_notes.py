@@ -24,7 +24,7 @@ from loraflow.stages import CHECK_GENERAL, EVALUATE, RESOLVE_BASE, TOKENIZE
 from loraflow.store import Ref, read_table
 from loraflow.training import memory
 from loraflow.training.adapter_rank import adapter_rank
-from loraflow.training.memory import MemoryParts, MicroBatch, Recompute, generation_parts, training_parts
+from loraflow.training.memory import MemoryParts, Recompute, StepMemory, generation_parts, training_parts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -203,8 +203,8 @@ def planned_memory(workspace: Workspace) -> PlannedMemory | None:
     width = 2 if training.bf16 or training.fp16 else {"float32": 4}.get(recipe.base.dtype, 2)
     weights = recipe.base.quantization or recipe.base.dtype
     device, (longest, learned) = _device(recipe), _rows(workspace)
-    batch = MicroBatch(_tokens(recipe, device, longest), learned, _recompute(recipe, device))
-    least, _ = memory.needed(shape, weights, rank, longest, width)
+    batch = StepMemory(_tokens(recipe, device, longest), learned, _recompute(recipe, device))
+    least = memory.least_bytes(shape, weights, rank, longest, width)
     scored = recipe.evaluation
     return PlannedMemory(
         device,

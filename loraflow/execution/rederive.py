@@ -15,24 +15,21 @@ from pydantic import ValidationError
 
 from loraflow import __version__, identity
 from loraflow.config.job_runtime import JobRuntime
-from loraflow.config.load import parse_recipe
 from loraflow.config.locations import DvcOrigin
 from loraflow.config.stage_configs import StageConfig, VersionDatasetConfig
 from loraflow.data import dvc
 from loraflow.data.version import wrong_sources
-from loraflow.execution.deal import use_dealt_rows
+from loraflow.execution.deal import recorded_workspace
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.plan import CHAMPION, inputs_of, steps_of
 from loraflow.execution.runner import run_stage
 from loraflow.execution.start_worker import WORKER
 from loraflow.execution.worker_process import run_in_worker_process
-from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, Failure
 from loraflow.job import Job
-from loraflow.registry.rebuild import revision_of
 from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.serving.lineage import device_of
-from loraflow.stages import DEAL_ROWS, MERGE, STAGES
+from loraflow.stages import STAGES
 from loraflow.store import Manifest, Ref, Store
 from loraflow.store.artifact import TELEMETRY, result_problems
 from loraflow.store.files import HashMemo, hash_file
@@ -98,7 +95,7 @@ def _wrong_inputs(manifest: Manifest, store: Store, checked: Mapping[str, Manife
     for name, ref in refs.items():
         own = checked.get(ref.digest)
         if used.get(name) not in {ref.digest, *(own.facets.values() if own else ())}:
-            wrong.append(f"input {name}: its digest differs from the digest that was used")
+            wrong.append(f"input {name}: its digest is not the one that was used")
     return wrong
 
 
@@ -218,18 +215,13 @@ def reproduce(store: Store, record: RunRecord, fresh: str) -> Iterator[Reproduce
             where=record.run,
             next_step="run its recipe with `loraflow run`; records have the recipe since version 0.1",
         )
-    settings = {**record.overrides, **revision_of(store, record), "runtime.store": fresh}
-    name = f"the recipe of run {record.run}"
-    workspace = Workspace(parse_recipe(record.recipe_text, name=name, overrides=settings, is_recorded=True))
+    workspace = recorded_workspace(store, record, fresh)
     if next(workspace.store.artifacts(), None) is not None:
         raise BadConfig(
-            "The target store has artifacts, which would be reused instead of recomputed.",
+            "The target store is not empty: its artifacts would be reused instead of recomputed.",
             where=fresh,
             next_step="name a folder that does not exist yet: --into FOLDER",
         )
-    merged = record.stage(MERGE.name)
-    if merged is not None:
-        use_dealt_rows(workspace, store, merged.digest, record.stage(DEAL_ROWS.name))
     done: dict[str, Ref] = {}
     with workspace.store.reader_lock():
         for step in steps_of(workspace.recipe):
@@ -251,7 +243,7 @@ def _compared(store: Store, stage: StageRun, fresh: Store, now: Manifest) -> Rep
     try:
         before = store.manifest(ref)
     except Failure:
-        reasons = ["the artifact of the run is gone from its store, so its versions and hardware are not known"]
+        reasons = ["the artifact of the run is gone from its store, so its versions and hardware are unknown"]
         if stage.fingerprint != now.fingerprint:
             reasons.append("its settings or inputs differ")
         return Reproduced(stage.stage, stage.digest, now.digest, tuple(reasons))

@@ -12,18 +12,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
-from loraflow.config import Recipe
-from loraflow.config.load import parse_recipe
-from loraflow.execution.deal import use_dealt_rows
+from loraflow.execution.deal import recorded_workspace
 from loraflow.execution.plan import ALL_STEPS, CHAMPION, Step, find_step, inputs_of, steps_of
 from loraflow.execution.runner import run_stage
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry.champions import missing_models
 from loraflow.registry.log import PromotionLog, models
-from loraflow.registry.rebuild import UNKNOWN, made_by, revision_of
+from loraflow.registry.rebuild import UNKNOWN, made_by
 from loraflow.registry.runs import RunRecord, StageRun
-from loraflow.stages import DEAL_ROWS, MERGE
 from loraflow.store import Ref, Store
 from loraflow.store.artifact import MANIFEST, QUARANTINE, Manifest, result_problems
 from loraflow.store.checksum import check_document
@@ -33,7 +30,7 @@ _ORDER = [step.label for step in ALL_STEPS]
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostArtifact:
     """An artifact that is damaged or missing, and what is known about computing it again."""
 
     ref: Ref
@@ -46,24 +43,24 @@ class Lost:
 
 
 @dataclass
-class Loss:
-    """All that a store lost."""
+class StoreDamage:
+    """What is damaged or missing in a store."""
 
-    artifacts: list[Lost] = field(default_factory=list)
+    artifacts: list[LostArtifact] = field(default_factory=list)
     logs: list[CorruptArtifact] = field(default_factory=list)  # damaged promotion logs
 
     @property
-    def repairable(self) -> list[Lost]:
+    def repairable(self) -> list[LostArtifact]:
         """The artifacts that can be recomputed, in the order of the pipeline."""
         return [lost for lost in self.artifacts if not lost.why_not]
 
     @property
-    def irreparable(self) -> list[Lost]:
+    def irreparable(self) -> list[LostArtifact]:
         """The artifacts that no run on record computed, or that need something that is gone."""
         return [lost for lost in self.artifacts if lost.why_not]
 
 
-def find_loss(store: Store) -> Loss:
+def find_damage(store: Store) -> StoreDamage:
     """Hash all artifacts, quarantine damaged ones, and return what is lost: also by earlier checks, runs and deletions.
 
     Lost are quarantined artifacts that were not recomputed since, and champions and rollback targets that are missing.
@@ -72,19 +69,21 @@ def find_loss(store: Store) -> Loss:
         for ref in store.artifacts():
             if problems := result_problems(store.verify(ref)):
                 store.quarantine(ref, problems)
-        loss = Loss()
+        damage = StoreDamage()
         found = {(lost.ref.stage, lost.ref.fingerprint): lost for lost in _quarantined(store)}
         for model in models(store, of_runs=True):
             try:
                 for missing in missing_models(PromotionLog(store, model)):
                     name = (missing.ref.stage, missing.ref.fingerprint)
                     what = f"entry {missing.entry.seq} of {model}: {missing.problems[0]}"
-                    found[name] = replace(found.get(name, Lost(missing.ref, what)), ref=missing.ref, problem=what)
+                    found[name] = replace(
+                        found.get(name, LostArtifact(missing.ref, what)), ref=missing.ref, problem=what
+                    )
             except CorruptArtifact as failure:
-                loss.logs.append(failure)
+                damage.logs.append(failure)
         described = [_described(store, lost) for lost in found.values()]
-    loss.artifacts = sorted(described, key=lambda lost: _position(lost.label))
-    return loss
+    damage.artifacts = sorted(described, key=lambda lost: _position(lost.label))
+    return damage
 
 
 def _position(label: str) -> int:
@@ -92,7 +91,7 @@ def _position(label: str) -> int:
     return _ORDER.index(label) if label in _ORDER else len(_ORDER)
 
 
-def _quarantined(store: Store) -> Iterator[Lost]:
+def _quarantined(store: Store) -> Iterator[LostArtifact]:
     """Yield the quarantined artifacts that no lookup finds by now."""
     seen = set()
     for name in store.documents(f"{QUARANTINE}/"):
@@ -101,13 +100,13 @@ def _quarantined(store: Store) -> Iterator[Lost]:
         manifest = _manifest(store.read_document(f"{name.removesuffix('.json')}/{MANIFEST}"))
         ref, problem = _name_quarantined(store, name, manifest)
         if ref is None:
-            log.warning("%s: it is not known what to recompute; run the recipe again", problem)
+            log.warning("%s: cannot tell what to recompute; run the recipe again", problem)
             continue
         job = (ref.stage, ref.fingerprint)
         if job not in seen and store.find(*job) is None:
             seen.add(job)
             seconds, inputs = (manifest.seconds, manifest.input_refs(store.uri)) if manifest else (None, {})
-            yield Lost(ref, problem, seconds, model=inputs.get("model"))
+            yield LostArtifact(ref, problem, seconds, model=inputs.get("model"))
 
 
 def _name_quarantined(store: Store, name: str, manifest: Manifest | None) -> tuple[Ref | None, str]:
@@ -131,7 +130,7 @@ def _manifest(content: bytes | None) -> Manifest | None:
         return None
 
 
-def _described(store: Store, lost: Lost) -> Lost:
+def _described(store: Store, lost: LostArtifact) -> LostArtifact:
     """Return a lost artifact with the run that computes it again, or with the reason why none can."""
     record = made_by(store, lost.ref)
     name = (lost.ref.fingerprint, lost.ref.digest)
@@ -145,32 +144,17 @@ def _described(store: Store, lost: Lost) -> Lost:
     )
 
 
-def _why_not(store: Store, lost: Lost, record: RunRecord, stage: StageRun) -> str:
+def _why_not(store: Store, lost: LostArtifact, record: RunRecord, stage: StageRun) -> str:
     """Return why a run's recipe does not compute a lost artifact today; an empty string if nothing is known against it."""
     try:
-        workspace = _workspace(store, record)
+        workspace = recorded_workspace(store, record, store.uri)
         step = _step(workspace, stage.stage)
         inputs = _inputs(workspace, step, lost.model, compute=False)
         if inputs is None or workspace.job(step.stage, inputs, step.seed).fingerprint == lost.ref.fingerprint:
             return ""
     except (Failure, OSError) as failure:
         return " ".join(str(failure).split())
-    return (
-        f"the data, the base, a metric or the version of a stage is not what it was in run {record.run}; use a backup"
-    )
-
-
-def _recipe(store: Store, record: RunRecord) -> Recipe:
-    settings = {**record.overrides, **revision_of(store, record), "runtime.store": store.uri}
-    name = f"the recipe of run {record.run}"
-    return parse_recipe(record.recipe_text, name=name, overrides=settings, is_recorded=True)
-
-
-def _workspace(store: Store, record: RunRecord) -> Workspace:
-    workspace, merged = Workspace(_recipe(store, record)), record.stage(MERGE.name)
-    if merged is not None:
-        use_dealt_rows(workspace, store, merged.digest, record.stage(DEAL_ROWS.name))
-    return workspace
+    return f"the data, the base, a metric or a stage's version has changed since run {record.run}; use a backup"
 
 
 def _step(workspace: Workspace, label: str) -> Step:
@@ -202,21 +186,19 @@ def _inputs(workspace: Workspace, step: Step, champion: Ref | None, *, compute: 
     return inputs
 
 
-def recompute(store: Store, lost: Lost) -> Ref:
+def recompute(store: Store, lost: LostArtifact) -> Ref:
     """Compute a lost artifact again, and whatever it needs that is missing too.
 
     Raises:
         Failure: the stage's own; or the result differs from the artifact that was lost.
     """
     assert lost.record is not None
-    workspace = _workspace(store, lost.record)
+    workspace = recorded_workspace(store, lost.record, store.uri)
     with store.reader_lock():
         ref = _artifact(workspace, _step(workspace, lost.label), lost.model, compute=True)
     workspace.save()
     if ref is None:
-        raise Failure(
-            "The champion whose scores were lost is not known.", where=str(lost.ref), next_step="run the recipe"
-        )
+        raise Failure("The scores of an unknown champion were lost.", where=str(lost.ref), next_step="run the recipe")
     if (ref.fingerprint, ref.digest) != (lost.ref.fingerprint, lost.ref.digest):
         raise CorruptArtifact(
             f"{lost.label} was recomputed, but the result differs from the lost artifact.",
@@ -228,6 +210,6 @@ def recompute(store: Store, lost: Lost) -> Ref:
     return ref
 
 
-def total_seconds(artifacts: Iterable[Lost]) -> float:
+def total_seconds(artifacts: Iterable[LostArtifact]) -> float:
     """Return the seconds that the stages of lost artifacts took, as far as that is known."""
     return sum(lost.seconds or 0.0 for lost in artifacts)

@@ -1,9 +1,10 @@
 """Notice that a worker process makes no progress: first warn, with the stacks of its threads, then fail.
 
-Any of these is progress: a line of progress or log, a new or ended process, processor time, reads and writes. A process
-that waits in a loop for another one takes processor time. So a worker that shows nothing but processor time is warned about,
-with its stacks, and ended only after `runtime.silent_minutes`, if the recipe sets it: a metric of a person's own may compute
-for long without a line, and would be ended in each attempt. NCCL has a watchdog of its own.
+Any of these is progress: a line of progress or log, a new or ended process, processor time, reads and writes.
+
+Processor time alone may be a loop that waits for another process, or a metric of a user that computes for long. So such a
+worker is only warned about, with its stacks. It is ended after `runtime.silent_minutes`, if the recipe sets it. NCCL has
+its own watchdog.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from pydantic import JsonValue
 from loraflow.config.grid import SEED, Grid, short_names, show_value
 from loraflow.config.load import RecipeFile
 from loraflow.config.recipe_text import shorten
-from loraflow.config.stage_configs import FingerprintedTraining, TrainConfig
+from loraflow.config.stage_configs import TrainConfig
 from loraflow.execution.plan import steps_to
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadConfig, CorruptArtifact
@@ -50,16 +50,21 @@ class Trial:
     workspace: Workspace
 
     @cached_property
+    def config(self) -> TrainConfig:
+        """The config of its training."""
+        return TrainConfig.from_recipe(self.workspace.recipe, self.workspace)
+
+    @cached_property
     def identities(self) -> dict[str, str]:
         """What each step takes from the recipe, its inputs included: trials with an equal value share the artifact."""
         found: dict[str, str] = {}
         for step in STEPS:
             inputs = {name: found[source] for name, source in step.inputs.items()}
-            found[step.label] = json.dumps([self.own[step.label], inputs], sort_keys=True)
+            found[step.label] = json.dumps([self.settings_of_steps[step.label], inputs], sort_keys=True)
         return found
 
     @cached_property
-    def own(self) -> dict[str, str]:
+    def settings_of_steps(self) -> dict[str, str]:
         """What each step takes from the recipe, without its inputs."""
         recipe, context = self.workspace.recipe, self.workspace
         configs = {step.label: step.stage.config.from_recipe(recipe, context).identity() for step in STEPS}
@@ -172,7 +177,7 @@ def _refuse_without_effect(trials: Sequence[Trial], grid: Grid) -> None:
     for key, values in grid.values.items():
         if len(values) > 1 and not _changes(trials, key, [step.label for step in STEPS]):
             raise BadConfig(
-                "This key does not change what is trained, so all of its trials would be the same.",
+                "This key does not change what is trained, so all its trials would be equal.",
                 where=f"--grid {shorten(key)}",
                 expected="a key of peft_config, training_config, base or data that the training depends on",
                 next_step=f"set it for all trials: --set {shorten(key)}=VALUE",
@@ -186,7 +191,7 @@ def _changes(trials: Sequence[Trial], key: str, labels: Sequence[str]) -> bool:
         others = {name: value for name, value in trial.settings.items() if name != key}
         if key != SEED:
             others["seed of the trial"] = trial.seed
-        groups[json.dumps(others, sort_keys=True)].add(tuple(trial.own[label] for label in labels))
+        groups[json.dumps(others, sort_keys=True)].add(tuple(trial.settings_of_steps[label] for label in labels))
     return any(len(found) > 1 for found in groups.values())
 
 
@@ -207,7 +212,7 @@ def _warnings_once() -> Iterator[None]:
         reader.removeFilter(is_new)
 
 
-NOT_MEASURED = "its adapter is in the store, but its validation loss was not measured"
+NOT_MEASURED = "its adapter is in the store, without a measured validation loss"
 
 
 def read_curves(store: Store, adapter: Ref, name: str = CURVES) -> Curves | None:
@@ -217,8 +222,3 @@ def read_curves(store: Store, adapter: Ref, name: str = CURVES) -> Curves | None
     except CorruptArtifact as failure:
         log.warning("the losses of an adapter cannot be read. %s", failure)
         return None
-
-
-def training_config(workspace: Workspace) -> FingerprintedTraining:
-    """Return the settings of the training that decide its result."""
-    return TrainConfig.from_recipe(workspace.recipe, workspace).training_config

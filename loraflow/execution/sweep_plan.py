@@ -17,7 +17,6 @@ from loraflow.execution.sweep import (
     read_curves,
     sharing_lines,
     stage_counts,
-    training_config,
 )
 from loraflow.execution.trial_groups import TRAIN_INPUTS, Division, divide
 from loraflow.registry.sweeps import TrialRecord, choose
@@ -152,4 +151,4 @@ def _known_loss(trial: Trial, fingerprint: str) -> float | None:
     store = trial.workspace.store
     ref: Ref | None = store.find(TRAIN.name, fingerprint)
     curves = read_curves(store, ref) if ref is not None else None
-    return None if curves is None else curves.validation_loss(training_config(trial.workspace))
+    return None if curves is None else curves.validation_loss(trial.config.training_config)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from loraflow.config.stage_configs import TrainConfig, TrainGroupConfig
+from loraflow.config.stage_configs import TrainGroupConfig
 from loraflow.execution.sweep import Trial, read_curves
 from loraflow.job import Job
 from loraflow.stages import TRAIN, TRAIN_GROUP
@@ -34,18 +34,20 @@ class Groups:
     """The trials that are trained together, and why the others are not."""
 
     groups: tuple[tuple[Trial, ...], ...]  # each has two trials at least
-    apart: Mapping[str, str]  # label of a trial → reason
+    alone: Mapping[str, str]  # label of a trial → reason
     equal: Mapping[str, str]  # label of a trial → label of an earlier trial that is the same training
 
     def lines(self) -> list[str]:
         """Return the groups, as lines for people."""
-        lines = [f"trained together, in one process: {', '.join(one.label for one in group)}" for group in self.groups]
+        lines = [
+            f"trained together, in one process: {', '.join(trial.label for trial in group)}" for group in self.groups
+        ]
         by_reason: dict[str, list[str]] = {}
-        for label, why in self.apart.items():
+        for label, why in self.alone.items():
             by_reason.setdefault(why, []).append(label)
         lines += [f"trained by itself: {', '.join(labels)} ({why})" for why, labels in by_reason.items()]
         return lines + [
-            f"not trained again: {label} is the same training as {one}" for label, one in self.equal.items()
+            f"not trained again: {label} is the same training as {other}" for label, other in self.equal.items()
         ]
 
 
@@ -98,12 +100,7 @@ def _is_trained(trial: Trial, inputs: Mapping[str, Ref]) -> bool:
     store = trial.workspace.store
     ref = store.find(TRAIN.name, trial.workspace.job(TRAIN, inputs).fingerprint)
     curves = None if ref is None else read_curves(store, ref)
-    return curves is not None and curves.validation_loss(config_of(trial).training_config) is not None
-
-
-def config_of(trial: Trial) -> TrainConfig:
-    """Return the config of a trial's training."""
-    return TrainConfig.from_recipe(trial.workspace.recipe, trial.workspace)
+    return curves is not None and curves.validation_loss(trial.config.training_config) is not None
 
 
 def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -> Groups:
@@ -114,14 +111,14 @@ def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -
         size: the largest number of trials of a group (`runtime.trials_together`).
     """
     alike: dict[str, list[Trial]] = {}
-    apart: dict[str, str] = {}
+    alone: dict[str, str] = {}
     equal: dict[str, str] = {}
     first: dict[str, str] = {}  # training → label of the first trial that is this training
     for trial in trials:
         label, reads = trial.label, inputs[trial.label]
-        training = json.dumps([config_of(trial).identity(), reads], sort_keys=True)
+        training = json.dumps([trial.config.identity(), reads], sort_keys=True)
         if why := why_alone(trial):
-            apart[label] = why
+            alone[label] = why
         elif first.setdefault(training, label) != label:
             equal[label] = first[training]
         else:
@@ -132,8 +129,8 @@ def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -
             if len(part) > 1:
                 groups.append(part)
             else:
-                apart[part[0].label] = _why_left(size, len(found), len(alike))
-    return Groups(tuple(groups), apart, equal)
+                alone[part[0].label] = _why_left(size, len(found), len(alike))
+    return Groups(tuple(groups), alone, equal)
 
 
 def _parts(trials: Sequence[Trial], size: int) -> Iterator[tuple[Trial, ...]]:
@@ -162,7 +159,7 @@ def _why_left(size: int, count: int, kinds: int) -> str:
 
 def _shared(trial: Trial) -> JsonValue:
     """Return the settings of a training in which the trials of a group are equal."""
-    identity = config_of(trial).identity()
+    identity = trial.config.identity()
     for part, own in (("training_config", OWN_TRAINING), ("peft_config", OWN_PEFT)):
         values = identity[part]
         assert isinstance(values, dict)
@@ -201,7 +198,7 @@ def why_alone(trial: Trial) -> str:
 
 def group_job(trials: Sequence[Trial], inputs: Mapping[str, Ref]) -> Job[TrainGroupConfig]:
     """Return the job of a group."""
-    workspace = trials[0].workspace.with_group(tuple(map(config_of, trials)))
+    workspace = trials[0].workspace.with_group(tuple(trial.config for trial in trials))
     return workspace.job(TRAIN_GROUP, inputs)  # type: ignore[return-value]
 
 
@@ -235,7 +232,7 @@ def read_result(store: Store, ref: Ref, number: int, trial: Trial) -> GroupResul
     problems: list[str] = json.loads(store.read(ref, GROUP_PROBLEMS))
     loss = None
     if not problems[number]:
-        loss = read_curves_of(store, ref, number).validation_loss(config_of(trial).training_config)
+        loss = read_curves_of(store, ref, number).validation_loss(trial.config.training_config)
     return GroupResult(ref, number, len(problems), problems[number], loss)
 
 

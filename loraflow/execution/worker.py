@@ -104,7 +104,7 @@ def execute(file: JobFile) -> Summary:
     """Run a job's stage into its staging folder and return its summary."""
     if os.environ.get("RANK", "0") == "0":  # rank 0 writes the files
         file.out.parent.mkdir(parents=True, exist_ok=True)
-        staging.claim(file.out)  # it outlives a launcher that is killed, as long as this process does
+        staging.claim(file.out)  # held until this process ends, also if the launcher is killed
         shutil.rmtree(file.out, ignore_errors=True)
         file.out.mkdir()
     progress = Progress(file.work / "progress.jsonl", work=file.work)

@@ -27,7 +27,7 @@ MAX_KEYS = 10  # keys that are named as not read
 _LEFT_OUT = {
     "malformed": "left out: malformed",
     "marked_false": "left out: marked as not to be learned",
-    "duplicate": "left out: the same chat twice",
+    "duplicate": "left out: duplicate chats",
     "leak": "left out of training: its prompt is held out",
     "near_leak": "left out of training: nearly the same as a held-out row",
     "near_both": "left out: nearly the same as rows on two sides of the split",
@@ -137,7 +137,7 @@ def check_notes(check: CheckReport, elsewhere: Collection[str] = ()) -> list[str
         notes.append(f"not read: {', '.join(keys[:MAX_KEYS])}{more}")
     notes += questions(check.doubtful)
     if returns := check.counts.get("carriage_returns", 0):
-        notes.append(f"{returns} rows have carriage returns in their texts, which are learned as they are")
+        notes.append(f"{returns} rows have carriage returns in their texts; these are learned")
     if marked := check.counts.get("marked_false", 0):
         by = f": {named_marks(check.marks)}{split_hint(check.marks)}" if check.marks else ""
         notes.append(f"{marked} rows are left out, because their answers are marked as not to be learned{by}")
@@ -147,7 +147,7 @@ def check_notes(check: CheckReport, elsewhere: Collection[str] = ()) -> list[str
         notes.append(f"{weighted} rows have answers whose weight in the loss is not 0 or 1")
     if few := check.counts.get("held_out_of_few", 0):
         notes.append(
-            f"of so few rows the seeded hash held out none, so {few} with the next prompt in its order are held out"
+            f"the random split chose none of so few rows, so {few} with the next prompt in its order are held out"
         )
     similar = check.similar
     if similar.near_leaks:
@@ -176,7 +176,7 @@ def near_notes(near: NearDuplicates) -> list[str]:
         within = ", ".join(f"{count} of {name}" for name, count in near.within.items())
         between = "; ".join(f"{count} rows, of {sets}" for sets, count in near.between.items())
         notes.append(
-            f"{near.rows} rows are nearly the same as another one, in {near.clusters} cluster{'s'[: near.clusters != 1]}, "
+            f"{near.rows} rows are near-duplicates, in {near.clusters} cluster{'s'[: near.clusters != 1]}, "
             f"such as {near.pair}; the largest cluster has {near.largest} rows"
             + (f"; beyond the first row of each cluster: {within}" if within else "")
         )
@@ -184,7 +184,7 @@ def near_notes(near: NearDuplicates) -> list[str]:
             notes.append(f"near-duplicates in two sets: {between} (clusters.jsonl in the artifact of check_dataset)")
     if near.unproposed:
         notes.append(
-            f"{near.unproposed} pairs of rows that share a part of their text were not compared: very many rows share it"
+            f"{near.unproposed} pairs of rows that share a part of their text were not compared: too many rows share it"
         )
     return notes
 

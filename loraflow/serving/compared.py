@@ -101,7 +101,7 @@ def _find(store: Store, name: str) -> Compared:
     record = find_run(store, champion.merged) if champion else find_named_run(store, name)
     if record is None and champion:
         raise BadConfig(
-            "The run that made the champion has no record in this store, so its scores are not known.",
+            "This store has no record of the run that made the champion, so its scores are unknown.",
             where=name,
             next_step="compare runs that `loraflow runs` lists; `loraflow show champion` shows what is known",
         )

@@ -382,7 +382,7 @@ def tools_of(store: Store, model: Model) -> list[JsonValue] | None:
         return read_tools_file(name)
     except BadConfig as failure:
         raise BadConfig(
-            "The tools that the model was trained with are not in the store any more, and their file cannot be used.",
+            "The tools that the model was trained with are no longer in the store, and their file cannot be used.",
             where=failure.where,
             expected=failure.expected,
             got=failure.got or failure.what,

@@ -225,7 +225,7 @@ def _resume(work: Path, request: _RequestIdentity) -> int:
         changed += ["model"] if before.model != request.model else []
         changed += identity.explain(before.settings, request.settings)
         raise BadConfig(
-            "The unfinished output was started with another input, model or setting; resuming would mix their answers.",
+            "The unfinished output has answers for another input, model or setting, so it cannot be resumed.",
             where=str(work),
             got=f"changed: {', '.join(changed)}",
             next_step=f"repeat the earlier command to finish it, or start over: rm -r {work}",
@@ -303,9 +303,7 @@ def _with_calls(answers: list[Prediction], questions: list[Question], loaded: Lo
     if "tool_calls" not in added_columns(questions):
         return answers
     if not reads_calls_of(loaded.template):
-        log.warning(
-            "tool_calls is empty: it is not known how this chat template writes calls; prediction has their text"
-        )
+        log.warning("tool_calls is empty: this chat template's format of calls is unknown; prediction has their text")
         return answers
     out, unreadable = list[Prediction](), 0
     for answer, question in zip(answers, questions, strict=True):

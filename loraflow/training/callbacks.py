@@ -185,7 +185,7 @@ class PreemptionHandler(TrainerCallback):
             Preempted: a signal came.
         """
         if any(self.group.all_gather(self.is_requested)):
-            raise Preempted("Training was asked to end.", where=f"step {step}", next_step="run again: it resumes")
+            raise Preempted("Training was asked to stop.", where=f"step {step}", next_step="run again: it resumes")
 
 
 class StoppedEarly(Exception):

@@ -99,12 +99,6 @@ def frozen_bytes(model: torch.nn.Module) -> tuple[int, int]:
 
 EngineName = Literal["fast", "stock"]
 
-_RECORDED_NAMES = {  # field → key in telemetry/engine.json, which stays readable for older artifacts
-    "micro_batch_rows": "rows_at_once",
-    "micro_batch_tokens": "tokens_at_once",
-    "replicated_bytes": "whole_bytes",
-}
-
 
 @dataclass(frozen=True)
 class EngineChoices:
@@ -133,8 +127,8 @@ class EngineChoices:
     cuda_graphs_why: str | None = None
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Return the choices that apply, by the names that telemetry/engine.json has always had."""
-        return {_RECORDED_NAMES.get(name, name): value for name, value in asdict(self).items() if value is not None}
+        """Return the choices that apply."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -170,38 +164,26 @@ def choose_attention(setup: TrainingSetup, config: PreTrainedConfig) -> Attentio
     return attention
 
 
-def refuse_packing(setup: TrainingSetup, config: PreTrainedConfig) -> None:
-    """Refuse packed rows for a model whose layers carry a state over the borders of documents.
+def refuse_unsupported(
+    config: PreTrainedConfig, *, is_packed: bool, quantization: Literal["nf4", "fp8"] | None
+) -> None:
+    """Refuse packed rows or a quantized base where the architecture does not allow them.
 
     Raises:
-        BadConfig: the rows are packed.
+        BadConfig: the rows are packed, and a layer carries a state over the borders of documents; or the weights cannot
+            be trained in this quantization. (For the GPU's part of fp8, see `refuse_fp8`.)
     """
-    obstacle = obstacle_to_packing(config)
-    if setup.rows.row_length is not None and obstacle:
+    where, asked, instead = "training_config.packing", "true", "false"
+    obstacle = obstacle_to_packing(config) if is_packed else ""
+    if not obstacle and quantization:
+        where, asked, instead = "base.quantization", quantization, "null"
+        obstacle = obstacle_to_quantization(config, quantization)
+    if obstacle:
         raise BadConfig(
-            "This model cannot be trained on packed rows.",
-            where="training_config.packing",
-            expected="attention layers only",
-            got=f"architecture {config.model_type}: {obstacle}",
-            next_step="set training_config.packing to false",
-        )
-
-
-def refuse_quantization(setup: TrainingSetup, config: PreTrainedConfig) -> None:
-    """Refuse a quantized base for a model that cannot be trained on quantized weights.
-
-    Raises:
-        BadConfig: the recipe quantizes the base in a way that its architecture does not allow. (For the GPU's part of
-            fp8, see `refuse_fp8`.)
-    """
-    quantization = setup.config.base.quantization
-    if quantization is not None and (obstacle := obstacle_to_quantization(config, quantization)):
-        raise BadConfig(
-            f"This model cannot be trained on quantized weights in {quantization}.",
-            where="base.quantization",
-            expected="a model that the fast engine trains" if quantization == "fp8" else "attention layers only",
-            got=f"architecture {config.model_type}: {obstacle}",
-            next_step="set base.quantization to null",
+            f"The base's architecture {config.model_type} does not allow {where}: {asked}.",
+            where=where,
+            got=obstacle,
+            next_step=f"set {where} to {instead}",
         )
 
 
@@ -224,7 +206,7 @@ def _sharding(setup: TrainingSetup) -> ShardingChoice:
         return ShardingChoice(True, "asked for")
     if setup.device == "cpu" or setup.shape is None:
         return ShardingChoice(False, "not asked for")
-    least, _ = memory.needed(setup.shape, setup.weight_format, setup.rank, setup.longest_row)
+    least = memory.least_bytes(setup.shape, setup.weight_format, setup.rank, setup.longest_row)
     free = setup.free_bytes()
     return ShardingChoice(
         least > free, f"one device needs {least / memory.GIB:.1f} GiB, and has {free / memory.GIB:.1f}"

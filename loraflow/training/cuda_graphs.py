@@ -18,21 +18,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from loraflow.failures import first_line
 from loraflow.training.layers import draws_in_passes
 from loraflow.training.memory import GIB, USABLE, fixed_bytes, token_bytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
     from loraflow.hardware.attention import Attention
     from loraflow.training.memory import MemoryFit, ModelShape
     from loraflow.training.setup import TrainingSetup
+    from loraflow.training.trainer import DecoderPass
 
 
 log = logging.getLogger(__name__)
@@ -99,8 +101,7 @@ class GraphedPass:
         except Exception as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise  # an error of the compiled layers, not of the graph
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            log.warning("training continues without CUDA graphs: %s", reason)
+            log.warning("training continues without CUDA graphs: %s", first_line(error))
             self.is_on = False
             self.graphs.clear()
             torch.cuda.synchronize()
@@ -204,24 +205,8 @@ RECORDING_PASSES = 10  # recording a shape takes as long
 LEAST_PASSES = 50
 
 
-class Recordable(Protocol):
-    """What passes through a model: its decoder, its embedding, and the parameters whose gradients are computed."""
-
-    @property
-    def decoder(self) -> PreTrainedModel:
-        """The decoder."""
-
-    @property
-    def embed(self) -> torch.nn.Module:
-        """The embedding of the input."""
-
-    @property
-    def trained(self) -> Sequence[torch.nn.Parameter]:
-        """The trained parameters."""
-
-
 def choose_graphs(
-    setup: TrainingSetup, attention: Attention, fit: MemoryFit, trainer: Recordable, *, passes: int
+    setup: TrainingSetup, attention: Attention, fit: MemoryFit, trainer: DecoderPass, *, passes: int
 ) -> tuple[bool, str]:
     """Return whether passes are recorded, and why. A resumed training decides the same: the whole training counts.
 
@@ -242,7 +227,7 @@ def choose_graphs(
     return _pays_off(setup, setup.shape, fit)
 
 
-def _obstacle(setup: TrainingSetup, trainer: Recordable, fit: MemoryFit) -> str:
+def _obstacle(setup: TrainingSetup, trainer: DecoderPass, fit: MemoryFit) -> str:
     """Return why a pass cannot be recorded; empty if it can."""
     if setup.is_sharded:
         return "the sharded base is gathered in each pass"

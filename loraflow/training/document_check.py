@@ -18,7 +18,7 @@ from torch import Tensor
 from loraflow.adapters.targets import has_experts
 from loraflow.base.architecture import is_tested
 from loraflow.base.generation_settings import continuation, forced_logits
-from loraflow.failures import BadModel, Failure
+from loraflow.failures import BadModel, Failure, first_line
 from loraflow.training.collation import concatenated, packed
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def refuse_leaking_documents(
         log.info("documents in one row: logits differ by %.1e, as expected of experts' rounding", difference)
         return
     raise BadModel(
-        "With several documents in a row, this model's documents influence each other.",
+        "Documents that share a row influence each other in this model.",
         where="training_config.packing",
         expected="logits of a document that do not depend on the document before it",
         got=f"architecture {model.config.model_type}: logits change by {difference:.2g} of their norm",
@@ -93,7 +93,7 @@ def refuse_seeing_later_tokens(
     difference, rounding = _difference(model, expected, found, compute_dtype)
     if difference > rounding:
         raise BadModel(
-            "This model's attention is not causal: in training, each token would see the tokens that it should predict.",
+            "This model's attention is not causal: in training, each token would see the tokens that it must predict.",
             where="base.model",
             expected="logits of a token that do not depend on later tokens",
             got=f"architecture {model.config.model_type}: a token's logits change by {difference:.2g} of their norm",
@@ -124,7 +124,7 @@ def refuse_padding_that_is_seen(model: PreTrainedModel, pad_id: int, *, compute_
     difference, rounding = _difference(model, expected, found, compute_dtype)
     if difference > rounding:
         raise BadModel(
-            "Padding changes this model's logits, so the length of other rows in a batch would change how a row is trained.",
+            "Padding changes this model's logits, so the other rows of a batch would change how a row is trained.",
             where="base.model",
             expected="logits of a document that do not depend on the padding behind it",
             got=f"architecture {model.config.model_type}: a token's logits change by {difference:.2g} of their norm",
@@ -179,15 +179,21 @@ def _computed(model: PreTrainedModel, inputs: Mapping[str, Tensor | int], comput
     """Return a model's logits, [rows, tokens, vocabulary], in float32."""
     device = model.device
     tensors = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    autocast = contextlib.nullcontext() if model.dtype == compute_dtype else torch.autocast(device.type, compute_dtype)
+    with evaluating(model, compute_dtype), errors_as_refusal(model, NO_ROW, "rows of any length"):
+        logits: Tensor = model(**tensors, use_cache=False).logits
+    return logits.float()
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel, compute_dtype: torch.dtype) -> Iterator[None]:
+    """Compute without gradients, in evaluation mode and in the precision of the training."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast, errors_as_refusal(model, NO_ROW, "rows of any length"):
-            logits: Tensor = model(**tensors, use_cache=False).logits
+        with torch.no_grad(), torch.autocast(model.device.type, compute_dtype, enabled=model.dtype != compute_dtype):
+            yield
     finally:
         model.train(was_training)
-    return logits.float()
 
 
 NO_ROW = "transformers fails to compute a row of tokens with this model."
@@ -207,25 +213,17 @@ def refuse_other_generation(model: PreTrainedModel, pad_id: int, *, compute_dtyp
     size = model.config.get_text_config().vocab_size
     prompt = torch.randint(0, size, (1, _PROMPT), generator=torch.Generator().manual_seed(0))
     row = torch.cat([prompt, torch.tensor([list(continuation(_NEW - 1))])], dim=1)
-    was_training = model.training
-    model.eval()
-    try:
-        with _precision(model, compute_dtype):
-            ids = row.to(model.device)
-            with torch.no_grad(), errors_as_refusal(model, NO_ROW, "rows of any length"):
-                logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-            trained = logits[0, -_NEW:].float()
-            with errors_as_refusal(model, _NO_ANSWER, "a model that generates text"):
-                generated = forced_logits(model, prompt, torch.ones_like(prompt), pad_id, _NEW)[:, 0]
-    finally:
-        model.train(was_training)
+    logits = _computed(model, {"input_ids": row, "attention_mask": torch.ones_like(row)}, compute_dtype)
+    trained = logits[0, -_NEW:]
+    with evaluating(model, compute_dtype), errors_as_refusal(model, _NO_ANSWER, "a model that generates text"):
+        generated = forced_logits(model, prompt, torch.ones_like(prompt), pad_id, _NEW)[:, 0]
     differences = (generated - trained).norm(dim=-1) / trained.norm(dim=-1)
     # Rounding may give a single token another expert.
     difference = float(differences.median() if has_experts(model.config) else differences.max())
     allowed = _ROUNDING if compute_dtype == torch.float32 else _ROUNDING_16_BITS
     if not difference <= allowed:  # NaN is refused too
         raise BadModel(
-            "This model's logits differ between training and generation, so it would not answer as trained.",
+            "This model's logits differ between training and generation, so its answers would not be those that it learned.",
             where="base.model",
             expected="the same logits for a generated token as for the whole row",
             got=f"architecture {model.config.model_type}: they differ by {difference:.2g} of their norm",
@@ -249,7 +247,7 @@ def errors_as_refusal(model: PreTrainedModel, what: str, expected: str) -> Itera
             what,
             where="base.model",
             expected=expected,
-            got=f"architecture {model.config.model_type}: {type(error).__name__}: {error}".splitlines()[0][:300],
+            got=f"architecture {model.config.model_type}: {first_line(error)}",
             next_step="choose another base, or another version of transformers",
         ) from error
 
@@ -259,9 +257,3 @@ def _is_of_the_model(error: Exception) -> bool:
         return False
     text = str(error).lower()
     return "can't allocate memory" not in text and "cuda error" not in text
-
-
-def _precision(model: PreTrainedModel, compute_dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    if model.dtype == compute_dtype:
-        return contextlib.nullcontext()
-    return torch.autocast(model.device.type, compute_dtype)

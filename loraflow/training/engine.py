@@ -17,8 +17,7 @@ from loraflow.training.choices import (
     choose_engine,
     choose_sharding,
     refuse_mixed_devices,
-    refuse_packing,
-    refuse_quantization,
+    refuse_unsupported,
     warn_of_slow_bfloat16,
 )
 from loraflow.training.document_check import (
@@ -47,8 +46,7 @@ def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
     engine = choose_engine(setup, config)
     setup = replace(setup, runtime=setup.runtime.model_copy(update={"engine": engine}))
     attention = choose_attention(setup, config)
-    refuse_packing(setup, config)
-    refuse_quantization(setup, config)
+    refuse_unsupported(config, is_packed=setup.rows.row_length is not None, quantization=setup.config.base.quantization)
     refuse_mixed_devices(setup.group, setup.device)
     sharding = choose_sharding(setup)
     setup = replace(setup, is_sharded=sharding.is_sharded)

@@ -72,7 +72,7 @@ def build_fast_trainer(
     passes = _plan_passes(setup, attention)
     fit = passes.fit
     sharing, sharing_note = choose_prefix_sharing(setup, model, attention)
-    micro_batch_rows = None if attention.concatenated else _micro_batch_rows(setup)
+    micro_batch_rows = None if attention.concatenated else grid_rows(setup)
     base_dtype: torch.dtype = getattr(torch, setup.config.base.dtype)
     compute_dtype: torch.dtype = getattr(torch, setup.compute_dtype)
     trainer = FastTrainer(
@@ -220,7 +220,7 @@ def choose_prefix_sharing(
     if setup.settings.neftune_noise_alpha is not None:
         return None, "noise differs from row to row"
     if setup.longrope_switch is not None:
-        return None, "long documents have other rotary angles"
+        return None, "long documents have different rotary angles"
     sets = [rows for rows in (setup.rows, setup.validation) if rows is not None]
     obstacle = obstacle_to_sharing(model, max(int(rows.lengths.max(initial=0)) for rows in sets))
     if obstacle:
@@ -228,7 +228,8 @@ def choose_prefix_sharing(
     return PrefixSharing.of(setup.shape), "computed once if the rows of a micro-batch have a common prefix"
 
 
-def _micro_batch_rows(setup: TrainingSetup) -> int:
+def grid_rows(setup: TrainingSetup) -> int:
+    """Return the rows of a micro-batch whose rows are padded."""
     rows = setup.runtime.micro_batch or setup.settings.per_device_train_batch_size
     return min(rows, setup.rows_per_device)
 
@@ -241,11 +242,7 @@ def _training_steps(
     *,
     length_cost: float,
 ) -> StepDataset:
-    layout: Layout = (
-        concatenated_layout(setup.rows, setup.step_rows, fit.tokens, setup.group.size, length_cost)
-        if micro_batch_rows is None
-        else GridRows(micro_batch_rows)
-    )
+    layout = choose_layout(setup.rows, setup.step_rows, fit, micro_batch_rows, setup.group.size, length_cost)
     dropout = setup.config.peft_config.lora_dropout > 0
     noise = setup.settings.neftune_noise_alpha is not None
     return _step_dataset(setup, setup.rows, setup.step_rows, layout, sharing, dropout=dropout, noise=noise)
@@ -258,12 +255,23 @@ def _validation_steps(
     if setup.validation is None:
         return None
     step = np.arange(len(setup.validation))[None]
-    layout: Layout = (
-        concatenated_layout(setup.validation, step, fit.tokens, setup.group.size)
-        if attention.concatenated
-        else GridRows(setup.settings.per_device_eval_batch_size)
-    )
+    rows = None if attention.concatenated else setup.settings.per_device_eval_batch_size
+    layout = choose_layout(setup.validation, step, fit, rows, setup.group.size)
     return _step_dataset(setup, setup.validation, step, layout, sharing, dropout=False, noise=False)
+
+
+def choose_layout(
+    rows: TokenRows,
+    steps: NDArray[np.int64],
+    fit: MemoryFit,
+    grid_rows: int | None,
+    devices: int = 1,
+    length_cost: float = 0.0,
+) -> Layout:
+    """Return the layout of micro-batches: a grid of `grid_rows` rows; with None, concatenated documents."""
+    if grid_rows is not None:
+        return GridRows(grid_rows)
+    return concatenated_layout(rows, steps, fit.tokens, devices, length_cost)
 
 
 def _step_dataset(

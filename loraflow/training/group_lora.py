@@ -11,7 +11,6 @@ however many modules are adapted.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from loraflow.training.frozen_linear import mm_onto
-from loraflow.training.lora_kernels import FastLora, frozen_weight, keep_mask
+from loraflow.training.lora_kernels import FastLora, add_key_buffers, frozen_weight, keep_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,16 +105,7 @@ class GroupProduct(torch.autograd.Function):
             if keep is not None:
                 dx = _dropout(dx, keep, kept_scale)
             mm_onto(dx.view(-1, dx.shape[-1]), dy.view(-1, dy.shape[-1]), weight)
-        return (
-            dx,
-            torch.bmm(dh.transpose(1, 2), dropped),
-            torch.bmm(h.transpose(1, 2), dy),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        return dx, torch.bmm(dh.transpose(1, 2), dropped), torch.bmm(h.transpose(1, 2), dy), *[None] * 5
 
 
 def _keep(x: Tensor, token_keys: Tensor, module_key: Tensor | None, dropped_below: Tensor) -> Tensor:
@@ -194,9 +184,7 @@ def _replace(
     assert isinstance(module, GroupLora)
     module.frozen, module.adapter, module.keep_from = frozen, names[0], max(below)  # type: ignore[assignment]
     module.downs, module.ups, module.has_dropout = downs, ups, any(below)
-    key = torch.tensor(zlib.crc32(path.encode()) - 2**31, dtype=torch.int32, device=device)
-    module.register_buffer("module_key", key, persistent=False)
-    module.register_buffer("token_keys", None, persistent=False)
+    add_key_buffers(module, path, device)
     module.register_buffer("scales", scales.view(-1, 1, 1), persistent=False)
     kept = torch.tensor([65536 / (65536 - limit) for limit in below], device=device)
     module.register_buffer("kept_scale", kept.view(-1, 1, 1), persistent=False)

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,14 +20,10 @@ import torch
 from torch import Tensor
 
 from loraflow.store.checkpoints import finalize_checkpoint, step_of
-from loraflow.training.collation import move_inputs
-from loraflow.training.cuda_graphs import GraphedPass
 from loraflow.training.group_batches import GroupMicroBatch, GroupStep, GroupSteps
 from loraflow.training.group_lora import Adapters
-from loraflow.training.layers import CompiledLayer
-from loraflow.training.lora_kernels import set_token_keys
 from loraflow.training.loss_head import each_token_loss
-from loraflow.training.trainer import retry_uncompiled
+from loraflow.training.trainer import DecoderPass, retry_uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,44 +41,28 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
     return get_base_model()
 
 
-class GroupModel:
+class GroupModel(DecoderPass):
     """The passes of a model with stacked adapters."""
 
     def __init__(self, model: PreTrainedModel, adapters: Adapters, logit_factor: float, device: str):
         self.model, self.adapters, self.logit_factor, self.device = model, adapters, logit_factor, device
         causal = base_of(model)
-        self.decoder: PreTrainedModel = causal.get_decoder()  # type: ignore[no-untyped-call]
+        self.decoder = causal.get_decoder()  # type: ignore[no-untyped-call]
         self.head: torch.nn.Linear = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.embed: torch.nn.Module = causal.get_input_embeddings()
-        self.compiled_layers: list[CompiledLayer] = []
-        self.graphs: GraphedPass | None = None
-        self.trained = adapters.parameters
+        self.embed = causal.get_input_embeddings()
+        self.compiled_layers = []
+        self.trained, self.loras = adapters.parameters, adapters.modules
 
     def losses(self, micro: GroupMicroBatch) -> Tensor:
         """Return the sum of -log p of each adapter's supervised tokens, times their weights [K]."""
         return retry_uncompiled(self.compiled_layers, lambda: self._losses(micro))
 
     def _losses(self, micro: GroupMicroBatch) -> Tensor:
-        tensors, lengths = move_inputs(micro.batch, self.device)
-        index, targets, weights = tensors.pop("loss_index"), tensors.pop("targets"), tensors.pop("loss_weights", None)
-        is_graphed = self.graphs is not None and self.decoder.training and torch.is_grad_enabled()
-        hidden = self.graphs(tensors, lengths) if self.graphs and is_graphed else self.hidden_states(tensors, lengths)
-        states = hidden.flatten(0, 1).index_select(0, index)
+        states, targets, weights = self.learned_states(micro.batch, self.device)
         found = each_token_loss(self.head, states, targets, self.logit_factor)
         found = found if weights is None else found * weights
         # A sum over each adapter's own tokens only: one that became NaN leaves the others as they are.
         return torch.stack([part.sum() for part in found.split(micro.counts)])
-
-    def hidden_states(self, tensors: Mapping[str, Tensor], lengths: Mapping[str, int]) -> Tensor:
-        """Return the decoder's last hidden states [rows, tokens, width]; see `FastTrainer.hidden_states`."""
-        inputs = dict(tensors)
-        set_token_keys(self.adapters.modules, inputs.pop("token_keys", None))
-        embedded = self.embed(inputs.pop("input_ids"))
-        if self.compiled_layers and self.decoder.training:
-            embedded.requires_grad_()  # so that the first layer uses the same compiled code as the others
-        outputs = self.decoder(inputs_embeds=embedded, **{"attention_mask": None, **inputs, **lengths}, use_cache=False)
-        hidden: Tensor = outputs.last_hidden_state
-        return hidden
 
 
 @dataclass

@@ -23,6 +23,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from loraflow.failures import first_line
 from loraflow.training import frozen_linear
 from loraflow.training.frozen_linear import FrozenWeight
 
@@ -142,7 +143,7 @@ def slope_kernel_or_none() -> ModuleType | None:
         ones = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
         slope_kernel.products(ones, ones[:, :16].contiguous(), ones[:, :16].contiguous(), 64)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        reason = first_line(error)
         log.warning("the adapter's gradients are computed without their Triton kernel, which takes longer: %s", reason)
         return None
     return slope_kernel
@@ -195,13 +196,17 @@ def accelerate_loras(model: torch.nn.Module, dtype: torch.dtype) -> list[FastLor
         assert isinstance(module, FastLora)
         module.adapter, module.frozen = module.active_adapters[0], frozen
         module.keep_from = round(getattr(module.lora_dropout[module.adapter], "p", 0.0) * 65536)
-        device = module.lora_A[module.adapter].weight.device
-        # A tensor, not a number, because all layers share the compiled code.
-        key = torch.tensor(zlib.crc32(name.encode()) - 2**31, dtype=torch.int32, device=device)
-        module.register_buffer("module_key", key, persistent=False)
-        module.register_buffer("token_keys", None, persistent=False)
+        add_key_buffers(module, name, module.lora_A[module.adapter].weight.device)
         changed.append(module)
     return changed
+
+
+def add_key_buffers(module: FastLora, name: str, device: torch.device) -> None:
+    """Give a layer the key of its dropout masks, which its name decides, and a place for those of the next tokens."""
+    # A tensor, not a number, because all layers share the compiled code.
+    key = torch.tensor(zlib.crc32(name.encode()) - 2**31, dtype=torch.int32, device=device)
+    module.register_buffer("module_key", key, persistent=False)
+    module.register_buffer("token_keys", None, persistent=False)
 
 
 @cache

@@ -17,6 +17,8 @@ from torch.autograd.function import FunctionCtx
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from loraflow.failures import first_line
+
 log = logging.getLogger(__name__)
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -112,8 +114,7 @@ def gpu_kernel() -> Kernel | None:
 
         nll_and_slope_in_place(torch.zeros(1, 8, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda"), None)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        log.warning("the loss is computed without its Triton kernel, which takes longer: %s", reason)
+        log.warning("the loss is computed without its Triton kernel, which takes longer: %s", first_line(error))
         return None
     return nll_and_slope_in_place
 

@@ -24,10 +24,8 @@ GIB = 2**30
 RESERVE = 2.5 * GIB  # workspaces of kernels, logits of the head, fragmentation
 USABLE = 0.92  # share of the free memory
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 2.0, "nf4": 0.57}
-ADAPTER_BYTES, OPTIMIZER_BYTES = (
-    8,
-    8,
-)  # for each trained weight in fp32: the weight and its gradient; AdamW's two moments
+# For each trained weight in fp32: the weight and its gradient; AdamW's two moments.
+ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 8
 # Micro-batches of this size use the GPU fully. Smaller ones cost little speed; recomputation costs a third.
 ENOUGH_TOKENS = 4096
 # Architectures of transformers whose layers have one module qkv_proj, or one gate_up_proj.
@@ -163,15 +161,13 @@ def token_bytes(
     return (layers + working) * width
 
 
-def needed(shape: ModelShape, weights: str, rank: float, longest: int, width: int = 2) -> tuple[float, float]:
-    """Return the bytes that training needs at least, and those that it needs at full speed.
+def least_bytes(shape: ModelShape, weights: str, rank: float, longest: int, width: int = 2) -> float:
+    """Return the bytes that training needs at least.
 
     Args:
         longest: tokens of the longest row: the smallest micro-batch has as many, with all layers recomputed.
     """
-    fixed = fixed_bytes(shape, weights, rank)
-    fast = max(longest, ENOUGH_TOKENS) * token_bytes(shape, "none", width)
-    return (fixed + longest * token_bytes(shape, "full", width)) / USABLE, (fixed + fast) / USABLE
+    return (fixed_bytes(shape, weights, rank) + longest * token_bytes(shape, "full", width)) / USABLE
 
 
 @dataclass(frozen=True)
@@ -194,7 +190,6 @@ def fit_memory(
     least: int,
     step_tokens: int,
     recompute: Recompute | None = None,
-    width: int = 2,
     devices: int = 1,
     compiled: bool = False,
     enough: int = ENOUGH_TOKENS,
@@ -213,7 +208,7 @@ def fit_memory(
     useful = max(least, min(step_tokens, MAX_TOKENS))
 
     def most(how: Recompute, share: float | None = None) -> int:
-        return int(room / token_bytes(shape, how, width, share, elementwise=compiled and how == "selective"))
+        return int(room / token_bytes(shape, how, recomputed=share, elementwise=compiled and how == "selective"))
 
     if recompute == "elementwise" and not compiled:
         tokens = max(least, min(useful, most("none")))
@@ -264,7 +259,7 @@ class MemoryParts:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class StepMemory:
     """What a training step has in memory at a time."""
 
     tokens: int  # tokens, padding included
@@ -279,7 +274,7 @@ def training_parts(
     device: Literal["cpu", "cuda"],
     weights: str,
     rank: float,
-    batch: MicroBatch,
+    batch: StepMemory,
     *,
     width: int,
     devices: int = 1,

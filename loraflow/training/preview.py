@@ -21,8 +21,8 @@ from loraflow.base.stored_weights import model_without_weights
 from loraflow.config.lora import PeftConfig
 from loraflow.config.recipe import Recipe
 from loraflow.data.positions import Positions
-from loraflow.failures import BadConfig
 from loraflow.hardware.attention import attention_with_mask
+from loraflow.training.choices import refuse_unsupported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -41,7 +41,8 @@ def preview(base: Path, recipe: Recipe) -> list[str]:
         BadModel: the base's model cannot be built from its config.
     """
     model = model_without_weights(base)
-    _refuse(recipe, model.config)
+    packs, quantization = recipe.training_config.packing, recipe.base.quantization
+    refuse_unsupported(model.config, is_packed=packs, quantization=quantization)
     check_targets(model, recipe.peft_config)
     check_trainable(model, recipe.peft_config)
     variants.check(model, recipe.peft_config)
@@ -95,24 +96,9 @@ def _lines(base: Path, config: PreTrainedConfig) -> list[str]:
         lines.append(f"  tokens of a row: at most {positions.limit:,}")
     if positions.switch is not None:
         lines.append(
-            f"  LongRoPE: rows of more than {positions.switch:,} tokens have other angles, and each document its own"
+            f"  LongRoPE: rows of more than {positions.switch:,} tokens have different angles, computed for each document"
         )
     return lines
-
-
-def _refuse(recipe: Recipe, config: PreTrainedConfig) -> None:
-    quantization = recipe.base.quantization
-    for where, asked, obstacle in (
-        ("training_config.packing", recipe.training_config.packing, obstacle_to_packing(config)),
-        ("base.quantization", quantization, obstacle_to_quantization(config, quantization) if quantization else ""),
-    ):
-        if asked and obstacle:
-            raise BadConfig(
-                f"The base's architecture {config.model_type} does not allow {where}: {str(asked).lower()}.",
-                where=where,
-                got=obstacle,
-                next_step=f"set {where} to {'false' if asked is True else 'null'}",
-            )
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def trainer_arguments(
         warmup = math.ceil(settings.warmup_steps * steps.total)
     if settings.lr_scheduler_type == "polynomial" and warmup >= steps.total:
         raise BadConfig(
-            "The warm-up takes all steps, but the schedule polynomial needs at least one step after it.",
+            "The warm-up takes all steps, but the polynomial schedule needs a step after it.",
             where="training_config.warmup_steps",
             expected=f"less than the {steps.total} steps of the training",
             got=f"{settings.warmup_steps:g}: {warmup} steps",

@@ -7,7 +7,7 @@ import logging
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from loraflow.failures import BadConfig
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.choices import EngineChoices
 from loraflow.training.collation import Grid, NoiseKeys, RowCollator, label_weights
+from loraflow.training.document_check import evaluating
 from loraflow.training.lora_kernels import add_noise
 from loraflow.training.memory import MicroBatchSize
 from loraflow.training.setup import BatchSettings, TrainingSetup, micro_batch_rows, trainer_arguments
@@ -30,9 +31,7 @@ from loraflow.training.trainer import BuiltTrainer, LoraTrainer, numbers_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-    from trl import SFTConfig
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +104,7 @@ class StockTrainer(LoraTrainer):
     Args:
         train_rows: row numbers in the order of training.
         noise_alpha: the scale of NEFTune's noise; None trains without it.
-        model: a model of transformers, or with loralib's layers; without peft's adapter.
-        args: see SFTTrainer, down to `callbacks`.
+        options: of SFTTrainer, among them `model`: of transformers, or with loralib's layers; without peft's adapter.
     """
 
     def __init__(
@@ -116,22 +114,14 @@ class StockTrainer(LoraTrainer):
         validation_rows: int,
         collator: RowCollator,
         noise_alpha: float | None = None,
-        model: PreTrainedModel,
-        args: SFTConfig,
-        processing_class: PreTrainedTokenizerBase,
-        peft_config: LoraConfig | None,
-        callbacks: list[TrainerCallback],
+        **options: Any,
     ):
         validation = list(range(validation_rows))
         super().__init__(
             train_dataset=numbers_dataset({"row": train_rows.tolist(), "position": list(range(len(train_rows)))}),
             eval_dataset=numbers_dataset({"row": validation, "validation": [True] * validation_rows}),
             data_collator=collator,
-            model=model,
-            args=args,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            callbacks=callbacks,
+            **options,
         )
         self._noise: tuple[Tensor, Tensor] | None = None  # keys and documents' lengths of the next batch's tokens
         if noise_alpha is not None:
@@ -240,7 +230,7 @@ def use_own_logits_where_trl_is_wrong(model: PreTrainedModel, compute_dtype: tor
     config = model.config
     if not scales_logits_unlike_trl(config) and (is_tested(config) or not _differs(model, compute_dtype)):
         return False
-    log.info("trl's head computes other logits than this model does, so the loss is computed from the model's own.")
+    log.info("trl's head computes other logits than this model, so the loss is computed from the model's logits.")
     fused = model.forward
     model.forward = types.MethodType(_with_own_logits(fused), model)
     return True
@@ -248,20 +238,15 @@ def use_own_logits_where_trl_is_wrong(model: PreTrainedModel, compute_dtype: tor
 
 def _differs(model: PreTrainedModel, compute_dtype: torch.dtype) -> bool:
     ids = torch.arange(12, device=model.device)[None]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(model.device.type, compute_dtype, enabled=model.dtype != compute_dtype):
-            expected = _log_probs(model(input_ids=ids, use_cache=False).logits, ids[:, 1:])[0]
-            try:
-                found = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
-            except (AttributeError, TypeError, IndexError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                log.info("trl's head does not fit this architecture: %s", error)
-                return True
-    finally:
-        model.train(was_training)
+    with evaluating(model, compute_dtype):
+        expected = _log_probs(model(input_ids=ids, use_cache=False).logits, ids[:, 1:])[0]
+        try:
+            found = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        except (AttributeError, TypeError, IndexError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            log.info("trl's head does not fit this architecture: %s", error)
+            return True
     tolerance = _TOLERANCE if compute_dtype == torch.float32 else _TOLERANCE_16_BITS
     return not bool((found - expected).abs().max() <= tolerance)
 

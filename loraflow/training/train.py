@@ -21,7 +21,7 @@ from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 from loraflow.training.callbacks import StoppedEarly, refuse_non_finite, warn_of_untrained
 from loraflow.training.engine import build_trainer
-from loraflow.training.memory import MemoryParts, MicroBatch, explain_out_of_memory, training_parts
+from loraflow.training.memory import MemoryParts, StepMemory, explain_out_of_memory, training_parts
 from loraflow.training.setup import TrainingSetup, curves_file, prepare_training
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _expected_memory(setup: TrainingSetup, shape: ModelShape, choices: EngineCho
         setup.device,
         setup.weight_format,
         setup.rank,
-        MicroBatch(
+        StepMemory(
             tokens, setup.learned_share, recompute, choices.layers_recomputed, bool(choices.elementwise_recomputed)
         ),
         width=4 if setup.compute_dtype == "float32" else 2,

@@ -26,11 +26,18 @@ from loraflow.job import Inputs, Job, Progress
 from loraflow.stages import TRAIN
 from loraflow.store import Summary
 from loraflow.training.base_model import check_adapter, load_base
-from loraflow.training.batches import GridRows, Layout, StepDataset, concatenated_layout
+from loraflow.training.batches import StepDataset
 from loraflow.training.callbacks import log_untrained
 from loraflow.training.choices import choose_attention
 from loraflow.training.cuda_graphs import GraphedPass, choose_graphs
-from loraflow.training.fast_engine import choose_compile, choose_memory_fit, cost_of_length, passes_of
+from loraflow.training.fast_engine import (
+    choose_compile,
+    choose_layout,
+    choose_memory_fit,
+    cost_of_length,
+    grid_rows,
+    passes_of,
+)
 from loraflow.training.group_batches import GroupSteps
 from loraflow.training.group_lora import GroupLora, stack_adapters
 from loraflow.training.group_trainer import GroupModel, GroupTrainer, base_of, build_member
@@ -110,7 +117,7 @@ def _refuse(why: str) -> CannotGroup:
     return CannotGroup(
         f"These trials cannot be trained together: {why}.",
         where="train_group",
-        next_step="none is needed: each trial is trained by itself; with runtime.trials_together: 1, groups are not tried",
+        next_step="nothing: each trial is trained alone. To train no groups at all, set runtime.trials_together to 1",
     )
 
 
@@ -128,7 +135,7 @@ def build_group(setups: list[TrainingSetup], progress: Progress) -> tuple[GroupT
     if setup.runtime.engine == "stock" or (obstacle := obstacle_to_fast_engine(config)):
         raise _refuse("the stock engine trains one adapter" if setup.runtime.engine == "stock" else obstacle)
     if setup.longrope_switch is not None:
-        raise _refuse("long documents have other rotary angles")
+        raise _refuse("long documents have different rotary angles")
     if setup.group.size > 1:
         raise _refuse("several devices train one adapter")
     attention = choose_attention(setup, config)
@@ -138,7 +145,7 @@ def build_group(setups: list[TrainingSetup], progress: Progress) -> tuple[GroupT
     factor = logit_factor(config)
     head = base_of(model).get_output_embeddings()
     if adapters is None or factor is None:
-        raise _refuse("their adapters are more than LoRA on linear layers, or the base computes in another dtype")
+        raise _refuse("an adapter is more than LoRA on linear layers, or the base computes in another dtype")
     if not is_frozen_linear(head, dtype) or draws_in_passes(base_of(model).get_decoder()):
         raise _refuse("the base's head is no linear layer, or the base has a dropout of its own")
     group = GroupModel(model, adapters, factor, setup.device)
@@ -231,16 +238,11 @@ def _steps(
     setups: list[TrainingSetup], attention: Attention, fit: MemoryFit, *, is_compiling: bool
 ) -> tuple[GroupSteps, GroupSteps | None]:
     """Return the optimizer steps of all trials, and the validation rows once for each."""
-    setup, settings = setups[0], setups[0].settings
-    layout: Layout
-    if attention.concatenated:
-        tokens, _ = passes_of(setup, fit.tokens)
-        cost = cost_of_length(setup, tokens, is_compiling)
-        step_rows = np.concatenate([trial.step_rows for trial in setups])
-        layout = concatenated_layout(setup.rows, step_rows, fit.tokens, 1, cost)
-    else:
-        rows = setup.runtime.micro_batch or settings.per_device_train_batch_size
-        layout = GridRows(min(rows, setup.rows_per_device))
+    setup = setups[0]
+    rows, validation_rows = grid_rows(setup), setup.settings.per_device_eval_batch_size
+    step_rows = np.concatenate([trial.step_rows for trial in setups])
+    cost = cost_of_length(setup, passes_of(setup, fit.tokens)[0], is_compiling)
+    layout = choose_layout(setup.rows, step_rows, fit, None if attention.concatenated else rows, length_cost=cost)
     pad_id = setup.tokenizer.pad_token_id
     members = [
         StepDataset(
@@ -252,11 +254,7 @@ def _steps(
     if setup.validation is None:
         return GroupSteps(members), None
     step = np.arange(len(setup.validation))[None]
-    layout = (
-        concatenated_layout(setup.validation, step, fit.tokens)
-        if attention.concatenated
-        else GridRows(settings.per_device_eval_batch_size)
-    )
+    layout = choose_layout(setup.validation, step, fit, None if attention.concatenated else validation_rows)
     validation = StepDataset(setup.validation, step, layout, pad_id)
     return GroupSteps(members), GroupSteps([validation] * len(setups))
 

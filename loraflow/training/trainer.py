@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-    from trl import SFTConfig
+    from transformers import PreTrainedModel
 
     from loraflow.training.choices import EngineChoices
     from loraflow.training.memory import MicroBatchSize
@@ -113,14 +111,61 @@ def retry_uncompiled(layers: list[CompiledLayer], compute: Callable[[], Tensor])
         return compute()
 
 
-class FastTrainer(LoraTrainer):
+class DecoderPass:
+    """The pass of a micro-batch through a base with adapters, up to the states from which tokens are learned. A mixin."""
+
+    decoder: PreTrainedModel
+    embed: torch.nn.Module
+    trained: Sequence[torch.nn.Parameter]
+    loras: Sequence[FastLora] = ()  # layers that need the keys of the next tokens
+    compiled_layers: list[CompiledLayer]
+    graphs: GraphedPass | None = None
+    autocast_dtype: torch.dtype | None = None  # None computes in the base's dtype
+    noise_alpha: float | None = None  # the scale of NEFTune's noise; None trains without it
+
+    def learned_states(self, micro: MicroBatch, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the states [n, width] that predict a micro-batch's supervised tokens, these tokens, and their weights."""
+        tensors, lengths = move_inputs(micro, device)
+        index, targets, weights = tensors.pop("loss_index"), tensors.pop("targets"), tensors.pop("loss_weights", None)
+        is_graphed = self.graphs is not None and self.decoder.training and torch.is_grad_enabled()
+        hidden = self.graphs(tensors, lengths) if self.graphs and is_graphed else self.hidden_states(tensors, lengths)
+        return hidden.flatten(0, 1).index_select(0, index), targets, weights
+
+    def hidden_states(self, tensors: Mapping[str, Tensor], lengths: Mapping[str, int]) -> Tensor:
+        """Return the decoder's last hidden states [rows, tokens, width].
+
+        Args:
+            tensors: the micro-batch's tensors on the device: ids, positions, document borders, keys for dropout and noise.
+        """
+        inputs = dict(tensors)
+        keys, document_lengths = inputs.pop("token_keys", None), inputs.pop("document_lengths", None)
+        set_token_keys(self.loras, keys)
+        with self._autocast(tensors["input_ids"].device):
+            embedded = self.embed(inputs.pop("input_ids"))
+            if self.noise_alpha is not None and self.decoder.training and keys is not None:
+                assert document_lengths is not None
+                embedded = add_noise(embedded, keys, document_lengths, self.noise_alpha)
+            if self.compiled_layers and self.decoder.training and not embedded.requires_grad:
+                embedded.requires_grad_()  # so that the first layer uses the same compiled code as the others
+            outputs = self.decoder(
+                inputs_embeds=embedded, **{"attention_mask": None, **inputs, **lengths}, use_cache=False
+            )
+        hidden: Tensor = outputs.last_hidden_state
+        return hidden
+
+    def _autocast(self, device: torch.device) -> torch.autocast | contextlib.nullcontext[None]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, self.autocast_dtype)
+
+
+class FastTrainer(DecoderPass, LoraTrainer):
     """SFTTrainer whose training step is a whole optimizer step.
 
     Args:
         autocast: dtype of autocast; None computes in the base's dtype.
         noise_alpha: the scale of NEFTune's noise; None trains without it.
-        model: a model of transformers, without peft's adapter.
-        args: see SFTTrainer, down to `callbacks`.
+        options: of SFTTrainer, among them `model`: of transformers, without peft's adapter.
     """
 
     def __init__(
@@ -131,35 +176,25 @@ class FastTrainer(LoraTrainer):
         group: ProcessGroup,
         autocast: torch.dtype | None,
         noise_alpha: float | None = None,
-        model: PreTrainedModel,
-        args: SFTConfig,
-        processing_class: PreTrainedTokenizerBase,
-        peft_config: LoraConfig | None,
-        callbacks: list[TrainerCallback],
+        **options: Any,
     ):
         super().__init__(
             train_dataset=numbers_dataset({"row": list(range(len(steps)))}),
             eval_dataset=numbers_dataset({"row": list(range(len(validation) if validation is not None else 0))}),
             data_collator=_only,
-            model=model,
-            args=args,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            callbacks=callbacks,
+            **options,
         )
         self.steps, self.validation, self.group = steps, validation, group
         self.autocast_dtype, self.noise_alpha = autocast, noise_alpha
         causal = self.causal_model()
-        self.decoder: PreTrainedModel = causal.get_decoder()  # type: ignore[no-untyped-call]
+        self.decoder = causal.get_decoder()  # type: ignore[no-untyped-call]
         self.head: torch.nn.Module = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
         factor = logit_factor(causal.config)
         assert factor is not None, "another engine is chosen for such a model"
         self.logit_factor = factor
-        self.embed: torch.nn.Module = causal.get_input_embeddings()
-        self.trained: list[torch.nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
-        self.loras: list[FastLora] = []  # layers that need the keys of the next tokens
-        self.compiled_layers: list[CompiledLayer] = []
-        self.graphs: GraphedPass | None = None
+        self.embed = causal.get_input_embeddings()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.compiled_layers = []
 
     def get_train_dataloader(self) -> DataLoader[StepItem]:
         """Return a loader of the steps in their order. Every device has the same number of them."""
@@ -207,40 +242,9 @@ class FastTrainer(LoraTrainer):
 
     def nll(self, micro: MicroBatch) -> Tensor:
         """Return the sum of -log p of a micro-batch's supervised tokens, times their weights."""
-        tensors, lengths = move_inputs(micro, self.args.device)
-        index, targets, weights = tensors.pop("loss_index"), tensors.pop("targets"), tensors.pop("loss_weights", None)
-        is_graphed = self.graphs is not None and self.decoder.training and torch.is_grad_enabled()
-        hidden = self.graphs(tensors, lengths) if self.graphs and is_graphed else self.hidden_states(tensors, lengths)
-        with self._autocast():
-            states = hidden.flatten(0, 1).index_select(0, index)
+        states, targets, weights = self.learned_states(micro, self.args.device)
+        with self._autocast(states.device):
             return head_loss(self.head, states, targets, self.logit_factor, weights)
-
-    def hidden_states(self, tensors: Mapping[str, Tensor], lengths: Mapping[str, int]) -> Tensor:
-        """Return the decoder's last hidden states [rows, tokens, width].
-
-        Args:
-            tensors: the micro-batch's tensors on the device: ids, positions, document borders, keys for dropout and noise.
-        """
-        inputs = dict(tensors)
-        keys, document_lengths = inputs.pop("token_keys", None), inputs.pop("document_lengths", None)
-        set_token_keys(self.loras, keys)
-        with self._autocast():
-            embedded = self.embed(inputs.pop("input_ids"))
-            if self.noise_alpha is not None and self.decoder.training and keys is not None:
-                assert document_lengths is not None
-                embedded = add_noise(embedded, keys, document_lengths, self.noise_alpha)
-            if self.compiled_layers and self.decoder.training and not embedded.requires_grad:
-                embedded.requires_grad_()  # so that the first layer uses the same compiled code as the others
-            outputs = self.decoder(
-                inputs_embeds=embedded, **{"attention_mask": None, **inputs, **lengths}, use_cache=False
-            )
-        hidden: Tensor = outputs.last_hidden_state
-        return hidden
-
-    def _autocast(self) -> torch.autocast | contextlib.nullcontext[None]:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.args.device.type, self.autocast_dtype)
 
     def validation_nll(self) -> tuple[float, float, int]:
         """Sum over the validation steps, whose micro-batches are divided among the devices."""

@@ -102,7 +102,7 @@ def test_a_run_whose_credentials_are_masked_on_the_server_is_not_started_with_th
     continuation.schedule_continuation(BudgetSpent("The run reached its time limit.", saved=True), ["tokenize"])
     runs = [run for run in client.read_flow_runs() if run.deployment_id == deployed.id and run.id != first.id]
     assert [run for run in runs if not run.auto_scheduled] == []
-    assert "without their credentials" in caplog.text
+    assert "credentials in this run's parameters are masked" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_two_weights_that_are_one_by_the_config_are_refused_if_they_differ(tmp_p
     """transformers trains them as two; a server that follows the config would answer with the embeddings as the head."""
     llama = build_llama(tmp_path / "llama", tie_word_embeddings=False)
     tie(llama)
-    with pytest.raises(BadModel, match="two weights are one") as caught:
+    with pytest.raises(BadModel, match="ties two weights") as caught:
         resolve_base(llama, tmp_path / "out")
     assert "lm_head.weight, model.embed_tokens.weight" in caught.value.where
     change_weights(llama, lambda weights: {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})

@@ -90,7 +90,7 @@ def test_json_is_utf_8_in_any_locale_and_other_output_replaces_characters(argume
 def test_a_working_directory_that_is_gone_is_named(tmp_path):
     done = shell("mkdir gone && cd gone && rmdir ../gone && loraflow plan nowhere.yaml", tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "The current folder does not exist any more." in done.stderr
+    assert "The current folder no longer exists." in done.stderr
 
 
 def test_a_failure_on_the_terminal_has_at_most_ten_lines_with_its_next_step():

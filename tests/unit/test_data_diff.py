@@ -96,7 +96,7 @@ def test_a_run_is_compared_by_the_files_and_columns_that_it_read(tmp_path):
     with pytest.raises(BadConfig, match="no such run"):
         version_of("20261127-010203-000000", "data.dvc", store)
     store.find = lambda *_: None
-    with pytest.raises(BadData, match="not in the store any more"):
+    with pytest.raises(BadData, match="no longer in the store"):
         version_of(run, "data.dvc", store)
 
 

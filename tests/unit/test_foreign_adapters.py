@@ -92,7 +92,7 @@ def test_an_adapter_of_changed_weights_that_nothing_can_compute_again_is_refused
 def test_adapters_that_put_tokens_before_a_prompt_are_refused(config, tmp_path, quick_phi3):
     """Answers would be those of another prompt, or end in an error of the cache."""
     adapter = saved(config, quick_phi3, tmp_path / "adapter")
-    with pytest.raises(BadModel, match="tokens of its own before each prompt"):
+    with pytest.raises(BadModel, match="adds tokens before each prompt"):
         load(Model("x", quick_phi3, unmerged_adapter=adapter, base=quick_phi3), "float32")
 
 

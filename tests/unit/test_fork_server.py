@@ -234,7 +234,7 @@ def test_an_interrupted_launcher_saves_and_leaves_no_process(running, tmp_path):
     launcher_process.send_signal(signal.SIGINT)
     launcher_process.communicate(timeout=60)
     assert_gone(fork_server, worker)
-    assert "Training was asked to end." in next((tmp_path / "store" / "work" / "train").glob("*/log.txt")).read_text()
+    assert "Training was asked to stop." in next((tmp_path / "store" / "work" / "train").glob("*/log.txt")).read_text()
 
 
 def test_jobs_share_a_server_until_the_environment_changes(parts, tmp_path, monkeypatch):
@@ -289,4 +289,4 @@ def test_a_request_to_end_that_reaches_all_processes_leaves_the_worker_time_to_s
         process.send_signal(signal.SIGTERM)
     _, errors = launcher_process.communicate(timeout=60)
     assert "Preempted: " in errors, "not Killed"
-    assert "Training was asked to end." in next((tmp_path / "store" / "work" / "train").glob("*/log.txt")).read_text()
+    assert "Training was asked to stop." in next((tmp_path / "store" / "work" / "train").glob("*/log.txt")).read_text()

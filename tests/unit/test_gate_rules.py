@@ -11,7 +11,7 @@ from loraflow.config.gate import NOT_SCORES, Gate, largest_difference
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.values import OF_ALL_ROWS, RANGES, ROW_COLUMNS
 from loraflow.execution import rederive as reproducing
-from loraflow.execution.repair import _recipe
+from loraflow.execution.deal import recorded_workspace
 from loraflow.failures import BadConfig
 from loraflow.registry.rebuild import _command
 from loraflow.registry.runs import RunRecord
@@ -84,7 +84,7 @@ def test_a_run_with_such_a_rule_is_reproduced_repaired_and_rebuilt(tmp_path, mon
     record, store = RunRecord(run="20260101-000000-abcdef", recipe="r", **values), LocalStore(tmp_path / "store")
     monkeypatch.setattr(reproducing, "steps_of", lambda recipe: [])
     assert not list(reproducing.reproduce(store, record, str(tmp_path / "fresh")))
-    assert _recipe(store, record).gate.guards == {"exact_match": 1.0}
+    assert recorded_workspace(store, record, store.uri).recipe.gate.guards == {"exact_match": 1.0}
     assert "--set training_config.seed=7" in _command(store, record, tmp_path / "r.yaml", text)
 
 

@@ -73,6 +73,6 @@ def test_tokens_that_only_the_embeddings_learn_are_named(grown, tmp_path, caplog
 def test_an_adapter_on_tied_embeddings_is_refused_with_what_can_be_trained(grown, tmp_path):
     base, _ = grown(tied=True)
     options = {**QUICK, "peft_config__target_modules": ["qkv_proj", "embed_tokens"]}
-    with pytest.raises(BadConfig, match="its weight is the head's too") as caught:
+    with pytest.raises(BadConfig, match="the head has the same weight") as caught:
         run(base, tokenize(base, tmp_path / "rows", chats=8, **options), tmp_path / "run", **options)
     assert "trainable_token_indices" in caught.value.next_step

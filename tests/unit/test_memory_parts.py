@@ -13,7 +13,7 @@ from loraflow.execution.launcher import saves_since
 from loraflow.job import Progress
 from loraflow.registry.runs import StageRun
 from loraflow.training import memory
-from loraflow.training.memory import MicroBatch, generation_parts, training_parts
+from loraflow.training.memory import StepMemory, generation_parts, training_parts
 
 MIB = 2**20
 SMOLLM2 = memory.ModelShape(576, 1536, 30, 9, 3, 64, 49152, True)
@@ -23,7 +23,7 @@ PHI3 = memory.ModelShape(3072, 8192, 32, 32, 32, 96, 32064, False)
 @pytest.mark.parametrize(("rows", "measured"), [(4, 1945), (8, 2644)])
 def test_the_estimate_of_the_quickstarts_training_is_within_a_tenth_of_the_measurement(rows, measured):
     """VmHWM in MiB of the train stage on two cores, 12 and 6 steps; the longest row has 182 tokens, a third are learned."""
-    parts = training_parts(SMOLLM2, "cpu", "float32", 16, MicroBatch(rows * 182, 0.27), width=4)
+    parts = training_parts(SMOLLM2, "cpu", "float32", 16, StepMemory(rows * 182, 0.27), width=4)
     assert parts.total / MIB == pytest.approx(measured, rel=0.1)
     assert parts.weights == 134_515_008 * 4 - 61 * 576 * 4, "all weights but the norms"
     assert parts.optimizer == parts.adapters == memory.lora_weights(SMOLLM2, 16) * 8
@@ -39,7 +39,7 @@ def test_the_common_prefix_of_prompts_is_computed_once_and_kept_in_each_row():
 
 def test_the_parts_add_up_to_the_estimate_by_which_a_gpus_micro_batch_is_chosen():
     for tokens, recompute in ((8192, "none"), (32768, "full")):
-        parts = training_parts(PHI3, "cuda", "bfloat16", 16, MicroBatch(tokens, 1.0, recompute), width=2)
+        parts = training_parts(PHI3, "cuda", "bfloat16", 16, StepMemory(tokens, 1.0, recompute), width=2)
         whole = memory.fixed_bytes(PHI3, "bfloat16", 16) + tokens * memory.token_bytes(PHI3, recompute)
         assert parts.total == pytest.approx(whole)
     assert "generation" not in parts.as_bytes() and sum(parts.as_bytes().values()) == pytest.approx(whole, abs=10)

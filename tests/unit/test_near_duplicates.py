@@ -206,9 +206,7 @@ def test_report_changes_no_row_and_counts_within_and_between_sets(tmp_path):
     assert len({line["cluster"] for line in lines}) == 2
     assert not (tmp_path / "off/clusters.jsonl").exists() and '"near"' not in (tmp_path / "off/report.json").read_text()
     notes = "\n".join(check_notes(report))
-    assert (
-        "5 rows are nearly the same as another one, in 2 clusters" in notes and "2 rows, of train and heldout" in notes
-    )
+    assert "5 rows are near-duplicates, in 2 clusters" in notes and "2 rows, of train and heldout" in notes
 
 
 def test_held_out_clusters_are_groups_for_the_gate_and_do_not_depend_on_training_rows(tmp_path):

@@ -118,7 +118,7 @@ def test_rows_of_two_models_or_inputs_are_never_mixed(phi3, rows, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(phi3, rows, target, on_batch=stop)
     other = build_phi3(tmp_path / "other", seed=7)
-    with pytest.raises(BadConfig, match="was started with another") as caught:
+    with pytest.raises(BadConfig, match="has answers for another") as caught:
         run(other, rows, target)
     assert "changed: model" in caught.value.got
     with pytest.raises(BadConfig) as caught:

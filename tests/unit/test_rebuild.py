@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from loraflow.cli import cli, parse_overrides
 from loraflow.config import load_recipe
-from loraflow.execution.repair import find_loss
+from loraflow.execution.repair import find_damage
 from loraflow.failures import CorruptArtifact
 from loraflow.registry import PromotionLog
 from loraflow.registry.rebuild import how_to_rebuild
@@ -120,9 +120,9 @@ def test_repair_lists_what_no_run_can_recompute_and_damaged_logs(tmp_path):
     record_run(store, "20260101-000001-abcdef", recorded)
     for ref in (unknown, recorded):
         shutil.rmtree(store.path(ref))
-    loss = find_loss(store)
-    assert loss.repairable == [] and loss.logs == []
-    assert {lost.ref.digest: lost.why_not.split(":")[0] for lost in loss.irreparable} == {
+    damage = find_damage(store)
+    assert damage.repairable == [] and damage.logs == []
+    assert {lost.ref.digest: lost.why_not.split(":")[0] for lost in damage.irreparable} == {
         unknown.digest: "no run record names it", recorded.digest: "The recipe has 1 problem",
     }  # fmt: skip
     (store.root / "registry" / "tickets" / "log" / "000002.json").unlink()

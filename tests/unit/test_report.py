@@ -64,7 +64,7 @@ def test_the_report_and_the_closing_table_say_what_was_left_out(capsys):
     text = markdown.run_report(report(rows=rows))
     show(RunSummary(run="x", recipe="tiny", rows=rows))
     shown = " ".join(capsys.readouterr().out.split())
-    for line in ("| read | 100 |", "| left out: malformed | 1 |", "| left out: marked as not to be learned | 9 |", "| left out: the same chat twice | 8 |",
+    for line in ("| read | 100 |", "| left out: malformed | 1 |", "| left out: marked as not to be learned | 9 |", "| left out: duplicate chats | 8 |",
                  "| left out of training: its prompt is held out | 7 |", "| left out of training: a control token in its text | 16 |",
                  "| left out of training: longer than max_length, 128 tokens | 18 |", "| left out of training: no token to learn | 6 |",
                  "| trained on | 19 |", "| tokens learned | 345 |", "| scored, heldout: a seeded sample of 4 (evaluation.max_rows) | 2 |",

@@ -110,7 +110,7 @@ def test_a_record_says_that_a_run_was_preempted_or_interrupted():
     from loraflow.tasks.run_record import error_line
 
     for preempted in (SystemExit(143), TerminationSignal(signal=15)):
-        assert error_line(preempted) == "Preempted: the run was asked to end (SIGTERM); another run resumes"
+        assert error_line(preempted) == "Preempted: the run was asked to stop (SIGTERM); another run resumes"
     assert "Ctrl-C" in error_line(KeyboardInterrupt())
     assert error_line(BudgetSpent("The run has used its time.", where="x")) == "BudgetSpent: The run has used its time."
     assert error_line(SystemExit(1)) == "SystemExit: 1"

@@ -101,7 +101,7 @@ def test_a_trial_has_the_fingerprint_of_a_run_with_its_settings(file):
         workspace = Workspace(run.recipe)
         for name in ("version_dataset", "check_dataset", "resolve_base", "tokenize", "train"):
             config = STAGES[name].config.from_recipe(run.recipe, workspace).identity()
-            assert json.loads(trial.own[name]) == config
+            assert json.loads(trial.settings_of_steps[name]) == config
     assert len({trial.identities["train"] for trial in trials}) == 8
     assert trials[0].workspace.recipe.training_config.eval_strategy == "epoch"
     assert set(stage_counts(trials).values()) == {1}

@@ -121,7 +121,7 @@ def test_a_group_of_which_all_adapters_became_nan_ends(base, shards, tmp_path): 
 
 def test_a_resumed_group_equals_an_uninterrupted_one_bit_for_bit(base, shards, tmp_path):  # noqa: F811
     expected, _, straight = group(TRIALS[:2], tmp_path / "straight", base, shards)
-    with pytest.raises(Preempted, match="asked to end"):
+    with pytest.raises(Preempted, match="asked to stop"):
         group(TRIALS[:2], tmp_path, base, shards, StopAt(3, tmp_path / "work"))
     assert sorted(path.name for path in (tmp_path / "work" / "checkpoints").iterdir())[-1] == "checkpoint-3"
     found, _, resumed = group(TRIALS[:2], tmp_path, base, shards)

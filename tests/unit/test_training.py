@@ -151,7 +151,7 @@ def test_a_signal_while_the_model_is_loaded_stops_the_training_before_its_first_
     try:
         handler = PreemptionHandler(ProcessGroup(), "cpu")
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Preempted, match="asked to end"):
+        with pytest.raises(Preempted, match="asked to stop"):
             handler.on_train_begin(None, TrainerState(), None)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -173,7 +173,7 @@ class StopAt(Progress):
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_resumed_run_equals_an_uninterrupted_run(base, straight, tmp_path, at):
     shards, adapter, losses = straight
-    with pytest.raises(Preempted, match="asked to end"):
+    with pytest.raises(Preempted, match="asked to stop"):
         run(base, shards, tmp_path, StopAt(at, tmp_path / "work"))
     assert prune_to_newest_intact(tmp_path / "work" / "checkpoints").name == f"checkpoint-{at + (at == 0)}"
     other, found = run(base, shards, tmp_path)

@@ -36,7 +36,7 @@ def test_trials_that_differ_in_what_belongs_to_an_adapter_are_trained_together(f
         seeds=2,
     )
     found = groups_of(trials)
-    assert [len(group) for group in found.groups] == [8, 8] and not found.apart
+    assert [len(group) for group in found.groups] == [8, 8] and not found.alone
 
 
 def sizes_of(found):
@@ -50,8 +50,8 @@ def test_groups_have_about_the_same_size_also_if_some_are_trained_already(file):
     assert groups_of(trials[5:], size=8).groups == groups_of(trials, size=8).groups[1:]
     odd = groups_of(trials[:3], size=2)
     assert sizes_of(odd) == [2]
-    assert odd.apart == {"train r=3": "the others fill groups of 2: runtime.trials_together"}
-    assert groups_of(trials[:1]).apart == {"train r=1": "it is the only remaining trial"}
+    assert odd.alone == {"train r=3": "the others fill groups of 2: runtime.trials_together"}
+    assert groups_of(trials[:1]).alone == {"train r=1": "it is the only remaining trial"}
 
 
 def test_trials_that_are_the_same_training_are_in_a_group_once(file):  # noqa: F811
@@ -59,7 +59,7 @@ def test_trials_that_are_the_same_training_are_in_a_group_once(file):  # noqa: F
     assert [[trial.label for trial in group] for group in found.groups] == [
         ["train limit=1000 r=4", "train limit=1000 r=8"]
     ]
-    assert found.equal == {f"train limit=2000 r={r}": f"train limit=1000 r={r}" for r in (4, 8)} and not found.apart
+    assert found.equal == {f"train limit=2000 r={r}": f"train limit=1000 r={r}" for r in (4, 8)} and not found.alone
     assert "not trained again: train limit=2000 r=4 is the same training as train limit=1000 r=4" in found.lines()
 
 
@@ -78,7 +78,7 @@ def test_trials_that_read_other_tokens_are_not_trained_together(file):  # noqa: 
     trials = trials_of(file, "peft_config.r=4,8")
     found = groups_of(trials, reads={trials[0].label: "one", trials[1].label: "another"})
     assert not found.groups
-    assert set(found.apart.values()) == {"no other remaining trial has the same rows, batch and steps"}
+    assert set(found.alone.values()) == {"no other remaining trial has the same rows, batch and steps"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.cli import cli
-from loraflow.execution.repair import find_loss
+from loraflow.execution.repair import find_damage
 from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry import PromotionLog
 from loraflow.registry.champions import missing_models
@@ -94,7 +94,7 @@ def uses(store, kind):
         **{f"check of {ref}": lambda ref=ref: store.check(ref) for ref in merged},
     }
     if kind == "quarantine":  # otherwise it would move away what the edit damages
-        readers["lost"] = lambda: [str(lost.ref) for lost in find_loss(store).artifacts]
+        readers["lost"] = lambda: [str(lost.ref) for lost in find_damage(store).artifacts]
     return {name: answer(read) for name, read in readers.items()}
 
 

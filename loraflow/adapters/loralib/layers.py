@@ -217,32 +217,6 @@ class Conv2d(MergeableLayer, loralib.Conv2d):
 
     bias: nn.Parameter | None
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        groups: int,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        merge_weights: bool,
-        device: str | None = None,
-    ):
-        loralib.Conv2d.__init__(
-            self,
-            in_channels,
-            out_channels,
-            kernel_size,
-            groups=groups,
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            merge_weights=merge_weights,
-            device=device,
-        )
-
     def wrap(self, module: nn.Module) -> None:
         """See `MergeableLayer`."""
         assert isinstance(module, nn.Conv2d)
@@ -310,7 +284,7 @@ def wrap_module(
             **common,
         )
     elif type(module) is nn.Conv2d and len(set(module.kernel_size)) == 1:
-        layer = Conv2d(
+        layer = Conv2d(  # type: ignore[no-untyped-call]
             module.in_channels,
             module.out_channels,
             module.kernel_size[0],

@@ -103,7 +103,7 @@ def load(model: nn.Module, state: Mapping[str, torch.Tensor], bias: Bias = "none
     merged = [name for name, layer in model.named_modules() if isinstance(layer, loralib.LoRALayer) and layer.merged]
     if merged:
         raise BadModel(
-            "LoRA weights cannot be loaded into merged layers: undoing the merge would then subtract another ΔW.",
+            "LoRA weights cannot be loaded into merged layers: unmerging would then subtract a different ΔW.",
             where=merged[0],
             next_step="call model.train() first",
         )

@@ -15,7 +15,7 @@ from torch import nn
 
 from loraflow.adapters.lora_updates import FUSED_NAMES, AttentionHeads, Bias, block_sizes
 from loraflow.adapters.loralib.layers import MergeableLayer, wrap_module
-from loraflow.adapters.targets import ALL_LINEAR, matches, not_adapted_by_all_linear, selects
+from loraflow.adapters.targets import ALL_LINEAR, in_layers, matches, not_adapted_by_all_linear, selects
 from loraflow.config.lora import LoralibConfig, PeftConfig
 from loraflow.failures import BadConfig
 
@@ -101,10 +101,7 @@ def _select(model: nn.Module, settings: Settings) -> dict[str, nn.Module]:
     left_out = not_adapted_by_all_linear(model) if isinstance(model, PreTrainedModel) else {}
     selected: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if selects(settings.exclude, name):
-            continue
-        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        if settings.layers is not None and number not in settings.layers:
+        if selects(settings.exclude, name) or not in_layers(name, settings.layers):
             continue
         if settings.targets == ALL_LINEAR:
             if isinstance(module, nn.Linear | Conv1D) and module is not head and name not in left_out:
