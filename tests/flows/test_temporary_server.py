@@ -136,7 +136,9 @@ prefect_process.main()
 
 
 def test_a_temporary_server_that_ignores_sigterm_is_killed_after_its_parent():
-    start = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}], start_new_session=True).wait()"
+    start = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}], start_new_session=True).wait()"
+    )
     parent = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True)
     server = psutil.Process(int(parent.stdout.readline()))
     parent.kill()
