@@ -6,12 +6,9 @@
   that an earlier `loraflow up` left unfinished.
 - a deployment's pull step: `project`.
 
-No process may outlive its parent, even if the parent is killed by SIGKILL:
+No process may outlive its parent, even if the parent is killed by SIGKILL: `loraflow.execution.parent_death` ends its group.
 
-- `prefect_process` wraps the server and workers of `loraflow up`. They end with `loraflow up`. The transactions of that
-  server, and of a temporary one, wait in turn.
-- `temporary_server` starts Prefect's temporary server for a single command; `watchdog`, a process of its own, ends that
-  server when the command is gone.
-- `loraflow.execution.parent_death` ends a process group when its parent is gone; `prefect_process` and the worker
-  processes of stages use it.
+- `prefect_process` wraps the server and workers of `loraflow up`, and the temporary server of a single command, which
+  `temporary_server` starts. The transactions of these servers wait in turn.
+- The worker processes of stages call `parent_death` themselves.
 """

@@ -24,7 +24,7 @@ from loraflow.config.recipe import Recipe
 from loraflow.data.git_branch import MAIN, branches
 from loraflow.failures import BadConfig
 from loraflow.flows.parameters import KEYS, Overrides
-from loraflow.flows.server.deployment_spec import DeploymentSpec
+from loraflow.flows.server.deployment_spec import DeploymentSpec, or_known
 
 log = logging.getLogger("loraflow")
 RETRAIN = "loraflow.flows.retrain."
@@ -67,6 +67,9 @@ def _message(error: JSONSchemaError) -> str:
     """Say what a value should be. An optional field has two schemas, and jsonschema says only that neither fits."""
     parts = error.context if error.context else [error]
     wrong_type = next((part for part in parts if part.validator == "type" and part.validator_value != "null"), None)
+    if error.validator == "additionalProperties" and isinstance(error.schema, dict):
+        known = error.schema.get("properties", {})
+        return "; ".join(f"{key}: unknown field{or_known(key, known)}" for key in error.instance.keys() - known.keys())
     if wrong_type is None:
         return str(error.message)
     value = json.dumps(error.instance, ensure_ascii=False)
@@ -95,7 +98,8 @@ def check_settings(spec: DeploymentSpec, folder: Path, where: str) -> None:
                 raise BadConfig(
                     "The settings of a deployment do not fit its recipe.",
                     where=f"{where}.{part}.settings",
-                    got=error.got or str(error),
+                    got=error.got
+                    or "; ".join(line.strip().removeprefix("--set ") for line in error.what.splitlines()[1:]),
                     next_step=f"correct {FILE}",
                 ) from None
 

@@ -6,8 +6,9 @@ triggers are checked by Prefect's own classes.
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, TypeGuard
 from uuid import UUID
 
@@ -91,7 +92,7 @@ def _problems(value: object, trigger: BaseModel, path: str) -> Iterator[str]:
     fields = type(trigger).model_fields
     known = {name for key, field in fields.items() for name in (key, field.alias, field.validation_alias) if name}
     for key in value.keys() - known:
-        yield f"{path}.{key}: unknown key; known are {', '.join(sorted(map(str, known - {'id'})))}"
+        yield f"{path}.{key}: unknown key{or_known(str(key), map(str, known - {'id'}))}"
     if isinstance(trigger, EventTrigger) and not any(value.get(name) for name in CONDITIONS):
         yield f"{path}: without expect or match, every event of the server would start a run"
     for key, part in value.items():
@@ -102,6 +103,13 @@ def _problems(value: object, trigger: BaseModel, path: str) -> Iterator[str]:
             for number, (item, model) in enumerate(zip(part, inner, strict=False)):
                 if _has_fields(model):
                     yield from _problems(item, model, f"{path}.{key}.{number}")
+
+
+def or_known(key: str, known: Iterable[str]) -> str:
+    """Return what to write in place of an unknown key, as the end of a message: the key that was meant, or all of them."""
+    names = sorted(known)
+    meant = difflib.get_close_matches(key, names, 1, 0.6)
+    return f"; did you mean {meant[0]}?" if meant else f"; known are {', '.join(names)}"
 
 
 def _has_fields(part: object) -> TypeGuard[BaseModel]:

@@ -285,7 +285,7 @@ class Deployer:
         if found is None:
             found = self.client.read_automations_by_name(automation.name)
         if not found:
-            self.client.create_automation(self._as_before_projects(automation))
+            self.client.create_automation(automation)
             self.changes.append(f"automation {automation.name!r} created")
             return
         existing = found[0]
@@ -294,23 +294,6 @@ class Deployer:
             body = automation.model_dump(mode="json", exclude={"owner_resource"}) | {"enabled": existing.enabled}
             self.client.request("PUT", "/automations/{id}", path_params={"id": existing.id}, json=body)
             self.changes.append(f"automation {automation.name!r} updated")
-
-    def _as_before_projects(self, automation: AutomationCore) -> AutomationCore:
-        """Warn if an earlier version's automation of the same kind exists: it reports on all projects of the server.
-
-        It is not removed, because another project may rely on it. If somebody disabled it, the new one is disabled too.
-        """
-        parts = automation.name.split(": ")
-        earlier = f"{parts[0]}: {parts[-1]}"
-        old = self.client.read_automations_by_name(earlier) if len(parts) > 2 and "→" in earlier else []
-        if not old:
-            return automation
-        log.warning(
-            "the automation %r of an earlier version reports on all projects; delete it in the UI when each project has "
-            "been deployed again",
-            earlier,
-        )
-        return automation.model_copy(update={"enabled": old[0].enabled})
 
 
 # The server sets these, or a person does in the UI.

@@ -270,13 +270,12 @@ def _indent(text: str) -> int | None:
 ENTER = "loraflow.flows.server.project.enter"
 OLD_ENTER = "flows.project.enter"  # while loraflow's flows were a top-level package
 # loraflow's own flows, under the names that they had then: as a module, or as a file of a clone
-TAKES_RECIPE = re.compile(r"loraflow\.flows\.(finetune|retrain|evaluate_model|sweep)\.\w+")
 OLD_FLOW = re.compile(r"(?:loraflow/)?flows[./](finetune|retrain|evaluate_model|predict|stage)(?:\.|\.py:)(\w+)")
 
 
 def upgrade_prefect_yaml(text: str, folder: Path) -> Upgraded:
-    """Write current import names, the project's name, the project into loraflow's pull step, the recipe that deployments
-    without one ran, and the project's id into the variables of runs.
+    """Write current import names, the project's name, the project into loraflow's pull step, and the project's id into the
+    variables of runs.
 
     Deployments, schedules and everything else stay as they are. A flow of the project's own, in its folder
     `flows`, keeps its entrypoint.
@@ -302,27 +301,10 @@ def upgrade_prefect_yaml(text: str, folder: Path) -> Upgraded:
             notes.append(f"line {line}: add the project to this step: {ENTER}: {{project: {name}}}")
         else:
             edits.append(edit)
-    new = _with_id(_with_recipes(apply(text, edits), folder, notes), folder)
+    new = _with_id(apply(text, edits), folder)
     if new != text and not _has_name(new, name):
         return Upgraded(text, [*notes, "left unchanged: the file does not have one key per line"])
     return Upgraded(new, [*notes, *_without_id(new, folder)])
-
-
-EARLIER_RECIPE = "quickstart"  # the one that earlier versions ran if a deployment named none
-
-
-def _with_recipes(text: str, folder: Path, notes: list[str]) -> str:
-    """Write the earlier default into deployments that name no recipe, if the project has that recipe."""
-    if EARLIER_RECIPE not in recipe_names(folder):
-        return text
-    edits = []
-    for number in _without_recipe(text):
-        edit = _recipe(text, ("deployments", number))
-        if edit is not None and number not in _without_recipe(apply(text, [edit])):
-            edits.append(edit)
-        else:
-            notes.append(f"deployments[{number}]: add parameters: {{recipe: {EARLIER_RECIPE}}}, which it ran before")
-    return apply(text, edits)
 
 
 def _with_id(text: str, folder: Path) -> str:
@@ -369,49 +351,8 @@ def _deployments(text: str) -> list[tuple[int, dict[str, JsonValue]]]:
     """Return the deployments that are mappings, with their numbers."""
     document = load_plain(text)
     entries = document.get("deployments") if isinstance(document, dict) else None
-    return [(number, entry) for number, entry in enumerate(_items(entries)) if isinstance(entry, dict)]
-
-
-def _without_recipe(text: str) -> list[int]:
-    """Return the numbers of deployments of loraflow's flows for which neither they nor each of their runs name a recipe."""
-    found = []
-    with suppress(Syntax):
-        for number, entry in _deployments(text):
-            if TAKES_RECIPE.fullmatch(str(entry.get("entrypoint"))) and not _recipe_of(entry):
-                runs = [run for kind in ("schedules", "triggers") for run in _items(entry.get(kind))]
-                if not runs or not all(map(_recipe_of, runs)):
-                    found.append(number)
-    return found
-
-
-def _items(value: JsonValue | None) -> list[JsonValue]:
-    return value if isinstance(value, list) else []
-
-
-def _recipe_of(entry: JsonValue) -> JsonValue:
-    parameters = entry.get("parameters") if isinstance(entry, dict) else None
-    return parameters.get("recipe") if isinstance(parameters, dict) else None
-
-
-def _recipe(text: str, place: tuple[str | int, ...]) -> Edit | None:
-    """Return the edit that writes the recipe into a deployment; None if its parameters are an alias, or in an odd form."""
-    found = list(scalars(text))
-    keys = {scalar.path: scalar for scalar in found if scalar.is_key}
-    recipe = f"recipe: {EARLIER_RECIPE}"
-    parameters = (*place, "parameters")
-    first = next((scalar for path, scalar in keys.items() if path[:-1] == parameters), None)
-    if first is not None:
-        return _inserted_before(text, first, recipe)
-    if parameters in keys:
-        return _fill(text, keys[parameters], f"{{{recipe}}}")
-    key = keys[(*place, "entrypoint")]
-    value = next(scalar for scalar in found if scalar.path == key.path and not scalar.is_key)
-    indent = _before(text, key)
-    if indent.replace("-", " ").strip():
-        return Edit(value.end, value.end, f", parameters: {{{recipe}}}")
-    end = re.compile(r"[^\r\n]*").match(text, value.end)
-    assert end is not None
-    return Edit(end.end(), end.end(), f"\n{' ' * len(indent)}parameters: {{{recipe}}}")
+    listed = entries if isinstance(entries, list) else []
+    return [(number, entry) for number, entry in enumerate(listed) if isinstance(entry, dict)]
 
 
 def _inserted_before(text: str, key: Scalar, entry: str) -> Edit:

@@ -4,7 +4,7 @@ They end with the process that started them, even if that is killed. The transac
 other, instead of failing or blocking the server.
 
 python -m loraflow.flows.server.prefect_process PARENT_PID server start --port 4242
-python -m loraflow.flows.server.prefect_process uvicorn --factory prefect.server.api.server:create_app ...
+python -m loraflow.flows.server.prefect_process PARENT_PID uvicorn --factory prefect.server.api.server:create_app ...
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 GRACE_SECONDS = 25.0  # seconds; a training that is asked to end saves a checkpoint, which takes up to 20
+TEMPORARY_GRACE_SECONDS = 5.0  # of a temporary server, which runs nothing
 TURN_SECONDS = 60.0  # as long as Prefect lets SQLite wait
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
@@ -72,11 +73,12 @@ async def _turn() -> AsyncGenerator[None, None]:
 
 
 def main() -> None:
-    """Become uvicorn, for a temporary server, or the command `prefect`, tied to its parent process."""
-    del sys.argv[0]
-    if sys.argv[0] != "uvicorn":  # a temporary server has a watchdog instead
-        end_group_with_parent(int(sys.argv[0]), GRACE_SECONDS)
-        sys.argv[0] = "prefect"
+    """Become uvicorn, for a temporary server, or the command `prefect`, tied to the parent process."""
+    parent, *sys.argv = sys.argv[1:]
+    is_temporary = sys.argv[0] == "uvicorn"
+    end_group_with_parent(int(parent), TEMPORARY_GRACE_SECONDS if is_temporary else GRACE_SECONDS)
+    if not is_temporary:
+        sys.argv.insert(0, "prefect")
         # A worker sends itself SIGINT when it gets SIGTERM. A shell's background job inherits that SIGINT is ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.argv[:3] != ["prefect", "worker", "start"]:

@@ -6,15 +6,16 @@ import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect import Flow
 from prefect.exceptions import MissingFlowError, ScriptError
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
-from pydantic import JsonValue, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 import loraflow
+from loraflow.config import yaml
 from loraflow.config.project import FILE, read_prefect_yaml
 from loraflow.config.recipe_text import recipe_files, recipe_names
 from loraflow.failures import BadConfig
@@ -28,9 +29,18 @@ from loraflow.flows.server.deployed_parameters import (
     warn_of_missing_branches,
     with_recipe_values,
 )
-from loraflow.flows.server.deployment_spec import DeploymentEntry, DeploymentSpec, project_of
+from loraflow.flows.server.deployment_spec import (
+    ENTER_PROJECT,
+    ConcurrencyLimit,
+    DeploymentEntry,
+    DeploymentSpec,
+    WorkPool,
+    or_known,
+    project_of,
+)
 from loraflow.flows.server.new_prefect_yaml import write_prefect_yaml
 from loraflow.flows.server.project import import_own_flow, refuse_shadowed_modules
+from loraflow.flows.server.schedules import Schedule
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -39,6 +49,25 @@ log = logging.getLogger("loraflow")
 DOCUMENT_KEYS = ("name", "prefect-version", "build", "push", "pull", "definitions", "notifications", "deployments")
 NO_STEPS = "loraflow deploy runs no {} steps; use `prefect deploy` for this deployment"
 MAX_PROBLEMS = 5
+# the keys of each section; those of a deployment itself are DeploymentEntry's
+MODELS: dict[str | int, type[BaseModel]] = {
+    "work_pool": WorkPool,
+    "concurrency_limit": ConcurrencyLimit,
+    "schedules": Schedule,
+    "notifications": Notifications,
+}
+
+
+class Place(NamedTuple):
+    """A section of the file, for messages."""
+
+    file: Path
+    lines: dict[yaml.Path, int]
+    path: yaml.Path
+
+    def __str__(self) -> str:
+        name, *numbers = self.path
+        return f"{self.file}:{yaml.nearest_line(self.lines, self.path)}: {name}{''.join(f'[{n}]' for n in numbers)}"
 
 
 def find_prefect_yaml() -> Path:
@@ -111,12 +140,13 @@ def _all_specs(document: dict[str, JsonValue], file: Path) -> dict[str, Deployme
             expected="a list under `deployments`",
             next_step=f"add one; without a {FILE}, `loraflow deploy` writes one for the recipes in configs/",
         )
-    _check_document(document, file)
+    lines = yaml.first_lines(file.read_text(encoding="utf-8-sig"))
+    _check_document(document, file, lines)
     specs: dict[str, DeploymentSpec] = {}
     for number, entry in enumerate(entries):
         if _is_empty(entry):
             continue
-        spec = _to_spec(entry, document, f"{file}: deployments[{number}]")
+        spec = _to_spec(entry, document, Place(file, lines, ("deployments", number)))
         if spec.full_name in specs:
             raise BadConfig(
                 "Two deployments have the same name.",
@@ -169,14 +199,13 @@ def _specs(document: dict[str, JsonValue], file: Path, only: list[str] | None) -
     return [with_recipe_values(spec, file.parent, f"{file}: {spec.full_name}") for spec in selected]
 
 
-def _check_document(document: dict[str, JsonValue], file: Path) -> None:
+def _check_document(document: dict[str, JsonValue], file: Path, lines: dict[yaml.Path, int]) -> None:
     unknown = [str(key) for key in document if key not in DOCUMENT_KEYS and not str(key).startswith("x-")]
     if unknown:
         raise BadConfig(
             f"{FILE} has a key that has no effect.",
-            where=str(file),
-            expected=", ".join(DOCUMENT_KEYS),
-            got=", ".join(unknown),
+            where=f"{file}:{yaml.nearest_line(lines, (unknown[0],))}",
+            got="; ".join(f"{key}{or_known(key, DOCUMENT_KEYS)}" for key in unknown[:MAX_PROBLEMS]),
             next_step="remove it, or correct its name",
         )
     for key in ("build", "push"):
@@ -198,7 +227,17 @@ def _check_document(document: dict[str, JsonValue], file: Path) -> None:
 
 def _check_project(pull: JsonValue, name: JsonValue, where: str) -> None:
     listed = [pull] if isinstance(pull, dict) else pull if isinstance(pull, list) else []
-    entered = project_of([step for step in listed if isinstance(step, dict)])
+    steps = [step for step in listed if isinstance(step, dict)]
+    for inputs in (step.get(ENTER_PROJECT) for step in steps):
+        if inputs and not (isinstance(inputs, dict) and inputs.keys() <= {"project", "id", "requires"}):
+            raise BadConfig(
+                f"A pull step of {FILE} has an input that it does not take, so each run would crash.",
+                where=where,
+                expected=f"{ENTER_PROJECT}: {{project: {name}}}",
+                got=f"{ENTER_PROJECT}: {inputs}",
+                next_step=f"correct {FILE}",
+            )
+    entered = project_of(steps)
     if entered is not None and entered != (None if name is None else str(name)):
         raise BadConfig(
             f"A pull step of {FILE} names another project than the file.",
@@ -209,7 +248,8 @@ def _check_project(pull: JsonValue, name: JsonValue, where: str) -> None:
         )
 
 
-def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], where: str) -> DeploymentSpec:
+def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], place: Place) -> DeploymentSpec:
+    where = str(place)
     if isinstance(entry, dict) and entry.get("name"):
         where += f" ({entry['name']})"
     if isinstance(entry, dict):
@@ -232,7 +272,7 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], where: str) ->
     try:
         checked = DeploymentEntry.model_validate(entry)
     except ValidationError as error:
-        raise _problems("A deployment is not valid.", where, error) from None
+        raise _problems("A deployment is not valid.", where, error, place) from None
     flow = _load_flow(checked.entrypoint, where)
     pull = checked.pull if checked.pull is not None else document.get("pull") or []
     try:
@@ -246,7 +286,7 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], where: str) ->
             }
         )
     except ValidationError as error:
-        raise _problems("The pull steps are not valid.", where, error) from None
+        raise _problems("The pull steps are not valid.", where, error, place) from None
     _refuse_equal_triggers(spec, where)
     check_parameters(spec, flow, where)
     for number, schedule in enumerate(spec.schedules):
@@ -257,20 +297,23 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], where: str) ->
     return spec
 
 
-def _problems(what: str, where: str, error: ValidationError) -> BadConfig:
-    """Return a failure that lists the first problems, each with its field."""
+def _problems(what: str, where: str, error: ValidationError, place: Place) -> BadConfig:
+    """Return a failure that lists the first problems, each with its line and field."""
     problems = [
-        f"{'.'.join(map(str, problem['loc'])) or 'the entry'}: {_message(problem)}"
+        f"line {yaml.nearest_line(place.lines, (*place.path, *problem['loc']))}: "
+        f"{'.'.join(map(str, problem['loc'])) or 'the entry'}: {_message(problem, place)}"
         for problem in error.errors(include_url=False)[:MAX_PROBLEMS]
     ]
     return BadConfig(what, where=where, got="; ".join(problems), next_step=f"correct {FILE}")
 
 
-def _message(problem: ErrorDetails) -> str:
+def _message(problem: ErrorDetails, place: Place) -> str:
     """Return pydantic's message; of a key that is not allowed, it does not say why."""
-    if problem["type"] == "extra_forbidden":
-        return "loraflow deploy does not know or apply this key"
-    return problem["msg"].removeprefix("Value error, ")
+    if problem["type"] != "extra_forbidden":
+        return problem["msg"].removeprefix("Value error, ")
+    *section, key = problem["loc"]
+    kind = MODELS.get((section or place.path)[0], DeploymentEntry)
+    return f"loraflow deploy does not know or apply this key{or_known(str(key), kind.model_fields)}"
 
 
 def _load_flow(entrypoint: str, where: str) -> Flow[..., Any]:
@@ -331,10 +374,5 @@ def _notifications(document: dict[str, JsonValue], file: Path) -> Notifications:
     try:
         return Notifications.model_validate(document.get("notifications") or {})
     except ValidationError as error:
-        first = error.errors()[0]
-        raise BadConfig(
-            "The notifications cannot be read.",
-            where=f"{file}: notifications.{'.'.join(map(str, first['loc']))}",
-            got=first["msg"],
-            next_step=f"correct this part of {FILE}",
-        ) from error
+        place = Place(file, yaml.first_lines(file.read_text(encoding="utf-8-sig")), ("notifications",))
+        raise _problems("The notifications are not valid.", str(place), error, place) from error

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 from prefect.client.base import ServerType, determine_server_type
 from prefect.settings import get_current_settings
@@ -19,10 +17,6 @@ from prefect.settings import get_current_settings
 from loraflow.failures import BadConfig, Crashed
 from loraflow.flows.server.connection import require_server_for_run
 
-if TYPE_CHECKING:
-    from prefect.server.api.server import SubprocessASGIServer
-
-_watchdogs: list[subprocess.Popen[bytes]] = []  # keeps the pipes to them open until this process ends
 PORT_IN_USE = 3  # exit status of uvicorn if it cannot start; Prefect then starts it on another port, without end
 MAX_STARTS = 3
 LOG = "temporary-server.log"  # in PREFECT_HOME
@@ -43,10 +37,9 @@ def prepare_server() -> None:
 
 
 def start_temporary_server() -> None:
-    """Start Prefect's temporary server under a watchdog, if this process would use one.
+    """Start Prefect's temporary server, if this process would use one. Call it on the main thread.
 
-    Prefect ends that server at exit, which SIGKILL skips. If Prefect starts a server later in this process, it finds
-    this one.
+    If Prefect starts a server later in this process, it finds this one.
 
     Raises:
         BadConfig: its folder cannot be written.
@@ -60,20 +53,11 @@ def start_temporary_server() -> None:
     if server.running:
         return
     _require_writable_home()
-    watchdog = _start_watchdog()
-    started = threading.Event()
-    # In a thread, because the start takes seconds, and the command may be killed during it.
-    reporter = threading.Thread(
-        target=_report_pid, args=(server, watchdog, started), name="server-watchdog", daemon=True
-    )
-    reporter.start()
     try:
         with _in_its_own_session():
             server.start()
     finally:
         _ServerProcess.starting = False
-        started.set()
-        reporter.join()
 
 
 def _require_writable_home() -> None:
@@ -108,7 +92,7 @@ class _ServerProcess(subprocess.Popen[bytes]):
         with self.log.open("ab") as file:
             if file.tell() > MAX_LOG:
                 file.truncate(0)
-            super().__init__(writing_in_turn(args), env=env, stderr=file, start_new_session=True)
+            super().__init__(wrapped(args), env=env, stderr=file, start_new_session=True)
 
     def poll(self) -> int | None:
         """Return the exit status.
@@ -127,10 +111,11 @@ class _ServerProcess(subprocess.Popen[bytes]):
         return code
 
 
-def writing_in_turn(command: Sequence[str]) -> list[str]:
-    """Return the command of Prefect's temporary server, `python -m uvicorn ...`, with transactions that wait in turn."""
+def wrapped(command: Sequence[str]) -> list[str]:
+    """Return the command of Prefect's temporary server, `python -m uvicorn ...`, as one of `prefect_process`."""
     at = command.index("-m") + 1
-    return [command[0], "-P", *command[1:at], "loraflow.flows.server.prefect_process", *command[at:]]
+    wrapper = ["loraflow.flows.server.prefect_process", str(os.getpid())]
+    return [command[0], "-P", *command[1:at], *wrapper, *command[at:]]
 
 
 def _last_error(log: Path) -> str:
@@ -150,29 +135,3 @@ def _in_its_own_session() -> Iterator[None]:
         yield
     finally:
         names["subprocess"] = original
-
-
-def _start_watchdog() -> subprocess.Popen[bytes]:
-    watchdog = subprocess.Popen(
-        [sys.executable, "-IS", str(Path(__file__).with_name("watchdog.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,  # a signal to the command's group must not end the watchdog first
-    )
-    _watchdogs.append(watchdog)
-    return watchdog
-
-
-def _report_pid(server: SubprocessASGIServer, watchdog: subprocess.Popen[bytes], started: threading.Event) -> None:
-    """Send the server's process id to the watchdog as soon as there is one, and each new one until it has started."""
-    assert watchdog.stdin is not None
-    reported = None
-    while True:
-        last = started.wait(0.02)
-        process = server.server_process
-        if process is not None and process.pid != reported:
-            reported = process.pid
-            watchdog.stdin.write(b"%d\n" % reported)
-            watchdog.stdin.flush()
-        if last:
-            return

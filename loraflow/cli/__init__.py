@@ -191,7 +191,7 @@ def _write_error(text: str) -> None:
 def stop_at_second_interrupt() -> None:
     """Let the first Ctrl-C end the run in order, and the second one end it at once.
 
-    Worker processes end with this process, and the watchdog ends a temporary server.
+    Worker processes and a temporary server end with this process.
     """
     first: list[float] = []
 

@@ -222,31 +222,28 @@ def _score_lines(scores: RunScores) -> Iterator[str]:
     which = "; tuned is this model, champion the one that it was compared with" if "champion" in sides else ""
     yield from _rows("scores", f"of run {scores.run}, with {100 * scores.confidence:.4g}% intervals{which}")
     for rows, tuned in (scores.metrics.get("tuned") or {}).items():
-        table = [[f"{rows}, {next(iter(tuned.values())).n} rows", *sides]]
-        for metric in tuned:
-            cells = [(scores.metrics.get(side) or {}).get(rows, {}).get(metric) for side in sides]
-            table.append([f"  {metric}", *(str(score) if score else "" for score in cells)])
-        yield from _table_lines(table)
+        by_side = [(scores.metrics.get(side) or {}).get(rows, {}) for side in sides]
+        table = [_cells(metric, [of_side.get(metric) for of_side in by_side]) for metric in tuned]
+        yield from _table_lines([[f"{rows}, {next(iter(tuned.values())).n} rows", *sides], *table])
     for by in dict.fromkeys(part.by for part in scores.slices):
-        parts = [part for part in scores.slices if part.by == by]
-        table = [[f"by {by}", *sides]]
-        for part in parts:
-            for metric in part.values["tuned"]:
-                cells = [part.values.get(side, {}).get(metric) for side in sides]
-                table.append(
-                    [f"  {part.name}, {part.rows} rows, {metric}", *(str(score) if score else "" for score in cells)]
-                )
-        yield from _table_lines(table)
-    if scores.seeds:
-        table = [["by training seed", *scores.seeds[0].values, "mean", "deviation"]]
-        for by_seed in scores.seeds:
-            table.append(
-                [
-                    f"  {by_seed.metric}",
-                    *(f"{x:.3f}" for x in (*by_seed.values.values(), by_seed.mean, by_seed.deviation)),
-                ]
+        table = [
+            _cells(
+                f"{part.name}, {part.rows} rows, {metric}", [part.values.get(side, {}).get(metric) for side in sides]
             )
-        yield from _table_lines(table)
+            for part in scores.slices
+            if part.by == by
+            for metric in part.values["tuned"]
+        ]
+        yield from _table_lines([[f"by {by}", *sides], *table])
+    if scores.seeds:
+        table = [
+            _cells(s.metric, [f"{x:.3f}" for x in (*s.values.values(), s.mean, s.deviation)]) for s in scores.seeds
+        ]
+        yield from _table_lines([["by training seed", *scores.seeds[0].values, "mean", "deviation"], *table])
+
+
+def _cells(label: str, values: Iterable[object]) -> list[str]:
+    return [f"  {label}", *("" if value is None else str(value) for value in values)]
 
 
 def _table_lines(table: list[list[str]]) -> Iterator[str]:

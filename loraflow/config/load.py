@@ -129,7 +129,7 @@ def parse_recipe(
         found = error.errors(include_url=False)
         problems += [
             Problem(
-                _line(lines, problem["loc"] or _first_key(problem["msg"])),
+                yaml.nearest_line(lines, problem["loc"] or _first_key(problem["msg"])),
                 _message(problem, document),
                 _find_override(overrides, problem["loc"], problem["msg"], lines),
             )
@@ -138,7 +138,7 @@ def parse_recipe(
         unlisted = max(0, len(found) - MAX_PROBLEMS)
     else:
         problems += [
-            Problem(_line(lines, path), message, _find_override(overrides, path, message, lines))
+            Problem(yaml.nearest_line(lines, path), message, _find_override(overrides, path, message, lines))
             for path, message in (() if is_recorded else contradictions(recipe))
         ]
     if problems:
@@ -266,14 +266,6 @@ def _translate_keys(
             for warning in translated.warnings:
                 log.warning("%s: %s", name, warning)
     return problems
-
-
-def _line(lines: dict[yaml.Path, int], loc: tuple[str | int, ...]) -> int:
-    """Return the line of a key or item, or of the nearest section around it; 0 if there is none."""
-    for end in range(len(loc), 0, -1):
-        if loc[:end] in lines:
-            return lines[loc[:end]]
-    return 0
 
 
 def _message(error: ErrorDetails, document: Mapping[str, JsonValue]) -> str:

@@ -118,7 +118,7 @@ def load_plain(text: str) -> JsonValue:
     """Return the document of another tool's file: YAML 1.1 as SafeLoader reads it, with aliases and merge keys.
 
     Raises:
-        Syntax: the text is broken YAML, or exceeds a limit of this module.
+        Syntax: the text is broken YAML, has a duplicated key, or exceeds a limit of this module.
     """
     node = _compose(text, _BoundedLoader)
     if node is None:
@@ -159,6 +159,8 @@ def _syntax_error(text: str, error: Exception) -> Syntax:
         problem = error.problem or str(error)
         if problem.startswith("but ") and error.context:
             problem = f"{error.context}, {problem}"
+        if problem.startswith("found character '\\t'"):
+            problem = "a tab, where YAML takes spaces only"
         return Syntax(mark.line + 1 if mark else 1, problem)
     if isinstance(error, yaml.reader.ReaderError) and isinstance(error.character, int):
         line = text.count("\n", 0, error.position) + 1
@@ -170,7 +172,7 @@ def _count_nodes(node: yaml.Node, counted: dict[int, int], parents: set[int]) ->
     """Return how many nodes a node expands to.
 
     Raises:
-        Syntax: they are too many, or an alias names a node that it is part of.
+        Syntax: they are too many, a key is duplicated, or an alias names a node that it is part of.
     """
     if isinstance(node, yaml.ScalarNode):
         return 1
@@ -178,7 +180,12 @@ def _count_nodes(node: yaml.Node, counted: dict[int, int], parents: set[int]) ->
     if id(node) in parents:
         raise Syntax(line, "an alias names a value that it is part of")
     if id(node) not in counted:
-        inside = parents | {id(node)}
+        inside, keys = parents | {id(node)}, set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            name = (key.tag, str(key.value))
+            if name in keys and name[1] != "<<":  # SafeLoader would take the last one
+                raise Syntax(key.start_mark.line + 1, f"key {name[1]!r} is duplicated")
+            keys.add(name)
         children = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
         counted[id(node)] = 1 + sum(_count_nodes(child, counted, inside) for child in children)
         if counted[id(node)] > MAX_VALUES:
@@ -258,6 +265,25 @@ def scalars(text: str) -> Iterator[Scalar]:
         raise Syntax(1, str(error)) from error
     if root is not None:
         yield from _scalars(root, (), set())
+
+
+def first_lines(text: str) -> dict[Path, int]:
+    """Return the line, from 1, at which each key and item of a YAML text begins.
+
+    Raises:
+        Syntax: see `scalars`.
+    """
+    lines: dict[Path, int] = {}
+    for found in scalars(text):
+        line = text.count("\n", 0, found.start) + 1
+        for end in range(1, len(found.path) + 1):
+            lines.setdefault(found.path[:end], line)
+    return lines
+
+
+def nearest_line(lines: dict[Path, int], path: Path) -> int:
+    """Return the line of a key or item, or of the nearest section around it; 0 if there is none."""
+    return next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), 0)
 
 
 def _scalars(node: yaml.Node, path: Path, seen: set[int]) -> Iterator[Scalar]:

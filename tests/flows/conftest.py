@@ -23,10 +23,10 @@ def prefect_server(tmp_path_factory):
     from prefect.server.api import server as module
     from prefect.testing.utilities import prefect_test_harness
 
-    from loraflow.flows.server.temporary_server import writing_in_turn
+    from loraflow.flows.server.temporary_server import wrapped
 
     def start(args: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(writing_in_turn(args), **options)
+        return subprocess.Popen(wrapped(args), start_new_session=True, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "subprocess", SimpleNamespace(Popen=start))

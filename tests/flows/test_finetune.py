@@ -389,7 +389,7 @@ def test_signals_leave_no_worker_and_an_intact_store(project, signum):
             break
         time.sleep(0.1)
     assert processes_with(str(project.store / "work")) == []
-    for _ in range(100):  # after SIGKILL the watchdog ends Prefect's server
+    for _ in range(100):  # after SIGKILL Prefect's server ends by itself
         if not processes_of_session(process.pid):
             break
         time.sleep(0.1)

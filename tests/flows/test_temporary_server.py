@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-WATCHDOG = Path(__file__).parent.parent.parent / "flows" / "server" / "watchdog.py"
 COMMAND = [sys.executable, "-P", "-c", "from loraflow.cli import set_default_environment; set_default_environment();"
            "from loraflow.flows.server.temporary_server import start_temporary_server; start_temporary_server(); print('up', flush=True); input()"]  # fmt: skip
 
@@ -35,8 +34,8 @@ def child_with(process: subprocess.Popen, word: str) -> list[psutil.Process]:
     return found
 
 
-def ended(*processes: psutil.Process) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+def ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def own_modules(folder: Path) -> None:
@@ -60,21 +59,20 @@ def command(tmp_path):
 def test_sigkill_to_the_command_ends_a_starting_server(command):
     """The end of a running server is tested with complete runs, in test_finetune."""
     (server,) = wait_for(lambda: child_with(command, "uvicorn"), 120)
-    (watchdog,) = wait_for(lambda: child_with(command, "watchdog.py"), 10)
     time.sleep(0.3)
     os.kill(command.pid, signal.SIGKILL)
     command.wait()
-    wait_for(lambda: ended(server, watchdog), 20)
+    wait_for(lambda: ended(server), 20)
 
 
 def test_the_server_is_out_of_reach_of_signals_for_the_command_and_ends_with_it(command):
     """An interrupted run tells the server how it ended, so the server must still be there."""
     assert command.stdout.readline() == "up\n"
-    (server,), (watchdog,) = child_with(command, "uvicorn"), child_with(command, "watchdog.py")
+    (server,) = psutil.Process(command.pid).children()
     assert os.getpgid(server.pid) == os.getsid(server.pid) == server.pid != os.getpgid(command.pid)
     command.communicate("\n", timeout=60)
     assert command.returncode == 0
-    wait_for(lambda: ended(server, watchdog), 10)
+    wait_for(lambda: ended(server), 10)
 
 
 def refused_start(folder: Path, **env: str) -> str:
@@ -125,15 +123,26 @@ def test_no_server_is_started_if_one_is_configured():
     assert psutil.Process().children() == before
 
 
-def test_the_watchdog_kills_a_process_that_ignores_sigterm():
-    stubborn = subprocess.Popen(
-        [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True);"
-         "time.sleep(60)"], stdout=subprocess.PIPE)  # fmt: skip
-    stubborn.stdout.readline()
-    finished = subprocess.Popen([sys.executable, "-c", ""])
-    finished.wait()
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, "-IS", str(WATCHDOG)], input=f"{finished.pid}\n{stubborn.pid}\n", text=True)
-    assert done.returncode == 0
-    assert stubborn.wait(timeout=5) == -signal.SIGKILL
-    assert time.monotonic() - started > 4
+STUBBORN = """
+import os, signal, sys, time
+from loraflow.flows.server import prefect_process
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+prefect_process.TEMPORARY_GRACE_SECONDS = 1.0
+prefect_process.write_in_turn = lambda: None
+prefect_process.runpy.run_module = lambda *_, **__: (print(os.getpid(), flush=True), time.sleep(60))
+sys.argv[1:] = [str(os.getppid()), "uvicorn"]
+prefect_process.main()
+"""
+
+
+def test_a_temporary_server_that_ignores_sigterm_is_killed_after_its_parent():
+    start = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}], start_new_session=True).wait()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True)
+    server = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    time.sleep(0.3)
+    assert not ended(server), "it ignores SIGTERM"
+    wait_for(lambda: ended(server), 20)

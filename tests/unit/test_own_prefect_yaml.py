@@ -44,8 +44,9 @@ def test_the_lines_fit_at_the_end_of_the_deployments(folder, name, entries):
     before, after = f"{name}pull: []\ndeployments:\n{entries}", "definitions: {}\n"
     todo, lines = shown(folder, before + after)
     assert "at the end of its `deployments`" in todo
-    spec = added_to(folder, before + lines + after)
-    document = yaml.safe_load(before + lines + after)
+    new = before.removeprefix("name: null\n") + lines + after  # the comment says: instead of the empty name
+    spec = added_to(folder, new)
+    document = yaml.safe_load(new)
     assert spec.project == str(document["name"]) and spec.name == "tickets"
     assert spec.work_pool.name == ("tickets" if entries == EMPTY else "theirs")
 

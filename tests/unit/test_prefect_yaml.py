@@ -185,8 +185,69 @@ def test_queue_version_limit_tags_and_pause_are_applied(specs):
 def test_a_refusal_names_file_deployment_and_field(specs, fields, field):
     with pytest.raises(BadConfig) as error:
         specs(**fields)
-    assert f"prefect.yaml: deployments[0] ({fields.get('name', 'mine')})" in error.value.where
+    assert f"prefect.yaml:2: deployments[0] ({fields.get('name', 'mine')})" in error.value.where
     assert field in f"{error.value.where} {error.value.got}"
+
+
+TEXT = """\
+name: p
+pull:
+  - loraflow.flows.server.project.enter: {project: p}
+definitions:
+  pool: &pool {name: local}
+deployments:
+  - name: one
+    entrypoint: loraflow.flows.finetune.finetune
+    work_pool: *pool
+    parameters: {recipe: tiny, overrides: {rank: 8}}
+  - name: two
+    entrypoint: loraflow.flows.retrain.retrain
+    parameters:
+      recipe: tiny
+    work_pool:
+      <<: *pool
+      work_queue_name: default
+    concurrency_limit:
+      limit: 1
+    schedules:
+      - cron: "@daily"
+        slug: daily
+    triggers:
+      - enabled: true
+        expect: [a]
+notifications:
+  blocks: []
+"""
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "line", "words"),
+    [
+        ("definitions:", "definition:", 4, "did you mean definitions?"),
+        ("    entrypoint: loraflow.flows.retrain", "    entry: loraflow.flows.retrain", 12, "did you mean entrypoint?"),
+        ("work_queue_name", "queue", 17, "known are job_variables, name, work_queue_name"),
+        ("      limit: 1", "      limit: 1\n      colision_strategy: ENQUEUE", 20, "did you mean collision_strategy?"),
+        ("        slug:", "        slugg:", 22, "did you mean slug?"),
+        ("expect:", "expct:", 23, "did you mean expect?"),
+        ("  blocks:", "  block:", 27, "did you mean blocks?"),
+        ("overrides: {rank", "overrides: {rnk", 7, "did you mean rank?"),
+        ("enter: {project: p}", "enter: {projct: p}", 0, "{'projct': 'p'}"),
+        ("      recipe: tiny\n", "      recipe: tiny\n      recipe: tiny\n", 15, "key 'recipe' is duplicated"),
+        ("      limit: 1", "\tlimit: 1", 19, "a tab, where YAML takes spaces"),
+    ],
+)
+@pytest.mark.parametrize(("start", "end"), [("", "\n"), ("\ufeff", "\r\n")])
+def test_an_unknown_key_is_named_with_its_line_and_what_to_write(specs, tmp_path, start, end, good, bad, line, words):
+    specs()
+    file = tmp_path / "prefect.yaml"
+    file.write_bytes((start + TEXT.replace("\n", end)).encode())
+    assert len(read_all(file)[0]) == 2
+    assert TEXT.count(good) == 1
+    file.write_bytes((start + TEXT.replace(good, bad).replace("\n", end)).encode())
+    with pytest.raises(BadConfig) as error:
+        read_all(file)
+    message = str(error.value)
+    assert words in message and (f"line {line}: " in message or f"{file}:{line}" in message or not line), message
 
 
 @pytest.mark.parametrize("limit", ["3", {"limit": "3"}, {"limit": 3}, 3])

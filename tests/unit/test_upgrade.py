@@ -146,44 +146,6 @@ def test_a_flow_of_the_projects_own_keeps_its_entrypoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("entry", "written"),
-    [
-        ("- name: a\n  entrypoint: E\n", "- name: a\n  entrypoint: E\n  parameters: {recipe: quickstart}\n"),
-        ("- entrypoint: E  # x", "- entrypoint: E  # x\n  parameters: {recipe: quickstart}"),
-        ("- {entrypoint: E, name: a}\n", "- {entrypoint: E, parameters: {recipe: quickstart}, name: a}\n"),
-        ("- entrypoint: E\n  parameters: {}\n", "- entrypoint: E\n  parameters: {recipe: quickstart}\n"),
-        (
-            "- entrypoint: E\n  parameters: {branch: dev}\n",
-            "- entrypoint: E\n  parameters: {recipe: quickstart, branch: dev}\n",
-        ),
-        (
-            "- entrypoint: E\n  parameters:\n    branch: dev\n",
-            "- entrypoint: E\n  parameters:\n    recipe: quickstart\n    branch: dev\n",
-        ),
-        ("- entrypoint: E\n  parameters: {recipe: b}\n", None),
-        ("- entrypoint: E\n  schedules: [{cron: 0 2 * * *, parameters: {recipe: b}}]\n", None),
-        ("- entrypoint: loraflow.flows.predict.predict\n", None),
-    ],
-)
-def test_a_deployment_without_a_recipe_keeps_the_one_that_it_ran(tmp_path, entry, written):
-    (tmp_path / "configs").mkdir()
-    head = "name: p\ndeployments:\n- entrypoint: own.py:x\n"
-    old = head + entry.replace("E", "loraflow.flows.retrain.retrain")
-    assert upgrade_prefect_yaml(old, tmp_path) == (old, []), "no such recipe"
-    (tmp_path / "configs" / "quickstart.yml").touch()
-    new = head + (written or entry).replace("E", "loraflow.flows.retrain.retrain")
-    assert upgrade_prefect_yaml(old, tmp_path) == (new, [])
-
-
-def test_a_deployment_whose_parameters_are_an_alias_is_named(tmp_path):
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "quickstart.yaml").touch()
-    text = "definitions: {p: &p {branch: dev}}\ndeployments:\n- {entrypoint: loraflow.flows.retrain.retrain, parameters: *p}\n"
-    new, notes = upgrade_prefect_yaml(text, tmp_path)
-    assert new == text and notes == ["deployments[0]: add parameters: {recipe: quickstart}, which it ran before"]
-
-
-@pytest.mark.parametrize(
     ("old", "new"),
     [
         ("env:\n        A: b  # x\n", "env:\n        ID\n        A: b  # x\n"),
