@@ -47,14 +47,6 @@ _LIKE_TRUE = frozenset({
     "adevarat", "corect", "dogru", "benar", "dung", "истина", "верно", "правильно", "хорошо", "σωστο", "صحيح", "נכון", "सही",
     "ถูก", "对", "正确", "正確", "真", "好", "正しい", "正解", "참", "정답", "맞음", "👍", "✅", "✓", "✔", "○",
 })  # fmt: skip
-# Two classes that no annotator uses for right and wrong.
-_CLASS_PAIRS = frozenset(
-    frozenset(pair.split("/"))
-    for pair in (
-        "spam/ham", "entailment/contradiction", "human/ai", "human/machine", "male/female", "question/statement",
-        "subjective/objective", "formal/informal", "odd/even", "cat/dog", "positive/neutral", "negative/neutral",
-    )
-)  # fmt: skip
 # Answers to a question more than judgements: beside two other values they are classes, as yes, no, maybe and unknown are.
 _WEAK = frozenset({
     "nope", "nah", "yep", "yeah", "yup", "nein", "ja", "jein", "non", "oui", "si", "nao", "sim", "nee", "nej", "nei", "ei",
@@ -179,7 +171,6 @@ class _Values:
     others: dict[str, str] = field(default_factory=dict)  # texts and numbers that say neither true nor false
     numbers: set[float] = field(default_factory=set)
     are_answers: bool = True  # each label is its row's answer
-    are_named: bool = True  # each of `others` is a part of its row's answer
     answers: dict[str, str] = field(default_factory=dict)  # label → the answer that all its rows have
     are_numbers_of_answers: bool = True  # rows with one label have one answer
     rows: Counter[str] = field(default_factory=Counter)  # of each label
@@ -199,8 +190,6 @@ class _Values:
             self.numbers.add(number)
         if kind in ("number", "other"):
             self.others.setdefault(text, repr(value)[:60])
-            if self.are_named:
-                self.are_named = any(text in plain(answer) for answer in answers_of(row))
 
     def _add_answer(self, label: str, row: dict[str, JsonValue]) -> None:
         if self.are_numbers_of_answers:
@@ -214,8 +203,8 @@ class _Values:
         kinds, others = self.kinds, len(self.others)
         if not kinds or self.are_answers or others >= ENOUGH:
             return True
-        is_said = self.are_numbers_of_answers and len(set(self.answers.values())) == len(self.answers) > 1
-        if is_said and min(self.rows.values()) > 1:  # label 0 beside each answer "negative", 1 beside "positive"
+        has_names = self.are_numbers_of_answers and len(set(self.answers.values())) == len(self.answers) > 1
+        if has_names and min(self.rows.values()) > 1:  # label 0 beside each answer "negative", 1 beside "positive"
             return True
         if not others or "score" in kinds:
             return False
@@ -225,12 +214,11 @@ class _Values:
             return False
         if kinds & {"true", "like_true", "weak", "binary"}:
             return others >= 2
-        return (
-            others != 2
-            or self.are_named
-            or frozenset(self.others) in _CLASS_PAIRS
-            or all(" " in text for text in self.others)
-        )
+        return True
+
+    def is_pair(self) -> bool:
+        """Tell whether they are two words or texts that say neither right nor wrong, in any language that is known."""
+        return self.kinds == {"other"} and len(self.others) == 2 and not self.are_answers
 
 
 def answers_of(row: Mapping[str, JsonValue]) -> Iterable[str]:
@@ -252,20 +240,10 @@ def class_of(row: Mapping[str, JsonValue]) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def questions_of(row: Mapping[str, JsonValue]) -> Iterable[str]:
-    """Yield the questions of a row, as far as its usual keys have them."""
-    for key in ("prompt", "instruction", "input", "question", "messages", "conversations"):
-        value = row.get(key)
-        items = value if isinstance(value, list) else [value]
-        for item in items[:-1] if key in ("messages", "conversations") else items:
-            text = item.get("content", item.get("value")) if isinstance(item, dict) else item
-            if isinstance(text, str):
-                yield text
-
-
 @dataclass(frozen=True)
 class _Column:
     is_class: bool
+    is_pair: bool
     others: tuple[str, ...]
 
 
@@ -276,19 +254,19 @@ def pair_meaning(better: str, worse: str, rows: Iterable[JsonValue]) -> PairMean
     are answers if the answer of each row is its better one; marks if they say nothing but yes and no, and never what the
     row's answer says. Otherwise a row must neither be learned nor left out by mistake.
     """
-    is_answer, are_words, is_said = True, True, False
+    is_answer, are_words, is_in_answer = True, True, False
     for row in rows:
         if not isinstance(row, dict) or is_absent(row.get(better)) or is_absent(row.get(worse)):
             continue
         pair = row[better], row[worse]
-        said = [plain(answer) for answer in answers_of(row)]
+        answers = [plain(answer) for answer in answers_of(row)]
         texts = [plain(value) if isinstance(value, str) else None for value in pair]
-        is_answer = is_answer and texts[0] in said
-        is_said = is_said or any(text in said for text in texts)
+        is_answer = is_answer and texts[0] in answers
+        is_in_answer = is_in_answer or any(text in answers for text in texts)
         are_words = are_words and all(label_side(value) != "other" for value in pair)
     if is_answer:
         return "answers"
-    return "marks" if are_words and not is_said else "unclear"
+    return "marks" if are_words and not is_in_answer else "unclear"
 
 
 class Labels:
@@ -299,8 +277,7 @@ class Labels:
     - each is its row's answer, or none has a value;
     - each stands beside one answer, and each answer beside one label, in two rows or more;
     - they are whole numbers from 0, and three of them differ or one is above 2;
-    - they are texts that say neither right nor wrong: one, three or more, or two of several words each or that the
-      answers name;
+    - they are texts that say neither right nor wrong; two of them are a question to the user;
     - there are two more texts beside yes and no, or eight beside true and false.
 
     Otherwise they are marks, and a label that is neither true nor false is refused.
@@ -347,6 +324,12 @@ class Labels:
         self.asked["classes", key] = are_classes
         return are_classes
 
+    def are_pair(self, key: str) -> bool:
+        """Tell whether a key has two words that say neither right nor wrong, as urgent and normal, in a known language."""
+        is_pair = self._rows is not None and self._column(key).is_pair
+        self.asked["pair of words", key] = is_pair
+        return is_pair
+
     def problem(self, key: str, value: JsonValue) -> str:
         """Return why a label that is neither true nor false is refused."""
         others = self._column(key).others if self._rows is not None else ()
@@ -355,7 +338,7 @@ class Labels:
         if len(others) == 2 or (others and reads_like_a_judgement(value)):
             why = f"{key} {repr(value)[:60]} may mark an answer as wrong, but is neither true nor false"
         ways = "write true (the answer is learned) or false (it is not)"
-        return f"{why}: {ways}; if it is a class, rename the column or name it in data.ignore"
+        return f"{why}: {ways}; if it is a class, name {key} in data.ignore"
 
     def _column(self, key: str, values_of: Callable[[dict[str, JsonValue]], list[JsonValue]] | None = None) -> _Column:
         if key not in self._found:
@@ -368,5 +351,5 @@ class Labels:
                     values.add(value, row)
                 if len(values.others) >= ENOUGH:
                     break
-            self._found[key] = _Column(values.are_classes(), tuple(values.others.values()))
+            self._found[key] = _Column(values.are_classes(), values.is_pair(), tuple(values.others.values()))
         return self._found[key]

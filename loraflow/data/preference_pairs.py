@@ -81,7 +81,7 @@ _OPPOSITES = frozenset(
 
 
 def answer_texts(
-    values: Mapping[str, JsonValue], labels: Labels, columns: Collection[str], said: Collection[str] = ()
+    values: Mapping[str, JsonValue], labels: Labels, columns: Collection[str], answers: Collection[str] = ()
 ) -> set[str]:
     """Return the keys of a row that are no marks, because their texts are the answers of a preference pair.
 
@@ -109,7 +109,9 @@ def answer_texts(
         elif betters:
             for better in betters:
                 found |= _texts_of_pair(better, worse, values, labels) if _is_verdict_text(values[better]) else set()
-        elif _is_opposite(value, said) and not labels.some_row(("no pair", worse), partial(_is_no_pair, worse=worse)):
+        elif _is_opposite(value, answers) and not labels.some_row(
+            ("no pair", worse), partial(_is_no_pair, worse=worse)
+        ):
             if not columns:
                 raise BadRow(
                     f"{worse} {value!r} may be the other answer, or say whether the answer is right; set data.columns: "
@@ -119,8 +121,8 @@ def answer_texts(
     return found
 
 
-def _is_opposite(value: str, said: Collection[str]) -> bool:
-    return any(frozenset((plain(value), plain(answer).rstrip(".!"))) in _OPPOSITES for answer in said)
+def _is_opposite(value: str, answers: Collection[str]) -> bool:
+    return any(frozenset((plain(value), plain(answer).rstrip(".!"))) in _OPPOSITES for answer in answers)
 
 
 def _is_no_pair(row: dict[str, JsonValue], worse: str) -> bool:
@@ -220,13 +222,13 @@ def _corrects(value: JsonValue, answer: str, *, is_flag: bool) -> bool:
         return number is not None and number != as_number(value)
     if not isinstance(value, str) or is_absent(value) or is_missing(value) or value.strip() == answer:
         return False
-    text, said = plain(value), plain(answer)
+    text, plain_answer = plain(value), plain(answer)
     if text.rstrip(".! ") in _UNCHANGED or not any(sign.isalnum() for sign in text):
         return False
     if _DATE.fullmatch(text):
-        return not is_flag and _DATE.fullmatch(said) is not None
+        return not is_flag and _DATE.fullmatch(plain_answer) is not None
     if _says_whether(text):
-        first = re.match(r"\w+", said)
+        first = re.match(r"\w+", plain_answer)
         return not is_flag and first is not None and isinstance(label_side(first[0]), bool)
     return True
 

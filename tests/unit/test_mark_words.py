@@ -12,6 +12,7 @@ from loraflow.data.check_report import CheckReport, SplitCounts
 from loraflow.data.mark_names import named_marks, without_marks
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.readers import read_rows
+from loraflow.data.unread_values import counted, doubtful, questions
 from loraflow.reporting.rows import check_notes
 
 PAIR = {"prompt": "q", "completion": "a"}
@@ -31,7 +32,9 @@ def rows_of(key, values, answer="a"):
     return [{"prompt": f"q{n}", "completion": answer.format(value), key: value} for n, value in enumerate(values)]
 
 
-WORDS = ["decision", "status", "state", "result", "outcome", "review", "quality", "rating"]
+JUDGING = ["quality", "verdict", "evaluation", "human_label"]
+ANYTHING = ["decision", "status", "state", "result", "outcome", "review", "rating", "review_status", "grade"]
+WORDS = JUDGING + ANYTHING
 
 
 @pytest.mark.parametrize("key", WORDS)
@@ -47,12 +50,38 @@ def test_a_column_with_values_that_judge_nothing_is_a_class(tmp_path, key):
     assert all(row.messages for row in read(tmp_path, nested))
 
 
-@pytest.mark.parametrize("key", WORDS)
-@pytest.mark.parametrize("other", ["approved", "good", "neutral", None, "correct"])
-def test_a_column_with_judgements_alone_is_refused_with_the_ways_out(tmp_path, key, other):
-    first, second = read(tmp_path, rows_of(key, ["rejected", other]))
+@pytest.mark.parametrize("key", JUDGING)
+@pytest.mark.parametrize("other", ["approved", "good", None, "correct", "excellent"])
+def test_a_column_that_judges_is_refused_if_it_has_judgements_alone_and_both_ways_out_work(tmp_path, key, other):
+    rows = rows_of(key, ["rejected", other])
+    first, second = read(tmp_path, rows)
     assert first.place == "x.jsonl:1" and not first.is_marked_false and second.messages
-    assert first.problem.startswith(f"{key} 'rejected' may mark") and "rename the column" in first.problem
+    assert first.problem.startswith(f"{key} 'rejected' may mark the answer as wrong, or be a class: ")
+    assert f"set data.columns: {{train: {key}}} to leave such rows out" in first.problem
+    assert f"name {key} in data.ignore to learn them" in first.problem
+    found = read(tmp_path, rows, columns={"train": key})
+    assert [row.marked_by for row in found] == [f"{key}: rejected", ""] and found[1].messages
+    assert all(row.messages for row in read(tmp_path, rows, ignore=[key]))
+
+
+@pytest.mark.parametrize("key", [*ANYTHING, "metadata.status", "success", "resolved", "solved"])
+@pytest.mark.parametrize("values", [["rejected", "approved"], ["poor", "good"], ["failed", "passed"], [False, True]])
+def test_a_column_that_may_be_about_anything_is_learned_and_asked_about(tmp_path, key, values):
+    outer, _, inner = key.partition(".")
+    rows = [{**PAIR, "prompt": f"q{n}", outer: {inner: value} if inner else value} for n, value in enumerate(values)]
+    rows = read(tmp_path, rows)
+    assert all(row.messages for row in rows)
+    (question,) = questions(doubtful(counted([row.told for row in rows]), {outer: 2, key: 2}))
+    assert question.startswith(f"does {key} mark wrong answers? ({str(values[0]).lower()} in 1 rows")
+
+
+@pytest.mark.parametrize("word", ["failed", "timeout", "very poor", "falsch", "👎", "Incorrect"])
+def test_a_column_of_words_that_the_recipe_names_leaves_the_bad_ones_out_and_refuses_those_between(tmp_path, word):
+    rows = rows_of("result", [word, "success", "passed", "good", "average"])
+    found = read(tmp_path, rows, columns={"train": "result"})
+    assert [row.is_marked_false for row in found] == [True] + [False] * 4
+    assert [bool(row.messages) for row in found] == [False, True, True, True, False]
+    assert "train 'average' is not readable" in found[4].problem
 
 
 def test_argillas_discarded_is_a_mark_and_a_class_of_orders_is_none(tmp_path):
@@ -60,8 +89,6 @@ def test_argillas_discarded_is_a_mark_and_a_class_of_orders_is_none(tmp_path):
         0,
         1,
     ]
-    refused, _ = read(tmp_path, rows_of("status", ["discarded", "Validated"]))
-    assert refused.messages is None and not refused.is_marked_false
     assert all(row.messages for row in read(tmp_path, rows_of("status", ["discarded", "shipped"])))
 
 

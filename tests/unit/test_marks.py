@@ -13,6 +13,7 @@ from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.readers import read_rows
 from loraflow.data.token_labels import IGNORED
+from loraflow.data.unread_values import counted, doubtful, questions
 from tests.unit.test_check import run_check
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -175,7 +176,7 @@ def labelled(folder: Path, labels: list, answer: str = "a", key: str = "label") 
         [1, -1], [-1, 0, 1], [1.0, -1.0], [True, "nope"], [True, False, 2], ["oui", "non"], ["sí", "no"], ["да", "нет"],
         ["对", "错"], ["はい", "いいえ"], ["Richtig", "Falsch"], ["vrai", "faux"], ["correct", "incorrect"], ["good", "bad"],
         ["good", "bad", "neutral"], ["accepted", "REJECTED", "pending"], ["ok", "not_ok"], ["👍", "👎"], ["✓", "✗"],
-        ["thumbs_up", "thumbs-down"], ["kyllä", "ei"], ["doğru", "yanlış"], ["foo", "bar"], ["A", "B"], [0.1, 0.9, 0.5],
+        ["thumbs_up", "thumbs-down"], ["kyllä", "ei"], ["doğru", "yanlış"], [0.1, 0.9, 0.5],
         ["wronng", "rihgt"], [1, 2], ["Not correct", "correct"], [None, "nein", "ja"],
     ],
     ids=repr,
@@ -205,9 +206,34 @@ def test_classes_are_named_as_not_read_and_their_rows_are_learned(tmp_path, labe
 
 def test_a_label_that_the_answer_names_is_a_class(tmp_path):
     assert all(row.messages for row in labelled(tmp_path, ["yes", "no", "no"], "{}"))
-    assert all(row.messages for row in labelled(tmp_path, ["spam", "ham"], "This is {}."))
-    assert not any(row.messages for row in labelled(tmp_path, ["gick", "gack"]))
-    assert all(row.messages for row in labelled(tmp_path, ["spam", "ham"])), "no annotator judges by these"
+    assert all(row.told == () for row in labelled(tmp_path, ["spam", "ham"], "{}"))
+
+
+PAIRS_OF_WORDS = [
+    ["urgent", "normal"], ["foo", "bar"], ["A", "B"], ["kweli", "uongo"], ["positive", "negative"], ["card lost", "card arrival"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "labels"), [*(("label", pair) for pair in PAIRS_OF_WORDS), ("valid", ["gültig", "ungültig"])]
+)
+def test_two_words_of_a_label_in_no_known_language_of_judgements_are_learned_and_asked_about(tmp_path, key, labels):
+    rows = labelled(tmp_path, labels, key=key)
+    assert all(row.messages and row.unused_keys == (key,) for row in rows)
+    (question,) = questions(doubtful(counted([row.told for row in rows]), {key: 2}))
+    assert question.startswith(f"does {key} mark wrong answers? ({labels[0]} in 1 rows, {labels[1]} in 1 rows)")
+
+
+@pytest.mark.parametrize("false", [False, 0, "false", "no"])
+def test_the_label_of_a_message_in_a_file_is_a_mark_unless_labels_of_messages_are_classes(tmp_path, false):
+    def read_labels(labels: list) -> list:
+        rows = [
+            {"messages": [QUESTION, {**ANSWER, "content": f"a{n}", "label": label}]} for n, label in enumerate(labels)
+        ]
+        return read(tmp_path, "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    assert [row.marked_by for row in read_labels([True, false])] == ["", f"label: {false}"]
+    assert all(row.messages and row.unused_keys == ("messages.label",) for row in read_labels([0, 1, 2, 4]))
 
 
 def test_siblings_of_a_label_are_honoured_or_named_as_not_read(tmp_path):
