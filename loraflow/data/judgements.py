@@ -16,6 +16,7 @@ from pydantic import JsonValue
 
 from loraflow.data.cell_values import objects_of
 from loraflow.data.labels import (
+    LABEL_FALSE,
     Labels,
     answers_of,
     as_number,
@@ -23,13 +24,13 @@ from loraflow.data.labels import (
     judges_badly,
     label_side,
     plain,
-    reads_like_a_judgement,
 )
 from loraflow.data.mark_names import (
-    FALSE_IS_WRONG,
     GOOD,
+    GRADES,
     HARM_LABEL,
     HELD_OUT_FLAGS,
+    JUDGEMENTS,
     OPINIONS,
     REACTIONS,
     RECORD_STATES,
@@ -41,25 +42,23 @@ from loraflow.data.mark_names import (
     opinion_name,
 )
 
-# Opinions that mark a wrong answer, as `plain` returns them.
-_WRONG = frozenset({
-    "rejected", "reject", "incorrect", "wrong", "bad", "invalid", "undesirable", "not correct", "not right", "not good",
-    "not accepted", "not approved", "disapproved", "unacceptable", "discarded", "deleted", "removed", "thumbs down",
-    "thumbsdown", "thumb down", "downvote", "downvoted", "dislike", "disliked", "unusable", "👎", "❌",
-    # what judges of programs say
-    "wrong answer", "runtime error", "compile error", "compilation error", "time limit exceeded", "memory limit exceeded",
-    "output limit exceeded", "idleness limit exceeded", "presentation error",
-})  # fmt: skip
-# Results of running an answer that mark it as wrong, beside "failed".
-_FAILED_RUNS = frozenset({"error", "errored", "timeout", "timed out", "time out", "crash", "crashed", "exception"})
 _DOWN = frozenset(
     {"down", "thumbs down", "thumbsdown", "thumb down", "downvote", "downvoted", "dislike", "disliked", "👎", "❌"}
 )
+# Opinions that mark a wrong answer, as `plain` returns them; with what judges of programs say.
+_WRONG = (LABEL_FALSE - {"false", "not true"}) | (_DOWN - {"down"}) | {
+    "invalid", "unacceptable", "discarded", "deleted", "removed", "unusable", "wrong answer", "runtime error",
+    "compile error", "compilation error", "time limit exceeded", "memory limit exceeded", "output limit exceeded",
+    "idleness limit exceeded", "presentation error",
+}  # fmt: skip
+# Results of running an answer that mark it as wrong, beside "failed".
+_FAILED_RUNS = frozenset({"error", "errored", "timeout", "timed out", "time out", "crash", "crashed", "exception"})
 _UP = frozenset({"up", "thumbs up", "thumbsup", "thumb up", "upvote", "upvoted", "like", "liked", "👍", "✅"})
 _LOW = frozenset({"low", "very low", "very bad", "very poor", "terrible", "unsatisfactory"})
-_HIGH = frozenset(
-    {"great", "excellent", "perfect", "very good", "high", "very high", "success", "successful", "succeeded"}
-)
+_HIGH = frozenset({
+    "great", "excellent", "perfect", "very good", "high", "very high", "success", "successful", "succeeded", "valid", "pass",
+    "passed", "ok", "okay", "acceptable", "✓", "✔",
+})  # fmt: skip
 _COUNTS = frozenset({"correct", "accepted"})  # verdicts that may also be the number of the right choice, or a count
 # What a column of verdicts says of an answer that is not finished.
 _NOT_DONE = frozenset({
@@ -107,15 +106,20 @@ def shown(here: tuple[str, ...], value: JsonValue) -> str:
     return f"{'.'.join(here)}: {' '.join(text.split())[:40]}"
 
 
-def unclear(here: tuple[str, ...], value: JsonValue) -> Judgement:
+def unclear(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement:
     """Return that a value may say that the answer is wrong, and how to write which of the two it is."""
     key = ".".join(here)
-    way = f"set data.columns: {{train: {key}}}" if len(here) == 1 else "write it as a column is_correct (true or false)"
-    got = repr(value)[:60]
+    way = "write it as is_correct (true or false)"  # in an object
+    if len(here) == 1:
+        way = (
+            f"set data.columns: {{train: {key}}}"
+            if beside.labels
+            else "write it as the message's train (true or false)"
+        )
     return Judgement(
         None,
-        f"{key} {got} may mark the answer as wrong, or be a class: {way} to leave such rows out, or name {key} in "
-        "data.ignore to learn them",
+        f"{key} {repr(value)[:60]} may mark the answer as wrong, or be a class: {way} to leave such answers out, or name "
+        f"{key} in data.ignore to learn them",
     )
 
 
@@ -131,7 +135,7 @@ def word_side(text: str) -> bool | None:
     side = label_side(word)
     if side is False or word in _DOWN | _FAILED_RUNS or is_bad_word(word):
         return False
-    return True if side is True or word in _UP | _HIGH or reads_like_a_judgement(word) else None
+    return True if side is True or word in _UP | _HIGH else None
 
 
 def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
@@ -152,18 +156,20 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
         if not is_bad or name not in GOOD or _is_answer(value, beside.plain_answers):
             return None
         is_third = beside.some_row(("sides", *here), lambda row: any(_is_side(v) for v in values_at(row, here)))
-        return unclear(here, value) if is_third else None
+        return unclear(here, value, beside) if is_third else None
     if not isinstance(value, bool) and (not isinstance(value, str) or value.strip().isdigit()):
         may_count = here[-1].lower() in _COUNTS
         if name in WITHOUT_NUMBERS or (may_count and _is_above(2, here, beside)):
             return None
+        if name in GRADES and not _is_flag(float(side), here, value, beside):
+            return None
         if may_count and not side and _is_above(1, here, beside):
-            return unclear(here, value)
-    # `correct: no` beside the answer no is a mark, unless the column has the answer in every row
-    may_be_class = beside.labels is not None and _is_answer(value, beside.plain_answers)
-    if may_be_class and not beside.some_row(("not the answer", *here), lambda row: _differs(row, here)):
+            return unclear(here, value, beside)
+    # `correct: no` beside the answer no is a mark, unless the answer of every row names its value
+    is_learned = side is (name in GOOD)
+    if (name not in GRADES or not is_learned) and _is_class(name, here, value, beside):
         return None
-    return Judgement(side is (name in GOOD), shown(here, value))
+    return Judgement(is_learned, shown(here, value))
 
 
 def _is_above(count: int, here: tuple[str, ...], beside: Beside) -> bool:
@@ -192,18 +198,13 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
         return Judgement(False, shown(here, value))
     if not is_direct and name not in OPINIONS:
         return None
-    number = as_number(value)
-    if inner in FALSE_IS_WRONG and number in (0, 1):
-        if not _is_flag(number, here, value, beside) or (number == 0 and _names_the_class(inner, here, value, beside)):
-            return None
-        return Judgement(number == 1, shown(here, value))
     is_reaction = name in REACTIONS
     if (is_reaction and text in _UP) or (is_direct and label_side(value) is True):
         return Judgement(True, shown(here, value))
     is_false = (value is False or text == "false") and inner in (_SAID_FALSE_OF_ANSWER if is_direct else _SAID_FALSE)
     is_wrong, is_down = is_false or text in _WRONG, is_reaction and text in _DOWN
     is_low = text in _LOW and (is_direct or text != "low")
-    is_failed = (name in RUNS and text in _FAILED_RUNS) or (is_reaction and number == -1)
+    is_failed = (name in RUNS and text in _FAILED_RUNS) or (is_reaction and as_number(value) == -1)
     if not (is_wrong or is_down or is_low or is_failed or judges_badly(text)):
         return None
     if text and any(has_word(answer, text) for answer in beside.plain_answers):
@@ -212,7 +213,7 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
         return Judgement(False, shown(here, value))
     if not is_direct and beside.some_row(("other", *here), lambda row: any(map(_judges_nothing, values_at(row, here)))):
         return None
-    return unclear(here, value)
+    return unclear(here, value, beside)
 
 
 def _judges_nothing(value: JsonValue) -> bool:
@@ -298,11 +299,6 @@ def _is_answer(value: JsonValue, answers: Iterable[str]) -> bool:
     return any(text == answer.rstrip(".!") for answer in answers)
 
 
-def _differs(row: dict[str, JsonValue], here: tuple[str, ...]) -> bool:
-    answers = tuple(plain(answer) for answer in answers_of(row))
-    return any(not is_absent(value) and not _is_answer(value, answers) for value in values_at(row, here))
-
-
 # Whether a judgement beside an answer is the class that the answer names, as in sets for graders and moderators.
 #
 # Beside the answer "Incorrect: 2 + 2 is 4", `correctness: false` is no mark: the answer is a grade, and the grade is right.
@@ -331,7 +327,7 @@ def _unsafe(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     number = as_number(value)
     if not _is_bad(name, value) or (number in (0, 1) and not _is_flag(number, here, value, beside)):
         return None
-    return None if _names_the_class(name, here, value, beside) else unclear(here, value)
+    return None if _is_class(name, here, value, beside) else unclear(here, value, beside)
 
 
 def _is_bad(name: str, value: JsonValue) -> bool | None:
@@ -340,19 +336,21 @@ def _is_bad(name: str, value: JsonValue) -> bool | None:
         word = plain(value) if isinstance(value, str) else ""
         return True if _UNSAFE.fullmatch(word) else False if _SAFE.fullmatch(word) else None
     side = label_side(value)
-    return side is (name in TRUE_IS_BAD) if isinstance(side, bool) else None
+    return (
+        side is (name in TRUE_IS_BAD or (name in JUDGEMENTS and name not in GOOD)) if isinstance(side, bool) else None
+    )
 
 
-def _names_the_class(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> bool:
-    """Tell whether a value that says false is the class of the row, because its answer names it.
+def _is_class(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> bool:
+    """Tell whether a value is the class of the row, because its answer names it, as those of graders and moderators do.
 
     An answer that begins with "incorrect" or "unsafe" is a grade or a class. "No" and other words may be the wrong answer
     to a question, so they count only if the answer of each row of the file names the row's value.
 
     Args:
-        name: the opinion's name, such as `correctness` or `is_safe`.
+        name: of the judgement, such as `correctness` or `is_safe`.
     """
-    if name != HARM_LABEL and any(map(_GRADE.match, beside.plain_answers)):
+    if name in GRADES | SAFETY - {HARM_LABEL} and any(map(_GRADE.match, beside.plain_answers)):
         return True
     if beside.labels is None or not _is_named(name, value, beside.plain_answers):
         return False
@@ -360,9 +358,13 @@ def _names_the_class(name: str, here: tuple[str, ...], value: JsonValue, beside:
 
 
 def _is_named(name: str, value: JsonValue, answers: Iterable[str]) -> bool:
-    is_bad, side = _is_bad(name, value), label_side(value)
+    """Tell whether an answer is a value, begins with a word for it, or is about a grade or safety and has such a word."""
+    if _is_answer(value, answers):
+        return True
     bad, good = (_UNSAFE, _SAFE) if name in SAFETY else (_WRONG_CLASSES, _RIGHT)
-    words = bad if is_bad else good
+    words, side = bad if _is_bad(name, value) else good, label_side(value)
+    if name not in GRADES | SAFETY:
+        return False
     return any((isinstance(side, bool) and _side(answer) is side) or words.search(answer) for answer in answers)
 
 
@@ -377,5 +379,6 @@ def _side(answer: str) -> bool | None:
 
 def _classes_differ(name: str, row: dict[str, JsonValue], here: tuple[str, ...]) -> bool:
     answers = tuple(plain(answer) for answer in answers_of(row))
-    values = [value for value in values_at(row, here) if _is_bad(name, value) is not None]
+    is_graded = name in GRADES | SAFETY  # other columns may have more values than these
+    values = [v for v in values_at(row, here) if not is_absent(v) and not (is_graded and _is_bad(name, v) is None)]
     return any(not _is_named(name, value, answers) for value in values)

@@ -21,7 +21,7 @@ TRUE = frozenset({"true", "t", "yes", "y", "on"})
 FALSE = frozenset({"false", "f", "no", "n", "off"})
 # Also honoured in a label, and not used for anything else than a judgement.
 _LABEL_TRUE = frozenset({"true", "desirable", "chosen", "correct", "right", "good", "accept", "accepted", "approved"})
-_LABEL_FALSE = frozenset({
+LABEL_FALSE = frozenset({
     "false", "undesirable", "rejected", "reject", "incorrect", "wrong", "bad", "not true", "not correct", "not right",
     "not good", "not desirable", "not accepted", "not chosen", "not approved", "disapproved",
 })  # fmt: skip
@@ -33,30 +33,12 @@ _LIKE_FALSE = frozenset({
     "falso", "falsa", "incorrecto", "incorrecta", "malo", "mala", "mal", "rechazado", "errado", "errada", "incorreto",
     "ruim", "rejeitado", "sbagliato", "sbagliata", "errato", "scorretto", "rifiutato", "fout", "onjuist", "onwaar", "slecht",
     "falsk", "fel", "forkert", "galt", "feil", "darlig", "vaara", "virheellinen", "falsz", "falszywy", "zle", "zly",
-    "bledny",
-    "spatne", "nespravne", "hamis", "rossz", "hibas", "gresit", "yanlis", "kotu", "salah", "buruk", "sai", "ложь", "ложно",
-    "неверно", "неправильно", "плохо", "хибно", "неправда", "λαθος", "ψευδες", "خطأ", "خاطئ", "שגוי", "לא נכון", "गलत", "ผิด",
+    "bledny", "spatne", "nespravne", "hamis", "rossz", "hibas", "gresit", "yanlis", "yanlıs", "kotu", "salah", "buruk", "sai",
+    "ложь", "ложно", "неверно", "неправильно", "плохо", "хибно", "неправда", "λαθος", "ψευδες", "خطأ", "خاطئ", "שגוי", "לא נכון", "गलत", "ผิด",
     "错", "错误", "錯誤", "假", "不正确", "坏", "差", "偽", "誤り", "間違い", "不正解", "거짓", "틀림", "오답",
     "👎", "❌", "✗", "✘", "×",
 })  # fmt: skip
-_LIKE_TRUE = frozenset({
-    "valid", "pass", "passed", "ok", "okay", "like", "liked", "upvote", "thumbs up", "thumbsup", "acceptable", "wanted",
-    "wahr", "richtig", "korrekt", "gut", "vrai", "vraie", "correcte", "juste", "bon", "verdadero", "verdadera", "cierto",
-    "correcto", "correcta", "bueno", "verdadeiro", "certo", "correto", "bom", "vero", "giusto", "corretto", "buono", "waar",
-    "juist", "goed", "sant", "ratt", "riktig", "rigtig", "oikein", "tosi", "prawda", "dobrze", "pravda", "spravne", "igaz",
-    "adevarat", "corect", "dogru", "benar", "dung", "истина", "верно", "правильно", "хорошо", "σωστο", "صحيح", "נכון", "सही",
-    "ถูก", "对", "正确", "正確", "真", "好", "正しい", "正解", "참", "정답", "맞음", "👍", "✅", "✓", "✔", "○",
-})  # fmt: skip
-# Answers to a question more than judgements: beside two other values they are classes, as yes, no, maybe and unknown are.
-_WEAK = frozenset({
-    "nope", "nah", "yep", "yeah", "yup", "nein", "ja", "jein", "non", "oui", "si", "nao", "sim", "nee", "nej", "nei", "ei",
-    "kylla", "nie", "tak", "ne", "ano", "igen", "nem", "da", "nu", "hayir", "evet", "tidak", "ya", "khong", "co", "нет",
-    "да", "ні", "так", "όχι", "οχι", "ναι", "لا", "نعم", "לא", "כן", "नहीं", "हां", "हाँ", "否", "是", "不", "いいえ", "はい",
-    "아니오",
-    "아니요", "네", "예",
-})  # fmt: skip
 _MISSPELT_FALSE = ("false", "wrong", "incorrect", "rejected", "undesirable")
-_MISSPELT_TRUE = ("true", "correct", "chosen", "desirable")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:[eE][-+]?\d+)?")
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")  # 1,000 is one or a thousand
 _MAX_CLASS = 60  # characters of an answer that is a class
@@ -64,11 +46,10 @@ ENOUGH = 8  # other values beside true and false that make them classes, such as
 # The keys of an answer: a label that is the answer, or is named by it, is its class.
 ANSWERS = ("completion", "response", "output", "answer", "messages", "conversations")
 
-PairMeaning = Literal["answers", "marks", "unclear"]
 Side = Literal[True, False, "other"] | None  # what a label says; None: there is no value
 Question = tuple[str, ...]  # about a file
 Answer = bool | str | list[str]
-_Kind = Literal["binary", "true", "false", "like_true", "like_false", "weak", "number", "score", "other"]
+_Kind = Literal["binary", "true", "false", "like_false", "weak", "number", "score", "other"]
 
 
 def label_side(value: JsonValue) -> Side:
@@ -79,15 +60,10 @@ def label_side(value: JsonValue) -> Side:
         text = plain(value)
         if text in TRUE or text in _LABEL_TRUE:
             return True
-        if text in FALSE or text in _LABEL_FALSE:
+        if text in FALSE or text in LABEL_FALSE:
             return False
     weight = as_number(value)
     return "other" if weight not in (0, 1) else weight == 1
-
-
-def reads_like_a_judgement(value: JsonValue) -> bool:
-    """Tell whether a label says that an answer is right or wrong, misspelled or in another language."""
-    return isinstance(value, str) and _kind(value) in ("like_true", "like_false", "true", "false")
 
 
 def judges_badly(value: str) -> bool:
@@ -137,13 +113,11 @@ def _kind(value: JsonValue) -> _Kind:
         return "true" if value else "false"
     if isinstance(value, str):
         text = plain(value)
-        if text in _LABEL_TRUE or text in _LABEL_FALSE:
+        if text in _LABEL_TRUE or text in LABEL_FALSE:
             return "true" if text in _LABEL_TRUE else "false"
         if text in _LIKE_FALSE or any(_is_misspelt(text, word) for word in _MISSPELT_FALSE):
             return "like_false"
-        if text in _LIKE_TRUE or any(_is_misspelt(text, word) for word in _MISSPELT_TRUE):
-            return "like_true"
-        if text in _WEAK or text in TRUE or text in FALSE:
+        if text in TRUE or text in FALSE:
             return "weak"
     number = as_number(value)
     if number is None:
@@ -210,9 +184,9 @@ class _Values:
             return False
         if kinds <= {"number", "binary"}:
             return max(self.numbers) > 2 or sum(number >= 0 for number in self.numbers) > 2
-        if kinds & {"false", "like_false"} or {"like_true", "true"} <= kinds:
+        if kinds & {"false", "like_false"}:
             return False
-        if kinds & {"true", "like_true", "weak", "binary"}:
+        if kinds & {"true", "weak", "binary"}:
             return others >= 2
         return True
 
@@ -247,28 +221,6 @@ class _Column:
     others: tuple[str, ...]
 
 
-def pair_meaning(better: str, worse: str, rows: Iterable[JsonValue]) -> PairMeaning:
-    """Return what two columns such as `chosen` and `rejected` are in a file.
-
-    `chosen: no` beside `rejected: yes` may be a question with the answers no and yes, or an answer that was not chosen. They
-    are answers if the answer of each row is its better one; marks if they say nothing but yes and no, and never what the
-    row's answer says. Otherwise a row must neither be learned nor left out by mistake.
-    """
-    is_answer, are_words, is_in_answer = True, True, False
-    for row in rows:
-        if not isinstance(row, dict) or is_absent(row.get(better)) or is_absent(row.get(worse)):
-            continue
-        pair = row[better], row[worse]
-        answers = [plain(answer) for answer in answers_of(row)]
-        texts = [plain(value) if isinstance(value, str) else None for value in pair]
-        is_answer = is_answer and texts[0] in answers
-        is_in_answer = is_in_answer or any(text in answers for text in texts)
-        are_words = are_words and all(label_side(value) != "other" for value in pair)
-    if is_answer:
-        return "answers"
-    return "marks" if are_words and not is_in_answer else "unclear"
-
-
 class Labels:
     """Whether the labels of a file are marks or classes. The file is read for it when the first label is met.
 
@@ -294,7 +246,6 @@ class Labels:
         self._rows = rows
         self.is_training = is_training
         self._found: dict[str, _Column] = {}
-        self._pairs: dict[tuple[str, str], PairMeaning] = {}
         self._facts: dict[tuple[str, ...], bool] = {}
         self.asked: dict[Question, Answer] = {}
 
@@ -305,14 +256,6 @@ class Labels:
             self._facts[question] = any(holds(row) for row in rows if isinstance(row, dict))
         self.asked["row", *question] = self._facts[question]
         return self._facts[question]
-
-    def of_pair(self, better: str, worse: str) -> PairMeaning:
-        """Return what two columns such as chosen and rejected are. Without rows, they are marks."""
-        if (better, worse) not in self._pairs:
-            rows = () if self._rows is None else self._rows()
-            self._pairs[better, worse] = pair_meaning(better, worse, rows) if rows else "marks"
-        self.asked["pair", better, worse] = self._pairs[better, worse]
-        return self._pairs[better, worse]
 
     def are_classes(self, key: str, values: Callable[[dict[str, JsonValue]], list[JsonValue]] | None = None) -> bool:
         """Return whether the labels of a key are classes. Without rows, they are marks.
@@ -335,7 +278,7 @@ class Labels:
         others = self._column(key).others if self._rows is not None else ()
         self.asked["others", key] = list(others)
         why = f"{key} {repr(value)[:60]} is neither true nor false, as other rows' are"
-        if len(others) == 2 or (others and reads_like_a_judgement(value)):
+        if len(others) == 2 or (others and isinstance(value, str) and judges_badly(value)):
             why = f"{key} {repr(value)[:60]} may mark an answer as wrong, but is neither true nor false"
         ways = "write true (the answer is learned) or false (it is not)"
         return f"{why}: {ways}; if it is a class, name {key} in data.ignore"

@@ -37,7 +37,7 @@ def _with_is(names: str) -> frozenset[str]:
 # Judgements count only as true or false: other values, such as the correct answer's text, are named as not read.
 _VERDICTS = _with_is(
     "correct accepted approved good valid acceptable usable keep include included enabled ok okay use accept approve"
-)
+) | {"correctness", "review_result"}
 BAD_VERDICTS = _with_is(
     "incorrect rejected wrong bad invalid unusable deleted removed discard discarded drop dropped hidden disabled delete "
     "to_delete do_not_use dont_use quarantined reject remove to_remove corrupted low_quality filtered_out"
@@ -55,14 +55,14 @@ KEYS = WEIGHTS | EXCLUSIONS | LABELS | JUDGEMENTS | UNCLEAR
 
 # Opinions (loraflow/data/judgements.py). Of REACTIONS, a thumb down is always about the answer.
 REACTIONS = frozenset({"feedback", "human_feedback", "user_feedback", "thumbs", "thumb", "vote", "reaction"})
-# Of these, false says that the answer is wrong.
-FALSE_IS_WRONG = frozenset({"review_result", "correctness"})
-OPINIONS = REACTIONS | FALSE_IS_WRONG | {
+OPINIONS = REACTIONS | {
     "quality", "verdict", "judgement", "judgment", "evaluation", "assessment", "human_label", "human_evaluation",
     "human_rating", "annotation", "quality_label", "test_status", "execution_status",
 }  # fmt: skip
 # These are opinions about the answer only if they say so: answer_rating. Others may be about a film or an order.
 _OF_ANSWER_ONLY = frozenset({"rating", "grade", "review", "quality_check"})
+# Of these verdicts, 0 may be the lowest grade, and the answer may be the grade itself, as a grader's is.
+GRADES = frozenset({"correctness", "review_result"})
 # Of these, `timeout` and `error` are results of running the answer.
 RUNS = frozenset({"verdict", "test_status", "execution_status"})
 # Of these, true means what false means for the others.

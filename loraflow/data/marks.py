@@ -25,11 +25,10 @@ from loraflow.data.judgements import (
     verdict,
     word_side,
 )
-from loraflow.data.labels import Labels, as_number, is_absent, label_side, reads_like_a_judgement
+from loraflow.data.labels import Labels, as_number, is_absent, judges_badly, label_side
 from loraflow.data.mark_names import (
     CONTAINERS,
     EXCLUSIONS,
-    FALSE_IS_WRONG,
     HELD_OUT_FLAGS,
     JUDGEMENTS,
     KEYS,
@@ -182,7 +181,9 @@ def _label(key: str, value: JsonValue, where: str, labels: Labels) -> Judgement 
         return None
     if side != "other":
         return Judgement(side, shown((key,), value))
-    if where and not reads_like_a_judgement(value):  # an attribute of a message: it is named as not read
+    if where and not (
+        isinstance(value, str) and judges_badly(value)
+    ):  # an attribute of a message: it is named as not read
         return None
     raise BadRow(where + labels.problem(key, value))
 
@@ -238,7 +239,7 @@ _COMPLETE = frozenset(
 
 
 def judged_generation(row: Mapping[str, JsonValue], answers: Collection[str]) -> Judgement | None:
-    """Return what the lists beside a row's generations say about the one that is its answer; None if they say nothing.
+    """Return what the lists beside a row's generations say about the generation that is its answer; None if they say nothing.
 
     An answer that is not complete is left out. So is one that a list such as `correctness_math_verify` says is wrong, unless
     another of these lists says that it is right.
@@ -246,39 +247,30 @@ def judged_generation(row: Mapping[str, JsonValue], answers: Collection[str]) ->
     if row.keys().isdisjoint(_GENERATIONS):
         return None
     stripped = {answer.strip() for answer in answers}
-    for key in _GENERATIONS:
-        texts = row.get(key)
+    for texts in (row.get(key) for key in _GENERATIONS):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             continue
-        numbers = [number for number, text in enumerate(texts) if isinstance(text, str) and text.strip() in stripped]
-        if numbers and (found := _of_lists(row, len(texts), numbers)) is not None:
-            return found
+        numbers = [number for number, text in enumerate(texts) if str(text).strip() in stripped]
+        judged = dict(_judged(row, len(texts), numbers))
+        unfinished = [key for key, is_bad in judged.items() if is_bad and normal_name(key) in _COMPLETE]
+        verdicts = {key: is_bad for key, is_bad in judged.items() if normal_name(key) not in _COMPLETE}
+        wrong = unfinished or (list(verdicts) if all(verdicts.values()) else [])
+        if wrong:
+            return Judgement(False, shown((wrong[0],), False))
     return None
 
 
-def _of_lists(row: Mapping[str, JsonValue], length: int, numbers: list[int]) -> Judgement | None:
-    judged = list(_judged(row, length, numbers))
-    for key, is_bad, is_final in judged:
-        if is_bad and is_final:
-            return Judgement(False, shown((key,), False))
-    if not judged or any(not is_bad for _, is_bad, is_final in judged if not is_final):
-        return None
-    wrong = next((key for key, is_bad, is_final in judged if is_bad and not is_final), None)
-    return None if wrong is None else Judgement(False, shown((wrong,), False))
-
-
-def _judged(row: Mapping[str, JsonValue], length: int, numbers: list[int]) -> Iterator[tuple[str, bool, bool]]:
-    """Yield (key, whether the answer is bad, whether nothing else can be said against that) of each list that judges it."""
+def _judged(row: Mapping[str, JsonValue], length: int, numbers: list[int]) -> Iterator[tuple[str, bool]]:
+    """Yield the key of each list that judges one of the generations with these numbers, and whether they are bad."""
     for key, values in row.items():
         if not isinstance(key, str) or not isinstance(values, list) or len(values) != length:
             continue
         name = normal_name(key)
-        is_judgement = name in JUDGEMENTS or name.startswith(tuple(FALSE_IS_WRONG))
-        if not (is_judgement or name in _COMPLETE) or not all(isinstance(value, bool | None) for value in values):
+        if not (name in JUDGEMENTS | _COMPLETE or name.startswith("correctness")):
             continue
-        found = [values[number] for number in numbers if values[number] is not None]
-        if found:
-            yield key, not any(found), name in _COMPLETE
+        flags = [values[number] for number in numbers if isinstance(values[number], bool)]
+        if flags and all(isinstance(value, bool | None) for value in values):
+            yield key, not any(flags)
 
 
 MAX_DEPTH = 50  # of objects in objects

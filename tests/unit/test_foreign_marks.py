@@ -44,7 +44,8 @@ def test_chosen_no_beside_rejected_yes_is_a_mark_if_answers_say_neither(tmp_path
 def test_chosen_and_rejected_that_may_be_answers_or_marks_are_refused(tmp_path, second):
     first = read_csv(tmp_path, f"prompt,completion,chosen,rejected\nq,no,yes,no\n{second}\n")[0]
     assert first.messages is None and not first.is_marked_false
-    assert "chosen 'yes' and rejected 'no' may be two answers" in first.problem
+    assert first.problem.startswith("chosen 'yes' and rejected 'no' may be another answer, or say whether")
+    assert "set data.columns: {completion: chosen} if it is an answer" in first.problem
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,7 @@ def test_an_answer_beside_another_rejected_one_is_learned(other):
 
 
 WRONG = [
+    {"correctness": "incorrect"}, {"answer_correctness": "Wrong"},
     {"answer_quality": "bad"}, {"response_rating": "Bad"}, {"thumbs": "down"}, {"record_status": "discarded"},
     {"metadata": {"desirable": False}}, {"metadata": '{"kto_tag": false}'}, {"isAnswerCorrect": False},
     {"answer_correct": "no"}, {"response_is_valid": "No"}, {"is_wrong_answer": True}, {"label_correct": 0}, {"ok": "no"},
@@ -90,16 +92,16 @@ def test_an_opinion_that_an_answer_is_wrong_leaves_its_row_out(mark):
 
 
 UNCLEAR = [
-    {"quality": "bad"}, {"verdict": "Incorrect"}, {"judgement": "wrong"}, {"correctness": "incorrect"}, {"human_label": "bad"},
+    {"quality": "bad"}, {"verdict": "Incorrect"}, {"judgement": "wrong"}, {"human_label": "bad"},
     {"feedback": {"quality": "bad"}}, {"quality": [{"user_id": "1", "value": "bad", "status": "submitted"}]}, {"answer_quality": "poor"},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", UNCLEAR, ids=json.dumps)
 def test_a_word_of_a_column_that_judges_is_refused_and_leaves_no_row_out(key):
-    way = r"set data.columns: {train: \w+} |write it as a column is_correct \(true or false\) "
+    way = r"set data.columns: {train: \w+} |write it as is_correct \(true or false\) "
     with pytest.raises(
-        BadRow, match=rf"may mark the answer as wrong, or be a class: (?:{way})to leave such rows out, or name"
+        BadRow, match=rf"may mark the answer as wrong, or be a class: (?:{way})to leave such answers out, or name"
     ) as caught:
         read_chat({**PAIR, **key})
     assert not isinstance(caught.value, MarkedFalse)

@@ -57,7 +57,7 @@ def test_a_column_that_judges_is_refused_if_it_has_judgements_alone_and_both_way
     first, second = read(tmp_path, rows)
     assert first.place == "x.jsonl:1" and not first.is_marked_false and second.messages
     assert first.problem.startswith(f"{key} 'rejected' may mark the answer as wrong, or be a class: ")
-    assert f"set data.columns: {{train: {key}}} to leave such rows out" in first.problem
+    assert f"set data.columns: {{train: {key}}} to leave such answers out" in first.problem
     assert f"name {key} in data.ignore to learn them" in first.problem
     found = read(tmp_path, rows, columns={"train": key})
     assert [row.marked_by for row in found] == [f"{key}: rejected", ""] and found[1].messages
@@ -170,7 +170,7 @@ def test_correct_no_beside_the_answer_no_is_a_mark_if_another_answer_differs(tmp
 PAIRS = [
     ("prompt,completion,wrong_answer,correct_answer\nq,no,no,yes\n", "its answer is the text of wrong_answer"),
     ("prompt,completion,rejected_response\nq,yes,yes\n", "its answer is the text of rejected_response"),
-    ("prompt,completion,rejected\nq,no,yes\nr,yes,no\n", "rejected 'yes' may be the other answer"),
+    ("prompt,completion,rejected\nq,no,yes\nr,yes,no\n", "rejected 'yes' may be another answer"),
 ]
 
 
