@@ -27,16 +27,16 @@ LABEL_FALSE = frozenset({
 })  # fmt: skip
 # Judgements that are not honoured, because a list of words is never complete: their rows are refused. Without accents.
 _LIKE_FALSE = frozenset({
-    "invalid", "fail", "failed", "failure", "poor", "nok", "ko", "not ok", "dislike", "disliked", "downvote", "reject it",
-    "thumbs down", "thumbsdown", "unacceptable", "unwanted", "deny", "denied", "declined", "worse", "worst", "negative mark",
-    "falsch", "schlecht", "abgelehnt", "unerwunscht", "faux", "fausse", "incorrecte", "mauvais", "mauvaise", "rejete",
-    "falso", "falsa", "incorrecto", "incorrecta", "malo", "mala", "mal", "rechazado", "errado", "errada", "incorreto",
-    "ruim", "rejeitado", "sbagliato", "sbagliata", "errato", "scorretto", "rifiutato", "fout", "onjuist", "onwaar", "slecht",
-    "falsk", "fel", "forkert", "galt", "feil", "darlig", "vaara", "virheellinen", "falsz", "falszywy", "zle", "zly",
-    "bledny", "spatne", "nespravne", "hamis", "rossz", "hibas", "gresit", "yanlis", "yanlıs", "kotu", "salah", "buruk", "sai",
-    "ложь", "ложно", "неверно", "неправильно", "плохо", "хибно", "неправда", "λαθος", "ψευδες", "خطأ", "خاطئ", "שגוי", "לא נכון", "गलत", "ผิด",
-    "错", "错误", "錯誤", "假", "不正确", "坏", "差", "偽", "誤り", "間違い", "不正解", "거짓", "틀림", "오답",
-    "👎", "❌", "✗", "✘", "×",
+    "invalid", "fail", "failed", "failure", "poor", "nok", "ko", "not ok", "dislike", "disliked", "downvote",
+    "reject it", "thumbs down", "thumbsdown", "unacceptable", "unwanted", "deny", "denied", "declined", "worse",
+    "worst", "negative mark", "falsch", "schlecht", "abgelehnt", "unerwunscht", "faux", "fausse", "incorrecte",
+    "mauvais", "mauvaise", "rejete", "falso", "falsa", "incorrecto", "incorrecta", "malo", "mala", "mal", "rechazado",
+    "errado", "errada", "incorreto", "ruim", "rejeitado", "sbagliato", "sbagliata", "errato", "scorretto",
+    "rifiutato", "fout", "onjuist", "onwaar", "slecht", "falsk", "fel", "forkert", "galt", "feil", "darlig", "vaara",
+    "virheellinen", "falsz", "falszywy", "zle", "zly", "bledny", "spatne", "nespravne", "hamis", "rossz", "hibas",
+    "gresit", "yanlis", "yanlıs", "kotu", "salah", "buruk", "sai", "ложь", "ложно", "неверно", "неправильно", "плохо",
+    "хибно", "неправда", "λαθος", "ψευδες", "خطأ", "خاطئ", "שגוי", "לא נכון", "गलत", "ผิด", "错", "错误", "錯誤", "假",
+    "不正确", "坏", "差", "偽", "誤り", "間違い", "不正解", "거짓", "틀림", "오답", "👎", "❌", "✗", "✘", "×",
 })  # fmt: skip
 _MISSPELT_FALSE = ("false", "wrong", "incorrect", "rejected", "undesirable")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:[eE][-+]?\d+)?")

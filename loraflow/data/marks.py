@@ -239,10 +239,10 @@ _COMPLETE = frozenset(
 
 
 def judged_generation(row: Mapping[str, JsonValue], answers: Collection[str]) -> Judgement | None:
-    """Return what the lists beside a row's generations say about the generation that is its answer; None if they say nothing.
+    """Return what lists beside a row's generations say about the generation that is its answer; None if they say nothing.
 
-    An answer that is not complete is left out. So is one that a list such as `correctness_math_verify` says is wrong, unless
-    another of these lists says that it is right.
+    An answer that is not complete is left out. So is a generation that a list such as `correctness_math_verify` says is
+    wrong, unless another of these lists says that it is right.
     """
     if row.keys().isdisjoint(_GENERATIONS):
         return None
