@@ -66,8 +66,8 @@ _NOT_DONE = frozenset({
     "partial", "partly", "partly correct", "partially correct", "half",
 })  # fmt: skip
 # Opinions of which false is one. Of the others, it may be the verdict about a claim, or say that something was not done.
-_SAID_FALSE = frozenset({"quality", "human_label"})
-_SAID_FALSE_OF_ANSWER = frozenset({"quality", "verdict", "judgement", "judgment"})
+_FALSE_IS_WRONG = frozenset({"quality", "human_label"})
+_FALSE_IS_WRONG_OF_ANSWER = frozenset({"quality", "verdict", "judgement", "judgment"})
 _HELD_OUT = frozenset({
     "test", "testing", "tests", "validation", "valid", "val", "dev", "development", "eval", "evaluation", "held out",
     "heldout", "holdout", "hold out",
@@ -201,7 +201,9 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     is_reaction = name in REACTIONS
     if (is_reaction and text in _UP) or (is_direct and label_side(value) is True):
         return Judgement(True, shown(here, value))
-    is_false = (value is False or text == "false") and inner in (_SAID_FALSE_OF_ANSWER if is_direct else _SAID_FALSE)
+    is_false = (value is False or text == "false") and inner in (
+        _FALSE_IS_WRONG_OF_ANSWER if is_direct else _FALSE_IS_WRONG
+    )
     is_wrong, is_down = is_false or text in _WRONG, is_reaction and text in _DOWN
     is_low = text in _LOW and (is_direct or text != "low")
     is_failed = (name in RUNS and text in _FAILED_RUNS) or (is_reaction and as_number(value) == -1)

@@ -191,8 +191,10 @@ class _Values:
         return True
 
     def is_pair(self) -> bool:
-        """Tell whether they are two words or texts that say neither right nor wrong, in any language that is known."""
-        return self.kinds == {"other"} and len(self.others) == 2 and not self.are_answers
+        """Tell whether they are two words, of which one or both say neither right nor wrong: yes and nein."""
+        kinds = self.kinds - {"other"}
+        is_beside = len(self.others) == 1 and bool(kinds) and kinds <= {"true", "false", "weak", "binary"}
+        return not self.are_answers and (is_beside or (len(self.others) == 2 and not kinds))
 
 
 def answers_of(row: Mapping[str, JsonValue]) -> Iterable[str]:
@@ -268,7 +270,7 @@ class Labels:
         return are_classes
 
     def are_pair(self, key: str) -> bool:
-        """Tell whether a key has two words that say neither right nor wrong, as urgent and normal, in a known language."""
+        """Tell whether a key has two words, of which one or both say neither right nor wrong in a known language."""
         is_pair = self._rows is not None and self._column(key).is_pair
         self.asked["pair of words", key] = is_pair
         return is_pair

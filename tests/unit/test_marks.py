@@ -224,6 +224,12 @@ def test_two_words_of_a_label_in_no_known_language_of_judgements_are_learned_and
     assert question.startswith(f"does {key} mark wrong answers? ({labels[0]} in 1 rows, {labels[1]} in 1 rows)")
 
 
+def test_a_third_word_in_a_column_of_verdicts_is_asked_about(tmp_path):
+    rows = labelled(tmp_path, ["yes", "nein", "yes"], key="accepted")
+    (question,) = questions(doubtful(counted([row.told for row in rows]), {"accepted": 1}))
+    assert question.startswith("does accepted mark wrong answers? (nein in 1 rows)")
+
+
 @pytest.mark.parametrize("false", [False, 0, "false", "no"])
 def test_the_label_of_a_message_in_a_file_is_a_mark_unless_labels_of_messages_are_classes(tmp_path, false):
     def read_labels(labels: list) -> list:
