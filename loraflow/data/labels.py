@@ -175,7 +175,9 @@ class _Values:
     def are_classes(self) -> bool:
         """Return whether the labels are classes."""
         kinds, others = self.kinds, len(self.others)
-        if not kinds or self.are_answers or others >= ENOUGH:
+        if not kinds:  # of messages that are not lists: the label that is met is not among them
+            return False
+        if self.are_answers or others >= ENOUGH:
             return True
         has_names = self.are_numbers_of_answers and len(set(self.answers.values())) == len(self.answers) > 1
         if has_names and min(self.rows.values()) > 1:  # label 0 beside each answer "negative", 1 beside "positive"
@@ -228,7 +230,7 @@ class Labels:
 
     Labels are classes if
 
-    - each is its row's answer, or none has a value;
+    - each is its row's answer;
     - each stands beside one answer, and each answer beside one label, in two rows or more;
     - they are whole numbers from 0, and three of them differ or one is above 2;
     - they are texts that say neither right nor wrong; two of them are a question to the user;

@@ -189,9 +189,13 @@ def _label(key: str, value: JsonValue, where: str, labels: Labels) -> Judgement 
 
 
 def _of_messages(key: str, row: dict[str, JsonValue]) -> list[JsonValue]:
-    """Return the values of a key in the messages of a row."""
-    lists = [value for value in row.values() if isinstance(value, list)]
-    return [turn[key] for turns in lists for turn in turns if isinstance(turn, dict) and key in turn]
+    """Return the values of a key in the messages of a row, and in their parts."""
+    turns = _objects_in(row.values())
+    return [item[key] for item in (*turns, *_objects_in(v for turn in turns for v in turn.values())) if key in item]
+
+
+def _objects_in(values: Iterable[JsonValue]) -> list[dict[str, JsonValue]]:
+    return [item for value in values if isinstance(value, list) for item in value if isinstance(item, dict)]
 
 
 def _weight(key: str, name: str, value: JsonValue, where: str) -> float | None:

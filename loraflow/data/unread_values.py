@@ -41,6 +41,8 @@ _JUDGING = re.compile(
     r"vote|label|thumbs?|reaction|status|result|outcome|answer|response|human|qa|eval|success|done|complete|completed)(?:_|$))"
 )
 
+# Of these, false in every row is a question too.
+_DONE = re.compile(r"(?:.*_)?(?:success|successful|solved|resolved|(?:test|validation|verification)_result)")
 # Scores of the answer. Others are about something else (toxicity_score), or a high one is bad.
 _SCORE = re.compile(r"(?:final_|answer_|response_)?(?:score|reward)")
 _REASON = re.compile(r"(?:^|_)(?:finish|stop)_?reason$")  # why an answer ends
@@ -135,15 +137,16 @@ def doubtful(told: Mapping[tuple[str, str], int], unread: Mapping[str, int]) -> 
     return {
         key: {word: rows for word, rows in words.items() if word != _OTHER}
         for key, words in columns.items()
-        if _is_doubtful(words, unread.get(key, sum(words.values())))
+        if _is_doubtful(key, words, unread.get(key, sum(words.values())))
     }
 
 
-def _is_doubtful(words: Mapping[str, int], rows: int) -> bool:
+def _is_doubtful(key: str, words: Mapping[str, int], rows: int) -> bool:
     flags = {word: count for word, count in words.items() if word in ("true", "false", _DOWN)}
     if words.keys() - flags.keys() - {_OTHER}:
         return True
-    return "true" in flags and len(flags) > 1 and sum(flags.values()) >= rows
+    is_done = "false" in flags and _DONE.fullmatch(normal_name(key.rpartition(".")[2])) is not None
+    return (is_done or ("true" in flags and len(flags) > 1)) and sum(flags.values()) >= rows
 
 
 def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
