@@ -39,6 +39,7 @@ from loraflow.data.mark_names import (
     SPLITS,
     TRUE_IS_BAD,
     WITHOUT_NUMBERS,
+    normal_name,
     opinion_name,
 )
 
@@ -109,13 +110,13 @@ def shown(here: tuple[str, ...], value: JsonValue) -> str:
 def unclear(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement:
     """Return that a value may say that the answer is wrong, and how to write which of the two it is."""
     key = ".".join(here)
-    way = "write it as is_correct (true or false)"  # in an object
-    if len(here) == 1:
-        way = (
-            f"set data.columns: {{train: {key}}}"
-            if beside.labels
-            else "write it as the message's train (true or false)"
-        )
+    name = opinion_name(normal_name(key))[0]
+    is_flag = isinstance(value, bool) or name in SAFETY or (isinstance(value, str) and as_number(value) not in (-1, 0))
+    way = "write it as is_correct (true or false)"
+    if len(here) == 1 and beside.labels is None:
+        way = "write it as the message's train (true or false)"
+    elif len(here) == 1 and is_flag:
+        way = f"set data.columns: {{{'exclude' if name in TRUE_IS_BAD else 'train'}: {key}}}"
     return Judgement(
         None,
         f"{key} {repr(value)[:60]} may mark the answer as wrong, or be a class: {way} to leave such answers out, or name "
@@ -133,9 +134,9 @@ def word_side(text: str) -> bool | None:
     """Tell whether a word of an opinion says right or wrong; None for others, such as medium or paid."""
     word = plain(text)
     side = label_side(word)
-    if side is False or word in _DOWN | _FAILED_RUNS or is_bad_word(word):
+    if side is False or word in _DOWN | _FAILED_RUNS or is_bad_word(word) or _UNSAFE.fullmatch(word):
         return False
-    return True if side is True or word in _UP | _HIGH else None
+    return True if side is True or word in _UP | _HIGH or _SAFE.fullmatch(word) else None
 
 
 def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:

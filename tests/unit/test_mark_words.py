@@ -1,6 +1,7 @@
 """What words, lists, texts of objects and classes beside an answer say about it, by the whole file."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -73,6 +74,30 @@ def test_a_column_that_may_be_about_anything_is_learned_and_asked_about(tmp_path
     assert all(row.messages for row in rows)
     (question,) = questions(doubtful(counted([row.told for row in rows]), {outer: 2, key: 2}))
     assert question.startswith(f"does {key} mark wrong answers? ({str(values[0]).lower()} in 1 rows")
+
+
+WAYS = [
+    ("is_harmful", True, False), ("is_harmful", 1, 0), ("is_harmful", "yes", "no"), ("is_safe", "no", "yes"), ("safe", 0, 1),
+    ("response_label", "toxic", "safe"), ("response_harm_label", "harmful", "unharmful"), ("verdict", "wrong answer", "OK"),
+    ("quality", "very poor", "excellent"), ("human_label", False, True), ("answer_quality", "poor", "good"), ("is_correct", "falsch", True),
+    ("execution_status", "timeout", "success"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "bad", "good"), WAYS)
+def test_the_columns_that_a_refusal_names_leave_out_the_bad_answer_and_no_other(tmp_path, key, bad, good):
+    rows = rows_of(key, [bad, good])
+    first, second = read(tmp_path, rows)
+    found = re.search(r"set data.columns: \{(train|exclude): (\w+)\} to leave such answers out", first.problem)
+    assert second.messages and found
+    first, second = read(tmp_path, rows, columns={found[1]: found[2]})
+    assert first.is_marked_false and second.messages and second.learned is None
+
+
+@pytest.mark.parametrize(("key", "values"), [("thumbs", [-1, 1]), ("vote", ["-1", "1"]), ("correct", [0, 2])])
+def test_a_refused_number_is_to_be_written_as_a_flag(tmp_path, key, values):
+    (first, _) = read(tmp_path, rows_of(key, values))
+    assert "write it as is_correct (true or false) to leave such answers out" in first.problem
 
 
 @pytest.mark.parametrize("word", ["failed", "timeout", "very poor", "falsch", "👎", "Incorrect"])
