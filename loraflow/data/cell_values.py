@@ -31,18 +31,8 @@ _MEDIA = re.compile(
 # Data URLs; PNG, JPEG, and WAV or WebP in base64
 _MEDIA_TEXTS = ("data:image/", "data:audio/", "data:video/", "iVBORw0KGgo", "/9j/4", "UklGR")
 _MAGIC = (
-    b"\x89PNG",
-    b"\xff\xd8\xff",
-    b"GIF8",
-    b"RIFF",
-    b"ID3",
-    b"OggS",
-    b"fLaC",
-    b"II*\0",
-    b"MM\0*",
-    b"BM",
-    b"\x1aE\xdf\xa3",
-)
+    b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"ID3", b"OggS", b"fLaC", b"II*\0", b"MM\0*", b"BM", b"\x1aE\xdf\xa3",
+)  # fmt: skip
 
 
 def is_missing(value: JsonValue) -> bool:
@@ -76,7 +66,7 @@ def parsed_list(value: JsonValue, key: str) -> JsonValue:
     Raises:
         BadRow: the text begins like a list and is not valid JSON.
     """
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+    if not isinstance(value, str) or not is_object_text(value):
         return value
     try:
         return strict_json(value)
@@ -199,24 +189,37 @@ def _value(node: ast.expr) -> JsonValue:
     return None
 
 
+_CALLS = frozenset({"array", "bool", "int", "uint", "float", "str", "Decimal", "dict", "OrderedDict"})
+
+
 def _is_array_or_number(node: ast.Call) -> bool:
-    name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-    return name.rstrip("_0123456789") in {
-        "array",
-        "bool",
-        "int",
-        "uint",
-        "float",
-        "str",
-        "Decimal",
-        "dict",
-        "OrderedDict",
-    }
+    return getattr(node.func, "attr", getattr(node.func, "id", "")).rstrip("_0123456789") in _CALLS
 
 
 def _key(node: ast.expr | None) -> str:
     key = None if node is None else _value(node)
     return key if isinstance(key, str) else repr(key)
+
+
+def is_object_text(value: JsonValue) -> bool:
+    """Tell whether a value is a text that begins as an object or a list."""
+    return isinstance(value, str) and value.lstrip().startswith(("{", "["))
+
+
+def objects_of(value: JsonValue) -> list[Mapping[str, JsonValue]]:
+    """Return the objects of a value: itself, or those of a list; also if it is their text."""
+    if isinstance(value, str) and is_object_text(value):
+        try:
+            value = parsed_text(value)
+        except Unreadable:
+            return []
+    if isinstance(value, dict):
+        return [value]
+    if not isinstance(value, list):
+        return []
+    items: list[object] = list(value)
+    pairs = {item[0]: item[1] for item in items if isinstance(item, tuple) and len(item) == 2}  # a map of Parquet
+    return [pairs] if pairs else [item for item in value if isinstance(item, dict)]
 
 
 def strict_json(text: str) -> JsonValue:

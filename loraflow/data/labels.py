@@ -21,50 +21,24 @@ TRUE = frozenset({"true", "t", "yes", "y", "on"})
 FALSE = frozenset({"false", "f", "no", "n", "off"})
 # Also honoured in a label, and not used for anything else than a judgement.
 _LABEL_TRUE = frozenset({"true", "desirable", "chosen", "correct", "right", "good", "accept", "accepted", "approved"})
-_LABEL_FALSE = frozenset({
+LABEL_FALSE = frozenset({
     "false", "undesirable", "rejected", "reject", "incorrect", "wrong", "bad", "not true", "not correct", "not right",
     "not good", "not desirable", "not accepted", "not chosen", "not approved", "disapproved",
 })  # fmt: skip
 # Judgements that are not honoured, because a list of words is never complete: their rows are refused. Without accents.
 _LIKE_FALSE = frozenset({
-    "invalid", "fail", "failed", "failure", "poor", "nok", "ko", "not ok", "dislike", "disliked", "downvote", "reject it",
-    "thumbs down", "thumbsdown", "unacceptable", "unwanted", "deny", "denied", "declined", "worse", "worst", "negative mark",
-    "falsch", "schlecht", "abgelehnt", "unerwunscht", "faux", "fausse", "incorrecte", "mauvais", "mauvaise", "rejete",
-    "falso", "falsa", "incorrecto", "incorrecta", "malo", "mala", "mal", "rechazado", "errado", "errada", "incorreto",
-    "ruim", "rejeitado", "sbagliato", "sbagliata", "errato", "scorretto", "rifiutato", "fout", "onjuist", "onwaar", "slecht",
-    "falsk", "fel", "forkert", "galt", "feil", "darlig", "vaara", "virheellinen", "falsz", "falszywy", "zle", "zly",
-    "bledny",
-    "spatne", "nespravne", "hamis", "rossz", "hibas", "gresit", "yanlis", "kotu", "salah", "buruk", "sai", "ложь", "ложно",
-    "неверно", "неправильно", "плохо", "хибно", "неправда", "λαθος", "ψευδες", "خطأ", "خاطئ", "שגוי", "לא נכון", "गलत", "ผิด",
-    "错", "错误", "錯誤", "假", "不正确", "坏", "差", "偽", "誤り", "間違い", "不正解", "거짓", "틀림", "오답",
-    "👎", "❌", "✗", "✘", "×",
-})  # fmt: skip
-_LIKE_TRUE = frozenset({
-    "valid", "pass", "passed", "ok", "okay", "like", "liked", "upvote", "thumbs up", "thumbsup", "acceptable", "wanted",
-    "wahr", "richtig", "korrekt", "gut", "vrai", "vraie", "correcte", "juste", "bon", "verdadero", "verdadera", "cierto",
-    "correcto", "correcta", "bueno", "verdadeiro", "certo", "correto", "bom", "vero", "giusto", "corretto", "buono", "waar",
-    "juist", "goed", "sant", "ratt", "riktig", "rigtig", "oikein", "tosi", "prawda", "dobrze", "pravda", "spravne", "igaz",
-    "adevarat", "corect", "dogru", "benar", "dung", "истина", "верно", "правильно", "хорошо", "σωστο", "صحيح", "נכון", "सही",
-    "ถูก", "对", "正确", "正確", "真", "好", "正しい", "正解", "참", "정답", "맞음", "👍", "✅", "✓", "✔", "○",
-})  # fmt: skip
-# Two classes that no annotator uses for right and wrong.
-_CLASS_PAIRS = frozenset(
-    frozenset(pair.split("/"))
-    for pair in (
-        "spam/ham", "entailment/contradiction", "human/ai", "human/machine", "male/female", "question/statement",
-        "subjective/objective", "formal/informal", "odd/even", "cat/dog", "positive/neutral", "negative/neutral",
-    )
-)  # fmt: skip
-# Answers to a question more than judgements: beside two other values they are classes, as yes, no, maybe and unknown are.
-_WEAK = frozenset({
-    "nope", "nah", "yep", "yeah", "yup", "nein", "ja", "jein", "non", "oui", "si", "nao", "sim", "nee", "nej", "nei", "ei",
-    "kylla", "nie", "tak", "ne", "ano", "igen", "nem", "da", "nu", "hayir", "evet", "tidak", "ya", "khong", "co", "нет",
-    "да", "ні", "так", "όχι", "οχι", "ναι", "لا", "نعم", "לא", "כן", "नहीं", "हां", "हाँ", "否", "是", "不", "いいえ", "はい",
-    "아니오",
-    "아니요", "네", "예",
+    "invalid", "fail", "failed", "failure", "poor", "nok", "ko", "not ok", "dislike", "disliked", "downvote",
+    "reject it", "thumbs down", "thumbsdown", "unacceptable", "unwanted", "deny", "denied", "declined", "worse",
+    "worst", "negative mark", "falsch", "schlecht", "abgelehnt", "unerwunscht", "faux", "fausse", "incorrecte",
+    "mauvais", "mauvaise", "rejete", "falso", "falsa", "incorrecto", "incorrecta", "malo", "mala", "mal", "rechazado",
+    "errado", "errada", "incorreto", "ruim", "rejeitado", "sbagliato", "sbagliata", "errato", "scorretto",
+    "rifiutato", "fout", "onjuist", "onwaar", "slecht", "falsk", "fel", "forkert", "galt", "feil", "darlig", "vaara",
+    "virheellinen", "falsz", "falszywy", "zle", "zly", "bledny", "spatne", "nespravne", "hamis", "rossz", "hibas",
+    "gresit", "yanlis", "yanlıs", "kotu", "salah", "buruk", "sai", "ложь", "ложно", "неверно", "неправильно", "плохо",
+    "хибно", "неправда", "λαθος", "ψευδες", "خطأ", "خاطئ", "שגוי", "לא נכון", "गलत", "ผิด", "错", "错误", "錯誤", "假",
+    "不正确", "坏", "差", "偽", "誤り", "間違い", "不正解", "거짓", "틀림", "오답", "👎", "❌", "✗", "✘", "×",
 })  # fmt: skip
 _MISSPELT_FALSE = ("false", "wrong", "incorrect", "rejected", "undesirable")
-_MISSPELT_TRUE = ("true", "correct", "chosen", "desirable")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:[eE][-+]?\d+)?")
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")  # 1,000 is one or a thousand
 _MAX_CLASS = 60  # characters of an answer that is a class
@@ -72,11 +46,10 @@ ENOUGH = 8  # other values beside true and false that make them classes, such as
 # The keys of an answer: a label that is the answer, or is named by it, is its class.
 ANSWERS = ("completion", "response", "output", "answer", "messages", "conversations")
 
-PairMeaning = Literal["answers", "marks", "unclear"]
 Side = Literal[True, False, "other"] | None  # what a label says; None: there is no value
 Question = tuple[str, ...]  # about a file
 Answer = bool | str | list[str]
-_Kind = Literal["binary", "true", "false", "like_true", "like_false", "weak", "number", "score", "other"]
+_Kind = Literal["binary", "true", "false", "like_false", "weak", "number", "score", "other"]
 
 
 def label_side(value: JsonValue) -> Side:
@@ -87,15 +60,10 @@ def label_side(value: JsonValue) -> Side:
         text = plain(value)
         if text in TRUE or text in _LABEL_TRUE:
             return True
-        if text in FALSE or text in _LABEL_FALSE:
+        if text in FALSE or text in LABEL_FALSE:
             return False
     weight = as_number(value)
     return "other" if weight not in (0, 1) else weight == 1
-
-
-def reads_like_a_judgement(value: JsonValue) -> bool:
-    """Tell whether a label says that an answer is right or wrong, misspelled or in another language."""
-    return isinstance(value, str) and _kind(value) in ("like_true", "like_false", "true", "false")
 
 
 def judges_badly(value: str) -> bool:
@@ -145,13 +113,11 @@ def _kind(value: JsonValue) -> _Kind:
         return "true" if value else "false"
     if isinstance(value, str):
         text = plain(value)
-        if text in _LABEL_TRUE or text in _LABEL_FALSE:
+        if text in _LABEL_TRUE or text in LABEL_FALSE:
             return "true" if text in _LABEL_TRUE else "false"
         if text in _LIKE_FALSE or any(_is_misspelt(text, word) for word in _MISSPELT_FALSE):
             return "like_false"
-        if text in _LIKE_TRUE or any(_is_misspelt(text, word) for word in _MISSPELT_TRUE):
-            return "like_true"
-        if text in _WEAK or text in TRUE or text in FALSE:
+        if text in TRUE or text in FALSE:
             return "weak"
     number = as_number(value)
     if number is None:
@@ -179,7 +145,6 @@ class _Values:
     others: dict[str, str] = field(default_factory=dict)  # texts and numbers that say neither true nor false
     numbers: set[float] = field(default_factory=set)
     are_answers: bool = True  # each label is its row's answer
-    are_named: bool = True  # each of `others` is a part of its row's answer
     answers: dict[str, str] = field(default_factory=dict)  # label → the answer that all its rows have
     are_numbers_of_answers: bool = True  # rows with one label have one answer
     rows: Counter[str] = field(default_factory=Counter)  # of each label
@@ -199,8 +164,6 @@ class _Values:
             self.numbers.add(number)
         if kind in ("number", "other"):
             self.others.setdefault(text, repr(value)[:60])
-            if self.are_named:
-                self.are_named = any(text in plain(answer) for answer in answers_of(row))
 
     def _add_answer(self, label: str, row: dict[str, JsonValue]) -> None:
         if self.are_numbers_of_answers:
@@ -212,25 +175,28 @@ class _Values:
     def are_classes(self) -> bool:
         """Return whether the labels are classes."""
         kinds, others = self.kinds, len(self.others)
-        if not kinds or self.are_answers or others >= ENOUGH:
+        if not kinds:  # of messages that are not lists: the label that is met is not among them
+            return False
+        if self.are_answers or others >= ENOUGH:
             return True
-        is_said = self.are_numbers_of_answers and len(set(self.answers.values())) == len(self.answers) > 1
-        if is_said and min(self.rows.values()) > 1:  # label 0 beside each answer "negative", 1 beside "positive"
+        has_names = self.are_numbers_of_answers and len(set(self.answers.values())) == len(self.answers) > 1
+        if has_names and min(self.rows.values()) > 1:  # label 0 beside each answer "negative", 1 beside "positive"
             return True
         if not others or "score" in kinds:
             return False
         if kinds <= {"number", "binary"}:
             return max(self.numbers) > 2 or sum(number >= 0 for number in self.numbers) > 2
-        if kinds & {"false", "like_false"} or {"like_true", "true"} <= kinds:
+        if kinds & {"false", "like_false"}:
             return False
-        if kinds & {"true", "like_true", "weak", "binary"}:
+        if kinds & {"true", "weak", "binary"}:
             return others >= 2
-        return (
-            others != 2
-            or self.are_named
-            or frozenset(self.others) in _CLASS_PAIRS
-            or all(" " in text for text in self.others)
-        )
+        return True
+
+    def is_pair(self) -> bool:
+        """Tell whether they are two words, of which one or both say neither right nor wrong: yes and nein."""
+        kinds = self.kinds - {"other"}
+        is_beside = len(self.others) == 1 and bool(kinds) and kinds <= {"true", "false", "weak", "binary"}
+        return not self.are_answers and (is_beside or (len(self.others) == 2 and not kinds))
 
 
 def answers_of(row: Mapping[str, JsonValue]) -> Iterable[str]:
@@ -252,43 +218,11 @@ def class_of(row: Mapping[str, JsonValue]) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def questions_of(row: Mapping[str, JsonValue]) -> Iterable[str]:
-    """Yield the questions of a row, as far as its usual keys have them."""
-    for key in ("prompt", "instruction", "input", "question", "messages", "conversations"):
-        value = row.get(key)
-        items = value if isinstance(value, list) else [value]
-        for item in items[:-1] if key in ("messages", "conversations") else items:
-            text = item.get("content", item.get("value")) if isinstance(item, dict) else item
-            if isinstance(text, str):
-                yield text
-
-
 @dataclass(frozen=True)
 class _Column:
     is_class: bool
+    is_pair: bool
     others: tuple[str, ...]
-
-
-def pair_meaning(better: str, worse: str, rows: Iterable[JsonValue]) -> PairMeaning:
-    """Return what two columns such as `chosen` and `rejected` are in a file.
-
-    `chosen: no` beside `rejected: yes` may be a question with the answers no and yes, or an answer that was not chosen. They
-    are answers if the answer of each row is its better one; marks if they say nothing but yes and no, and never what the
-    row's answer says. Otherwise a row must neither be learned nor left out by mistake.
-    """
-    is_answer, are_words, is_said = True, True, False
-    for row in rows:
-        if not isinstance(row, dict) or is_absent(row.get(better)) or is_absent(row.get(worse)):
-            continue
-        pair = row[better], row[worse]
-        said = [plain(answer) for answer in answers_of(row)]
-        texts = [plain(value) if isinstance(value, str) else None for value in pair]
-        is_answer = is_answer and texts[0] in said
-        is_said = is_said or any(text in said for text in texts)
-        are_words = are_words and all(label_side(value) != "other" for value in pair)
-    if is_answer:
-        return "answers"
-    return "marks" if are_words and not is_said else "unclear"
 
 
 class Labels:
@@ -296,11 +230,10 @@ class Labels:
 
     Labels are classes if
 
-    - each is its row's answer, or none has a value;
+    - each is its row's answer;
     - each stands beside one answer, and each answer beside one label, in two rows or more;
     - they are whole numbers from 0, and three of them differ or one is above 2;
-    - they are texts that say neither right nor wrong: one, three or more, or two of several words each or that the
-      answers name;
+    - they are texts that say neither right nor wrong; two of them are a question to the user;
     - there are two more texts beside yes and no, or eight beside true and false.
 
     Otherwise they are marks, and a label that is neither true nor false is refused.
@@ -317,7 +250,6 @@ class Labels:
         self._rows = rows
         self.is_training = is_training
         self._found: dict[str, _Column] = {}
-        self._pairs: dict[tuple[str, str], PairMeaning] = {}
         self._facts: dict[tuple[str, ...], bool] = {}
         self.asked: dict[Question, Answer] = {}
 
@@ -329,14 +261,6 @@ class Labels:
         self.asked["row", *question] = self._facts[question]
         return self._facts[question]
 
-    def of_pair(self, better: str, worse: str) -> PairMeaning:
-        """Return what two columns such as chosen and rejected are. Without rows, they are marks."""
-        if (better, worse) not in self._pairs:
-            rows = () if self._rows is None else self._rows()
-            self._pairs[better, worse] = pair_meaning(better, worse, rows) if rows else "marks"
-        self.asked["pair", better, worse] = self._pairs[better, worse]
-        return self._pairs[better, worse]
-
     def are_classes(self, key: str, values: Callable[[dict[str, JsonValue]], list[JsonValue]] | None = None) -> bool:
         """Return whether the labels of a key are classes. Without rows, they are marks.
 
@@ -347,15 +271,21 @@ class Labels:
         self.asked["classes", key] = are_classes
         return are_classes
 
+    def are_pair(self, key: str) -> bool:
+        """Tell whether a key has two words, of which one or both say neither right nor wrong in a known language."""
+        is_pair = self._rows is not None and self._column(key).is_pair
+        self.asked["pair of words", key] = is_pair
+        return is_pair
+
     def problem(self, key: str, value: JsonValue) -> str:
         """Return why a label that is neither true nor false is refused."""
         others = self._column(key).others if self._rows is not None else ()
         self.asked["others", key] = list(others)
         why = f"{key} {repr(value)[:60]} is neither true nor false, as other rows' are"
-        if len(others) == 2 or (others and reads_like_a_judgement(value)):
+        if len(others) == 2 or (others and isinstance(value, str) and judges_badly(value)):
             why = f"{key} {repr(value)[:60]} may mark an answer as wrong, but is neither true nor false"
         ways = "write true (the answer is learned) or false (it is not)"
-        return f"{why}: {ways}; if it is a class, rename the column or name it in data.ignore"
+        return f"{why}: {ways}; if it is a class, name {key} in data.ignore"
 
     def _column(self, key: str, values_of: Callable[[dict[str, JsonValue]], list[JsonValue]] | None = None) -> _Column:
         if key not in self._found:
@@ -368,5 +298,5 @@ class Labels:
                     values.add(value, row)
                 if len(values.others) >= ENOUGH:
                     break
-            self._found[key] = _Column(values.are_classes(), tuple(values.others.values()))
+            self._found[key] = _Column(values.are_classes(), values.is_pair(), tuple(values.others.values()))
         return self._found[key]

@@ -8,39 +8,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from loraflow.data.cell_values import Unreadable, parsed_text
+from loraflow.data.cell_values import Unreadable, is_object_text, objects_of, parsed_text
 from loraflow.data.chats import BadRow
-from loraflow.data.judgements import label_inside, opinion, part_of_dataset, rejected_of_pair, unclear_verdict, verdict
-from loraflow.data.labels import Labels, as_number, is_absent, judges_badly, label_side, reads_like_a_judgement
+from loraflow.data.judgements import (
+    Beside,
+    Judgement,
+    opinion,
+    part_of_dataset,
+    rejected_of_pair,
+    shown,
+    verdict,
+    word_side,
+)
+from loraflow.data.labels import Labels, as_number, is_absent, judges_badly, label_side
 from loraflow.data.mark_names import (
     CONTAINERS,
     EXCLUSIONS,
-    FALSE_IS_WRONG,
     HELD_OUT_FLAGS,
     JUDGEMENTS,
     KEYS,
     LABELS,
     OPINIONS,
+    RECORD_STATES,
     ROW_WEIGHTS,
     SAFETY,
     SPLITS,
-    STATES,
     UNCLEAR,
     WEIGHTS,
     WITHOUT_LISTS,
-    Beside,
-    Judgement,
-    is_object_text,
-    judges_the_answer,
     normal_name,
-    objects_of,
     opinion_name,
-    shown,
 )
 from loraflow.data.preference_pairs import answer_texts
 
@@ -77,7 +79,7 @@ def answer_weight(
     used: set[str],
     labels: Labels,
     columns: Collection[str] = (),
-    said: Collection[str] = (),
+    answers: Collection[str] = (),
     row: Mapping[str, JsonValue] | None = None,
 ) -> Weight:
     """Return the weight of an answer in the loss by the marks of its row or message: their product, 1 without any.
@@ -86,23 +88,24 @@ def answer_weight(
         values: the row or message.
         used: the keys that are read as marks are added to it.
         columns: the columns that a recipe names as the answer, such as `chosen`; beside it, `rejected` is a text too.
+        answers: the texts of the row's or message's answers.
 
     Raises:
         BadRow: a mark is unclear, or a weight is not between 0 and 10.
     """
     weight, excluded_by = 1.0, ""
-    texts = set() if where else answer_texts(values, labels, columns, said)
+    texts = set() if where else answer_texts(values, labels, columns, answers)
     beside: Beside | None = None
     for key, value in values.items():
         if not isinstance(key, str) or key in texts or not (_may_mark(key) or _is_rejected(value)):
             continue
-        beside = beside or Beside(tuple(said), None if where else labels, row)
-        mark = _mark_or_opinion(key, value, where, labels, beside)
+        beside = beside or Beside(tuple(answers), None if where else labels, values)
+        mark = _mark(key, value, where, labels, beside)
         if mark is not None:
             used.add(key)
             weight *= mark.value
             excluded_by = excluded_by or mark.excluded_by
-    if row is not None and weight and (generation := judged_generation(row, said)) is not None:
+    if row is not None and weight and (generation := judged_generation(row, answers)) is not None:
         weight, excluded_by = 0.0, generation.text
     if weight > MAX_WEIGHT:
         raise BadRow(f"{where}the product of its weights is {weight:g}; expected at most {MAX_WEIGHT}")
@@ -117,37 +120,15 @@ def _is_rejected(value: JsonValue) -> bool:
 def _may_mark(key: str) -> bool:
     """Tell whether a key may be a mark, or an object with marks. Most keys of most rows are neither."""
     name = normal_name(key)
+    inner, is_direct = opinion_name(name)
     return (
-        name in KEYS | OPINIONS | STATES | SPLITS | HELD_OUT_FLAGS
-        or judges_the_answer(name)
-        or opinion_name(name) in SAFETY
+        is_direct
+        or inner in SAFETY
+        or name in KEYS | OPINIONS | SPLITS | HELD_OUT_FLAGS | RECORD_STATES
         or name.removesuffix("_json") in CONTAINERS
         or name.endswith(("responses", "responses_status"))
         or normal_name(key.partition(".")[0]) in CONTAINERS
     )
-
-
-def _mark_or_opinion(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside) -> Weight | None:
-    """Return the weight by a key; None if it says nothing.
-
-    Raises:
-        BadRow: it may say that the answer is wrong.
-    """
-    name = normal_name(key)
-    weight = _mark(key, name, value, where, labels, beside) if name in KEYS else None
-    if weight is not None:
-        return Weight(weight, shown((key,), value) if weight == 0 else "")
-    said = (
-        rejected_of_pair((key,), value, beside)
-        or opinion(name, (key,), value, beside)
-        or part_of_dataset(name, (key,), value, beside)
-        or contained(key, (key,), value, beside)
-    )
-    if said is None:
-        return None
-    if said.is_learned is None:
-        raise BadRow(where + said.text)
-    return Weight(1.0) if said.is_learned else Weight(0.0, said.text)
 
 
 def excludes(key: str, value: JsonValue) -> bool:
@@ -158,29 +139,73 @@ def excludes(key: str, value: JsonValue) -> bool:
         return False
 
 
-def _mark(key: str, name: str, value: JsonValue, where: str, labels: Labels, beside: Beside) -> float | None:
-    """Return what a mark multiplies the weight of an answer by; None if it says nothing."""
+def _mark(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside) -> Weight | None:
+    """Return the weight by a key; None if it says nothing.
+
+    Raises:
+        BadRow: it may say that the answer is wrong.
+    """
+    name, here = normal_name(key), (key,)
+    found: Judgement | None = None
     if name in LABELS:
-        side = label_side(value)
-        if side is None or labels.are_classes(key):
-            return None
-        if side == "other":
-            if where and not reads_like_a_judgement(value):  # an attribute of a message: it is named as not read
-                return None
-            raise BadRow(where + labels.problem(key, value))
-        return float(side)
-    if name in JUDGEMENTS:
-        if problem := unclear_verdict(name, (key,), value, beside):
-            raise BadRow(where + problem)
-        is_learned = verdict(name, (key,), value, beside)
-        return None if is_learned is None else float(is_learned)
-    if name in UNCLEAR:
-        if is_absent(value) or (isinstance(value, str) and value.strip().lower() in ("user", "human", "system")):
-            return None
-        raise BadRow(f"{where}{key} {_shown(value)} does not say whether the answer is learned; use weight 0 or 1")
+        found = _label(key, value, where, labels)
+    elif name in JUDGEMENTS:
+        found = verdict(name, here, value, beside)
+    elif name in UNCLEAR:
+        if not is_absent(value) and not (
+            isinstance(value, str) and value.strip().lower() in ("user", "human", "system")
+        ):
+            raise BadRow(f"{where}{key} {_shown(value)} does not say whether the answer is learned; use weight 0 or 1")
+    elif name in WEIGHTS | EXCLUSIONS:
+        weight = _weight(key, name, value, where)
+        return None if weight is None else Weight(weight, shown(here, value) if weight == 0 else "")
+    found = (
+        found
+        or rejected_of_pair(here, value, beside)
+        or opinion(name, here, value, beside)
+        or part_of_dataset(name, here, value, beside)
+        or contained(key, here, value, beside)
+    )
+    if found is None:
+        return None
+    if found.is_learned is None:
+        raise BadRow(where + found.text)
+    return Weight(1.0) if found.is_learned else Weight(0.0, found.text)
+
+
+def _label(key: str, value: JsonValue, where: str, labels: Labels) -> Judgement | None:
+    """Return what a label says; None if it is a class, by the labels of the file's rows or of their messages."""
+    side = label_side(value)
+    is_class = labels.are_classes(f"messages.{key}", partial(_of_messages, key)) if where else labels.are_classes(key)
+    if side is None or is_class:
+        return None
+    if side != "other":
+        return Judgement(side, shown((key,), value))
+    if where and not (
+        isinstance(value, str) and judges_badly(value)
+    ):  # an attribute of a message: it is named as not read
+        return None
+    raise BadRow(where + labels.problem(key, value))
+
+
+def _of_messages(key: str, row: dict[str, JsonValue]) -> list[JsonValue]:
+    """Return the values of a key in the messages of a row, and in their parts."""
+    turns = _objects_in(row.values())
+    return [item[key] for item in (*turns, *_objects_in(v for turn in turns for v in turn.values())) if key in item]
+
+
+def _objects_in(values: Iterable[JsonValue]) -> list[dict[str, JsonValue]]:
+    return [item for value in values if isinstance(value, list) for item in value if isinstance(item, dict)]
+
+
+def _weight(key: str, name: str, value: JsonValue, where: str) -> float | None:
+    """Return what a weight or an exclusion multiplies the weight of an answer by; None without a value."""
     weight = as_number(value)
     if weight is None and is_absent(value):
         return None
+    if weight is None and name == "train" and isinstance(value, str):  # a column of words that a recipe names
+        side = word_side(value)
+        weight = None if side is None else float(side)
     if weight is None or weight < 0 or weight > MAX_WEIGHT or (name in EXCLUSIONS and weight not in (0, 1)):
         raise BadRow(_unsupported(where, key, value, weight, is_exclusion=name in EXCLUSIONS))
     if not where and weight not in (0, 1) and name not in ROW_WEIGHTS:
@@ -218,47 +243,38 @@ _COMPLETE = frozenset(
 
 
 def judged_generation(row: Mapping[str, JsonValue], answers: Collection[str]) -> Judgement | None:
-    """Return what the lists beside a row's generations say about the one that is its answer; None if they say nothing.
+    """Return what lists beside a row's generations say about the generation that is its answer; None if they say nothing.
 
-    An answer that is not complete is left out. So is one that a list such as `correctness_math_verify` says is wrong, unless
-    another of these lists says that it is right.
+    An answer that is not complete is left out. So is a generation that a list such as `correctness_math_verify` says is
+    wrong, unless another of these lists says that it is right.
     """
     if row.keys().isdisjoint(_GENERATIONS):
         return None
-    said = {answer.strip() for answer in answers}
-    for key in _GENERATIONS:
-        texts = row.get(key)
+    stripped = {answer.strip() for answer in answers}
+    for texts in (row.get(key) for key in _GENERATIONS):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             continue
-        numbers = [number for number, text in enumerate(texts) if isinstance(text, str) and text.strip() in said]
-        if numbers and (found := _of_lists(row, len(texts), numbers)) is not None:
-            return found
+        numbers = [number for number, text in enumerate(texts) if str(text).strip() in stripped]
+        judged = dict(_judged(row, len(texts), numbers))
+        unfinished = [key for key, is_bad in judged.items() if is_bad and normal_name(key) in _COMPLETE]
+        verdicts = {key: is_bad for key, is_bad in judged.items() if normal_name(key) not in _COMPLETE}
+        wrong = unfinished or (list(verdicts) if all(verdicts.values()) else [])
+        if wrong:
+            return Judgement(False, shown((wrong[0],), False))
     return None
 
 
-def _of_lists(row: Mapping[str, JsonValue], length: int, numbers: list[int]) -> Judgement | None:
-    judged = list(_judged(row, length, numbers))
-    for key, is_bad, is_final in judged:
-        if is_bad and is_final:
-            return Judgement(False, shown((key,), False))
-    if not judged or any(not is_bad for _, is_bad, is_final in judged if not is_final):
-        return None
-    wrong = next((key for key, is_bad, is_final in judged if is_bad and not is_final), None)
-    return None if wrong is None else Judgement(False, shown((wrong,), False))
-
-
-def _judged(row: Mapping[str, JsonValue], length: int, numbers: list[int]) -> Iterator[tuple[str, bool, bool]]:
-    """Yield (key, whether the answer is bad, whether nothing else can be said against that) of each list that judges it."""
+def _judged(row: Mapping[str, JsonValue], length: int, numbers: list[int]) -> Iterator[tuple[str, bool]]:
+    """Yield the key of each list that judges one of the generations with these numbers, and whether they are bad."""
     for key, values in row.items():
         if not isinstance(key, str) or not isinstance(values, list) or len(values) != length:
             continue
         name = normal_name(key)
-        is_judgement = name in JUDGEMENTS or name.startswith(tuple(FALSE_IS_WRONG))
-        if not (is_judgement or name in _COMPLETE) or not all(isinstance(value, bool | None) for value in values):
+        if not (name in JUDGEMENTS | _COMPLETE or name.startswith("correctness")):
             continue
-        found = [values[number] for number in numbers if values[number] is not None]
-        if found:
-            yield key, not any(found), name in _COMPLETE
+        flags = [values[number] for number in numbers if isinstance(values[number], bool)]
+        if flags and all(isinstance(value, bool | None) for value in values):
+            yield key, not any(flags)
 
 
 MAX_DEPTH = 50  # of objects in objects
@@ -274,15 +290,13 @@ def contained(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside)
     if len(here) > MAX_DEPTH:
         raise BadRow(f"{'.'.join(here[:3])}…: objects that are nested more than {MAX_DEPTH} deep")
     name = normal_name(key)
-    if (name.endswith(("responses", "responses_status"))) and (said := _responses(key, here, value, beside)):
-        return said
+    if name.endswith(("responses", "responses_status")) and (found := _responses(key, here, value, beside)):
+        return found
     base = name.removesuffix("_json")
-    if base in CONTAINERS or (name in JUDGEMENTS | OPINIONS and isinstance(value, list)):
+    if base in CONTAINERS or (name in JUDGEMENTS | OPINIONS and (isinstance(value, list) or is_object_text(value))):
         return _of_objects(key, base, here, value, beside)
-    container, found, member = key.partition(".")
-    if found and normal_name(container) in CONTAINERS:
-        return _of_member(member, here, value, beside)
-    return None
+    container, dot, member = key.partition(".")
+    return _of_member(member, here, value, beside) if dot and normal_name(container) in CONTAINERS else None
 
 
 def _of_objects(key: str, name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
@@ -294,14 +308,22 @@ def _of_objects(key: str, name: str, here: tuple[str, ...], value: JsonValue, be
     is_map = isinstance(value, list) and not any(isinstance(item, dict) for item in value)
     if name in WITHOUT_LISTS and not is_map:
         return None
+    if name in JUDGEMENTS and isinstance(value, list) and all(isinstance(item, bool) for item in value):
+        return None if _is_beside_texts(value, beside) else _agreed([verdict(name, here, v, beside) for v in value])
     return _agreed([_of_item(key, here, item, beside) for item in items])
 
 
+def _is_beside_texts(flags: list[JsonValue], beside: Beside) -> bool:
+    """Tell whether flags are those of the texts of another list, such as choices, and not of several judges."""
+    lists = (value for value in beside.row.values() if isinstance(value, list) and len(value) == len(flags) > 1)
+    return any(isinstance(value[0], str) for value in lists)
+
+
 def _of_item(key: str, here: tuple[str, ...], item: Mapping[str, JsonValue], beside: Beside) -> Judgement | None:
-    said = [_of_member(k, (*here, k), v, beside) for k, v in item.items() if isinstance(k, str)]
+    found = [_of_member(k, (*here, k), v, beside) for k, v in item.items() if isinstance(k, str)]
     if "value" in item:  # Argilla's: what each annotator said about the answer
-        said.append(_of_member(key, here, item["value"], beside))
-    return _strictest(said)
+        found.append(_of_member(key, here, item["value"], beside))
+    return _strictest(found)
 
 
 def _responses(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
@@ -312,38 +334,31 @@ def _responses(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside
         return None
     if key.endswith("responses.status"):
         return Judgement(False, shown(here, "discarded")) if all(status == "discarded" for status in value) else None
-    head, found, _ = key.rpartition(".responses")
-    return _agreed([_of_member(head, here, item, beside) for item in value]) if found else None
+    head, dot, _ = key.rpartition(".responses")
+    return _agreed([_of_member(head, here, item, beside) for item in value]) if dot else None
 
 
 def _of_member(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
-    """Return what a key of an object says. A weight between 0 and 1, and a `label` of 0, may be those of something else."""
+    """Return what a key of an object says. A weight between 0 and 1, and a `label`, may be those of something else."""
     name, text = normal_name(key), shown(here, value)
     if name in WEIGHTS | EXCLUSIONS:
         number = as_number(value)
         return Judgement((number == 1) is (name in WEIGHTS), text) if number in (0, 1) else None
-    if name == "label":
-        return label_inside(here, value, beside)
     if name in LABELS:
         side = label_side(value)
-        if isinstance(side, bool):
+        if name != "label" and isinstance(side, bool):
             return Judgement(side, text)
-        if isinstance(value, str) and judges_badly(value):
-            return Judgement(
-                None, f"{text} may mark the answer as wrong: write true (it is learned) or false (it is not)"
-            )
-        return None
+        return opinion("human_label", here, value, beside)
     if name in JUDGEMENTS and not isinstance(value, list):
-        is_learned = verdict(name, here, value, beside)
-        return None if is_learned is None else Judgement(is_learned, text)
-    said = opinion(name, here, value, beside) or part_of_dataset(name, here, value, beside)
-    return said or (contained(key, here, value, beside) if isinstance(value, dict | list | str) else None)
+        return verdict(name, here, value, beside)
+    found = opinion(name, here, value, beside) or part_of_dataset(name, here, value, beside)
+    return found or (contained(key, here, value, beside) if isinstance(value, dict | list | str) else None)
 
 
 def _strictest(found: Iterable[Judgement | None]) -> Judgement | None:
     """Return what excludes the answer, else what is unclear, else what says that it is learned."""
-    said = [item for item in found if item is not None]
-    return min(said, key=lambda item: (False, None, True).index(item.is_learned), default=None)
+    judged = [item for item in found if item is not None]
+    return min(judged, key=lambda item: (False, None, True).index(item.is_learned), default=None)
 
 
 def _agreed(found: list[Judgement | None]) -> Judgement | None:
@@ -358,7 +373,7 @@ def _parsed(text: str, here: tuple[str, ...]) -> JsonValue:
         return parsed_text(text)
     except Unreadable as error:
         names = (found.strip() for found in _KEY_IN_TEXT.findall(text))
-        if mark := next((name for name in names if normal_name(name) in KEYS | OPINIONS | STATES), None):
+        if mark := next((name for name in names if normal_name(name) in KEYS | OPINIONS), None):
             raise BadRow(
                 f"{'.'.join(here)} is a text that begins as an object and has the mark {mark}, but cannot be read: {error}; "
                 "write it as JSON, or rename the column"

@@ -10,15 +10,16 @@ from pydantic import JsonValue
 
 from loraflow.data.cell_values import is_missing
 from loraflow.data.chats import BadRow, Message
+from loraflow.data.judgements import word_side
 from loraflow.data.labels import (
     ANSWERS,
     Labels,
     answers_of,
     as_number,
     is_absent,
+    judges_badly,
     label_side,
     plain,
-    reads_like_a_judgement,
 )
 from loraflow.data.mark_names import BAD_VERDICTS, CONTAINERS, normal_name
 
@@ -60,18 +61,13 @@ _CORRECTED = re.compile(
     r"_(?:(?P<flag>corrected|edited|revised|fixed|improved|rewritten)|correction)"
     r"|(?P<bare>corrected|correction|edited|revised|improved|rewritten)"
 )
-_UNCHANGED = frozenset({
-    "n/a", "na", "same", "same as above", "same as answer", "same as original", "as is", "unchanged", "no change",
-    "no changes", "not changed", "no correction", "no corrections", "no edit", "no edits", "original", "none needed",
-    "not needed", "none required", "none necessary", "looks good", "looks good to me", "looks fine", "looks ok",
-    "good as is", "fine as is", "ok as is", "correct as is", "already correct", "the answer is correct",
-    "nothing to correct", "nothing to change", "lgtm",
-    *(f"no {word} {needed}" for word in ("correction", "corrections", "change", "changes", "edit", "edits", "revision")
-      for needed in ("needed", "required", "necessary")),
-})  # fmt: skip
-_DATE = re.compile(
-    r"\d{4} \d\d? \d\d?(?:[ t][\d:.,+z ]*)?|\d\d?[./]\d\d?[./]\d{2,4}(?: [\d:]*)?"
-)  # as `plain` writes them
+_UNCHANGED = re.compile(
+    r"n/?a|lgtm|original|unchanged|not changed|same(?: as (?:above|answer|original))?|the answer is correct|already correct"
+    r"|nothing to (?:correct|change)|(?:none|not|no (?:correction|change|edit|revision)s?) (?:needed|required|necessary)"
+    r"|no (?:correction|change|edit)s?|(?:good |fine |ok |correct )?as is|(?:looks )?(?:good(?: to me)?|fine|ok|okay|valid)"
+)
+# as `plain` writes them
+_DATE = re.compile(r"\d{4} \d\d? \d\d?(?:[ t][\d:.,+z ]*)?|\d\d?[./]\d\d?[./]\d{2,4}(?: [\d:]*)?")
 _MARKS_OR_TEXTS = BAD_VERDICTS | {"dispreferred"}
 # A pair of answers to a yes-or-no question; beside the answer yes, `rejected: False` is a mark.
 _OPPOSITES = frozenset(
@@ -81,7 +77,7 @@ _OPPOSITES = frozenset(
 
 
 def answer_texts(
-    values: Mapping[str, JsonValue], labels: Labels, columns: Collection[str], said: Collection[str] = ()
+    values: Mapping[str, JsonValue], labels: Labels, columns: Collection[str], answers: Collection[str] = ()
 ) -> set[str]:
     """Return the keys of a row that are no marks, because their texts are the answers of a preference pair.
 
@@ -101,45 +97,38 @@ def answer_texts(
         value = values[worse]
         if not isinstance(value, str):
             continue
-        betters = [names[better] for better, others in _PAIRS.items() if name in others and better in names]
         if is_better:
             found.add(worse)
-        elif not _is_verdict_text(value):
             continue
-        elif betters:
-            for better in betters:
-                found |= _texts_of_pair(better, worse, values, labels) if _is_verdict_text(values[better]) else set()
-        elif _is_opposite(value, said) and not labels.some_row(("no pair", worse), partial(_is_no_pair, worse=worse)):
-            if not columns:
-                raise BadRow(
-                    f"{worse} {value!r} may be the other answer, or say whether the answer is right; set data.columns: "
-                    "{completion: the column of the answer} if it is an answer, else write it as true or false"
-                )
-            found.add(worse)
+        betters = [names[other] for other, worses in _PAIRS.items() if name in worses and other in names]
+        better = next((key for key in betters if isinstance(values[key], str)), None)
+        is_opposite = _is_opposite(value, answers)
+        if not is_opposite and (better is None or plain(value) not in map(plain, answers) or not _is_word(value)):
+            continue
+        is_pair = is_opposite and not labels.some_row(("no pair", worse), partial(_is_no_pair, worse=worse))
+        if not is_pair and better is None:
+            continue
+        if not is_pair or not (better or columns):
+            both = f"{better} {values[better]!r} and " if better else ""
+            raise BadRow(
+                f"{both}{worse} {value!r} may be another answer, or say whether the answer is right; set data.columns: "
+                f"{{completion: {better or 'the column of the answer'}}} if it is an answer, else write it as true or false"
+            )
+        found |= {worse, better or worse}
     return found
 
 
-def _is_opposite(value: str, said: Collection[str]) -> bool:
-    return any(frozenset((plain(value), plain(answer).rstrip(".!"))) in _OPPOSITES for answer in said)
+def _is_word(value: str) -> bool:
+    return isinstance(label_side(value), bool)
+
+
+def _is_opposite(value: str, answers: Collection[str]) -> bool:
+    return any(frozenset((plain(value), plain(answer).rstrip(".!"))) in _OPPOSITES for answer in answers)
 
 
 def _is_no_pair(row: dict[str, JsonValue], worse: str) -> bool:
     value = row.get(worse)
     return not is_absent(value) and not (isinstance(value, str) and _is_opposite(value, tuple(answers_of(row))))
-
-
-def _texts_of_pair(better: str, worse: str, values: Mapping[str, JsonValue], labels: Labels) -> set[str]:
-    what = labels.of_pair(better, worse)
-    if what == "unclear":
-        raise BadRow(
-            f"{better} {values[better]!r} and {worse} {values[worse]!r} may be two answers, or say whether the answer is "
-            f"right; set data.columns: {{completion: {better}}} if they are answers, else rename or remove one of them"
-        )
-    return {better, worse} if what == "answers" else set()
-
-
-def _is_verdict_text(value: JsonValue) -> bool:
-    return isinstance(value, str) and isinstance(label_side(value), bool)
 
 
 def refuse_rejected(row: Mapping[str, JsonValue], messages: list[Message], read: Collection[str]) -> None:
@@ -220,20 +209,17 @@ def _corrects(value: JsonValue, answer: str, *, is_flag: bool) -> bool:
         return number is not None and number != as_number(value)
     if not isinstance(value, str) or is_absent(value) or is_missing(value) or value.strip() == answer:
         return False
-    text, said = plain(value), plain(answer)
-    if text.rstrip(".! ") in _UNCHANGED or not any(sign.isalnum() for sign in text):
+    text, plain_answer = plain(value), plain(answer)
+    if _UNCHANGED.fullmatch(text.rstrip(".! ")) or not any(sign.isalnum() for sign in text):
         return False
     if _DATE.fullmatch(text):
-        return not is_flag and _DATE.fullmatch(said) is not None
-    if _says_whether(text):
-        first = re.match(r"\w+", said)
-        return not is_flag and first is not None and isinstance(label_side(first[0]), bool)
+        return not is_flag and _DATE.fullmatch(plain_answer) is not None
+    if isinstance(label_side(text), bool) or judges_badly(
+        text
+    ):  # whether it is right, unless the answer is such a word
+        first = re.match(r"\w+", plain_answer)
+        return not is_flag and first is not None and word_side(first[0]) is not None
     return True
-
-
-def _says_whether(text: str) -> bool:
-    """Tell whether a text says only yes or no, or right or wrong, in any of their words."""
-    return isinstance(label_side(text), bool) or reads_like_a_judgement(text)
 
 
 def _way_out(key: str, used: Mapping[str, str]) -> str:

@@ -119,7 +119,7 @@ def read_row(raw: RawValue, settings: RowSettings, labels: Labels) -> Row:
         learned, weights = chat.learned, chat.weights
         told: Told = ()
         if unread and isinstance(value, dict):
-            told = told_by(without_ignored(value, settings.ignore) if settings.ignore else value, unread)
+            told = told_by(without_ignored(value, settings.ignore) if settings.ignore else value, unread, labels)
         named = _group(value, group)
         return Row(place, chat.messages, None, text, unread, learned, weights, group=named, told=told)
     except MarkedFalse as marked:

@@ -14,14 +14,15 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from loraflow.data.cell_values import Unreadable, parsed_text
+from loraflow.data.cell_values import Unreadable, is_object_text, objects_of, parsed_text
 from loraflow.data.judgements import is_bad_word
-from loraflow.data.labels import FALSE, TRUE, is_absent, plain
-from loraflow.data.mark_names import CONTAINERS, is_object_text, normal_name
+from loraflow.data.labels import FALSE, TRUE, Labels, is_absent, plain
+from loraflow.data.mark_names import CONTAINERS, JUDGEMENTS, LABELS, normal_name
 
 MAX_QUESTIONS = 5
 _MAX_WORD = 30  # characters of a value that is a word
 _OTHER = ""  # any other value
+_DOWN = "-1"  # beside 0 and 1, a vote against the answer
 # Words that judge only in a column that is named so: a size may be half, and a complexity low.
 _DEGREES = frozenset({"low", "very low", "half", "partial", "partly"})
 _SHORT = 3  # letters of codes such as `ko`, which mean wrong or bad in some language
@@ -37,45 +38,67 @@ _JUDGING = re.compile(
     r"(?:^|_)(?:in)?(?:verdict|quality|correct|verif|valid|judg|grade|grading|rating|rated|approv|accept|reject|review|"
     r"evaluat|assess|helpful|hallucin|factual|accura|annotat|feedback|resolved|solved|checked|"
     r"(?:pass|passed|passes|fail|failed|good|bad|wrong|right|ok|okay|keep|usable|safe|unsafe|harmful|flag|flagged|check|"
-    r"vote|status|result|outcome|answer|response|human|qa|eval|success|done|complete|completed)(?:_|$))"
+    r"vote|label|thumbs?|reaction|status|result|outcome|answer|response|human|qa|eval|success|done|complete|completed)(?:_|$))"
 )
 
+# Of these, false in every row is a question too.
+_DONE = re.compile(r"(?:.*_)?(?:success|successful|solved|resolved|(?:test|validation|verification)_result)")
 # Scores of the answer. Others are about something else (toxicity_score), or a high one is bad.
 _SCORE = re.compile(r"(?:final_|answer_|response_)?(?:score|reward)")
 _REASON = re.compile(r"(?:^|_)(?:finish|stop)_?reason$")  # why an answer ends
 _CUT_OFF = frozenset({"length", "max tokens"})  # such a reason, as plain() returns it
 
-Told = tuple[tuple[str, str], ...]  # keys, and what their values say: true, false, a word that judges, or nothing
+Told = tuple[tuple[str, str], ...]  # keys, and what their values say: true, false, -1, a word that judges, or nothing
 
 
-def told_by(row: Mapping[str, JsonValue], unread: Sequence[str]) -> Told:
-    """Return what the keys of a row that are not read say."""
+def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels | None = None) -> Told:
+    """Return what the keys of a row that are not read say.
+
+    Args:
+        labels: knows the other rows of the file. Two words in a column such as `label` may say right and wrong.
+    """
     found: list[tuple[str, str]] = []
     for key in unread:
         value = row.get(key)
-        if isinstance(value, dict):
-            if normal_name(key) in CONTAINERS:
-                members = ((inner, item) for inner, item in value.items() if not isinstance(item, dict | list))
-                found += [(f"{key}.{inner}", _word(inner, item)) for inner, item in members if not is_absent(item)]
-        elif key not in row and isinstance(messages := row.get((names := key.partition("."))[0]), list):
-            said = [item[names[2]] for item in messages if isinstance(item, dict) and not is_absent(item.get(names[2]))]
-            found += [(key, word) for word in dict.fromkeys(_word(names[2], item) for item in said) if word]
-        elif word := _word(key, value):
-            found.append((key, word))
+        outer, _, inner = key.partition(".")
+        if key not in row and isinstance(messages := row.get(outer), list):
+            turns = (item for item in messages if isinstance(item, dict) and not is_absent(item.get(inner)))
+            words = [pair for item in turns for pair in _told(key, inner, item[inner]) if pair[1]]
+            found += dict.fromkeys(words)
+        elif pairs := _told(key, key, value):
+            found += pairs
+        elif isinstance(value, str) and len(value) <= _MAX_WORD and labels and normal_name(key) in LABELS | JUDGEMENTS:
+            found += [(key, " ".join(value.split()))] if labels.are_pair(key) else []
     return tuple(found)
+
+
+def _told(path: str, key: str, value: JsonValue) -> list[tuple[str, str]]:
+    """Return what a value says, or what the keys of an object such as `metadata` say."""
+    if normal_name(key) in CONTAINERS and (isinstance(value, dict | list) or is_object_text(value)):
+        items = (
+            (f"{path}.{k}", k, v) for members in objects_of(value) for k, v in members.items() if isinstance(k, str)
+        )
+        found = [pair for inner, k, v in items if not is_absent(v) for pair in _told(inner, k, v) or [(inner, _OTHER)]]
+        if found:
+            return list(dict.fromkeys(found))
+    word = _word(key, value)
+    return [(path, word)] if word else []
 
 
 def _word(key: str, value: JsonValue) -> str:
     kind = _kind_of(key)
     if kind == "neutral":
         return _OTHER
+    if isinstance(value, list):  # of several judges
+        words = {_word(key, item) for item in value}
+        return words.pop() if len(words) == 1 else _OTHER
     if _REASON.search(normal_name(key)):
         return value if isinstance(value, str) and plain(value) in _CUT_OFF else _OTHER
     if isinstance(value, str):
         return _word_of_text(kind, value) if len(value) <= _MAX_WORD else _OTHER
     if isinstance(value, bool) or (kind != "other" and isinstance(value, int | float) and value in (0, 1)):
         return "true" if value else "false"
-    return _OTHER
+    return _DOWN if kind == "judging" and isinstance(value, int | float) and value == -1 else _OTHER
 
 
 @lru_cache(4096)
@@ -98,6 +121,8 @@ def _word_of_text(kind: str, value: str) -> str:
         return "true" if text in TRUE else "false"
     if text in ("0", "1"):
         return _OTHER if kind == "other" else ("true" if text == "1" else "false")
+    if text == _DOWN:
+        return _DOWN if kind == "judging" else _OTHER
     is_code = len(text) <= _SHORT and text != "bad"
     if kind != "judging" and (plain(text) in _DEGREES or is_code):
         return _OTHER
@@ -112,23 +137,24 @@ def doubtful(told: Mapping[tuple[str, str], int], unread: Mapping[str, int]) -> 
     return {
         key: {word: rows for word, rows in words.items() if word != _OTHER}
         for key, words in columns.items()
-        if _is_doubtful(words, unread.get(key, sum(words.values())))
+        if _is_doubtful(key, words, unread.get(key, sum(words.values())))
     }
 
 
-def _is_doubtful(words: Mapping[str, int], rows: int) -> bool:
-    if words.keys() - {"true", "false", _OTHER}:
+def _is_doubtful(key: str, words: Mapping[str, int], rows: int) -> bool:
+    flags = {word: count for word, count in words.items() if word in ("true", "false", _DOWN)}
+    if words.keys() - flags.keys() - {_OTHER}:
         return True
-    return "true" in words and "false" in words and words["true"] + words["false"] >= rows
+    is_done = "false" in flags and _DONE.fullmatch(normal_name(key.rpartition(".")[2])) is not None
+    return (is_done or ("true" in flags and len(flags) > 1)) and sum(flags.values()) >= rows
 
 
 def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Return a question for each column of `doubtful`."""
     lines = []
     for key, words in list(columns.items())[:MAX_QUESTIONS]:
-        said = ", ".join(
-            f"{word} in {rows} rows" for word, rows in sorted(words.items(), key=lambda item: -item[1])[:4]
-        )
+        most = sorted(words.items(), key=lambda item: -item[1])[:4]
+        counts = ", ".join(f"{word} in {rows} rows" for word, rows in most)
         is_flag = words.keys() <= {"true", "false"} and "." not in key
         way = "write it as is_correct (true or false)"
         if is_flag:
@@ -136,7 +162,7 @@ def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
                 f"set data.columns: {{train: {key}}} to learn where it is true, or {{exclude: {key}}} where it is false"
             )
         marks = "say that answers were cut off" if _REASON.search(normal_name(key)) else "mark wrong answers"
-        lines.append(f"does {key} {marks}? ({said}) It is not read. If so, {way}; else name {key} in data.ignore")
+        lines.append(f"does {key} {marks}? ({counts}) It is not read. If so, {way}; else name {key} in data.ignore")
     if len(columns) > MAX_QUESTIONS:
         lines.append(
             f"{len(columns) - MAX_QUESTIONS} more columns like these: {', '.join(list(columns)[MAX_QUESTIONS:])}"

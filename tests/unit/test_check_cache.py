@@ -165,6 +165,20 @@ def test_rows_whose_labels_depend_on_a_later_row_are_read_again(tmp_path, first,
     assert "marked_false" not in json.loads(folder.check(SETTINGS)[0]["report.json"])["counts"]
 
 
+def test_a_question_about_two_labels_is_asked_again_if_a_later_row_has_a_third(tmp_path):
+    folder = Folder(tmp_path)
+    values = ["urgent", "normal"] * 150
+    lines = [
+        json.dumps({"prompt": f"q{n}", "completion": "a", "label": value}) + "\n" for n, value in enumerate(values)
+    ]
+    folder.write("train.jsonl", lines)
+    before = json.loads(folder.check(SETTINGS)[0]["report.json"])
+    assert before["doubtful"] == {"label": {"urgent": 150, "normal": 150}}
+    folder.write("train.jsonl", [*lines, '{"prompt": "x", "completion": "a", "label": "later"}\n'])
+    folder.check_both(SETTINGS)
+    assert "doubtful" not in json.loads(folder.check(SETTINGS)[0]["report.json"])
+
+
 def test_labels_that_stay_what_they_were_are_not_read_again(tmp_path):
     folder = Folder(tmp_path)
     values = [True, False] * 2000

@@ -11,6 +11,7 @@ from loraflow.data.chats import BadRow
 from loraflow.data.guess_columns import guess_columns
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.readers import read_rows
+from loraflow.data.unread_values import counted, doubtful, questions
 
 PAIR = {"prompt": "q", "completion": "a"}
 
@@ -43,7 +44,8 @@ def test_chosen_no_beside_rejected_yes_is_a_mark_if_answers_say_neither(tmp_path
 def test_chosen_and_rejected_that_may_be_answers_or_marks_are_refused(tmp_path, second):
     first = read_csv(tmp_path, f"prompt,completion,chosen,rejected\nq,no,yes,no\n{second}\n")[0]
     assert first.messages is None and not first.is_marked_false
-    assert "chosen 'yes' and rejected 'no' may be two answers" in first.problem
+    assert first.problem.startswith("chosen 'yes' and rejected 'no' may be another answer, or say whether")
+    assert "set data.columns: {completion: chosen} if it is an answer" in first.problem
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,7 @@ def test_an_answer_beside_another_rejected_one_is_learned(other):
 
 
 WRONG = [
+    {"correctness": "incorrect"}, {"answer_correctness": "Wrong"},
     {"answer_quality": "bad"}, {"response_rating": "Bad"}, {"thumbs": "down"}, {"record_status": "discarded"},
     {"metadata": {"desirable": False}}, {"metadata": '{"kto_tag": false}'}, {"isAnswerCorrect": False},
     {"answer_correct": "no"}, {"response_is_valid": "No"}, {"is_wrong_answer": True}, {"label_correct": 0}, {"ok": "no"},
@@ -89,20 +92,58 @@ def test_an_opinion_that_an_answer_is_wrong_leaves_its_row_out(mark):
 
 
 UNCLEAR = [
-    {"quality": "bad"}, {"verdict": "Incorrect"}, {"judgement": "wrong"}, {"review": "Rejected"}, {"status": "rejected"},
-    {"state": "deleted"}, {"correctness": "incorrect"}, {"human_label": "bad"}, {"feedback": {"rating": "bad"}},
-    {"result": "rejected"}, {"outcome": "removed"}, {"decision": "Rejected"}, {"metadata": '{"status": "rejected"}'},
-    {"quality": [{"user_id": "1", "value": "bad", "status": "submitted"}]}, {"answer_quality": "poor"},
+    {"quality": "bad"}, {"verdict": "Incorrect"}, {"judgement": "wrong"}, {"human_label": "bad"},
+    {"feedback": {"quality": "bad"}}, {"quality": [{"user_id": "1", "value": "bad", "status": "submitted"}]}, {"answer_quality": "poor"},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", UNCLEAR, ids=json.dumps)
-def test_a_word_that_may_be_about_anything_is_refused_and_leaves_no_row_out(key):
+def test_a_word_of_a_column_that_judges_is_refused_and_leaves_no_row_out(key):
+    way = r"set data.columns: {train: \w+} |write it as is_correct \(true or false\) "
     with pytest.raises(
-        BadRow, match=r"may mark the answer as wrong, or be a class.*rename the column.*is_correct"
+        BadRow, match=rf"may mark the answer as wrong, or be a class: (?:{way})to leave such answers out, or name"
     ) as caught:
         read_chat({**PAIR, **key})
     assert not isinstance(caught.value, MarkedFalse)
+
+
+# Words that may be about anything: the row is learned, and its column is a question.
+ASKED = [
+    {"review": "Rejected"}, {"status": "rejected"}, {"state": "deleted"}, {"result": "rejected"}, {"outcome": "removed"},
+    {"decision": "Rejected"}, {"metadata": {"status": "rejected"}}, {"metadata": '{"status": "rejected"}'},
+    {"feedback": {"rating": "bad"}}, {"metadata": [{"state": "deleted"}]}, {"info": {"review": {"grade": "fail"}}},
+    {"verdict": ["incorrect", "incorrect"]}, {"is_correct": ["falsch"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ASKED, ids=json.dumps)
+def test_a_word_that_may_be_about_anything_is_a_question(tmp_path, key):
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **key}]}
+    for row in ({**PAIR, **key}, chat):
+        (tmp_path / "x.jsonl").write_text(json.dumps(row))
+        (found,) = read_rows(tmp_path, ["x.jsonl"], "auto")
+        (question,) = questions(doubtful(counted([found.told]), {}))
+        assert found.messages and "mark wrong answers?" in question
+
+
+FLAGS = [{"is_correct": [False, False]}, {"correct": [False]}, {"valid": "[False]"}, {"is_wrong": [True, True]}]
+
+
+@pytest.mark.parametrize("key", FLAGS, ids=json.dumps)
+def test_flags_of_several_judges_that_agree_leave_a_row_out_unless_they_are_those_of_texts(key):
+    with pytest.raises(MarkedFalse):
+        read_chat({**PAIR, **key})
+    for others in ({"is_correct": [False, True]}, {"drafts": ["v", "w"], "is_correct": [False, False]}):
+        assert read_chat({**PAIR, **others}).learned is None
+
+
+def test_votes_of_minus_one_and_one_are_a_question_and_counts_are_none(tmp_path):
+    for values, is_asked in (([1, -1], True), ([0, -1, 1], True), (["1", "-1"], True), ([3, -1, 0], False)):
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps({**PAIR, "score": value}) + "\n" for value in values))
+        rows = list(read_rows(tmp_path, ["x.jsonl"], "auto"))
+        asked = doubtful(counted([row.told for row in rows]), {"score": len(values)})
+        assert all(row.messages for row in rows) and bool(asked) is is_asked
+        assert all("is_correct (true or false)" in line for line in questions(asked)), "train takes no -1"
 
 
 RIGHT = [

@@ -1,6 +1,7 @@
 """What words, lists, texts of objects and classes beside an answer say about it, by the whole file."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ from loraflow.data.check_report import CheckReport, SplitCounts
 from loraflow.data.mark_names import named_marks, without_marks
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.readers import read_rows
+from loraflow.data.unread_values import counted, doubtful, questions
 from loraflow.reporting.rows import check_notes
 
 PAIR = {"prompt": "q", "completion": "a"}
@@ -31,7 +33,9 @@ def rows_of(key, values, answer="a"):
     return [{"prompt": f"q{n}", "completion": answer.format(value), key: value} for n, value in enumerate(values)]
 
 
-WORDS = ["decision", "status", "state", "result", "outcome", "review", "quality", "rating"]
+JUDGING = ["quality", "verdict", "evaluation", "human_label"]
+ANYTHING = ["decision", "status", "state", "result", "outcome", "review", "rating", "review_status", "grade"]
+WORDS = JUDGING + ANYTHING
 
 
 @pytest.mark.parametrize("key", WORDS)
@@ -47,12 +51,62 @@ def test_a_column_with_values_that_judge_nothing_is_a_class(tmp_path, key):
     assert all(row.messages for row in read(tmp_path, nested))
 
 
-@pytest.mark.parametrize("key", WORDS)
-@pytest.mark.parametrize("other", ["approved", "good", "neutral", None, "correct"])
-def test_a_column_with_judgements_alone_is_refused_with_the_ways_out(tmp_path, key, other):
-    first, second = read(tmp_path, rows_of(key, ["rejected", other]))
+@pytest.mark.parametrize("key", JUDGING)
+@pytest.mark.parametrize("other", ["approved", "good", None, "correct", "excellent"])
+def test_a_column_that_judges_is_refused_if_it_has_judgements_alone_and_both_ways_out_work(tmp_path, key, other):
+    rows = rows_of(key, ["rejected", other])
+    first, second = read(tmp_path, rows)
     assert first.place == "x.jsonl:1" and not first.is_marked_false and second.messages
-    assert first.problem.startswith(f"{key} 'rejected' may mark") and "rename the column" in first.problem
+    assert first.problem.startswith(f"{key} 'rejected' may mark the answer as wrong, or be a class: ")
+    assert f"set data.columns: {{train: {key}}} to leave such answers out" in first.problem
+    assert f"name {key} in data.ignore to learn them" in first.problem
+    found = read(tmp_path, rows, columns={"train": key})
+    assert [row.marked_by for row in found] == [f"{key}: rejected", ""] and found[1].messages
+    assert all(row.messages for row in read(tmp_path, rows, ignore=[key]))
+
+
+@pytest.mark.parametrize("key", [*ANYTHING, "metadata.status", "success", "resolved", "solved"])
+@pytest.mark.parametrize("values", [["rejected", "approved"], ["poor", "good"], ["failed", "passed"], [False, True]])
+def test_a_column_that_may_be_about_anything_is_learned_and_asked_about(tmp_path, key, values):
+    outer, _, inner = key.partition(".")
+    rows = [{**PAIR, "prompt": f"q{n}", outer: {inner: value} if inner else value} for n, value in enumerate(values)]
+    rows = read(tmp_path, rows)
+    assert all(row.messages for row in rows)
+    (question,) = questions(doubtful(counted([row.told for row in rows]), {outer: 2, key: 2}))
+    assert question.startswith(f"does {key} mark wrong answers? ({str(values[0]).lower()} in 1 rows")
+
+
+WAYS = [
+    ("is_harmful", True, False), ("is_harmful", 1, 0), ("is_harmful", "yes", "no"), ("is_safe", "no", "yes"), ("safe", 0, 1),
+    ("response_label", "toxic", "safe"), ("response_harm_label", "harmful", "unharmful"), ("verdict", "wrong answer", "OK"),
+    ("quality", "very poor", "excellent"), ("human_label", False, True), ("answer_quality", "poor", "good"), ("is_correct", "falsch", True),
+    ("execution_status", "timeout", "success"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "bad", "good"), WAYS)
+def test_the_columns_that_a_refusal_names_leave_out_the_bad_answer_and_no_other(tmp_path, key, bad, good):
+    rows = rows_of(key, [bad, good])
+    first, second = read(tmp_path, rows)
+    found = re.search(r"set data.columns: \{(train|exclude): (\w+)\} to leave such answers out", first.problem)
+    assert second.messages and found
+    first, second = read(tmp_path, rows, columns={found[1]: found[2]})
+    assert first.is_marked_false and second.messages and second.learned is None
+
+
+@pytest.mark.parametrize(("key", "values"), [("thumbs", [-1, 1]), ("vote", ["-1", "1"]), ("correct", [0, 2])])
+def test_a_refused_number_is_to_be_written_as_a_flag(tmp_path, key, values):
+    (first, _) = read(tmp_path, rows_of(key, values))
+    assert "write it as is_correct (true or false) to leave such answers out" in first.problem
+
+
+@pytest.mark.parametrize("word", ["failed", "timeout", "very poor", "falsch", "👎", "Incorrect"])
+def test_a_column_of_words_that_the_recipe_names_leaves_the_bad_ones_out_and_refuses_those_between(tmp_path, word):
+    rows = rows_of("result", [word, "success", "passed", "good", "average"])
+    found = read(tmp_path, rows, columns={"train": "result"})
+    assert [row.is_marked_false for row in found] == [True] + [False] * 4
+    assert [bool(row.messages) for row in found] == [False, True, True, True, False]
+    assert "train 'average' is not readable" in found[4].problem
 
 
 def test_argillas_discarded_is_a_mark_and_a_class_of_orders_is_none(tmp_path):
@@ -60,8 +114,6 @@ def test_argillas_discarded_is_a_mark_and_a_class_of_orders_is_none(tmp_path):
         0,
         1,
     ]
-    refused, _ = read(tmp_path, rows_of("status", ["discarded", "Validated"]))
-    assert refused.messages is None and not refused.is_marked_false
     assert all(row.messages for row in read(tmp_path, rows_of("status", ["discarded", "shipped"])))
 
 
@@ -143,7 +195,7 @@ def test_correct_no_beside_the_answer_no_is_a_mark_if_another_answer_differs(tmp
 PAIRS = [
     ("prompt,completion,wrong_answer,correct_answer\nq,no,no,yes\n", "its answer is the text of wrong_answer"),
     ("prompt,completion,rejected_response\nq,yes,yes\n", "its answer is the text of rejected_response"),
-    ("prompt,completion,rejected\nq,no,yes\nr,yes,no\n", "rejected 'yes' may be the other answer"),
+    ("prompt,completion,rejected\nq,no,yes\nr,yes,no\n", "rejected 'yes' may be another answer"),
 ]
 
 

@@ -13,6 +13,7 @@ from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.marks import MarkedFalse
 from loraflow.data.readers import read_rows
 from loraflow.data.token_labels import IGNORED
+from loraflow.data.unread_values import counted, doubtful, questions
 from tests.unit.test_check import run_check
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -171,12 +172,12 @@ def labelled(folder: Path, labels: list, answer: str = "a", key: str = "label") 
 @pytest.mark.parametrize(
     "labels",
     [
-        ["true", "flase"], ["Ture", "Fasle"], ["fales", "flase", "true"], ["ja", "nein"], ["wrong", "right"], ["-1", "1"],
-        [1, -1], [-1, 0, 1], [1.0, -1.0], [True, "nope"], [True, False, 2], ["oui", "non"], ["sí", "no"], ["да", "нет"],
-        ["对", "错"], ["はい", "いいえ"], ["Richtig", "Falsch"], ["vrai", "faux"], ["correct", "incorrect"], ["good", "bad"],
+        ["true", "flase"], ["Ture", "Fasle"], ["fales", "flase", "true"], ["wrong", "right"], ["-1", "1"],
+        [1, -1], [-1, 0, 1], [1.0, -1.0], [True, "nope"], [True, False, 2], ["sí", "no"],
+        ["对", "错"], ["Richtig", "Falsch"], ["vrai", "faux"], ["correct", "incorrect"], ["good", "bad"],
         ["good", "bad", "neutral"], ["accepted", "REJECTED", "pending"], ["ok", "not_ok"], ["👍", "👎"], ["✓", "✗"],
-        ["thumbs_up", "thumbs-down"], ["kyllä", "ei"], ["doğru", "yanlış"], ["foo", "bar"], ["A", "B"], [0.1, 0.9, 0.5],
-        ["wronng", "rihgt"], [1, 2], ["Not correct", "correct"], [None, "nein", "ja"],
+        ["thumbs_up", "thumbs-down"], ["doğru", "yanlış"], [0.1, 0.9, 0.5],
+        ["wronng", "rihgt"], [1, 2], ["Not correct", "correct"], [None, "falsch", "wahr"],
     ],
     ids=repr,
 )  # fmt: skip
@@ -205,9 +206,45 @@ def test_classes_are_named_as_not_read_and_their_rows_are_learned(tmp_path, labe
 
 def test_a_label_that_the_answer_names_is_a_class(tmp_path):
     assert all(row.messages for row in labelled(tmp_path, ["yes", "no", "no"], "{}"))
-    assert all(row.messages for row in labelled(tmp_path, ["spam", "ham"], "This is {}."))
-    assert not any(row.messages for row in labelled(tmp_path, ["gick", "gack"]))
-    assert all(row.messages for row in labelled(tmp_path, ["spam", "ham"])), "no annotator judges by these"
+    assert all(row.told == () for row in labelled(tmp_path, ["spam", "ham"], "{}"))
+
+
+PAIRS_OF_WORDS = [
+    ["urgent", "normal"], ["foo", "bar"], ["A", "B"], ["kweli", "uongo"], ["ja", "nein"], ["oui", "non"], ["да", "нет"], ["はい", "いいえ"], ["positive", "negative"], ["card lost", "card arrival"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "labels"), [*(("label", pair) for pair in PAIRS_OF_WORDS), ("valid", ["gültig", "ungültig"])]
+)
+def test_two_words_of_a_label_in_no_known_language_of_judgements_are_learned_and_asked_about(tmp_path, key, labels):
+    rows = labelled(tmp_path, labels, key=key)
+    assert all(row.messages and row.unused_keys == (key,) for row in rows)
+    (question,) = questions(doubtful(counted([row.told for row in rows]), {key: 2}))
+    assert question.startswith(f"does {key} mark wrong answers? ({labels[0]} in 1 rows, {labels[1]} in 1 rows)")
+
+
+def test_a_third_word_in_a_column_of_verdicts_is_asked_about(tmp_path):
+    rows = labelled(tmp_path, ["yes", "nein", "yes"], key="accepted")
+    (question,) = questions(doubtful(counted([row.told for row in rows]), {"accepted": 1}))
+    assert question.startswith("does accepted mark wrong answers? (nein in 1 rows)")
+
+
+@pytest.mark.parametrize("false", [False, 0, "false", "no"])
+def test_the_label_of_a_message_in_a_file_is_a_mark_unless_labels_of_messages_are_classes(tmp_path, false):
+    def read_labels(labels: list) -> list:
+        rows = [
+            {"messages": [QUESTION, {**ANSWER, "content": f"a{n}", "label": label}]} for n, label in enumerate(labels)
+        ]
+        return read(tmp_path, "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    assert [row.marked_by for row in read_labels([True, false])] == ["", f"label: {false}"]
+    assert all(row.messages and row.unused_keys == ("messages.label",) for row in read_labels([0, 1, 2, 4]))
+    in_columns = {"messages": {"role": ["user", "assistant"], "content": ["q", "a"], "label": [None, false]}}
+    (row,) = read(tmp_path, "m.jsonl", json.dumps(in_columns))
+    assert row.marked_by == f"label: {false}"
+    (row,) = read(tmp_path, "m.jsonl", json.dumps(two_turns(content=[{"type": "text", "text": "a", "label": false}])))
+    assert f"label: {false} marks a part of the answer" in row.problem
 
 
 def test_siblings_of_a_label_are_honoured_or_named_as_not_read(tmp_path):

@@ -93,26 +93,18 @@ def test_false_where_something_was_not_done_is_no_judgement(tmp_path, key, value
 
 
 @pytest.mark.parametrize("between", ["med", "mid", "meh", "so-so", "average"])
-def test_words_between_good_and_bad_make_no_class_of_them(tmp_path, between):
-    assert outcomes(tmp_path, rows_of("quality", zip("abc", ("bad", between, "good"), strict=True))) == [
-        REFUSED,
-        LEARNED,
-        LEARNED,
-    ]
-    assert outcomes(tmp_path, rows_of("rating", zip("abc", ("low", between, "high"), strict=True))) == [LEARNED] * 3
-
-
-@pytest.mark.parametrize("key", ["quality", "rating", "grade"])
-def test_a_grade_that_each_question_asks_for_is_an_attribute(tmp_path, key):
-    rows = [{"prompt": f"Write {grade} code.", "completion": "x", key: grade} for grade in ("terrible", "high")]
-    assert outcomes(tmp_path, rows) == [LEARNED, LEARNED]
-    rows.append({"prompt": "Write code.", "completion": "y", key: "terrible"})
-    assert outcomes(tmp_path, rows) == [REFUSED, LEARNED, REFUSED]
+@pytest.mark.parametrize(("key", "words"), [("quality", ("bad", "good")), ("rating", ("low", "high"))])
+def test_grades_with_a_word_between_good_and_bad_are_learned_and_asked_about(tmp_path, between, key, words):
+    rows = rows_of(key, zip("abc", (*words, between), strict=True))
+    assert outcomes(tmp_path, rows) == [LEARNED] * 3
+    (first, *_) = read_rows(tmp_path, ["t.jsonl"], "auto")
+    assert first.told == ((key, words[0]),)
 
 
 JUDGED = [
     ("verdict", ["WRONG_ANSWER", "OK", "TIME_LIMIT_EXCEEDED"], [REFUSED, LEARNED, REFUSED]),
-    ("status", ["Wrong Answer", "Accepted"], [REFUSED, LEARNED]),
+    ("verdict", ["Wrong Answer", "Accepted"], [REFUSED, LEARNED]),
+    ("status", ["Wrong Answer", "Accepted"], [LEARNED, LEARNED]),  # a question
     ("execution_status", ["failed", "timeout", "error", "success"], [REFUSED, REFUSED, REFUSED, LEARNED]),
     ("status", ["rejected", "timeout", "error"], [LEARNED] * 3),
     ("solution_is_valid", ["No", False, "Yes", "Incomplete"], [OUT, OUT, LEARNED, REFUSED]),
