@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import JsonValue, ValidationError
 
 from loraflow import identity
-from loraflow.evaluation.values import BehaviourResult, Decision
+from loraflow.evaluation.values import BehaviourResult, Decision, vocabulary_of
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadData
@@ -324,12 +323,7 @@ def _vocabulary(workspace: Workspace, base_scores: Ref) -> int | None:
     """Return the number of tokens that the base's config names; None if it names none."""
     store = workspace.store
     base = store.manifest(base_scores).input_refs(store.uri).get("model")
-    try:
-        config = json.loads(read_intact(store, base, "config.json")) if base else {}
-    except ValueError:
-        return None
-    found = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return found if isinstance(found, int) and found > 1 else None
+    return vocabulary_of(read_intact(store, base, "config.json")) if base else None
 
 
 def _heldout_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from loraflow.evaluation.intervals import Bounds, Interval
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.pairing import NO_RANGES, pair, rows_with_other_tokens, scores, token_weights
 from loraflow.evaluation.score import score_columns
+from loraflow.evaluation.values import LARGEST_VOCABULARY
 from loraflow.failures import BadData
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class TableComparison:
     differences: tuple[Difference, ...]
     left_out: tuple[str, ...] = ()  # metrics that cannot be compared: losses per token of different tokens
     out_of_range: tuple[str, ...] = ()  # metrics with values outside of their range, which is not used
+    vocabulary: int = LARGEST_VOCABULARY  # a row's loss counts at most its logarithm in a difference
 
 
 def compare_tables(
@@ -69,6 +71,7 @@ def compare_tables(
     confidence: float = 0.95,
     lower_is_better: Collection[str] = (),
     ranges: Mapping[str, tuple[float, float]] = NO_RANGES,
+    vocabulary: int = LARGEST_VOCABULARY,
     listed: int = 10,
 ) -> TableComparison:
     """Compare two score tables on the rows that both have.
@@ -78,6 +81,7 @@ def compare_tables(
         confidence: of the intervals, and of each bound.
         ranges: the smallest and the largest value of scores of the user's metrics. Unlike the gate, a comparison does
             not use a range that a score is outside of.
+        vocabulary: number of tokens of the models, as for the gate.
 
     Raises:
         BadData: they have no row in common, or a score is not a finite number.
@@ -109,11 +113,11 @@ def compare_tables(
     )
     known = {metric: ends for metric, ends in ranges.items() if metric not in outside}
     found = tuple(
-        _difference(first_rows, second_rows, metric, confidence, lower_is_better, known, listed)
+        _difference(first_rows, second_rows, metric, confidence, lower_is_better, known, vocabulary, listed)
         for metric in metrics
         if metric not in left_out
     )
-    return TableComparison(len(common), *only, found, left_out, outside)
+    return TableComparison(len(common), *only, found, left_out, outside, vocabulary)
 
 
 def _is_outside(tables: Iterable[pd.DataFrame], metric: str, ends: tuple[float, float]) -> bool:
@@ -128,9 +132,12 @@ def _difference(
     confidence: float,
     lower: Collection[str],
     ranges: Mapping[str, tuple[float, float]],
+    vocabulary: int,
     listed: int,
 ) -> Difference:
-    evidence, reported = pair(second, first, metric, "the first model", lower_is_better=lower, ranges=ranges)
+    evidence, reported = pair(
+        second, first, metric, "the first model", lower_is_better=lower, vocabulary=vocabulary, ranges=ranges
+    )
     before, after = scores(first, metric, "the first model"), scores(second, metric, "the second model")
     gains = (before - after) if metric in LOWER_IS_BETTER | set(lower) else (after - before)
     order = np.argsort(-gains, kind="stable")

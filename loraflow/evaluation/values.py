@@ -7,6 +7,7 @@ readable.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, Self, TypeAlias
@@ -32,6 +33,17 @@ ROW_COLUMNS = frozenset(
 OF_ALL_ROWS = frozenset({"stops", "perplexity", "macro_f1"})  # scores that evaluate computes without a metric's module
 LARGEST_SCORE = 1e100  # squares and sums of larger ones may be no finite numbers
 LARGEST_VOCABULARY = 2**18  # assumed if the base's config does not say how many tokens there are
+
+
+def vocabulary_of(config: bytes | None) -> int | None:
+    """Return the number of tokens that a model's config.json names; None if it names none."""
+    try:
+        found = json.loads(config or b"{}")
+    except ValueError:
+        return None
+    size = found.get("vocab_size") or (found.get("text_config") or {}).get("vocab_size")
+    return size if isinstance(size, int) and size > 1 else None
+
 
 Verdict = Literal["promote", "reject", "undecided", "unchanged"]
 
