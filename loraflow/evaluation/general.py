@@ -22,7 +22,7 @@ from loraflow.config.stage_configs import ScoreGeneralConfig
 from loraflow.data.chats import GENERAL_FILE, GeneralRow, read_general
 from loraflow.data.loss_mask import Encoded
 from loraflow.data.token_labels import IGNORED
-from loraflow.evaluation.intervals import mean_interval
+from loraflow.evaluation.intervals import group_labels, mean_interval
 from loraflow.evaluation.values import MetricValue, Scores, SetScores, scores_to_dict
 from loraflow.failures import BadData
 from loraflow.hardware.device import pick_device
@@ -157,7 +157,7 @@ def _value(
     table: pd.DataFrame, name: str, config: ScoreGeneralConfig, weights: np.ndarray | None = None
 ) -> MetricValue:
     scores = table[name].to_numpy(dtype=float)
-    interval = mean_interval(scores, config.confidence, weights)
+    interval = mean_interval(scores, config.confidence, weights, group_labels(table))
     return MetricValue(value=interval.value, low=interval.low, high=interval.high, n=len(table))
 
 

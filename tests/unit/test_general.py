@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -297,6 +298,19 @@ def test_a_question_without_tokens_is_refused(quick_phi3):
 
     with pytest.raises(ValueError, match="no token"):
         encode_choice(AutoTokenizer.from_pretrained(quick_phi3), " ", "a")
+
+
+def test_an_interval_counts_rows_with_one_prompt_once():
+    right = (np.arange(200) % 4 < 3).astype(float)
+    once = pd.DataFrame({"prompt": [str(i) for i in range(200)], "accuracy": right})
+    config = SimpleNamespace(confidence=0.95)
+    single, double, other = (
+        stage._value(table, "accuracy", config)
+        for table in (once, pd.concat([once, once]), pd.concat([once, once.assign(prompt=once["prompt"] + "?")]))
+    )
+    assert double.value == single.value and double.n == 400
+    width = double.high - double.low
+    assert width == pytest.approx(single.high - single.low, rel=0.05) and width > 1.3 * (other.high - other.low)
 
 
 # -- the gate -------------------------------------------------------------------------------------------------------
