@@ -24,9 +24,9 @@ from loraflow.config.data import Data
 from loraflow.config.locations import DatasetLocation, DvcOrigin, FolderOrigin
 from loraflow.config.stage_configs import CheckGeneralConfig
 from loraflow.data.chat_formats import to_messages
-from loraflow.data.chats import GENERAL_FILE, BadRow, GeneralRow, Message
+from loraflow.data.chats import GENERAL_FILE, BadRow, GeneralRow
 from loraflow.data.readers import READABLE, match_nothing, read_values, readable_files
-from loraflow.data.split import normalize, normalized_key, row_id, row_key, to_json
+from loraflow.data.split import chat_key, normalize, normalized_key, row_id, to_json
 from loraflow.data.version import fetch_one, locate_one
 from loraflow.failures import BadConfig, BadData
 from loraflow.job import Inputs, Job, Progress
@@ -200,22 +200,18 @@ def _trained_on(rows: list[GeneralRow], checked: Path) -> Iterator[Problem]:
         with (checked / name).open(encoding="utf-8", newline="\n") as lines:
             for row in map(json.loads, lines):
                 place = row.get("place", name)
-                prompts.setdefault(_prompt_key(row["messages"]), place)
+                prompts.setdefault(chat_key(row["messages"]), place)
                 for message in row["messages"]:
                     if message["role"] == "user" and isinstance(message["content"], str):
                         questions.setdefault(normalize(message["content"]), place)
     for row in rows:
         if "messages" in row:
-            place = prompts.get(_prompt_key(row["messages"]))
+            place = prompts.get(chat_key(row["messages"]))
         else:
             bare = row["context"].removeprefix("Question: ").removesuffix("\nAnswer:")
             place = questions.get(normalize(bare)) or questions.get(normalize(row["context"]))
         if place is not None:
             yield Problem(row["place"], f"its prompt is that of the training row {place}")
-
-
-def _prompt_key(messages: list[Message]) -> str:
-    return row_key(json.dumps(messages[:-1], ensure_ascii=False))
 
 
 def _remove(files: Path) -> None:

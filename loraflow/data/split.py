@@ -155,11 +155,13 @@ def spread_sample(keys: Sequence[str], values: Sequence[str] | None, size: int, 
     )
 
 
-# Unicode's Default_Ignorable_Code_Point, such as a zero-width space, which its NFKC_Casefold removes as well.
-_IGNORABLE = re.compile(
-    "[\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
-    "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-)
+# Characters that nobody sees, such as a zero-width space: NFKC_Casefold of Unicode removes them as well.
+_IGNORABLE = re.compile("[\xad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")
+
+
+def chat_key(messages: Chat) -> str:
+    """Return the `row_key` of a chat whose last message is the answer."""
+    return row_key(to_json(messages[:-1]))
 
 
 def row_key(prompt: str) -> str:

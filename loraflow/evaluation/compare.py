@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraflow.evaluation.behaviour import last_message, text_of
+from loraflow.evaluation.behaviour import text_of
 from loraflow.evaluation.intervals import Bounds, Interval
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.pairing import NO_RANGES, pair, rows_with_other_tokens, scores, token_weights
 from loraflow.evaluation.score import score_columns
+from loraflow.evaluation.slices import last_message
 from loraflow.evaluation.values import LARGEST_VOCABULARY
 from loraflow.failures import BadData
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_LISTED = 10  # rows that changed most, of each metric and direction
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,6 @@ def compare_tables(
     lower_is_better: Collection[str] = (),
     ranges: Mapping[str, tuple[float, float]] = NO_RANGES,
     vocabulary: int = LARGEST_VOCABULARY,
-    listed: int = 10,
 ) -> TableComparison:
     """Compare two score tables on the rows that both have.
 
@@ -113,7 +115,7 @@ def compare_tables(
     )
     known = {metric: ends for metric, ends in ranges.items() if metric not in outside}
     found = tuple(
-        _difference(first_rows, second_rows, metric, confidence, lower_is_better, known, vocabulary, listed)
+        _difference(first_rows, second_rows, metric, confidence, lower_is_better, known, vocabulary)
         for metric in metrics
         if metric not in left_out
     )
@@ -133,7 +135,6 @@ def _difference(
     lower: Collection[str],
     ranges: Mapping[str, tuple[float, float]],
     vocabulary: int,
-    listed: int,
 ) -> Difference:
     evidence, reported = pair(
         second, first, metric, "the first model", lower_is_better=lower, vocabulary=vocabulary, ranges=ranges
@@ -141,8 +142,8 @@ def _difference(
     before, after = scores(first, metric, "the first model"), scores(second, metric, "the second model")
     gains = (before - after) if metric in LOWER_IS_BETTER | set(lower) else (after - before)
     order = np.argsort(-gains, kind="stable")
-    better = [int(i) for i in order[:listed] if gains[i] > 0]
-    worse = [int(i) for i in order[::-1][:listed] if gains[i] < 0]
+    better = [int(i) for i in order[:_LISTED] if gains[i] > 0]
+    worse = [int(i) for i in order[::-1][:_LISTED] if gains[i] < 0]
     return Difference(
         metric,
         _mean(first, metric, before),
@@ -158,10 +159,7 @@ def _difference(
 
 
 def _mean(table: pd.DataFrame, metric: str, values: np.ndarray) -> float:
-    if metric != "token_loss" or "reference_tokens" not in table:
-        return float(values.mean())
-    tokens = token_weights(table, "a model")
-    return float((values * tokens).sum() / tokens.sum())
+    return float(np.average(values, weights=token_weights(table, "a model") if metric == "token_loss" else None))
 
 
 def _row(

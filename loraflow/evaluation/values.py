@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, JsonValue, TypeAdapter, field_serializer
@@ -78,6 +79,13 @@ def scores_to_dict(scores: Scores) -> dict[str, JsonValue]:
     return {rows: {name: value.model_dump() for name, value in part.items()} for rows, part in scores.items()}
 
 
+def write_metrics(scores: Scores, folder: Path) -> dict[str, float]:
+    """Write metrics.json; return its values as figures of a manifest."""
+    text = json.dumps(scores_to_dict(scores), indent=1, sort_keys=True) + "\n"
+    (folder / "metrics.json").write_text(text, encoding="utf-8")
+    return {f"{rows}.{name}": round(value.value, 6) for rows, part in scores.items() for name, value in part.items()}
+
+
 class Sample(StoredModel):
     """A held-out question with its reference and the model's answer, for reports."""
 
@@ -118,17 +126,7 @@ class EvaluationReport(StoredModel):
 
     def to_dict(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""
-        confusions: dict[str, JsonValue] = {
-            name: [entry.model_dump() for entry in found] for name, found in self.confusions.items()
-        }
-        values: dict[str, JsonValue] = {
-            "metrics": scores_to_dict(self.metrics),
-            "samples": [sample.model_dump() for sample in self.samples],
-            "available": dict(self.available),
-            "control_tokens": self.control_tokens,
-            "longest": self.longest,
-        }
-        return {**values, "confusions": confusions} if confusions else values
+        return self.model_dump(mode="json", exclude=set() if self.confusions else {"confusions"})
 
 
 class Slice(StoredModel):
