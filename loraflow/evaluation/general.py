@@ -156,7 +156,7 @@ def _value(
 ) -> MetricValue:
     scores = table[name].to_numpy(dtype=float)
     interval = mean_interval(scores, config.confidence, weights, group_labels(table))
-    return MetricValue(value=interval.value, low=interval.low, high=interval.high, n=len(table))
+    return MetricValue(**interval._asdict(), n=len(table))
 
 
 def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> Encoded:

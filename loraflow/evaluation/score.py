@@ -357,7 +357,7 @@ def summarise(table: pd.DataFrame, confidence: float, *, with_labels: bool = Fal
 
 
 def _metric_value(interval: Interval, table: pd.DataFrame) -> MetricValue:
-    return MetricValue(value=interval.value, low=interval.low, high=interval.high, n=len(table))
+    return MetricValue(**interval._asdict(), n=len(table))
 
 
 def _samples(table: pd.DataFrame) -> tuple[Sample, ...]:

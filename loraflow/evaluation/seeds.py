@@ -34,10 +34,10 @@ def mean_scores(tables: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
     Raises:
         BadData: the tables have different rows, or a score is not a finite number.
     """
-    first_seed, first = next(iter(tables.items()))
+    first = next(iter(tables.values()))
     if len(tables) == 1:
         return first
-    require_comparable(first, {f"seed {seed}": table for seed, table in tables.items() if seed != first_seed}, ())
+    require_comparable(first, {f"seed {seed}": table for seed, table in tables.items()}, ())
     ordered = {seed: table.set_index("id").loc[first["id"]] for seed, table in tables.items()}
     names = [*score_columns(first), *(["stops"] if "finish" in first else [])]
     means = {
