@@ -20,7 +20,7 @@ from loraflow.failures import BadData
 if TYPE_CHECKING:
     import pandas as pd
 
-_LISTED = 10  # rows that changed most, of each metric and direction
+_LISTED = 10  # rows of each metric
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TableComparison:
     differences: tuple[Difference, ...]
     left_out: tuple[str, ...] = ()  # metrics that cannot be compared: losses per token of different tokens
     out_of_range: tuple[str, ...] = ()  # metrics with values outside of their range, which is not used
-    vocabulary: int = LARGEST_VOCABULARY  # a row's loss counts at most its logarithm in a difference
+    vocabulary: int = LARGEST_VOCABULARY  # a loss counts at most its logarithm
 
 
 def compare_tables(

@@ -260,16 +260,12 @@ def _row_scores(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, list[f
             reference = "reference_calls"
             _require_calls(table)
         found = compute(name, table[prediction].tolist(), table[reference].tolist()).rows
-        _require_own_names(name, found, {*columns, *_reserved(name)}, len(table))
+        built_in = {*RANGES, *LOWER_IS_BETTER} if "/" in name else set()  # whose ranges and directions would be used
+        _require_own_names(name, found, {*columns, *built_in}, len(table))
         columns |= found
     for name, sha256 in config.modules.items():  # after they were imported, so that an edit before that is seen too
         require_unchanged(name, sha256)
     return columns
-
-
-def _reserved(metric: str) -> set[str]:
-    """Return the names of built-in scores, for a metric of the user's: their ranges and directions would be used for it."""
-    return {*RANGES, *LOWER_IS_BETTER} if "/" in metric else set()
 
 
 def _require_own_names(metric: str, found: Mapping[str, Sequence[float]], known: Iterable[str], rows: int) -> None:

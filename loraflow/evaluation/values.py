@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, JsonValue, TypeAdapter, field_serializer
 from pydantic.dataclasses import dataclass
@@ -114,15 +114,6 @@ class EvaluationReport(StoredModel):
     control_tokens: int = 0  # scored rows with a control token in a message's text
     longest: int = 0  # tokens of the longest scored row
     confusions: Mapping[str, tuple[Confusion, ...]] = {}  # set → its worst labels; with the metric `labels` only
-
-    @classmethod
-    def from_dict(cls, report: Mapping[str, JsonValue]) -> Self:
-        """Read `manifest.report`.
-
-        Raises:
-            pydantic.ValidationError: it is not the report of an evaluation.
-        """
-        return cls.model_validate(report)
 
     def to_dict(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""

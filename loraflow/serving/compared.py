@@ -47,7 +47,7 @@ class Compared:
     record: RunRecord
     table: pd.DataFrame
     losses: tuple[tuple[float, float], ...]  # (step, training loss)
-    vocabulary: int  # number of tokens of its base; the largest that is assumed, if its config is gone
+    vocabulary: int  # number of tokens of its base
 
 
 @dataclass(frozen=True)
