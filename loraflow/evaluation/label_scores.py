@@ -19,7 +19,7 @@ OTHER = "(no label)"  # stands for answers that are no label of the set
 
 
 def label(text: str) -> str:
-    """Return a label, or another answer, without differences of case, white space and Unicode form."""
+    """Return a label without differences of case, white space and Unicode form."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
