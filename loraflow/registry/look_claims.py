@@ -96,7 +96,8 @@ class ScoredRows:
 
     def read(self) -> Sets:
         """Return all sets, of both places."""
-        found, read = Sets({}, set(), set()), {}
+        found = Sets({}, set(), set())
+        read: dict[str, bytes] = {}
         for folder in self._folders:
             for name, data in self._store.read_documents(folder, ".json").items():
                 found.documents.add(name)
