@@ -51,7 +51,8 @@ def check_merge(workspace: Workspace, verified: Ref) -> None:
 def check_general_rows(workspace: Workspace, general: Ref) -> None:
     """Stop the run before training if the general rows are too few for gate.forgetting."""
     from loraflow.data import general as rows
+    from loraflow.data.chats import GENERAL_FILE
     from loraflow.evaluation.power import MINIMUM_ROWS
 
     if margins := workspace.recipe.gate.forgetting_margins:
-        rows.check_limits(read_intact(workspace.store, general, rows.GENERAL_FILE), margins, MINIMUM_ROWS)
+        rows.check_limits(read_intact(workspace.store, general, GENERAL_FILE), margins, MINIMUM_ROWS)
