@@ -2,6 +2,7 @@
 
     python benchmarks/gate_bounds.py            # about six minutes on one core
     python benchmarks/gate_bounds.py --short    # a tenth of the repetitions
+    python benchmarks/gate_bounds.py --nights   # instead: what any test could find on new rows every night; seconds
 
 - Gaffke's bound is the gate's.
 - Betting: Waudby-Smith and Ramdas (2023, https://arxiv.org/abs/2010.09686), predictable plug-in, and its capital averaged
@@ -149,12 +150,67 @@ def spread_over_orders(bound: Bound, n: int, orders: int = 60) -> float:
     return float(np.std([bound(rng.permutation(values)) for _ in range(orders)]))
 
 
+EQUAL, BETTER = (0.05, 0.05), (0.075, 0.025)  # rates of wins and losses at a disagreement of 0.1
+NIGHTS = 365
+
+
+def most_powerful(n: int, levels: np.ndarray) -> np.ndarray:
+    """Return the power of Neyman and Pearson's test of EQUAL against exactly BETTER on n rows: no test has more [levels].
+
+    It is randomized, so it uses each level as a whole.
+    """
+    wins, losses = np.meshgrid(np.arange(n // 4), np.arange(n // 4), indexing="ij")  # more have a probability of 1e-40
+    equal, better = (
+        (stats.binom.pmf(losses, n, lose) * stats.binom.pmf(wins, n - losses, win / (1 - lose))).ravel()
+        for win, lose in (EQUAL, BETTER)
+    )
+    ratio = wins * np.log(BETTER[0] / EQUAL[0]) + losses * np.log(BETTER[1] / EQUAL[1])
+    order = np.argsort(-ratio.ravel(), kind="stable")
+    found: np.ndarray = np.interp(levels, np.cumsum(equal[order]), np.cumsum(better[order]))
+    return found
+
+
+def found_in_three(n: int, spent: float, full: float, half: float) -> float:
+    """Return the power of a rule in three nights of which each may spend the same error, whatever nights have in common.
+
+    If nights may depend on each other, a valid rule promotes where weights f(p) of the nights add up to 1, and the mean of
+    f of an equal model is what the night may spend (the dual of the coupling that makes most errors).
+
+    Args:
+        spent: error that a night may spend.
+        full: share of it for f = 1: the night is enough alone.
+        half: share of the rest for f = 1/2; what is left is for f = 1/3.
+    """
+    first, rest = full * spent, (1 - full) * spent
+    limits = np.array([first, first + 2 * half * rest, first + 2 * half * rest + 3 * (1 - half) * rest])
+    one, two, three = np.diff(most_powerful(n, limits), prepend=0.0)  # a night with f = 1, 1/2, 1/3
+    none = 1 - one - two - three
+    too_little = none**3 + 3 * none**2 * (two + three) + 3 * none * three**2 + 6 * none * two * three
+    return float(1 - too_little)
+
+
+def print_nights(n: int = 500) -> None:
+    """Print what any valid rule could find in three nights of new rows, where no model was promoted before."""
+    print(
+        f"| {n} new rows every night, +5 points, three nights | one night | fixed levels | levels, or sums of nights |"
+    )
+    print("|---|---:|---:|---:|")
+    for name, spent in (("half for the first look", ERROR / 2 / (NIGHTS - 1)), ("equal levels", ERROR / NIGHTS)):
+        night = float(most_powerful(n, np.array([spent]))[0])
+        shares = itertools.product(np.linspace(0, 1, 21), repeat=2)
+        best = max(found_in_three(n, spent, float(full), float(half)) for full, half in shares)
+        print(f"| {name}, {spent:.6f} each | {night:.1%} | {1 - (1 - night) ** 3:.1%} | {best:.1%} |")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a tenth of the repetitions")
     parser.add_argument("--bound", choices=BOUNDS, action="append", help="only this one; may be repeated")
+    parser.add_argument("--nights", action="store_true", help="what any test could find on new rows every night")
     arguments = parser.parse_args()
+    if arguments.nights:
+        return print_nights()
     part = 10 if arguments.short else 1
     print("| bound at 95 % | below the mean, 100 rows | 500 rows | largest error | where |\n|---|---:|---:|---:|---|")
     for name in arguments.bound or BOUNDS:

@@ -197,7 +197,7 @@ CHECK_GENERAL = Stage(
 
 SCORE_GENERAL = Stage(
     name="score_general",
-    version=2,  # intervals of losses differ in their last digits
+    version=3,  # intervals count rows with one prompt as one group
     module="loraflow.evaluation.general",
     config=configs.ScoreGeneralConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "general": _from(CHECK_GENERAL, part="general")},

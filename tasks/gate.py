@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import JsonValue, ValidationError
 
 from loraflow import identity
-from loraflow.evaluation.values import BehaviourResult, Decision
+from loraflow.evaluation.values import BehaviourResult, Decision, vocabulary_of
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadData
@@ -22,6 +21,7 @@ from loraflow.registry.log import actor
 from loraflow.registry.looks import Look, row_key
 from loraflow.store import Ref, read_intact, read_table, require_unchanged
 from loraflow.tasks.guards import (
+    heldout_scores,
     read_field_values,
     read_general_guards,
     read_unscored_parts,
@@ -112,13 +112,13 @@ def _slice_guards(workspace: Workspace, result: PipelineResult) -> list[SliceGua
     rules = workspace.recipe.gate.slices
     if not rules:
         return []
-    table = _heldout_scores(workspace, result.tuned_scores)
+    table = heldout_scores(workspace, result.tuned_scores)
     require_comparable(table, {}, ())
     return slice_guards(table, rules, read_field_values(workspace, result))
 
 
 def _unscored_parts(workspace: Workspace, result: PipelineResult) -> list[str]:
-    return read_unscored_parts(workspace, result, set(_heldout_scores(workspace, result.tuned_scores)["id"]))
+    return read_unscored_parts(workspace, result, set(heldout_scores(workspace, result.tuned_scores)["id"]))
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,11 @@ def _comparable_tables(workspace: Workspace, result: PipelineResult) -> _Tables:
 
     rules = workspace.recipe.gate
     _require_one_protocol(workspace, result)
-    registered = _heldout_scores(workspace, result.tuned_scores)
+    registered = heldout_scores(workspace, result.tuned_scores)
     challenger = _mean_over_seeds(workspace, result, registered)
-    others = {"base": _heldout_scores(workspace, result.base_scores)}
+    others = {"base": heldout_scores(workspace, result.base_scores)}
     if result.champion_scores is not None:
-        others["champion"] = _heldout_scores(workspace, result.champion_scores)
+        others["champion"] = heldout_scores(workspace, result.champion_scores)
     parts = _slice_guards(workspace, result)
     named = {rules.primary, *rules.guards, *rules.worst, *rules.lower_is_better, *(guard.metric for guard in parts)}
     require_comparable(challenger, others, named | rules.ranges.keys(), rules.score_ranges)
@@ -243,11 +243,9 @@ def _require_scored_alike(workspace: Workspace, tuned: Ref, others: Mapping[str,
 
 def _mean_over_seeds(workspace: Workspace, result: PipelineResult, registered: pd.DataFrame) -> pd.DataFrame:
     """Return the mean of each row's scores over the models of gate.seeds."""
-    from loraflow.evaluation.gate import require_comparable
     from loraflow.evaluation.seeds import mean_scores
 
-    further = {seed_result.seed: _heldout_scores(workspace, seed_result.scores) for seed_result in result.further_seeds}
-    require_comparable(registered, {f"seed {seed}": table for seed, table in further.items()}, ())
+    further = {seed_result.seed: heldout_scores(workspace, seed_result.scores) for seed_result in result.further_seeds}
     return mean_scores({workspace.recipe.training_config.seed: registered, **further})
 
 
@@ -270,20 +268,9 @@ def _check_behaviour(workspace: Workspace, result: PipelineResult) -> tuple[Beha
     if not checks:
         return ()
     refs = {"base": result.base_scores, "champion": result.champion_scores}
-    others = {name: _all_scores(workspace, ref) for name, ref in refs.items() if ref is not None}
-    rules = {
-        name: BehaviourRule(
-            set=check.set,
-            share=check.share,
-            contains=None if check.contains is None else tuple(check.contains),
-            matches=check.matches,
-            json_fields=None if check.json_fields is None else tuple(check.json_fields),
-            refuses=check.refuses,
-            consistent=check.consistent,
-        )
-        for name, check in checks.items()
-    }
-    return check_behaviour(_all_scores(workspace, result.tuned_scores), others, rules)
+    others = {name: read_table(workspace.store, ref) for name, ref in refs.items() if ref is not None}
+    rules = {name: BehaviourRule(**check.model_dump()) for name, check in checks.items()}
+    return check_behaviour(read_table(workspace.store, result.tuned_scores), others, rules)
 
 
 def _budget(look: Look, rows: int, error: float, *, is_free: bool) -> str:
@@ -324,21 +311,4 @@ def _vocabulary(workspace: Workspace, base_scores: Ref) -> int | None:
     """Return the number of tokens that the base's config names; None if it names none."""
     store = workspace.store
     base = store.manifest(base_scores).input_refs(store.uri).get("model")
-    try:
-        config = json.loads(read_intact(store, base, "config.json")) if base else {}
-    except ValueError:
-        return None
-    found = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return found if isinstance(found, int) and found > 1 else None
-
-
-def _heldout_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:
-    """Return the scores of the gate's set."""
-    from loraflow.evaluation.gate import heldout_rows
-
-    return heldout_rows(_all_scores(workspace, ref), workspace.store.location(ref))
-
-
-def _all_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:
-    """Return the scores of all sets. The bytes that are parsed are the bytes that were hashed."""
-    return read_table(workspace.store, ref)
+    return vocabulary_of(read_intact(store, base, "config.json")) if base else None

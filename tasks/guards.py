@@ -13,9 +13,11 @@ from loraflow.execution.deal import compared_rows
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BadData, CorruptArtifact
-from loraflow.store import read_intact, read_table
+from loraflow.store import Ref, read_intact, read_table
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from loraflow.evaluation.guards import GeneralGuard
 
 
@@ -52,6 +54,17 @@ def read_unscored_parts(workspace: Workspace, result: PipelineResult, scored: Se
     return unscored_parts(everything, scored, rules, read_field_values(workspace, result))
 
 
+def heldout_scores(workspace: Workspace, ref: Ref) -> pd.DataFrame:
+    """Return the scores of the gate's set. The bytes that are parsed are the bytes that were hashed.
+
+    Raises:
+        CorruptArtifact: they are damaged; they are quarantined by now.
+    """
+    from loraflow.evaluation.gate import heldout_rows
+
+    return heldout_rows(read_table(workspace.store, ref), workspace.store.location(ref))
+
+
 def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:
     """Return the scores of the parts that evaluation.slices and gate.slices name.
 
@@ -61,15 +74,11 @@ def heldout_slices(workspace: Workspace, result: PipelineResult) -> list[Slice]:
     by = list(dict.fromkeys([*recipe.evaluation.slices, *gate.slices]))
     if not by:
         return []
-    from loraflow.evaluation.gate import heldout_rows
     from loraflow.evaluation.slices import slice_scores
 
-    store, tables = workspace.store, {}
     refs = {"base": result.base_scores, "tuned": result.tuned_scores, "champion": result.champion_scores}
     try:
-        for name, ref in refs.items():
-            if ref is not None:
-                tables[name] = heldout_rows(read_table(store, ref), store.location(ref))
+        tables = {name: heldout_scores(workspace, ref) for name, ref in refs.items() if ref is not None}
         fields = read_field_values(workspace, result)
     except CorruptArtifact as failure:
         log.warning("the scores of slices are missing. %s", failure)

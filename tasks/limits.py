@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from loraflow.execution.workspace import Workspace
 from loraflow.reporting.rows import check_notes, used_elsewhere
-from loraflow.store import Ref
+from loraflow.store import Ref, read_intact
 
 log = logging.getLogger("loraflow")
 
@@ -51,6 +51,8 @@ def check_merge(workspace: Workspace, verified: Ref) -> None:
 def check_general_rows(workspace: Workspace, general: Ref) -> None:
     """Stop the run before training if the general rows are too few for gate.forgetting."""
     from loraflow.data import general as rows
+    from loraflow.data.chats import GENERAL_FILE
     from loraflow.evaluation.power import MINIMUM_ROWS
 
-    rows.check_limits(workspace.store.manifest(general).figures, workspace.recipe.gate.forgetting_margins, MINIMUM_ROWS)
+    if margins := workspace.recipe.gate.forgetting_margins:
+        rows.check_limits(read_intact(workspace.store, general, GENERAL_FILE), margins, MINIMUM_ROWS)

@@ -48,7 +48,7 @@ def _with_general(run: Run, scores: Ref, general: Ref | None) -> Scores:
 
 def evaluation_report(run: Run, scores: Ref) -> EvaluationReport:
     """Return the report of an evaluation."""
-    return EvaluationReport.from_dict(run.workspace.store.manifest(scores).report)
+    return EvaluationReport.model_validate(run.workspace.store.manifest(scores).report)
 
 
 def rows_summary(run: Run, result: PipelineResult) -> RowsSummary:

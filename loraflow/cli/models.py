@@ -31,7 +31,7 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
     from loraflow.execution.runner import score_model
 
     workspace, found, ref = score_model(load_recipe(recipe, parse_overrides(sets)), model)
-    scores = EvaluationReport.from_dict(workspace.store.manifest(ref).report).metrics
+    scores = EvaluationReport.model_validate(workspace.store.manifest(ref).report).metrics
     location = workspace.store.location(ref)
     if as_json:
         click.echo(json.dumps({"model": str(found.folder), "metrics": scores_to_dict(scores), "uri": location}))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loraflow.config.stage_configs import DealRowsConfig
 from loraflow.data.chats import GATE_SET
-from loraflow.data.split import row_key
+from loraflow.data.split import chat_key
 from loraflow.failures import BadData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -35,7 +35,7 @@ def run(job: Job[DealRowsConfig], inputs: Inputs, out: Path, progress: Progress)
             row = json.loads(line)
             if row["set"] != GATE_SET:
                 others += 1
-            elif (key := row_key(json.dumps(row["messages"][:-1], ensure_ascii=False))) in wanted:
+            elif (key := chat_key(row["messages"])) in wanted:
                 found.add(key)
                 rows += 1
             else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -23,9 +24,9 @@ from loraflow.config.data import Data
 from loraflow.config.locations import DatasetLocation, DvcOrigin, FolderOrigin
 from loraflow.config.stage_configs import CheckGeneralConfig
 from loraflow.data.chat_formats import to_messages
-from loraflow.data.chats import GENERAL_FILE, BadRow, GeneralRow, Message
+from loraflow.data.chats import GENERAL_FILE, BadRow, GeneralRow
 from loraflow.data.readers import READABLE, match_nothing, read_values, readable_files
-from loraflow.data.split import normalize, normalized_key, row_id, row_key
+from loraflow.data.split import chat_key, normalize, normalized_key, row_id, to_json
 from loraflow.data.version import fetch_one, locate_one
 from loraflow.failures import BadConfig, BadData
 from loraflow.job import Inputs, Job, Progress
@@ -102,23 +103,30 @@ def run(job: Job[CheckGeneralConfig], inputs: Inputs, out: Path, progress: Progr
     return Summary(figures=dict(counts), facets={"general": [GENERAL_FILE]})
 
 
-def check_limits(counts: Mapping[str, JsonValue], wanted: Mapping[str, float], minimum: int) -> None:
+def group_sizes(lines: bytes, score: str) -> list[int]:
+    """Return the rows of each prompt in a general.jsonl that a score of gate.forgetting needs: they are not independent."""
+    rows = [row for row in map(json.loads, lines.splitlines()) if (row["kind"] == "chat") == (KINDS[score] == "chats")]
+    return [*Counter(row.get("context") or to_json(row["messages"][:-1]) for row in rows).values()]
+
+
+def check_limits(lines: bytes, wanted: Mapping[str, float], minimum: int) -> None:
     """Stop the run before it trains, if the general set cannot confirm what gate.forgetting asks for.
 
     Args:
+        lines: the content of general.jsonl.
         minimum: independent rows that the gate needs to decide anything.
 
     Raises:
         BadConfig: there are too few rows of the kind that a score needs.
     """
     for score in wanted:
-        found = counts.get(KINDS[score], 0)
-        if not isinstance(found, int) or found < minimum:
+        found = len(group_sizes(lines, score))
+        if found < minimum:
             kind = "chats" if KINDS[score] == "chats" else "multiple-choice questions"
             raise BadConfig(
                 f"The general set has too few {kind} for gate.forgetting, so no model could be promoted.",
                 where=f"gate.forgetting: {score}",
-                expected=f"at least {minimum} {kind} in the file of evaluation.general",
+                expected=f"at least {minimum} {kind} with different prompts in the file of evaluation.general",
                 got=str(found),
                 next_step=f"add {kind}, or remove {score} from gate.forgetting",
             )
@@ -192,22 +200,18 @@ def _trained_on(rows: list[GeneralRow], checked: Path) -> Iterator[Problem]:
         with (checked / name).open(encoding="utf-8", newline="\n") as lines:
             for row in map(json.loads, lines):
                 place = row.get("place", name)
-                prompts.setdefault(_prompt_key(row["messages"]), place)
+                prompts.setdefault(chat_key(row["messages"]), place)
                 for message in row["messages"]:
                     if message["role"] == "user" and isinstance(message["content"], str):
                         questions.setdefault(normalize(message["content"]), place)
     for row in rows:
         if "messages" in row:
-            place = prompts.get(_prompt_key(row["messages"]))
+            place = prompts.get(chat_key(row["messages"]))
         else:
             bare = row["context"].removeprefix("Question: ").removesuffix("\nAnswer:")
             place = questions.get(normalize(bare)) or questions.get(normalize(row["context"]))
         if place is not None:
             yield Problem(row["place"], f"its prompt is that of the training row {place}")
-
-
-def _prompt_key(messages: list[Message]) -> str:
-    return row_key(json.dumps(messages[:-1], ensure_ascii=False))
 
 
 def _remove(files: Path) -> None:

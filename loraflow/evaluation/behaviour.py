@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -21,8 +20,11 @@ import numpy as np
 
 from loraflow.data.findings import refuses
 from loraflow.data.split import CLUSTER
+from loraflow.evaluation.gate import paired_rows
+from loraflow.evaluation.label_scores import label
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.pairing import refusal, require_same_tokens, scores
+from loraflow.evaluation.slices import last_message
 from loraflow.evaluation.values import BehaviourResult, Decision, FailedRow, WorseRow, WorseRows
 from loraflow.failures import BadConfig
 
@@ -36,9 +38,9 @@ class BehaviourRule:
 
     set: str
     share: float
-    contains: tuple[str, ...] | None = None
+    contains: Sequence[str] | None = None
     matches: str | None = None
-    json_fields: tuple[str, ...] | None = None
+    json_fields: Sequence[str] | None = None
     refuses: bool | None = None
     consistent: bool | None = None
 
@@ -50,7 +52,7 @@ class BehaviourRule:
         groups: list[str] = list(rows["group"])
         given: dict[str, set[str]] = {group: set() for group in groups}
         for group, answer in zip(groups, answers, strict=True):
-            given[group].add(_plain(answer))
+            given[group].add(label(answer))
         return [len(given[group]) == 1 for group in groups]
 
     @property
@@ -161,11 +163,6 @@ def _paraphrases(rows: pd.DataFrame, check: str) -> pd.DataFrame:
     return rows.iloc[found]
 
 
-def _plain(answer: str) -> str:
-    """Return an answer without what does not make it another one: case, white space, and how characters are encoded."""
-    return " ".join(unicodedata.normalize("NFC", answer).casefold().split())
-
-
 def _prompts(rows: pd.DataFrame) -> list[str]:
     return [str(prompt) for prompt in rows["prompt"]] if "prompt" in rows else [""] * len(rows)
 
@@ -174,7 +171,7 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(constant)  # NaN or Infinity, which Python reads and other parsers of JSON do not
 
 
-def _has_fields(answer: str, fields: tuple[str, ...]) -> bool:
+def _has_fields(answer: str, fields: Sequence[str]) -> bool:
     try:
         value = json.loads(answer, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -214,10 +211,9 @@ def find_worse(
         BadData: a score is not a finite number.
         BadConfig: there is no score of this name, or it is a loss per token of different tokens.
     """
-    challenger_rows = challenger.set_index("id").sort_index()
     return tuple(
-        _worse(challenger_rows, other.set_index("id").sort_index(), name, metric, limit, metric in lower_is_better)
-        for name, other in others.items()
+        _worse(rows, other_rows, name, metric, limit, metric in lower_is_better)
+        for name, rows, other_rows in paired_rows(challenger, others)
         for metric, limit in limits.items()
     )
 
@@ -265,14 +261,6 @@ def _worse(
 def question(prompt: str) -> str:
     """Return the last message of a prompt, which is a JSON list of messages; cut."""
     return cut(last_message(prompt))
-
-
-def last_message(prompt: str) -> str:
-    """Return the last message of a prompt, which is a JSON list of messages."""
-    try:
-        return str(json.loads(prompt)[-1]["content"])
-    except (ValueError, TypeError, KeyError, IndexError):
-        return prompt
 
 
 def cut(text: str) -> str:

@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraflow.evaluation.behaviour import last_message, text_of
+from loraflow.evaluation.behaviour import text_of
 from loraflow.evaluation.intervals import Bounds, Interval
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.pairing import NO_RANGES, pair, rows_with_other_tokens, scores, token_weights
 from loraflow.evaluation.score import score_columns
+from loraflow.evaluation.slices import last_message
+from loraflow.evaluation.values import LARGEST_VOCABULARY
 from loraflow.failures import BadData
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_LISTED = 10  # rows of each metric
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class TableComparison:
     differences: tuple[Difference, ...]
     left_out: tuple[str, ...] = ()  # metrics that cannot be compared: losses per token of different tokens
     out_of_range: tuple[str, ...] = ()  # metrics with values outside of their range, which is not used
+    vocabulary: int = LARGEST_VOCABULARY  # a loss counts at most its logarithm
 
 
 def compare_tables(
@@ -69,7 +74,7 @@ def compare_tables(
     confidence: float = 0.95,
     lower_is_better: Collection[str] = (),
     ranges: Mapping[str, tuple[float, float]] = NO_RANGES,
-    listed: int = 10,
+    vocabulary: int = LARGEST_VOCABULARY,
 ) -> TableComparison:
     """Compare two score tables on the rows that both have.
 
@@ -78,6 +83,7 @@ def compare_tables(
         confidence: of the intervals, and of each bound.
         ranges: the smallest and the largest value of scores of the user's metrics. Unlike the gate, a comparison does
             not use a range that a score is outside of.
+        vocabulary: number of tokens of the models, as for the gate.
 
     Raises:
         BadData: they have no row in common, or a score is not a finite number.
@@ -109,11 +115,11 @@ def compare_tables(
     )
     known = {metric: ends for metric, ends in ranges.items() if metric not in outside}
     found = tuple(
-        _difference(first_rows, second_rows, metric, confidence, lower_is_better, known, listed)
+        _difference(first_rows, second_rows, metric, confidence, lower_is_better, known, vocabulary)
         for metric in metrics
         if metric not in left_out
     )
-    return TableComparison(len(common), *only, found, left_out, outside)
+    return TableComparison(len(common), *only, found, left_out, outside, vocabulary)
 
 
 def _is_outside(tables: Iterable[pd.DataFrame], metric: str, ends: tuple[float, float]) -> bool:
@@ -128,14 +134,16 @@ def _difference(
     confidence: float,
     lower: Collection[str],
     ranges: Mapping[str, tuple[float, float]],
-    listed: int,
+    vocabulary: int,
 ) -> Difference:
-    evidence, reported = pair(second, first, metric, "the first model", lower_is_better=lower, ranges=ranges)
+    evidence, reported = pair(
+        second, first, metric, "the first model", lower_is_better=lower, vocabulary=vocabulary, ranges=ranges
+    )
     before, after = scores(first, metric, "the first model"), scores(second, metric, "the second model")
     gains = (before - after) if metric in LOWER_IS_BETTER | set(lower) else (after - before)
     order = np.argsort(-gains, kind="stable")
-    better = [int(i) for i in order[:listed] if gains[i] > 0]
-    worse = [int(i) for i in order[::-1][:listed] if gains[i] < 0]
+    better = [int(i) for i in order[:_LISTED] if gains[i] > 0]
+    worse = [int(i) for i in order[::-1][:_LISTED] if gains[i] < 0]
     return Difference(
         metric,
         _mean(first, metric, before),
@@ -151,10 +159,7 @@ def _difference(
 
 
 def _mean(table: pd.DataFrame, metric: str, values: np.ndarray) -> float:
-    if metric != "token_loss" or "reference_tokens" not in table:
-        return float(values.mean())
-    tokens = token_weights(table, "a model")
-    return float((values * tokens).sum() / tokens.sum())
+    return float(np.average(values, weights=token_weights(table, "a model") if metric == "token_loss" else None))
 
 
 def _row(

@@ -36,7 +36,7 @@ _MOST_ROWS = 1_000_000  # for which that is computed
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
     """A test of one metric's difference: a gain must be above `bound`; a guard must not fall below it."""
 
     metric: str
@@ -48,6 +48,11 @@ class _Rule:
         """Return the rows that the rule is about, of a table with its ids as the index."""
         return table if self.part is None else table[table.index.isin(self.part.ids)]
 
+    @property
+    def about(self) -> str:
+        """The score, and the rows if they are a part."""
+        return self.metric if self.part is None else f"{self.metric} on {self.part}"
+
     def __str__(self) -> str:
         return f"gain over {self.bound:g}" if self.kind == "gain" else f"drop within {-self.bound:g}"
 
@@ -56,7 +61,7 @@ class _Rule:
 class _Test:
     """A rule against one model, with the scores that decide it."""
 
-    rule: _Rule
+    rule: Rule
     against: str
     evidence: Evidence
     reported: float  # the difference of the reported values
@@ -132,12 +137,9 @@ def decide(
             number. Such scores are never compared in part.
         BadConfig: there is no score of this name, or it is a loss per token of different tokens.
     """
-    challenger_rows, tests = _by_id(challenger, "challenger"), []
-    allowed = 1 - confidence if level is None else level
-    for name, other in others.items():
-        other_rows = _by_id(other, name)
-        _require_same_rows(challenger_rows, other_rows, name)
-        for rule in _rules(primary, min_gain, guards, parts):
+    tests, allowed = [], 1 - confidence if level is None else level
+    for name, challenger_rows, other_rows in paired_rows(challenger, others):
+        for rule in rules_of(primary, min_gain, guards, parts):
             evidence, reported = pair(
                 rule.rows_of(challenger_rows),
                 rule.rows_of(other_rows),
@@ -152,12 +154,13 @@ def decide(
     return _decision(tests, 1 - confidence, look)
 
 
-def _rules(primary: str, min_gain: float, guards: Mapping[str, float], parts: Sequence[SliceGuard]) -> Iterator[_Rule]:
-    yield _Rule(primary, min_gain, "gain")
+def rules_of(primary: str, min_gain: float, guards: Mapping[str, float], parts: Sequence[SliceGuard]) -> Iterator[Rule]:
+    """Yield what must hold against each other model."""
+    yield Rule(primary, min_gain, "gain")
     for metric, margin in guards.items():
-        yield _Rule(metric, -margin, "guard")
+        yield Rule(metric, -margin, "guard")
     for guard in parts:
-        yield _Rule(guard.metric, -guard.margin, "guard", guard.part)
+        yield Rule(guard.metric, -guard.margin, "guard", guard.part)
 
 
 def _decision(tests: Sequence[_Test], error: float, look: str) -> Decision:
@@ -174,14 +177,11 @@ def _decision(tests: Sequence[_Test], error: float, look: str) -> Decision:
 
 
 def _general_tests(guard: GeneralGuard, confidence: float, allowed: float, vocabulary: int | None) -> Iterator[_Test]:
-    challenger_rows = _by_id(guard.challenger, "challenger")
-    for name, other in guard.others.items():
-        other_rows = _by_id(other, name)
-        _require_same_rows(challenger_rows, other_rows, name)
+    for name, challenger_rows, other_rows in paired_rows(guard.challenger, guard.others):
         evidence, reported = pair(challenger_rows, other_rows, guard.metric, name, vocabulary=vocabulary)
         # score_general computes shares of right answers: 0 or 1 in each row.
         evidence = replace(evidence, is_assumed=False)
-        rule = _Rule(guard.name, -guard.margin, "guard")
+        rule = Rule(guard.name, -guard.margin, "guard")
         yield _Test(rule, name, evidence, reported, evidence.bounds(confidence), confidence, allowed)
 
 
@@ -197,11 +197,8 @@ def require_comparable(
         BadData: they cannot be compared; see `decide`.
         BadConfig: there is no score of a name, or it is a loss per token of different tokens.
     """
-    challenger_rows = _by_id(challenger, "challenger")
-    _require_scores(challenger_rows, metrics, ranges, "challenger")
-    for name, other in others.items():
-        other_rows = _by_id(other, name)
-        _require_same_rows(challenger_rows, other_rows, name)
+    _require_scores(_by_id(challenger, "challenger"), metrics, ranges, "challenger")
+    for name, challenger_rows, other_rows in paired_rows(challenger, others):
         _require_scores(other_rows, metrics, ranges, name)
         if "token_loss" in metrics:
             require_same_tokens(challenger_rows, other_rows, name)
@@ -240,6 +237,17 @@ def heldout_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
         found = ", ".join(sorted(set(table["set"]))) or "no rows"
         raise refusal("A score table has no rows that the gate compares.", where, f"rows of the set {GATE_SET}", found)
     return rows
+
+
+def paired_rows(
+    challenger: pd.DataFrame, others: Mapping[str, pd.DataFrame]
+) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """Yield for each other model its name, the challenger's rows and its own, both sorted by id, or raise BadData."""
+    rows = _by_id(challenger, "challenger")
+    for name, other in others.items():
+        other_rows = _by_id(other, name)
+        _require_same_rows(rows, other_rows, name)
+        yield name, rows, other_rows
 
 
 def _by_id(table: pd.DataFrame, where: str) -> pd.DataFrame:
@@ -293,7 +301,6 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
     rule, evidence = test.rule, test.evidence
     state: Literal["passed", "failed", "open"] = "failed" if is_refuted else "passed" if test.is_confirmed() else "open"
     p_value = test.p_value() if rule.kind == "gain" else None
-    on = "" if rule.part is None else f" on {rule.part}"
     needed = test.rows_needed() if state == "open" else None
     outcome = _outcome(test, state, look, needed)
     return Comparison(
@@ -305,7 +312,7 @@ def _comparison(test: _Test, is_refuted: bool, look: str) -> Comparison:
         upper=test.bounds.upper,
         n=evidence.rows,
         state=state,
-        reason=f"{rule.metric}{on} against {test.against}: {_shown(test.bounds)} (one-sided "
+        reason=f"{rule.about} against {test.against}: {_shown(test.bounds)} (one-sided "
         f"{100 * test.confidence:.4g} % bounds), {rule} {outcome}",
         p_value=p_value,
         level=test.level if rule.kind == "gain" else None,

@@ -22,8 +22,8 @@ from loraflow.config.stage_configs import ScoreGeneralConfig
 from loraflow.data.chats import GENERAL_FILE, GeneralRow, read_general
 from loraflow.data.loss_mask import Encoded
 from loraflow.data.token_labels import IGNORED
-from loraflow.evaluation.intervals import mean_interval
-from loraflow.evaluation.values import MetricValue, Scores, SetScores, scores_to_dict
+from loraflow.evaluation.intervals import group_labels, mean_interval
+from loraflow.evaluation.values import MetricValue, SetScores, scores_to_dict, write_metrics
 from loraflow.failures import BadData
 from loraflow.hardware.device import pick_device
 from loraflow.hardware.process_group import ProcessGroup, join
@@ -64,9 +64,7 @@ def run(job: Job[ScoreGeneralConfig], inputs: Inputs, out: Path, progress: Progr
         table = _question_table(questions, of_choices)
         table.to_parquet(out / TABLES[CHOICES], index=False)
         scores[CHOICES] = {name: _value(table, name, config) for name in ("accuracy", "accuracy_norm")}
-    text = json.dumps(scores_to_dict(scores), indent=1, sort_keys=True) + "\n"
-    (out / "metrics.json").write_text(text, encoding="utf-8")
-    return Summary(figures=_figures(scores), report={"metrics": scores_to_dict(scores)})
+    return Summary(figures=write_metrics(scores, out), report={"metrics": scores_to_dict(scores)})
 
 
 def _losses(
@@ -157,12 +155,8 @@ def _value(
     table: pd.DataFrame, name: str, config: ScoreGeneralConfig, weights: np.ndarray | None = None
 ) -> MetricValue:
     scores = table[name].to_numpy(dtype=float)
-    interval = mean_interval(scores, config.confidence, weights)
-    return MetricValue(value=interval.value, low=interval.low, high=interval.high, n=len(table))
-
-
-def _figures(scores: Scores) -> dict[str, float]:
-    return {f"{rows}.{name}": round(value.value, 6) for rows, part in scores.items() for name, value in part.items()}
+    interval = mean_interval(scores, config.confidence, weights, group_labels(table))
+    return MetricValue(**interval._asdict(), n=len(table))
 
 
 def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> Encoded:

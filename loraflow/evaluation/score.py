@@ -27,9 +27,8 @@ from loraflow.evaluation.values import (
     EvaluationReport,
     MetricValue,
     Sample,
-    Scores,
     SetScores,
-    scores_to_dict,
+    write_metrics,
 )
 from loraflow.failures import BadConfig, BadData, BadModel
 from loraflow.hardware.device import pick_device
@@ -83,8 +82,6 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
         str(name): summarise(part, config.confidence, with_labels="labels" in config.metrics)
         for name, part in table.groupby("set")
     }
-    text = json.dumps(scores_to_dict(scores), indent=1, sort_keys=True) + "\n"
-    (out / "metrics.json").write_text(text, encoding="utf-8")
     report = EvaluationReport(
         metrics=scores,
         samples=_samples(table),
@@ -98,7 +95,7 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
         if "labels" in config.metrics
         else {},
     )
-    return Summary(figures=_figures(scores), report=report.to_dict())
+    return Summary(figures=write_metrics(scores, out), report=report.to_dict())
 
 
 def read_rows(file: Path, max_rows: int | None, seed: int) -> tuple[list[HeldoutRow], dict[str, int]]:
@@ -263,16 +260,12 @@ def _row_scores(table: pd.DataFrame, config: EvaluateConfig) -> dict[str, list[f
             reference = "reference_calls"
             _require_calls(table)
         found = compute(name, table[prediction].tolist(), table[reference].tolist()).rows
-        _require_own_names(name, found, {*columns, *_reserved(name)}, len(table))
+        built_in = {*RANGES, *LOWER_IS_BETTER} if "/" in name else set()  # whose ranges and directions would be used
+        _require_own_names(name, found, {*columns, *built_in}, len(table))
         columns |= found
     for name, sha256 in config.modules.items():  # after they were imported, so that an edit before that is seen too
         require_unchanged(name, sha256)
     return columns
-
-
-def _reserved(metric: str) -> set[str]:
-    """Return the names of built-in scores, for a metric of the user's: their ranges and directions would be used for it."""
-    return {*RANGES, *LOWER_IS_BETTER} if "/" in metric else set()
 
 
 def _require_own_names(metric: str, found: Mapping[str, Sequence[float]], known: Iterable[str], rows: int) -> None:
@@ -325,19 +318,14 @@ def _require_calls(table: pd.DataFrame) -> None:
 
 def _require_finite(table: pd.DataFrame) -> None:
     numbers = table.select_dtypes("number")
-    bad = [str(name) for name in numbers if not np.isfinite(numbers[name].to_numpy(dtype=float)).all()]
+    bad = [str(name) for name in numbers if not (numbers[name].abs() <= LARGEST_SCORE).all()]
     if bad:
         raise BadData(
-            "A score is not a finite number.", where="evaluate", got=", ".join(bad), next_step="fix the metric"
-        )
-    large = [str(name) for name in numbers if (numbers[name].abs() > LARGEST_SCORE).any()]
-    if large:
-        raise BadData(
-            "A score is too large to compute with.",
+            "A score is not a finite number, or too large to compute with.",
             where="evaluate",
             expected=f"scores of at most {LARGEST_SCORE:g}",
-            got=", ".join(large),
-            next_step="limit the score in its metric's module",
+            got=", ".join(bad),
+            next_step="fix the metric, or limit the score in its module",
         )
 
 
@@ -365,11 +353,7 @@ def summarise(table: pd.DataFrame, confidence: float, *, with_labels: bool = Fal
 
 
 def _metric_value(interval: Interval, table: pd.DataFrame) -> MetricValue:
-    return MetricValue(value=interval.value, low=interval.low, high=interval.high, n=len(table))
-
-
-def _figures(scores: Scores) -> dict[str, float]:
-    return {f"{rows}.{name}": round(value.value, 6) for rows, part in scores.items() for name, value in part.items()}
+    return MetricValue(**interval._asdict(), n=len(table))
 
 
 def _samples(table: pd.DataFrame) -> tuple[Sample, ...]:

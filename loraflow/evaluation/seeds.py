@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraflow.evaluation.pairing import pair, refusal, scores
+from loraflow.evaluation.gate import paired_rows, require_comparable, rules_of
+from loraflow.evaluation.pairing import pair, scores
 from loraflow.evaluation.score import score_columns
 from loraflow.evaluation.values import Decision, SeedScores, SetScores
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from loraflow.evaluation.guards import SliceGuard
-    from loraflow.evaluation.slices import Part
 
 
 def mean_scores(tables: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
@@ -34,20 +34,11 @@ def mean_scores(tables: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
     Raises:
         BadData: the tables have different rows, or a score is not a finite number.
     """
-    first_seed, first = next(iter(tables.items()))
+    first = next(iter(tables.values()))
     if len(tables) == 1:
         return first
-    indexed = {seed: table.set_index("id") for seed, table in tables.items()}
-    rows = indexed[first_seed].index
-    for seed, table in indexed.items():
-        if not table.index.is_unique or set(table.index) != set(rows):
-            raise refusal(
-                "Models of different seeds were not scored on the same examples.",
-                f"seed {seed}",
-                f"the {len(rows)} examples of seed {first_seed}",
-                f"{len(table)} examples",
-            )
-    ordered = {seed: table.loc[rows] for seed, table in indexed.items()}
+    require_comparable(first, {f"seed {seed}": table for seed, table in tables.items()}, ())
+    ordered = {seed: table.set_index("id").loc[first["id"]] for seed, table in tables.items()}
     names = [*score_columns(first), *(["stops"] if "finish" in first else [])]
     means = {
         name: np.mean([scores(table, name, f"seed {seed}") for seed, table in ordered.items()], axis=0)
@@ -96,22 +87,14 @@ def with_seeds(
     )
     if decision.verdict != "promote":
         return noted
-    own_rows = own.set_index("id").sort_index()
-    rules: list[tuple[str, float, Part | None]] = [(primary, min_gain, None)]
-    rules += [(metric, -margin, None) for metric, margin in guards.items()]
-    rules += [(guard.metric, -guard.margin, guard.part) for guard in parts]
     worse = []
-    for name, other in others.items():
-        other_rows = other.set_index("id").sort_index()
-        for metric, bound, part in rules:
-            own_part, other_part = (
-                table if part is None else table[table.index.isin(part.ids)] for table in (own_rows, other_rows)
-            )
-            found = pair(own_part, other_part, metric, name, lower_is_better=lower_is_better).reported
-            if found <= bound:
-                on = "" if part is None else f" on {part}"
+    for name, own_rows, other_rows in paired_rows(own, others):
+        for rule in rules_of(primary, min_gain, guards, parts):
+            own_part, other_part = rule.rows_of(own_rows), rule.rows_of(other_rows)
+            found = pair(own_part, other_part, rule.metric, name, lower_is_better=lower_is_better).reported
+            if found <= rule.bound:
                 worse.append(
-                    f"{metric}{on} against {name}: {found:+.4f} for the model of seed {seeds[0]}, which would be "
-                    f"registered; more than {bound:+g} is needed"
+                    f"{rule.about} against {name}: {found:+.4f} for the model of seed {seeds[0]}, which would be "
+                    f"registered; more than {rule.bound:+g} is needed"
                 )
     return replace(noted, verdict="undecided", reasons=(*worse, *noted.reasons)) if worse else noted

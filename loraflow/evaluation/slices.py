@@ -7,19 +7,18 @@ wide and not corrected. `guards.py` has the rules that decide.
 from __future__ import annotations
 
 import bisect
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from pydantic import JsonValue, TypeAdapter
 
 from loraflow.data.broken_text import script
 from loraflow.data.heldout_fields import NO_VALUE, FieldValues
 from loraflow.evaluation.score import summarise
 from loraflow.evaluation.values import MetricValue, Slice
-from loraflow.frozen import StoredModel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,11 +27,12 @@ NO_FIELDS: FieldValues = MappingProxyType({})
 QUARTERS = ("shortest quarter", "second quarter", "third quarter", "longest quarter")
 
 
-class _Message(StoredModel):
-    content: JsonValue = ""  # as check_dataset wrote it
-
-
-_PROMPT = TypeAdapter(list[_Message])
+def last_message(prompt: str) -> str:
+    """Return the last message of a prompt, which is a JSON list of messages."""
+    try:
+        return str(json.loads(prompt)[-1]["content"])
+    except (ValueError, TypeError, KeyError, IndexError):
+        return prompt
 
 
 class Part(NamedTuple):
@@ -113,6 +113,4 @@ def _lengths(table: pd.DataFrame) -> list[str]:
 
 
 def _scripts(table: pd.DataFrame) -> list[str]:
-    prompts: list[str] = list(table["prompt"])
-    questions = [str(_PROMPT.validate_json(prompt)[-1].content) for prompt in prompts]
-    return [script(question, min_letters=1) or "no letters" for question in questions]
+    return [script(last_message(prompt), min_letters=1) or "no letters" for prompt in table["prompt"]]

@@ -7,9 +7,11 @@ readable.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, Self, TypeAlias
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, JsonValue, TypeAdapter, field_serializer
 from pydantic.dataclasses import dataclass
@@ -32,6 +34,17 @@ ROW_COLUMNS = frozenset(
 OF_ALL_ROWS = frozenset({"stops", "perplexity", "macro_f1"})  # scores that evaluate computes without a metric's module
 LARGEST_SCORE = 1e100  # squares and sums of larger ones may be no finite numbers
 LARGEST_VOCABULARY = 2**18  # assumed if the base's config does not say how many tokens there are
+
+
+def vocabulary_of(config: bytes | None) -> int | None:
+    """Return the number of tokens that a model's config.json names; None if it names none."""
+    try:
+        found = json.loads(config or b"{}")
+    except ValueError:
+        return None
+    size = found.get("vocab_size") or (found.get("text_config") or {}).get("vocab_size")
+    return size if isinstance(size, int) and size > 1 else None
+
 
 Verdict = Literal["promote", "reject", "undecided", "unchanged"]
 
@@ -66,6 +79,13 @@ def scores_to_dict(scores: Scores) -> dict[str, JsonValue]:
     return {rows: {name: value.model_dump() for name, value in part.items()} for rows, part in scores.items()}
 
 
+def write_metrics(scores: Scores, folder: Path) -> dict[str, float]:
+    """Write metrics.json; return its values as figures of a manifest."""
+    text = json.dumps(scores_to_dict(scores), indent=1, sort_keys=True) + "\n"
+    (folder / "metrics.json").write_text(text, encoding="utf-8")
+    return {f"{rows}.{name}": round(value.value, 6) for rows, part in scores.items() for name, value in part.items()}
+
+
 class Sample(StoredModel):
     """A held-out question with its reference and the model's answer, for reports."""
 
@@ -95,28 +115,9 @@ class EvaluationReport(StoredModel):
     longest: int = 0  # tokens of the longest scored row
     confusions: Mapping[str, tuple[Confusion, ...]] = {}  # set → its worst labels; with the metric `labels` only
 
-    @classmethod
-    def from_dict(cls, report: Mapping[str, JsonValue]) -> Self:
-        """Read `manifest.report`.
-
-        Raises:
-            pydantic.ValidationError: it is not the report of an evaluation.
-        """
-        return cls.model_validate(report)
-
     def to_dict(self) -> dict[str, JsonValue]:
         """Return the report as JSON values."""
-        confusions: dict[str, JsonValue] = {
-            name: [entry.model_dump() for entry in found] for name, found in self.confusions.items()
-        }
-        values: dict[str, JsonValue] = {
-            "metrics": scores_to_dict(self.metrics),
-            "samples": [sample.model_dump() for sample in self.samples],
-            "available": dict(self.available),
-            "control_tokens": self.control_tokens,
-            "longest": self.longest,
-        }
-        return {**values, "confusions": confusions} if confusions else values
+        return self.model_dump(mode="json", exclude=set() if self.confusions else {"confusions"})
 
 
 class Slice(StoredModel):

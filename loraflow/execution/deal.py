@@ -8,8 +8,8 @@ from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
 from loraflow.config.load import parse_recipe
-from loraflow.data.chats import GATE_SET, ChatRecord, Message
-from loraflow.data.split import row_key
+from loraflow.data.chats import GATE_SET, ChatRecord
+from loraflow.data.split import chat_key
 from loraflow.execution.cache import look_up
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
@@ -156,7 +156,7 @@ def compared_rows(
     if dealt is not None:  # deal_rows leaves out the others, before evaluate takes a sample
         texts = [text for text in texts if _is_dealt(json.loads(text), dealt)]
     rows, _ = sampled_rows(texts, max_rows, seed)
-    return [(_key(row.messages), row) for row in rows if row.set == GATE_SET]
+    return [(chat_key(row.messages), row) for row in rows if row.set == GATE_SET]
 
 
 def group_sizes(rows: Sequence[HeldoutRow]) -> list[int]:
@@ -173,8 +173,4 @@ def group_sizes(rows: Sequence[HeldoutRow]) -> list[int]:
 
 
 def _is_dealt(row: ChatRecord, dealt: Set[str]) -> bool:
-    return row["set"] != GATE_SET or _key(row["messages"]) in dealt
-
-
-def _key(messages: Sequence[Message]) -> str:
-    return row_key(json.dumps(messages[:-1], ensure_ascii=False))
+    return row["set"] != GATE_SET or chat_key(row["messages"]) in dealt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -18,6 +17,7 @@ from loraflow.config import Recipe
 from loraflow.config.locations import FolderOrigin
 from loraflow.data.positions import Positions
 from loraflow.evaluation.values import LARGEST_VOCABULARY
+from loraflow.evaluation.values import vocabulary_of as vocabulary_in
 from loraflow.execution.cache import OTHER_CODE, known_changes, look_up
 from loraflow.execution.deal import checked_rows, group_sizes, preview_heldout, rows_of_a_look
 from loraflow.execution.workspace import Workspace
@@ -302,8 +302,7 @@ def gate_power(workspace: Workspace) -> GatePower | None:
 def vocabulary_of(workspace: Workspace) -> int:
     """Return the number of tokens of the base, or the largest that is assumed if it is not known."""
     config = base_config(workspace)
-    found = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config else None
-    return found if isinstance(found, int) and found > 1 else LARGEST_VOCABULARY
+    return vocabulary_in(config.read_bytes() if config else None) or LARGEST_VOCABULARY
 
 
 def base_config(workspace: Workspace) -> Path | None:

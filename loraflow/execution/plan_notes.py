@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from loraflow.config.data_sources import DataSource
+from loraflow.data.chats import GENERAL_FILE
 from loraflow.data.check_report import CheckReport
-from loraflow.data.general import KINDS
+from loraflow.data.general import group_sizes as general_sizes
 from loraflow.data.heldout_fields import FILE, parse_field_values
 from loraflow.data.row_limits import source_lines
-from loraflow.evaluation.power import rows_for_margin
+from loraflow.evaluation.power import MINIMUM_ROWS, is_too_strict, margin_of_unchanged, not_passed, rows_for_margin
 from loraflow.execution.cache import look_up
 from loraflow.execution.deal import checked_rows, compared_rows, group_sizes, rows_of_a_look
 from loraflow.execution.plan import base_config, vocabulary_of
@@ -104,19 +105,23 @@ def forgetting_lines(workspace: Workspace) -> list[str]:
     store, gate = workspace.store, workspace.recipe.gate
     rows = checked_rows(workspace) if gate.forgetting else None
     general = look_up(store, workspace.job(CHECK_GENERAL, {"rows": rows})).ref if rows else None
-    return [] if general is None else list(_lines(workspace, store.manifest(general).figures))
+    return [] if general is None else list(_lines(workspace, store.read(general, GENERAL_FILE)))
 
 
-def _lines(workspace: Workspace, counts: object) -> Iterator[str]:
+def _lines(workspace: Workspace, rows: bytes) -> Iterator[str]:
     gate = workspace.recipe.gate
-    found = counts if isinstance(counts, dict) else {}
     for score, margin in gate.forgetting.items():
-        count = found.get(KINDS[score], 0)
-        reach = math.log(vocabulary_of(workspace)) if score == "loss" else None
-        needed = rows_for_margin(margin, gate.confidence, "accuracy" if reach is None else "token_loss", reach)
-        enough = isinstance(count, int) and needed is not None and count >= needed
-        what = "unchanged outputs pass" if enough else "even unchanged outputs do not pass"
-        yield f"  general_{score}: {what}: a margin of {margin:g} needs {needed} rows, you have {count}"
+        sizes, metric, reach = general_sizes(rows, score), "accuracy", 1.0
+        if score == "loss":
+            metric, reach = "token_loss", math.log(vocabulary_of(workspace))
+        kind = metric if max(sizes, default=1) == 1 else ""
+        needed = max(rows_for_margin(margin, gate.confidence, kind, reach) or 0, MINIMUM_ROWS)
+        unchanged = margin_of_unchanged(len(sizes), gate.confidence, metric, reach, sizes) if sizes else None
+        if len(sizes) < needed or is_too_strict(margin, unchanged):
+            yield not_passed(f"general_{score}", "", margin, needed, unchanged, sizes)
+        else:
+            needs = f"a margin of {margin:g} needs {needed} rows, you have {len(sizes)}"
+            yield f"  general_{score}: unchanged outputs pass: {needs}"
 
 
 def warn_of_other_tokens(workspace: Workspace) -> None:

@@ -8,6 +8,7 @@ anchors/<model>/rows/<digest>.json          a copy: whatever is left of the two 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -15,7 +16,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from loraflow.data.split import row_key as row_key
 from loraflow.frozen import StoredModel
-from loraflow.identity import canonical
 from loraflow.registry.anchor import FOLDER as ANCHORS
 from loraflow.registry.anchor import create_numbered
 from loraflow.registry.runs import LogHead
@@ -97,10 +97,14 @@ class ScoredRows:
     def read(self) -> Sets:
         """Return all sets, of both places."""
         found = Sets({}, set(), set())
+        read: dict[str, bytes] = {}
         for folder in self._folders:
             for name, data in self._store.read_documents(folder, ".json").items():
                 found.documents.add(name)
                 digest = name.removeprefix(folder).removesuffix(".json")
+                if read.get(digest) == data:
+                    continue  # hashes are most of a look's time
+                read[digest] = data
                 keys = keys_of(digest, data)
                 if keys is None:
                     found.damaged.add(digest)
@@ -151,4 +155,4 @@ def keys_of(digest: str, data: bytes | None) -> set[str] | None:
 
 def digest_of(keys: list[str]) -> str:
     """Return the digest of sorted keys of rows, or of other texts."""
-    return hashlib.sha256(canonical(keys)).hexdigest()
+    return hashlib.sha256(json.dumps(keys, separators=(",", ":")).encode()).hexdigest()

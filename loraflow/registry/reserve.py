@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence, Set
 from typing import NamedTuple
 
 from loraflow.data.chats import GATE_SET
-from loraflow.data.split import draw, row_key
+from loraflow.data.split import chat_key, draw
 from loraflow.failures import BadConfig
 from loraflow.frozen import StoredModel
 
@@ -58,11 +58,7 @@ class ReserveState(StoredModel):
 def read_rows(lines: bytes) -> list[ReserveRow]:
     """Return the rows of the gate's set in a heldout.jsonl."""
     values = (json.loads(line) for line in lines.splitlines())
-    return [
-        ReserveRow(row_key(json.dumps(row["messages"][:-1], ensure_ascii=False)), row.get("group"))
-        for row in values
-        if row["set"] == GATE_SET
-    ]
+    return [ReserveRow(chat_key(row["messages"]), row.get("group")) for row in values if row["set"] == GATE_SET]
 
 
 def rows_of_a_look(reserve: float, rows: int) -> int:

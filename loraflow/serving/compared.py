@@ -12,7 +12,7 @@ import pandas as pd
 
 from loraflow.evaluation.compare import ChangedRow, Difference, TableComparison, compare_tables
 from loraflow.evaluation.gate import heldout_rows
-from loraflow.evaluation.values import LARGEST_VOCABULARY
+from loraflow.evaluation.values import LARGEST_VOCABULARY, vocabulary_of
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.frozen import StoredModel
 from loraflow.identity import short
@@ -47,6 +47,7 @@ class Compared:
     record: RunRecord
     table: pd.DataFrame
     losses: tuple[tuple[float, float], ...]  # (step, training loss)
+    vocabulary: int  # number of tokens of its base
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,13 @@ def compare_models(store: Store, names: tuple[str, ...], confidence: float = 0.9
         pairings.append(
             Pairing(
                 other.name,
-                compare_tables(first.table, other.table, confidence=confidence, **gate.model_dump()),
+                compare_tables(
+                    first.table,
+                    other.table,
+                    confidence=confidence,
+                    vocabulary=max(first.vocabulary, other.vocabulary),
+                    **gate.model_dump(),
+                ),
                 tuple(changes(first.record, other.record)),
                 _digest(first.record) == _digest(other.record),
             )
@@ -117,7 +124,12 @@ def _find(store: Store, name: str) -> Compared:
     if trained is not None:
         with suppress(CorruptArtifact):  # cleanup removes adapters before scores
             losses = Curves.parse(store.read(trained.ref(store), CURVES)).training
-    return Compared(name, record, heldout_rows(table, store.location(ref)), losses)
+    base, config = record.stage("resolve_base"), None
+    if base is not None:
+        with suppress(CorruptArtifact):
+            config = store.read(base.ref(store), "config.json")
+    vocabulary = vocabulary_of(config) or LARGEST_VOCABULARY
+    return Compared(name, record, heldout_rows(table, store.location(ref)), losses, vocabulary)
 
 
 def _digest(record: RunRecord) -> str | None:
@@ -214,7 +226,7 @@ def _rows(pairing: Pairing) -> str:
         for metric in scores.out_of_range
     )
     capped = "".join(
-        f"; a row's {each.metric} counts at most {math.log(LARGEST_VOCABULARY):.1f} in the difference, which is "
+        f"; a row's {each.metric} counts at most {math.log(scores.vocabulary):.1f} in the difference, which is "
         f"{each.uncapped:+.4f} otherwise"
         for each in scores.differences
         if abs(each.uncapped - each.bounds.mean) > 1e-9 * max(1.0, abs(each.uncapped))

@@ -13,6 +13,7 @@ from scipy import stats
 from loraflow import identity
 from loraflow.cli import cli
 from loraflow.evaluation.compare import compare_tables
+from loraflow.evaluation.gate import decide
 from loraflow.evaluation.intervals import tango_bound
 from loraflow.failures import BadConfig, BadData
 from loraflow.registry.runs import RunRecord, StageRun
@@ -29,7 +30,7 @@ def table(right, **columns):
     return pd.DataFrame({**fixed, **texts, "exact_match": np.asarray(right, dtype=float), **columns})
 
 
-def add_run(store, run, scores, gate=None, **settings):
+def add_run(store, run, scores, gate=None, config=None, **settings):
     payload = identity.payload("evaluate", 1, {}, {"x": run})
     staged = store.staging("evaluate", identity.fingerprint(payload))
     scores.to_parquet(staged / "scores.parquet")
@@ -40,9 +41,15 @@ def add_run(store, run, scores, gate=None, **settings):
     (staged / "weights").write_text(run)
     (staged / "telemetry" / "curves.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     train = store.commit(staged, payload=payload, inputs={}, summary=Summary(), provenance={})
+    made = {"evaluate tuned": ref, "train": train}
+    if config is not None:
+        payload = identity.payload("resolve_base", 1, {}, {"x": run})
+        staged = store.staging("resolve_base", identity.fingerprint(payload))
+        (staged / "config.json").write_text(json.dumps(config))
+        made["resolve_base"] = store.commit(staged, payload=payload, inputs={}, summary=Summary(), provenance={})
     stages = [
         StageRun(stage=label, state="computed", fingerprint=found.fingerprint, digest=found.digest)
-        for label, found in (("evaluate tuned", ref), ("train", train))
+        for label, found in made.items()
     ]
     merged = StageRun(stage="merge", state="computed", fingerprint="f", digest=run)
     resolved = {"training_config": {"learning_rate": 0.01, **settings}, "runtime": {"store": run}, "gate": gate or {}}
@@ -186,6 +193,22 @@ def test_a_difference_of_capped_losses_says_what_it_is_without_the_cap(tmp_path)
     assert re.search(r"token_loss +1\.0000 +1\.1900 +-0\.1148", shown), "(20 - 1) / 100, or with at most ln(2^18)"
     said = "on 100 held-out rows; a row's token_loss counts at most 12.5 in the difference, which is -0.1900 otherwise"
     assert f"B against A {said}" in shown and shown.count("at most") == 1
+
+
+@pytest.mark.parametrize("vocabulary", [32_064, None])
+def test_a_loss_has_the_bounds_of_the_gate_for_the_vocabulary_of_the_base(tmp_path, vocabulary):
+    store, losses = LocalStore(tmp_path), (np.r_[12.0, np.ones(99)], np.full(100, 0.8))
+    tables = [table([True] * 100, token_loss=loss, reference_tokens=3) for loss in losses]
+    for run, scores in zip((A, B), tables, strict=True):
+        add_run(store, run, scores, config={"text_config": {"vocab_size": vocabulary}})
+    decision = decide(
+        tables[1], {"base": tables[0]}, primary="token_loss", min_gain=0.0, guards={}, confidence=0.95, vocabulary=vocabulary
+    )  # fmt: skip
+    shown = json.loads(compare(store, A, B, "--json").output)["against_first"][0]["scores"]
+    loss = next(found for found in shown["differences"] if found["metric"] == "token_loss")
+    gain = decision.comparisons[0]
+    assert loss["bounds"] == [gain.difference, gain.lower, gain.upper] and shown["vocabulary"] == (vocabulary or 2**18)
+    assert (gain.difference == pytest.approx(0.2 + 0.11)) == (vocabulary is None), "12 is more than ln(32064)"
 
 
 @pytest.mark.parametrize("order", [(A, B), (B, A)])

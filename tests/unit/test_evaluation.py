@@ -44,7 +44,7 @@ def evaluate(phi3, tmp_path):
 
 def test_the_stage_report_contains_the_scores_and_the_first_answers(evaluate):
     out, summary = evaluate()
-    table, report = pd.read_parquet(out / "scores.parquet"), EvaluationReport.from_dict(summary.report)
+    table, report = pd.read_parquet(out / "scores.parquet"), EvaluationReport.model_validate(summary.report)
     assert json.loads((out / "metrics.json").read_text()) == scores_to_dict(report.metrics) == summary.report["metrics"]
     assert {rows: part["exact_match"].n for rows, part in report.metrics.items()} == {"heldout": 5, "hard": 2}
     part = table[table["set"] == "heldout"]
@@ -61,7 +61,7 @@ def test_max_rows_limits_each_set(evaluate):
     out, summary = evaluate(evaluation__max_rows=2)
     table = pd.read_parquet(out / "scores.parquet")
     assert table["set"].value_counts().to_dict() == {"heldout": 2, "hard": 2}
-    report = EvaluationReport.from_dict(summary.report)
+    report = EvaluationReport.model_validate(summary.report)
     assert report.available == {"heldout": 5, "hard": 2} and report.longest > 0
 
 

@@ -88,11 +88,11 @@ def test_the_gate_reads_all_sets_and_the_recipe_names_the_condition(recipe, monk
     settings = {"gate.behaviour": {"safe": {"set": "safety", "refuses": True, "share": 0.5}}}
     settings["data.extra_heldout"] = {"safety": "safety.jsonl"}
     tables = {"tuned": pd.concat([table(["Take it."]), table(["I cannot.", "Take it."], "safety")]), "base": table(["x"] * 2, "safety")}  # fmt: skip
-    monkeypatch.setattr(gate_task, "_all_scores", lambda workspace, ref: tables[ref])
+    monkeypatch.setattr(gate_task, "read_table", lambda store, ref: tables[ref])
     result = SimpleNamespace(
         base_scores="base", tuned_scores="tuned", champion_scores=None, further_seeds=(), general={}
     )
-    found = gate_task._check_behaviour(SimpleNamespace(recipe=load_recipe(recipe, settings)), result)
+    found = gate_task._check_behaviour(SimpleNamespace(recipe=load_recipe(recipe, settings), store=None), result)
     assert [(one.passed, one.total, one.holds) for one in found] == [(1, 2, True)]
     assert "base 0" in found[0].reason
 

@@ -12,12 +12,16 @@ from tests.looks import nights_on_fresh_rows
 FILE = Path(__file__).parents[2] / "benchmarks" / "gate.py"
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("gate_benchmark", FILE)
+def load(file):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return load(FILE)
 
 
 def test_equal_models_are_rarely_promoted_in_a_hundred_nights(benchmark):
@@ -45,6 +49,19 @@ def test_new_rows_every_night_do_not_add_to_the_error_and_a_gain_of_five_points_
     assert benchmark.found_in_three(500, 363, benchmark.level_of) == pytest.approx(0.787, abs=0.001), (
         "without gate.independent_rows"
     )
+
+
+def test_the_gates_test_is_nearly_the_most_powerful_one_and_none_finds_nine_of_ten_gains_in_three_nights(benchmark):
+    bounds = load(FILE.with_name("gate_bounds.py"))
+    for level in (0.025, 0.05 / 365, 0.025 / 364):
+        most, found = (
+            float(bounds.most_powerful(500, np.array([level]))[0]),
+            benchmark.chance(500, *benchmark.BETTER, level),
+        )
+        assert most - 0.03 < found <= most, level
+    shares = [(full, half) for full in (0.0, 0.5, 0.9, 1.0) for half in (0.0, 0.5, 1.0)]
+    found = {share: bounds.found_in_three(500, 0.05 / 365, *share) for share in shares}
+    assert max(found.values()) == found[1.0, 1.0] == pytest.approx(0.867, abs=0.001)
 
 
 def test_a_year_of_nights_whose_rows_depend_on_each_other_does_not_add_to_the_error(benchmark):

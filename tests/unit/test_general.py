@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -299,6 +300,19 @@ def test_a_question_without_tokens_is_refused(quick_phi3):
         encode_choice(AutoTokenizer.from_pretrained(quick_phi3), " ", "a")
 
 
+def test_an_interval_counts_rows_with_one_prompt_once():
+    right = (np.arange(200) % 4 < 3).astype(float)
+    once = pd.DataFrame({"prompt": [str(i) for i in range(200)], "accuracy": right})
+    config = SimpleNamespace(confidence=0.95)
+    single, double, other = (
+        stage._value(table, "accuracy", config)
+        for table in (once, pd.concat([once, once]), pd.concat([once, once.assign(prompt=once["prompt"] + "?")]))
+    )
+    assert double.value == single.value and double.n == 400
+    width = double.high - double.low
+    assert width == pytest.approx(single.high - single.low, rel=0.05) and width > 1.3 * (other.high - other.low)
+
+
 # -- the gate -------------------------------------------------------------------------------------------------------
 
 N = 800
@@ -372,9 +386,14 @@ def test_general_scores_that_cannot_be_compared_are_said_to_be_those_and_how_the
 
 
 def test_a_guard_without_enough_rows_of_its_kind_stops_the_run_before_training():
-    check_limits({"chats": 20, "choices": 0}, {"loss": 0.05}, 20)
+    chats = [{"kind": "chat", "messages": [{"role": "user", "content": str(i)}, {}]} for i in range(20)]
+    questions = [
+        {"kind": "choice", "context": str(i % 19)} for i in range(30)
+    ]  # of which 11 have the prompt of another
+    lines = "\n".join(map(json.dumps, [*chats, *questions])).encode()
+    check_limits(lines, {"loss": 0.05}, 20)
     with pytest.raises(BadConfig, match="too few multiple-choice questions") as caught:
-        check_limits({"chats": 20, "choices": 19}, {"loss": 0.05, "accuracy_norm": 0.02}, 20)
+        check_limits(lines, {"loss": 0.05, "accuracy_norm": 0.02}, 20)
     assert caught.value.where == "gate.forgetting: accuracy_norm" and caught.value.got == "19"
 
 
@@ -404,6 +423,24 @@ def test_the_plan_says_how_many_general_rows_a_margin_needs(recipe):
         gate({"loss": 0.05}, rows(n=needed_for_500()), base=rows(n=needed_for_500())).verdict == "promote"
         and needed > 300
     )
+
+
+def test_the_plan_and_the_gate_count_rows_with_one_prompt_once(recipe):
+    asked = [
+        {**QUESTION, "question": f"What is tea {i // 2}?", "choices": ["leaves", f"stones {i}"]} for i in range(238)
+    ]
+    margin = {"gate.forgetting": {"accuracy": 0.025}}  # 119 groups of equal size rule out 0.0249
+    workspace, _ = general_of(recipe, *asked, **margin)
+    assert forgetting_lines(workspace) == [
+        "  general_accuracy: unchanged outputs pass: a margin of 0.025 needs 119 rows, you have 119"
+    ]
+    workspace, ref = general_of(recipe, *asked[2:], CHAT, **margin)
+    assert "needs 119 groups of equal size, you have 118" in forgetting_lines(workspace)[0]
+    prompts = [row["context"] for row in read_general(workspace.store.path(ref) / "general.jsonl") if "context" in row]
+    for extra, state in (([], "open"), (["another"] * 2, "passed")):
+        each = [*prompts, *extra]
+        table = {CHOICES: pd.DataFrame({"id": list(map(str, range(len(each)))), "prompt": each, "accuracy": 1.0})}
+        assert gate({"accuracy": 0.025}, table, base=table).comparisons[-1].state == state
 
 
 def needed_for_500():

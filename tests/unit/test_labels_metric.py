@@ -70,7 +70,7 @@ def test_the_worst_labels_are_listed_with_what_they_are_taken_for():
     ]
     report = EvaluationReport(metrics={}, confusions={"heldout": found})
     assert (
-        EvaluationReport.from_dict(report.to_dict()) == report
+        EvaluationReport.model_validate(report.to_dict()) == report
         and "confusions" not in EvaluationReport(metrics={}).to_dict()
     )
     text = scores_report(

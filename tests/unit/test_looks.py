@@ -195,6 +195,9 @@ def test_more_error_in_the_recipe_does_not_give_back_what_was_spent(record):
 def test_a_row_with_another_system_message_case_or_space_was_seen_before(messages):
     assert row_key(json.dumps(messages)) == row_key(json.dumps([{"role": "user", "content": "What is red?"}]))
     assert row_key(json.dumps(messages)) != row_key(json.dumps([{"role": "user", "content": "What is blue?"}]))
+    for unseen in "\u200b\u200d\u2060\ufeff\u00ad\ufe0f\u200e":
+        messages[-1]["content"] = f"{unseen}What is{unseen} r{unseen}ed?"
+        assert row_key(json.dumps(messages)) == row_key(json.dumps([{"role": "user", "content": "What is red?"}]))
 
 
 def test_the_level_of_a_promotion_is_passed_on_once_half_to_the_next_look_and_half_to_later_ones(store, record):

@@ -356,14 +356,14 @@ def test_an_evaluation_report_is_unchanged_by_writing_and_reading_json():
     part = {"value": 0.5, "low": -math.inf, "high": math.inf, "n": 1}
     sample = {"id": "a", "prompt": "p", "reference": "r", "answer": "s"}
     values = {"metrics": {"heldout": {"chrf": part}, "extra": {"chrf": part}}, "samples": [sample]}
-    assert EvaluationReport.from_dict(values).available == {}, "of an earlier version"
+    assert EvaluationReport.model_validate(values).available == {}, "of an earlier version"
     values |= {"available": {"heldout": 5, "extra": 1}, "control_tokens": 2, "longest": 99}
-    report = EvaluationReport.from_dict(values)
+    report = EvaluationReport.model_validate(values)
     assert report.metrics["heldout"]["chrf"] == MetricValue(**part)
     in_json = {**part, "low": None, "high": None}  # JSON has no infinite numbers
     stored = {**values, "metrics": {"heldout": {"chrf": in_json}, "extra": {"chrf": in_json}}}
     assert json.dumps(report.to_dict()) == json.dumps(stored)
-    assert EvaluationReport.from_dict(report.to_dict()) == report
+    assert EvaluationReport.model_validate(report.to_dict()) == report
 
 
 def test_a_runs_scores_are_json_by_model():
