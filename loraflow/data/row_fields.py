@@ -373,8 +373,8 @@ def objects(value: JsonValue) -> list[RawRow] | None:
     return found if len(found) == len(value) else None
 
 
-ROLE_KEYS = ("role", "from", "sender", "speaker")  # of a message
-CONTENTS = ("content", "value", "text", "utterance")  # keys of its text
+ROLE_KEYS = ("role", "from", "sender", "speaker", "author")  # of a message
+CONTENTS = ("content", "value", "text", "utterance", "message")  # keys of its text
 _CALLS = ("tool_calls", "function_call", "function_calls")  # keys of an answer with calls; the last is Olmo's
 _TOOLS = ("tools", "functions")  # keys of a system message with the tools: GLM's and Olmo's
 FUNCTION_CALL = "function_call"  # ShareGPT's role of an answer that is a call; ms-swift's tool_call

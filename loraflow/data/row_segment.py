@@ -37,7 +37,7 @@ PINNED_TO_TRAIN = 32  # its source is used for training only (data.sources, spli
 
 Keys = NDArray[np.uint64]
 # The arrays of a segment, and the types of their values
-_TYPES = {
+TYPES = {
     "numbers": "I",
     "ids": "Q",
     "marks": "Q",
@@ -114,7 +114,7 @@ class RowSegment:
         begin = content.index(b"\n") + 1
         head = json.loads(content[:begin])
         arrays: dict[str, np.ndarray] = {}
-        for name, code in {**_TYPES, **(_NEAR_TYPES if head["near"] else {})}.items():
+        for name, code in {**TYPES, **(_NEAR_TYPES if head["near"] else {})}.items():
             count = head["rows"] * (HASHES if name.endswith("sketches") else 1)
             arrays[name] = np.frombuffer(content, np.dtype(code), count, begin)
             begin += arrays[name].nbytes
@@ -136,7 +136,7 @@ class SegmentBuilder:
 
     def __init__(self, config: CheckDatasetConfig, *, is_training: bool, is_pinned: bool):
         self._config, self._is_training, self._is_pinned = config, is_training, is_pinned
-        self._arrays = {name: array(code) for name, code in _TYPES.items()}
+        self._arrays = {name: array(code) for name, code in TYPES.items()}
         self._parts: list[bytes] = []
         self._groups: dict[str, int] = {}
         self._left_out: list[LeftOut] = []
