@@ -49,17 +49,6 @@ from loraflow.data.row_fields import (
 )
 from loraflow.data.transcripts import is_glaive, is_transcript, prompt_turns, read_glaive, read_transcript
 
-__all__ = [
-    "FORMATS",
-    "BadRow",
-    "RawRow",
-    "ReadChat",
-    "detect_format",
-    "has_known_keys",
-    "read_chat",
-    "to_messages",
-    "to_prompt",
-]
 # Anthropic's and Alpaca's; OpenOrca's
 _SYSTEM_KEYS = ("system", "system_prompt")
 # Read only if they are texts and none of the former has a value: they may be flags, events or Gemini's objects.
@@ -98,16 +87,10 @@ def read_chat(
         MarkedFalse: marks exclude every answer of the row.
         BadRow: the row is not a valid chat.
     """
-    if (
-        not columns
-        and tools is None
-        and format_name in ("auto", "messages")
-        and isinstance(row, dict)
-        and len(row) == 1
-    ):
-        plain = plain_messages(row.get("messages"))
-        if plain is not None:
-            return ReadChat(plain)
+    is_plain = not columns and tools is None and format_name in ("auto", "messages")
+    is_alone = is_plain and isinstance(row, dict) and len(row) == 1
+    if is_alone and (plain := plain_messages(row.get("messages"))) is not None:
+        return ReadChat(plain)
     fields = RowFields(_object(row), columns, labels or Labels(), ignore)
     turns = _turns(fields, format_name)
     has_others = not fields.row.keys() <= _FORMAT_KEYS
@@ -173,9 +156,32 @@ def to_prompt(row: JsonValue, format_name: str = "auto", tools: list[Tool] | Non
     Raises:
         BadRow: the row has no prompt.
     """
-    fields = RowFields(_with_dummy_answer(_object(row)), _NO_COLUMNS, None)
-    turns = _turns(fields, format_name)
-    return messages_with_tools(fields, turns, tools)[:-1]
+
+    def messages(row: RawRow, name: str) -> list[Message]:
+        fields = RowFields(row, _NO_COLUMNS, None)
+        return messages_with_tools(fields, _turns(fields, name), tools)
+
+    own = _object(row)
+    try:
+        return messages(own, format_name)[
+            :-1
+        ]  # as it is learned: beside prompt and completion, `instruction` is not read
+    except BadRow:
+        pass
+    dummy = _with_dummy_answer(own)
+    if format_name == "auto" and detect_format(dummy) == "alpaca" and has_value(own.get("prompt")):
+        format_name = _format_of_question(own)
+    return messages(dummy, format_name)[:-1]
+
+
+def _format_of_question(row: RawRow) -> str:
+    """Return the format of a row with `instruction` and `prompt`, by the keys of its answer."""
+    formats = [
+        name for name in ("alpaca", "prompt_completion") if any(key <= row.keys() for key in FORMATS[name].needs)
+    ]
+    if len(formats) != 1 and row["prompt"] != row["instruction"]:
+        raise BadRow("instruction and prompt may both be the question; choose by --format alpaca or prompt_completion")
+    return formats[0] if formats else "alpaca"
 
 
 def _object(row: JsonValue) -> RawRow:
@@ -366,8 +372,11 @@ def _with_history(fields: RowFields, turns: list[Turn]) -> list[Turn]:
                 earlier[key] = [*earlier.get(key, ()), Turn("user", pair[0]), Turn("assistant", pair[1])]
     if any(found != before for before, found in itertools.pairwise(earlier.values())):
         raise BadRow(f"{' and '.join(earlier)} have different messages: remove one, or name it in data.ignore")
-    first = turns[0].role == "system"
-    return [*turns[:first], *next(iter(earlier.values()), []), *turns[first:]]
+    before, first = next(iter(earlier.values()), []), turns[0].role == "system"
+    for count in (2, 1):  # the question, or the question and its answer, may be the last messages of the history too
+        if [turn[:2] for turn in before[-count:]] == [turn[:2] for turn in turns[-2:][:count]]:
+            before = before[:-count]
+    return [*turns[:first], *before, *turns[first:]]
 
 
 def _prompt_completion(fields: RowFields) -> list[Turn]:

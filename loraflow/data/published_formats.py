@@ -213,33 +213,20 @@ def template_arguments(fields: RowFields, turns: list[Turn]) -> tuple[JsonValue,
     return (system if has_value(system) else None), (tools if has_value(tools) else None)
 
 
-# Keys of a row, and the filter of jq that makes chats of such rows.
-_FILTERS: tuple[tuple[frozenset[str], str], ...] = (
-    (
-        frozenset({"context", "question", "answers"}),
-        "{instruction: .question, input: .context, output: .answers.text[0]}",
-    ),
-    (frozenset({"input", "preferred_output"}), "{messages: (.input.messages + .preferred_output)}"),
-    (frozenset({"custom_id", "body"}), "{messages: .body.messages}"),
-    (
-        frozenset({"winner", "conversation_a", "conversation_b"}),
-        'if .winner == "model_a" then {messages: .conversation_a} elif .winner == "model_b" then '
-        "{messages: .conversation_b} else empty end",
-    ),
-    (
-        frozenset({"response_0", "response_1", "better_response_id"}),
-        "{prompt, completion: (if .better_response_id == 0 then .response_0 else .response_1 end)}",
-    ),
-    (
-        frozenset({"problem", "deepseek_reasoning", "deepseek_solution"}),
-        r'{prompt: .problem, completion: ("<think>\n" + .deepseek_reasoning + "\n</think>\n\n" + .deepseek_solution)}',
-    ),
-    (
-        frozenset({"question", "solutions"}),
-        '{prompt: .question, completion: (.solutions | if type == "string" then fromjson else . end | .[0])}',
-    ),
-    (frozenset({"instruction", "instances"}), ".instruction as $i | .instances[] | {instruction: $i, input, output}"),
-)
+# Keys of a row → the filter of jq that makes chats of such rows.
+_FILTERS = {
+    "context question answers": "{instruction: .question, input: .context, output: .answers.text[0]}",
+    "input preferred_output": "{messages: (.input.messages + .preferred_output)}",
+    "winner conversation_a conversation_b": 'if .winner == "model_a" then {messages: .conversation_a} '
+    'elif .winner == "model_b" then {messages: .conversation_b} else empty end',
+    "response_0 response_1 better_response_id": "{prompt, completion: (if .better_response_id == 0 then .response_0 "
+    "else .response_1 end)}",
+    "problem deepseek_reasoning deepseek_solution": r'{prompt: .problem, completion: ("<think>\n" + .deepseek_reasoning + '
+    r'"\n</think>\n\n" + .deepseek_solution)}',
+    "question solutions": "{prompt: .question, completion: (.solutions | "
+    'if type == "string" then fromjson else . end | .[0])}',
+    "instruction instances": ".instruction as $i | .instances[] | {instruction: $i, input, output}",
+}
 # OpenAssistant's rows: all of a file are read (jq -s), and each tree becomes a row.
 _TREES = (
     "def tree($all): . + {replies: [.message_id as $id | $all[] | select(.parent_id == $id) | tree($all)]}; "
@@ -253,7 +240,7 @@ _OF_PAIRS = re.compile(
 )
 _ANSWER = re.compile(
     r"answer|response|completion|output|sol[0-9]|solution", re.IGNORECASE
-)  # of these, a label is a mark
+)  # a label beside it is a mark
 # Names of a text that is neither a question nor an answer
 _NO_TEXT = re.compile(
     r"(?:^|[-_. ])(?:u?u?id|idx|index|url|path|file|source|split|subset|lang|language|date|model|name)$", re.IGNORECASE
@@ -285,7 +272,7 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         source, target = list(translation)[:2]
         made = f'{{instruction: "Translate to {target}.", input: .translation.{source}, output: .translation.{target}}}'
         return _by_jq(made)
-    hint = next((_by_jq(made) for keys, made in _FILTERS if row.keys() >= keys), "")
+    hint = next((_by_jq(made) for keys, made in _FILTERS.items() if row.keys() >= set(keys.split())), "")
     return hint or _hint_to_unpack(row) or _hint_to_name(row)
 
 
@@ -317,18 +304,12 @@ def _hint_to_name(row: Mapping[str, JsonValue]) -> str:
         for key, value in row.items()
         if isinstance(value, str) and value.strip() and not _OF_PAIRS.search(key) and not _NO_TEXT.search(key)
     ]
-    if type(row.get("label")) is int and texts:
-        return (
-            ""
-            if any(map(_ANSWER.search, row))
-            else (
-                "; label is the number of a class: write its name into a new column, and set data.columns: "
-                "{prompt: the column of the text, completion: the new column}"
-            )
-        )
-    if len(texts) < 2:
-        return ""
-    return "; set data.columns: {prompt: the column of the question, completion: that of the answer}"
+    if type(row.get("label")) is not int or not texts:
+        way = "; set data.columns: {prompt: the column of the question, completion: that of the answer}"
+        return way if len(texts) > 1 else ""
+    way = "; label is the number of a class: write its name into a new column, and set data.columns: "
+    is_mark = any(map(_ANSWER.search, row))
+    return "" if is_mark else way + "{prompt: the column of the text, completion: the new column}"
 
 
 def _is_closed(text: JsonValue) -> bool:

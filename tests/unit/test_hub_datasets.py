@@ -302,6 +302,8 @@ def test_the_command_for_when2calls_pairs_takes_the_chosen_response():
         ({"prompt": [user("r")], "completion": [answer("b")], "chat_history": CHAT}, {}),
         ({"instruction": "r", "output": "b", "history": [{"speaker": "agent", "text": "q"}], "context": CHAT}, None),
         ({"instruction": "r", "output": "b", "history": CHAT}, {}),
+        ({"instruction": "r", "output": "b", "history": [*CHAT, user("r")]}, {}),
+        ({"instruction": "r", "output": "b", "history": [["q", "a"], ["r", "b"]]}, {}),
         ({"prompt": "r", "completion": "b", "message_history": [human("q"), gpt("a")], "history": CHAT}, {}),
         (
             {"my query": "r", "reply": "b", "Context": [human("q"), gpt("a")]},
