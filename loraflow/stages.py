@@ -70,8 +70,8 @@ VERSION_DATASET = Stage(
 CHECK_DATASET = Stage(
     name="check_dataset",
     # docs/upgrade.md lists what earlier versions of the stages changed.
-    # 14: columns such as good and incorrect may have counts; a quality of low is a question
-    version=14,
+    # 15: messages in `context` and `history` beside a question come before it; `author` and `message` of messages
+    version=15,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -186,7 +186,7 @@ EVALUATE = Stage(
 
 CHECK_GENERAL = Stage(
     name="check_general",
-    version=6,  # 6: chats as check_dataset 14 reads them
+    version=7,  # 7: chats as check_dataset 15 reads them
     module="loraflow.data.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},

@@ -88,8 +88,8 @@ def read_chat(
         BadRow: the row is not a valid chat.
     """
     is_plain = not columns and tools is None and format_name in ("auto", "messages")
-    is_alone = is_plain and isinstance(row, dict) and len(row) == 1
-    if is_alone and (plain := plain_messages(row.get("messages"))) is not None:
+    turns_alone = row.get("messages") if is_plain and isinstance(row, dict) and len(row) == 1 else None
+    if (plain := plain_messages(turns_alone)) is not None:
         return ReadChat(plain)
     fields = RowFields(_object(row), columns, labels or Labels(), ignore)
     turns = _turns(fields, format_name)
