@@ -254,8 +254,8 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
     if row.keys() >= {"message_id", "parent_id", "text"}:
         return "; these are the messages of trees, one in a row" + _by_jq(_TREES, "-cs").replace("chats", "trees")
     if all(keys := _keys_of_message(row)):
-        chat, role, said = keys
-        made = f"group_by(.{chat})[] | {{messages: map({{role: .{role}, content: .{said}}})}}"
+        chat, role, content = keys
+        made = f"group_by(.{chat})[] | {{messages: map({{role: .{role}, content: .{content}}})}}"
         return "; if each row is one message of a chat" + _by_jq(made, "-cs").replace(";", ",", 1)
     texts = [key for key, value in row.items() if is_transcript(value)]
     if "chosen" in row:
@@ -337,10 +337,10 @@ def _keys_of_message(row: Mapping[str, JsonValue]) -> tuple[str | None, str | No
 
 def are_messages(rows: Sequence[Mapping[str, JsonValue]]) -> bool:
     """Tell whether each row is one message of a chat: an id is repeated, and an assistant speaks."""
-    chat, role, said = _keys_of_message(rows[0])
+    chat, role, content = _keys_of_message(rows[0])
     ids = [str(row.get(chat or "")) for row in rows]
     is_answered = any(normal_role(row.get(role or "")) == ASSISTANT for row in rows)
-    return bool(chat and said) and is_answered and len({*ids}) < len(ids)
+    return bool(chat and content) and is_answered and len({*ids}) < len(ids)
 
 
 def hint_to_choose(row: Mapping[str, JsonValue]) -> str:

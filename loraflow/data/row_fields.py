@@ -124,8 +124,8 @@ class RowFields:
         read = {*self._used, *self._columns.values()}
         others = {key: value for key, value in self.row.items() if key not in read}
         answers = [column for key, column in self._columns.items() if key in ANSWERS]
-        said = tuple(answers_of(self.row))
-        weight = answer_weight(others, "", self._used, self.labels, answers, said, self.row)
+        texts = tuple(answers_of(self.row))
+        weight = answer_weight(others, "", self._used, self.labels, answers, texts, self.row)
         mark, found, value = weight.excluded_by.partition(": ")
         if found and mark in self._columns:
             weight = weight._replace(excluded_by=f"{self._columns[mark]}: {value}")
@@ -211,8 +211,8 @@ class RowFields:
                 calls = read_calls({"name": item.get("name"), "parameters": parameters}, f"message {number}")
                 is_answer, used = True, used | {"parameters", "observation"}
         if is_answer and self.labels is not None:
-            said = [content] if isinstance(content, str) else []
-            weight = answer_weight(item, f"message {number}: ", used, self.labels, said=said)
+            texts = [content] if isinstance(content, str) else []
+            weight = answer_weight(item, f"message {number}: ", used, self.labels, said=texts)
         else:  # only answers are learned: a mark that excludes another message changes nothing
             used |= {key for key, value in item.items() if is_mark(key) and excludes(key, value)}
         self.note_unread(column, item, used)

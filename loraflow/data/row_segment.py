@@ -231,14 +231,14 @@ class SegmentBuilder:
         if is_pair:  # as most chats are: the texts are normalised once
             asked, answer = (normalize(message["content"]) for message in messages)
             key = text_key(asked)
-            said = text_key(answer)
+            answer_key = text_key(answer)
             texts = (f"{asked} {answer}" if asked and answer else asked or answer, asked)
         else:
             key = normalized_key(chat[:-1])
-            said = normalized_key(chat[-1:])
+            answer_key = normalized_key(chat[-1:])
             texts = (comparable_text(messages), comparable_text(messages[:-1])) if self._is_near else ("", "")
         self._arrays["prompts"].append(key)
-        self._arrays["answers"].append(said)
+        self._arrays["answers"].append(answer_key)
         self._arrays["asked"].append(key if chat is messages else normalized_key(messages[:-1]))
         if self._is_near:
             self._compared.append(texts[0])
