@@ -7,6 +7,7 @@ with different texts are refused. Marks that exclude an answer from the loss are
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +19,12 @@ from loraflow.data.cell_values import is_chat_as_text, is_missing, media_key, pa
 from loraflow.data.chats import BadRow, Message, Tool
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
-from loraflow.data.message_checks import messages_with_tools, plain_messages
+from loraflow.data.message_checks import ROLES, messages_with_tools, plain_messages
 from loraflow.data.preference_pairs import refuse_corrected, refuse_rejected
 from loraflow.data.published_formats import (
     conversion_hint,
     hint_to_choose,
+    is_history,
     is_tree,
     is_xlam,
     pairs_with_answer,
@@ -30,7 +32,6 @@ from loraflow.data.published_formats import (
     read_pairs,
     read_tree,
     read_xlam,
-    refuse_lost_history,
     template_arguments,
 )
 from loraflow.data.question_parts import refuse_answers_by_letter, refuse_lost_parts
@@ -42,22 +43,12 @@ from loraflow.data.row_fields import (
     RowFields,
     Turn,
     has_value,
+    normal_role,
     objects,
     without_answer,
 )
 from loraflow.data.transcripts import is_glaive, is_transcript, prompt_turns, read_glaive, read_transcript
 
-__all__ = [
-    "FORMATS",
-    "BadRow",
-    "RawRow",
-    "ReadChat",
-    "detect_format",
-    "has_known_keys",
-    "read_chat",
-    "to_messages",
-    "to_prompt",
-]
 # Anthropic's and Alpaca's; OpenOrca's
 _SYSTEM_KEYS = ("system", "system_prompt")
 # Read only if they are texts and none of the former has a value: they may be flags, events or Gemini's objects.
@@ -96,16 +87,10 @@ def read_chat(
         MarkedFalse: marks exclude every answer of the row.
         BadRow: the row is not a valid chat.
     """
-    if (
-        not columns
-        and tools is None
-        and format_name in ("auto", "messages")
-        and isinstance(row, dict)
-        and len(row) == 1
-    ):
-        plain = plain_messages(row.get("messages"))
-        if plain is not None:
-            return ReadChat(plain)
+    is_plain = not columns and tools is None and format_name in ("auto", "messages")
+    turns_alone = row.get("messages") if is_plain and isinstance(row, dict) and len(row) == 1 else None
+    if (plain := plain_messages(turns_alone)) is not None:
+        return ReadChat(plain)
     fields = RowFields(_object(row), columns, labels or Labels(), ignore)
     turns = _turns(fields, format_name)
     has_others = not fields.row.keys() <= _FORMAT_KEYS
@@ -122,7 +107,6 @@ def read_chat(
         read = {*used, *used.values()}
         refuse_media(fields.row, [turn.content for turn in turns], fields.media or media_key(fields.row, read))
         refuse_answers_by_letter(fields.row, messages, read)
-        refuse_lost_history(fields.own, messages, used)
         refuse_lost_parts(fields.own, messages, used, columns)
         refuse_rejected(fields.row, messages, fields.chosen_answers())
         refuse_corrected(fields.row, messages, used)
@@ -172,9 +156,32 @@ def to_prompt(row: JsonValue, format_name: str = "auto", tools: list[Tool] | Non
     Raises:
         BadRow: the row has no prompt.
     """
-    fields = RowFields(_with_dummy_answer(_object(row)), _NO_COLUMNS, None)
-    turns = _turns(fields, format_name)
-    return messages_with_tools(fields, turns, tools)[:-1]
+
+    def messages(row: RawRow, name: str) -> list[Message]:
+        fields = RowFields(row, _NO_COLUMNS, None)
+        return messages_with_tools(fields, _turns(fields, name), tools)
+
+    own = _object(row)
+    try:
+        return messages(own, format_name)[
+            :-1
+        ]  # as it is learned: beside prompt and completion, `instruction` is not read
+    except BadRow:
+        pass
+    dummy = _with_dummy_answer(own)
+    if format_name == "auto" and detect_format(dummy) == "alpaca" and has_value(own.get("prompt")):
+        format_name = _format_of_question(own)
+    return messages(dummy, format_name)[:-1]
+
+
+def _format_of_question(row: RawRow) -> str:
+    """Return the format of a row with `instruction` and `prompt`, by the keys of its answer."""
+    formats = [
+        name for name in ("alpaca", "prompt_completion") if any(key <= row.keys() for key in FORMATS[name].needs)
+    ]
+    if len(formats) != 1 and row["prompt"] != row["instruction"]:
+        raise BadRow("instruction and prompt may both be the question; choose by --format alpaca or prompt_completion")
+    return formats[0] if formats else "alpaca"
 
 
 def _object(row: JsonValue) -> RawRow:
@@ -324,7 +331,7 @@ def _alpaca(fields: RowFields) -> list[Turn]:
     answer = fields.value("output", "response")
     if user == instruction:
         return _prompt_and_answer(fields, instruction, answer)
-    return [*_history(fields), Turn("user", user), Turn("assistant", answer)]
+    return _with_history(fields, [Turn("user", user), Turn("assistant", answer)])
 
 
 def _prompt_and_answer(fields: RowFields, prompt: JsonValue, answer: JsonValue) -> list[Turn]:
@@ -336,21 +343,40 @@ def _prompt_and_answer(fields: RowFields, prompt: JsonValue, answer: JsonValue) 
     )
     if turns is None or (has_system and turns[0].role == "system" and str(prompt).lstrip().startswith("System:")):
         turns = [Turn("user", prompt), Turn("assistant", answer)]
-    first = turns[0].role == "system"
-    return [*turns[:first], *_history(fields), *turns[first:]]
+    return _with_history(fields, turns)
 
 
-def _history(fields: RowFields) -> list[Turn]:
-    """Return LLaMA-Factory's and ms-swift's earlier questions and answers."""
-    history = parsed_list(fields.optional("history"), "history")
-    if not has_value(history) or is_missing(history):
-        return []
-    out: list[Turn] = []
-    for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRow("history: expected a list of [question, answer]; if it is none, name history in data.ignore")
-        out += [Turn("user", pair[0]), Turn("assistant", pair[1])]
-    return out
+def _with_history(fields: RowFields, turns: list[Turn]) -> list[Turn]:
+    """Put earlier messages before a question, behind its system message.
+
+    They are LLaMA-Factory's and ms-swift's pairs in `history`, or the messages in a column such as `context`. Messages that
+    are written in the question too are not read.
+    """
+    earlier: dict[str, list[Turn]] = {}
+    for key in sorted(filter(is_history, fields.row), key="history".__ne__):
+        value = parsed_list(fields.value(key), key) if key == "history" else fields.row[key]
+        if (key != "history" and key in fields.used.values()) or not has_value(value) or is_missing(value):
+            continue
+        items = objects(value)
+        if items and all(normal_role(item.get(_key_of(items, ROLE_KEYS))) in ROLES for item in items):
+            asked = " ".join(" ".join(str(turn.content) for turn in turns[:-1]).split())
+            texts = [str(item.get(_key_of(items, CONTENTS))) for item in items]
+            if not all(" ".join(text.split()) in asked for text in texts):
+                earlier[key] = _chat(key, fields)
+        elif key == "history":
+            for pair in value if isinstance(value, list) else [value]:
+                if not isinstance(pair, list) or len(pair) != 2:
+                    raise BadRow(
+                        "history: expected a list of [question, answer]; if it is none, name history in data.ignore"
+                    )
+                earlier[key] = [*earlier.get(key, ()), Turn("user", pair[0]), Turn("assistant", pair[1])]
+    if any(found != before for before, found in itertools.pairwise(earlier.values())):
+        raise BadRow(f"{' and '.join(earlier)} have different messages: remove one, or name it in data.ignore")
+    before, first = next(iter(earlier.values()), []), turns[0].role == "system"
+    for count in (2, 1):  # the question, or the question and its answer, may be the last messages of the history too
+        if [turn[:2] for turn in before[-count:]] == [turn[:2] for turn in turns[-2:][:count]]:
+            before = before[:-count]
+    return [*turns[:first], *before, *turns[first:]]
 
 
 def _prompt_completion(fields: RowFields) -> list[Turn]:
@@ -365,10 +391,8 @@ def _prompt_completion(fields: RowFields) -> list[Turn]:
         if asked is None or answered is None:
             raise BadRow("prompt, completion: expected lists of {role, content}")
         keys = ("role",), ("content",)
-        return [
-            *fields.turns("prompt", asked, *keys),
-            *fields.turns("completion", answered, *keys, first=len(asked) + 1),
-        ]
+        turns = fields.turns("prompt", asked, *keys)
+        return _with_history(fields, turns + fields.turns("completion", answered, *keys, first=len(asked) + 1))
     return _prompt_and_answer(fields, prompt, completion)
 
 

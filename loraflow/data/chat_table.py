@@ -24,7 +24,7 @@ from loraflow.data.chats import GATE_SET, Message, without_system
 from loraflow.data.check_report import Profile, Spread
 from loraflow.data.near import Sketches
 from loraflow.data.placement import Split
-from loraflow.data.row_segment import ADDED_SYSTEM, HAS_SYSTEM, Keys, RowSegment
+from loraflow.data.row_segment import ADDED_SYSTEM, HAS_SYSTEM, TYPES, Keys, RowSegment
 from loraflow.data.split import group_key, to_json
 
 # Rows that are written together, and bytes of their texts
@@ -57,28 +57,15 @@ class ChatTable:
         self._start = array("q", [0])
         self._numbers = array("q")  # in the file
         self._places, self._place_begins = list[str](), list[int]()  # of segments: beginning of the place, first row
-        self.flags, self.drawn, self.group = array("B"), array("b"), array("i")
-        self._set, self.source = array("h"), array("h")
+        self._arrays = {name: array(code) for name, code in TYPES.items() if name not in ("numbers", "sizes")}
+        self._read = tuple(name for name in self._arrays if name != "groups")  # are taken from segments unchanged
+        if not config.system:  # the prompt is what is drawn
+            self._arrays |= {"drawn_keys": self._arrays["keys"], "asked": self._arrays["prompts"]}
+            self._read = tuple(name for name in self._read if name not in ("drawn_keys", "asked"))
+        self.flags, self.drawn, self.group = (self._arrays[name] for name in ("flags", "drawn", "groups"))
+        self._set = self._arrays["sets"] = array("h")
+        self.source = self._arrays["sources"] = array("h")
         self._sources = {source.name: number for number, source in enumerate(config.sources)}
-        self._ids, self._marks, self._keys = array("Q"), array("Q"), array("Q")
-        # Without data.system, the prompt is what is drawn.
-        self._drawn_keys = array("Q") if config.system else self._keys
-        self._prompts, self._answers = array("Q"), array("Q")
-        self._asked = array("Q") if config.system else self._prompts
-        self._turns, self._prompt_characters, self._answer_characters = array("i"), array("i"), array("i")
-        self._columns = [
-            (self._ids, "ids"),
-            (self._marks, "marks"),
-            (self._keys, "keys"),
-            (self._prompts, "prompts"),
-            (self._answers, "answers"),
-            (self.flags, "flags"),
-            (self.drawn, "drawn"),
-            (self._turns, "turns"),
-            (self._prompt_characters, "prompt_characters"),
-            (self._answer_characters, "answer_characters"),
-            *([(self._drawn_keys, "drawn_keys"), (self._asked, "asked")] if config.system else []),
-        ]
         self._set_names, self._group_names = [TRAIN, GATE_SET], list[str]()
         self._sets: dict[str, int] = {TRAIN: 0, GATE_SET: 1}
         self._groups: dict[str, int] = {}
@@ -108,8 +95,8 @@ class ChatTable:
             first: the number of the segment's first line in its file.
         """
         begin, rows, arrays = len(self), len(segment), segment.arrays
-        for to, name in self._columns:
-            to.frombytes(arrays[name].tobytes())
+        for name in self._read:
+            self._arrays[name].frombytes(arrays[name].tobytes())
         names = np.array([_number(name, self._groups, self._group_names) for name in segment.groups], np.int32)
         groups = arrays["groups"]
         self.group.frombytes((np.where(groups < 0, groups, names[groups]) if len(names) else groups).tobytes())
@@ -135,7 +122,7 @@ class ChatTable:
 
     def id_of(self, number: int) -> str:
         """Return the id of a row's chat."""
-        return f"{self._ids[number]:016x}"
+        return f"{self._arrays['ids'][number]:016x}"
 
     def raw(self, number: int) -> str:
         """Return the text of a row whose last answer is not learned or that has no group, as it was read."""
@@ -155,7 +142,7 @@ class ChatTable:
         is_heldout = split == "heldout"
         names = [to_json(name if is_heldout else split) for name in self._set_names]
         places = [encode_basestring(place)[:-1] for place in self._places]
-        ids, sets = np.frombuffer(self._ids, np.uint64), np.maximum(np.frombuffer(self._set, np.int16), 1)
+        ids, sets = np.frombuffer(self._arrays["ids"], np.uint64), np.maximum(np.frombuffer(self._set, np.int16), 1)
         in_file = np.frombuffer(self._numbers, np.int64)
         starts = np.frombuffer(self._start, np.int64)
         while len(rows):
@@ -186,9 +173,9 @@ class ChatTable:
             ).encode()
 
     def _parts(self, number: int) -> list[str]:
-        return self._read(number, number + 1)
+        return self._lines(number, number + 1)
 
-    def _read(self, begin: int, end: int) -> list[str]:
+    def _lines(self, begin: int, end: int) -> list[str]:
         """Return the texts of the rows from `begin` to `end`: three of each row."""
         if self._is_unflushed:
             self._file.flush()
@@ -202,7 +189,7 @@ class ChatTable:
         if self._start[last + 1] - self._start[first] > 4 * _TOGETHER_BYTES:
             parts = [self._parts(number) for number in rows.tolist()]
             return [chat for chat, _, _ in parts], [marks for _, marks, _ in parts]
-        found = self._read(first, last + 1)
+        found = self._lines(first, last + 1)
         positions: list[int] = (3 * (rows - first)).tolist()
         return [found[position] for position in positions], [found[position + 1] for position in positions]
 
@@ -225,7 +212,7 @@ class ChatTable:
 
     def drawn_key(self, number: int) -> str:
         """Return the key of a row's prompt, without data.system."""
-        return f"{self._drawn_keys[number]:016x}"
+        return f"{self._arrays['drawn_keys'][number]:016x}"
 
     def unit(self, number: int, key: int) -> str:
         """Return what the seeded hash draws: the key of the row's group or of its prompt, which is `key`."""
@@ -236,23 +223,7 @@ class ChatTable:
 
     def columns(self) -> Columns:
         """Return what is known of all rows. No row may be added after that."""
-        return Columns(
-            ids=np.frombuffer(self._ids, np.uint64),
-            marks=np.frombuffer(self._marks, np.uint64),
-            keys=np.frombuffer(self._keys, np.uint64),
-            drawn_keys=np.frombuffer(self._drawn_keys, np.uint64),
-            prompts=np.frombuffer(self._prompts, np.uint64),
-            answers=np.frombuffer(self._answers, np.uint64),
-            asked=np.frombuffer(self._asked, np.uint64),
-            sets=np.frombuffer(self._set, np.int16),
-            sources=np.frombuffer(self.source, np.int16),
-            groups=np.frombuffer(self.group, np.int32),
-            flags=np.frombuffer(self.flags, np.uint8),
-            drawn=np.frombuffer(self.drawn, np.int8),
-            turns=np.frombuffer(self._turns, np.int32),
-            prompt_characters=np.frombuffer(self._prompt_characters, np.int32),
-            answer_characters=np.frombuffer(self._answer_characters, np.int32),
-        )
+        return Columns(**{name: np.frombuffer(values, values.typecode) for name, values in self._arrays.items()})
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from loraflow.data.answer_spans import IfCut
 from loraflow.data.chats import ChatRecord
 from loraflow.data.loss_mask import ChatTemplate, Encoded, name_row
 from loraflow.data.token_files import TokenBatch
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.token_labels import IGNORED, joined_weights
 from loraflow.data.token_report import LongRow, long_rows
 from loraflow.failures import Killed
 from loraflow.job import Job
@@ -59,14 +59,11 @@ class EncodedRows:
     def of(cls, rows: Sequence[Encoded]) -> EncodedRows:
         """Join encoded rows."""
         none = np.empty(0, np.int32)
-        weights = None
-        if any(row.weights is not None for row in rows):
-            weights = np.concatenate([_weights(row) for row in rows])
         return cls(
             np.fromiter((len(row.ids) for row in rows), np.int32, len(rows)),
             np.concatenate([none, *(row.ids for row in rows)]),
             np.concatenate([none, *(row.labels for row in rows)]),
-            weights,
+            joined_weights([(row.labels, row.weights) for row in rows]),
             {number: row.special_in_text for number, row in enumerate(rows) if row.special_in_text},
             {number: row.not_learned for number, row in enumerate(rows) if row.not_learned},
         )
@@ -109,10 +106,6 @@ class EncodedRows:
         weights = take(np.float32, tokens) if head["weighted"] else None
         labels = np.where(learned, ids, np.int32(IGNORED))
         return cls(lengths, ids, labels, weights, dict(head["special"]), dict(head["cut"]))
-
-
-def _weights(row: Encoded) -> np.ndarray:
-    return (row.labels != IGNORED).astype(np.float32) if row.weights is None else row.weights
 
 
 def key_of_job(job: Job[TokenizeConfig]) -> bytes:

@@ -133,11 +133,18 @@ def _header(cells: list[str], name: str) -> list[str]:
             got=repr(names[0][:100]),
             next_step=f"put the line sep={other} before the header",
         )
-    if duplicated := [column for column, count in Counter(names).items() if count > 1]:
-        raise BadData(
-            "A column is duplicated.", where=name, got=", ".join(duplicated), next_step="rename or remove one of them"
-        )
+    refuse_duplicates(names, name)
     return names
+
+
+def refuse_duplicates(columns: list[str], name: str) -> None:
+    """Refuse a table with two columns of one name.
+
+    Raises:
+        BadData: it has.
+    """
+    if got := ", ".join(column for column, count in Counter(columns).items() if count > 1):
+        raise BadData("A column is duplicated.", where=name, got=got, next_step="rename or remove one of them")
 
 
 def _with_line_feeds(cell: str) -> str:

@@ -19,7 +19,7 @@ from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.answer_spans import IfCut
 from loraflow.data.chats import ChatRecord
 from loraflow.data.loss_mask import ChatTemplate, name_row
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.token_labels import IGNORED, all_weights
 from loraflow.data.token_report import SampleRow
 from loraflow.failures import BadConfig, BadModel
 
@@ -66,9 +66,8 @@ def _masked(line: str | bytes, template: ChatTemplate, config: TokenizeConfig) -
         )
     ids: list[int] = encoded.ids.tolist()
     learned: list[bool] = (encoded.labels != IGNORED).tolist()
-    weights: list[float] = [float(is_learned) for is_learned in learned]
-    if encoded.weights is not None:
-        weights = [float(np.format_float_positional(weight)) for weight in encoded.weights]  # 0.1, as it was written
+    found = all_weights(encoded.labels, encoded.weights)
+    weights = [float(np.format_float_positional(weight)) for weight in found]  # 0.1, as it was written
     starts = [n for n in range(len(ids)) if n == 0 or weights[n] != weights[n - 1]]
     parts: list[tuple[str, float]] = []
     before = ""

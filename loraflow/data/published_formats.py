@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import JsonValue
 
 from loraflow.data.cell_values import parsed_list, strict_json
-from loraflow.data.chats import BadRow, Message
+from loraflow.data.chats import BadRow
 from loraflow.data.marks import MarkedFalse, excludes
 from loraflow.data.question_parts import question_parts
 from loraflow.data.row_fields import (
@@ -213,38 +213,20 @@ def template_arguments(fields: RowFields, turns: list[Turn]) -> tuple[JsonValue,
     return (system if has_value(system) else None), (tools if has_value(tools) else None)
 
 
-# Keys of a row, and the filter of jq that makes chats of such rows.
-_FILTERS: tuple[tuple[frozenset[str], str], ...] = (
-    (
-        frozenset({"context", "question", "answers"}),
-        "{instruction: .question, input: .context, output: .answers.text[0]}",
-    ),
-    (frozenset({"input", "preferred_output"}), "{messages: (.input.messages + .preferred_output)}"),
-    (frozenset({"custom_id", "body"}), "{messages: .body.messages}"),
-    (
-        frozenset({"winner", "conversation_a", "conversation_b"}),
-        'if .winner == "model_a" then {messages: .conversation_a} elif .winner == "model_b" then '
-        "{messages: .conversation_b} else empty end",
-    ),
-    (
-        frozenset({"response_0", "response_1", "better_response_id"}),
-        "{prompt, completion: (if .better_response_id == 0 then .response_0 else .response_1 end)}",
-    ),
-    (
-        frozenset({"problem", "deepseek_reasoning", "deepseek_solution"}),
-        r'{prompt: .problem, completion: ("<think>\n" + .deepseek_reasoning + "\n</think>\n\n" + .deepseek_solution)}',
-    ),
-    (
-        frozenset({"question", "solutions"}),
-        '{prompt: .question, completion: (.solutions | if type == "string" then fromjson else . end | .[0])}',
-    ),
-    (frozenset({"instruction", "instances"}), ".instruction as $i | .instances[] | {instruction: $i, input, output}"),
-    (
-        frozenset({"message", "chat_history", "response"}),
-        '{messages: ((.chat_history | map({role, content: .message})) + [{role: "user", content: .message}, '
-        '{role: "assistant", content: .response}])}',
-    ),
-)
+# Keys of a row → the filter of jq that makes chats of such rows.
+_FILTERS = {
+    "context question answers": "{instruction: .question, input: .context, output: .answers.text[0]}",
+    "input preferred_output": "{messages: (.input.messages + .preferred_output)}",
+    "winner conversation_a conversation_b": 'if .winner == "model_a" then {messages: .conversation_a} '
+    'elif .winner == "model_b" then {messages: .conversation_b} else empty end',
+    "response_0 response_1 better_response_id": "{prompt, completion: (if .better_response_id == 0 then .response_0 "
+    "else .response_1 end)}",
+    "problem deepseek_reasoning deepseek_solution": r'{prompt: .problem, completion: ("<think>\n" + .deepseek_reasoning + '
+    r'"\n</think>\n\n" + .deepseek_solution)}',
+    "question solutions": "{prompt: .question, completion: (.solutions | "
+    'if type == "string" then fromjson else . end | .[0])}',
+    "instruction instances": ".instruction as $i | .instances[] | {instruction: $i, input, output}",
+}
 # OpenAssistant's rows: all of a file are read (jq -s), and each tree becomes a row.
 _TREES = (
     "def tree($all): . + {replies: [.message_id as $id | $all[] | select(.parent_id == $id) | tree($all)]}; "
@@ -258,7 +240,7 @@ _OF_PAIRS = re.compile(
 )
 _ANSWER = re.compile(
     r"answer|response|completion|output|sol[0-9]|solution", re.IGNORECASE
-)  # of these, a label is a mark
+)  # a label beside it is a mark
 # Names of a text that is neither a question nor an answer
 _NO_TEXT = re.compile(
     r"(?:^|[-_. ])(?:u?u?id|idx|index|url|path|file|source|split|subset|lang|language|date|model|name)$", re.IGNORECASE
@@ -272,11 +254,9 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
     if row.keys() >= {"message_id", "parent_id", "text"}:
         return "; these are the messages of trees, one in a row" + _by_jq(_TREES, "-cs").replace("chats", "trees")
     if all(keys := _keys_of_message(row)):
-        chat, role, said = keys
-        made = f"group_by(.{chat})[] | {{messages: map({{role: .{role}, content: .{said}}})}}"
+        chat, role, content = keys
+        made = f"group_by(.{chat})[] | {{messages: map({{role: .{role}, content: .{content}}})}}"
         return "; if each row is one message of a chat" + _by_jq(made, "-cs").replace(";", ",", 1)
-    if hint := _hint_to_join(row):
-        return hint
     texts = [key for key, value in row.items() if is_transcript(value)]
     if "chosen" in row:
         columns = "{text: chosen}" if is_transcript(row["chosen"]) else "{completion: chosen} or {messages: chosen}"
@@ -292,7 +272,7 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         source, target = list(translation)[:2]
         made = f'{{instruction: "Translate to {target}.", input: .translation.{source}, output: .translation.{target}}}'
         return _by_jq(made)
-    hint = next((_by_jq(made) for keys, made in _FILTERS if row.keys() >= keys), "")
+    hint = next((_by_jq(made) for keys, made in _FILTERS.items() if row.keys() >= set(keys.split())), "")
     return hint or _hint_to_unpack(row) or _hint_to_name(row)
 
 
@@ -301,7 +281,8 @@ def _hint_to_unpack(row: Mapping[str, JsonValue]) -> str:
     inner = [key for key, value in row.items() if isinstance(value, dict) and _has_chat(value)]
     if len(inner) != 1 or _OF_PAIRS.search(inner[0]) or not row.keys().isdisjoint(("request", "response")):
         return ""
-    return _by_jq(f"{_path(inner[0])} + del({_path(inner[0])})") if _is_quotable(inner[0]) else ""
+    path = f".[{json.dumps(inner[0])}]"
+    return "" if "'" in path else _by_jq(f"{path} + del({path})")
 
 
 def _has_chat(value: Mapping[str, JsonValue]) -> bool:
@@ -323,18 +304,12 @@ def _hint_to_name(row: Mapping[str, JsonValue]) -> str:
         for key, value in row.items()
         if isinstance(value, str) and value.strip() and not _OF_PAIRS.search(key) and not _NO_TEXT.search(key)
     ]
-    if type(row.get("label")) is int and texts:
-        return (
-            ""
-            if any(map(_ANSWER.search, row))
-            else (
-                "; label is the number of a class: write its name into a new column, and set data.columns: "
-                "{prompt: the column of the text, completion: the new column}"
-            )
-        )
-    if len(texts) < 2:
-        return ""
-    return "; set data.columns: {prompt: the column of the question, completion: that of the answer}"
+    if type(row.get("label")) is not int or not texts:
+        way = "; set data.columns: {prompt: the column of the question, completion: that of the answer}"
+        return way if len(texts) > 1 else ""
+    way = "; label is the number of a class: write its name into a new column, and set data.columns: "
+    is_mark = any(map(_ANSWER.search, row))
+    return "" if is_mark else way + "{prompt: the column of the text, completion: the new column}"
 
 
 def _is_closed(text: JsonValue) -> bool:
@@ -351,87 +326,21 @@ def is_history(name: str) -> bool:
     return "history" in name.lower() or name.lower() in ("context", "contexts")
 
 
-def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], used: Mapping[str, str]) -> None:
-    """Refuse a row whose `context` has messages that are neither read nor in the chat.
-
-    Args:
-        used: the keys that were read: loraflow's name → the row's column.
-
-    Raises:
-        BadRow: it has. The answer would be learned without them.
-    """
-    question = next((used[key] for key in ("prompt", "instruction") if key in used), None)
-    answer = next((used[key] for key in ("completion", "output", "response") if key in used), None)
-    if question is None or answer is None:
-        return
-    for key in row:
-        turns = _messages_of(key, row)
-        if not turns or key in used.values():
-            continue
-        texts = [turn[name] for turn in turns for name in CONTENTS if isinstance(turn.get(name), str)]
-        written = " ".join(" ".join(message["content"] for message in messages[:-1]).split())
-        if not all(" ".join(str(text).split()) in written for text in texts):
-            made = _to_join(row, key, question, answer)
-            raise BadRow(f"{key} has earlier messages, which are not read{made}; or name {key} in data.ignore")
-
-
-def _messages_of(key: str, row: Mapping[str, JsonValue]) -> list[dict[str, JsonValue]]:
-    """Return the messages in a column `context` or `contexts`; empty for another column or value."""
-    value = row[key]
-    turns = objects(value) if key.lower() in ("context", "contexts") and isinstance(value, list) else None
-    roles = [normal_role(next((turn[name] for name in ROLE_KEYS if name in turn), None)) for turn in turns or ()]
-    return turns if turns and all(role in ("user", ASSISTANT, "system", TOOL) for role in roles) else []
-
-
-def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
-    """Return how messages in `context` are joined with the question and answer beside it; empty without them."""
-    names = {key.lower(): key for key in row if isinstance(row[key], str)}
-    question = next(
-        (names[name] for name in ("question", "query", "prompt", "problem", "input") if name in names), None
-    )
-    answer = next((names[name] for name in ("answer", "response", "output", "completion") if name in names), None)
-    history = next((key for key in row if _messages_of(key, row)), None)
-    return _to_join(row, history, question, answer) if history and question and answer else ""
-
-
-def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: str) -> str:
-    """Return the command that writes a question and its answer behind earlier messages; empty if they are no texts."""
-    keys = (history, question, answer)
-    if not (isinstance(row[question], str) and isinstance(row[answer], str) and all(map(_is_quotable, keys))):
-        return ""
-    first = _messages_of(history, row)[0]
-    role = next(name for name in ROLE_KEYS if name in first)
-    said = next((name for name in CONTENTS if name in first), CONTENTS[0])
-    before, asked, answered = map(_path, keys)
-    turns = f'{{{role}: "user", {said}: {asked}}}, {{{role}: "assistant", {said}: {answered}}}'
-    return _by_jq(f". + {{messages: ({before} + [{turns}])}} | del({before}, {asked}, {answered})")
-
-
-def _path(key: str) -> str:
-    """Return the filter of jq that takes a key."""
-    return f".{key}" if re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII) else f".[{json.dumps(key)}]"
-
-
-def _is_quotable(key: str) -> bool:
-    """Tell whether a key can be written between the single quotes of a shell."""
-    return "'" not in key
-
-
 def _keys_of_message(row: Mapping[str, JsonValue]) -> tuple[str | None, str | None, str | None]:
     """Return the keys of the chat's id, a known role and the text of a row that may be one message; None for no key."""
     return (
         next((key for key in row if _CHAT_ID.fullmatch(key)), None),
         next((key for key in ROLE_KEYS if normal_role(row.get(key)) in ("user", ASSISTANT, "system", TOOL)), None),
-        next((key for key in (*CONTENTS, "message") if isinstance(row.get(key), str)), None),
+        next((key for key in CONTENTS if isinstance(row.get(key), str)), None),
     )
 
 
 def are_messages(rows: Sequence[Mapping[str, JsonValue]]) -> bool:
     """Tell whether each row is one message of a chat: an id is repeated, and an assistant speaks."""
-    chat, role, said = _keys_of_message(rows[0])
+    chat, role, content = _keys_of_message(rows[0])
     ids = [str(row.get(chat or "")) for row in rows]
     is_answered = any(normal_role(row.get(role or "")) == ASSISTANT for row in rows)
-    return bool(chat and said) and is_answered and len({*ids}) < len(ids)
+    return bool(chat and content) and is_answered and len({*ids}) < len(ids)
 
 
 def hint_to_choose(row: Mapping[str, JsonValue]) -> str:

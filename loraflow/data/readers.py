@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,13 +14,14 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from loraflow.data.cell_values import parsed_list
-from loraflow.data.chat_formats import RawRow, read_chat
+from loraflow.data.chat_formats import read_chat
 from loraflow.data.chats import BadRow, Message, Tool
-from loraflow.data.csv_reader import read_table
+from loraflow.data.csv_reader import read_table, refuse_duplicates
 from loraflow.data.dataset_files import is_hidden
 from loraflow.data.json_reader import RawValue, read_json, read_json_lines, row_text
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MarkedFalse
+from loraflow.data.row_fields import RawRow
 from loraflow.data.sqlite_reader import SUFFIXES, read_sqlite
 from loraflow.data.unread_values import Told, told_by, without_ignored
 from loraflow.failures import BadData, first_line
@@ -310,9 +310,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawValue]:
 
     try:
         with pq.ParquetFile(path) as file:
-            columns = Counter(file.schema_arrow.names)
-            if duplicated := [column for column, count in columns.items() if count > 1]:
-                raise _duplicated_column(name, duplicated)
+            refuse_duplicates(file.schema_arrow.names, name)
             number = 0
             for batch in file.iter_batches(1000):
                 for record in _records(batch, name):
@@ -341,12 +339,6 @@ def _records(batch: pa.RecordBatch, name: str) -> list[RawRow]:
                 next_step="write the column as text, or leave it out",
             ) from error
     return [dict(zip(cells, values, strict=True)) for values in zip(*cells.values(), strict=True)]
-
-
-def _duplicated_column(name: str, columns: list[str]) -> BadData:
-    return BadData(
-        "A column is duplicated.", where=name, got=", ".join(columns), next_step="rename or remove one of them"
-    )
 
 
 def _with_parsed_turns(row: RawRow, place: str) -> RawValue:

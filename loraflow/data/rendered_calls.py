@@ -109,22 +109,14 @@ def refuse_left_out(chats: Sequence[Chat], texts: Sequence[str]) -> None:
     for number, (chat, text) in enumerate(zip(chats, texts, strict=True)):
         for message in chat:
             if message["role"] in ("system", "tool") and not has_text(text, message["content"]):
-                raise BadModel(
+                raise _failure(
                     f"The chat template leaves out or changes a part of {message['role']} messages.",
-                    where="chat_template",
-                    got=message["content"][:80],
-                    next_step=f"remove {message['role']} messages from the dataset, or correct the template",
-                    chat=number,
+                    number,
+                    f"remove {message['role']} messages from the dataset, or correct the template",
+                    got=message["content"][:_SHOWN],
                 )
             if "tool_calls" in message and (missing := missing_part(text, message)) is not None:
-                raise BadModel(
-                    "The chat template leaves out a tool call, or a part of it.",
-                    where="chat_template",
-                    got=missing[:80],
-                    next_step="choose a base whose chat template knows tools, name another template (base.chat_template), "
-                    "or remove these rows",
-                    chat=number,
-                )
+                raise _failure(_LOST_CALL, number, f"{_OTHER_TOOLS} these rows", got=missing[:_SHOWN])
 
 
 def refuse_cut_questions(chats: Sequence[Chat], texts: Sequence[str]) -> None:
@@ -136,12 +128,11 @@ def refuse_cut_questions(chats: Sequence[Chat], texts: Sequence[str]) -> None:
     for number, (chat, text) in enumerate(zip(chats, texts, strict=True)):
         for message in chat:
             if message["role"] == "user" and not has_text(text, message["content"]):
-                raise BadModel(
+                raise _failure(
                     "The chat template leaves out or changes a part of a question, so the model would not see it.",
-                    where="chat_template",
-                    got=message["content"][:80],
-                    next_step="correct the template, name another one (base.chat_template), or remove these rows",
-                    chat=number,
+                    number,
+                    "correct the template, name another one (base.chat_template), or remove these rows",
+                    got=message["content"][:_SHOWN],
                 )
 
 
@@ -154,13 +145,13 @@ def refuse_other_text(texts: Sequence[str], marked: Sequence[str]) -> None:
     for number, (served, trained) in enumerate(zip(texts, marked, strict=True)):
         if served != trained:
             at = len(os.path.commonprefix([served, trained]))  # noqa: RUF071 (letters, not folders)
-            raise BadModel(
+            raise _failure(
                 "The training template renders another text than the model's own template, which serves it.",
-                where="base.chat_template",
-                expected=f"{served[max(0, at - 30) : at + 40]!r}, the first difference at character {at}",
-                got=repr(trained[max(0, at - 30) : at + 40]),
-                next_step="remove base.chat_template; or write the template without {% generation %} blocks, to serve it",
-                chat=number,
+                number,
+                "remove base.chat_template; or write the template without {% generation %} blocks, to serve it",
+                f"{served[max(0, at - 30) : at + 40]!r}, the first difference at character {at}",
+                repr(trained[max(0, at - 30) : at + 40]),
+                "base.chat_template",
             )
 
 
@@ -180,19 +171,23 @@ def refuse_ignored_tools(
         names = [tool["function"]["name"] for tool in chats[number][0]["tools"]]
         lost = next((name for name in names if name not in texts[number]), None)
         if plain == texts[number] or lost is not None:
-            raise BadModel(
-                "The chat template leaves out the tools of a chat, so the model would not know what it can call.",
-                where="chat_template",
-                got=f"the tools {', '.join(names[:8])}",
-                next_step="choose a base whose chat template knows tools, name another template (base.chat_template), "
-                "or remove the tools",
-                chat=number,
-            )
+            what = "The chat template leaves out the tools of a chat, so the model would not know what it can call."
+            raise _failure(what, number, f"{_OTHER_TOOLS} the tools", got=f"the tools {', '.join(names[:8])}")
+
+
+_SHOWN = 80  # characters of a text in a message
+_LOST_CALL = "The chat template leaves out a tool call, or a part of it."
+_OTHER_TOOLS = "choose a base whose chat template knows tools, name another template (base.chat_template), or remove"
+
+
+def _failure(
+    what: str, chat: int, next_step: str, expected: str = "", got: str = "", where: str = "chat_template"
+) -> BadModel:
+    """Return the failure for the chat with a number."""
+    return BadModel(what, where=where, expected=expected, got=got, next_step=next_step, chat=chat)
 
 
 # Refuse chats whose answers cannot be learned as a chat template renders them.
-
-_SHOWN = 80  # characters of a text in a message
 
 
 @dataclass(frozen=True)
@@ -228,13 +223,12 @@ def refuse_cut(cut: CutAnswer, turn: AnswerTurn) -> NoReturn:
             ways.append("data.thinking: keep learns only the answers that are rendered completely")
         ways.append("data.thinking: strip removes the reasoning from all answers")
     ways.append("base.chat_template names another template")
-    raise BadModel(
+    raise _failure(
         "The chat template leaves out or changes a part of an answer, so the model would learn another answer.",
-        where="chat_template",
-        expected=repr(cut.content[:_SHOWN]),
-        got=f"{turn}: {cut.rendered[:_SHOWN]!r}",
-        next_step="; ".join(ways),
-        chat=turn.chat,
+        turn.chat,
+        "; ".join(ways),
+        repr(cut.content[:_SHOWN]),
+        f"{turn}: {cut.rendered[:_SHOWN]!r}",
     ) from cut
 
 
@@ -244,22 +238,14 @@ def refuse_missing_call(rendered: str, message: Message, turn: AnswerTurn) -> No
     Raises:
         BadModel: a part is missing.
     """
-    missing = missing_part(rendered, message)
-    if missing is not None:
-        raise BadModel(
-            "The chat template leaves out a tool call, or a part of it.",
-            where="chat_template",
-            expected=missing[:_SHOWN],
-            got=f"{turn}: {rendered[:_SHOWN]!r}",
-            next_step="choose a base whose chat template knows tools, name another template (base.chat_template), or remove "
-            "these rows",
-            chat=turn.chat,
-        )
+    if (missing := missing_part(rendered, message)) is not None:
+        got = f"{turn}: {rendered[:_SHOWN]!r}"
+        raise _failure(_LOST_CALL, turn.chat, f"{_OTHER_TOOLS} these rows", missing[:_SHOWN], got)
 
 
 def refuse_prompt(text: str, head: str, turn: AnswerTurn) -> NoReturn:
     """Refuse an answer that does not follow the prompt that a server sends."""
-    at = next((i for i, (a, b) in enumerate(zip(text, head, strict=False)) if a != b), min(len(text), len(head)))
+    at = len(os.path.commonprefix([text, head]))  # noqa: RUF071 (letters, not folders)
     ways = [] if turn.is_last else ["data.loss_on: last_assistant learns the last answer only"]
     if re.search("think|thought", head[max(0, at - 10) :].lower()):
         ways.append("data.thinking: empty serves a prompt without reasoning")
@@ -268,46 +254,35 @@ def refuse_prompt(text: str, head: str, turn: AnswerTurn) -> NoReturn:
         ways.append(
             "make add_generation_prompt add exactly the text before an answer, and put {% generation %} after it"
         )
-    raise BadModel(
+    raise _failure(
         "The chat template renders prompts differently in training and in generation, so the model would see prompts that "
         "it was not trained on.",
-        where="chat_template",
-        expected=f"{turn} after the prompt that a server sends, which ends with {head[max(0, at - 20) :][:_SHOWN]!r}",
-        got=repr(text[max(0, at - 20) : at + 60]),
-        next_step="; ".join(ways),
-        chat=turn.chat,
+        turn.chat,
+        "; ".join(ways),
+        f"{turn} after the prompt that a server sends, which ends with {head[max(0, at - 20) :][:_SHOWN]!r}",
+        repr(text[max(0, at - 20) : at + 60]),
     )
 
 
 def refuse_open(following: str, turn: AnswerTurn) -> NoReturn:
     """Refuse an answer that no control token ends."""
-    raise BadModel(
-        "The chat template does not end an answer with a control token, so the model would not learn to stop.",
-        where="chat_template",
-        got=repr(following),
-        next_step="choose an instruct model, or add the stop token to its chat template",
-        chat=turn.chat,
-    )
+    what = "The chat template does not end an answer with a control token, so the model would not learn to stop."
+    way = "choose an instruct model, or add the stop token to its chat template"
+    raise _failure(what, turn.chat, way, got=repr(following))
 
 
 def refuse_ignored_prompt(inserted: str, turn: AnswerTurn) -> NoReturn:
     """Refuse a template that ignores add_generation_prompt, and writes a text before an answer."""
-    raise BadModel(
+    raise _failure(
         "The chat template does not render an answer right after the rendered prompt, because it ignores "
         "add_generation_prompt: a server would not ask for an answer.",
-        where="chat_template",
+        turn.chat,
+        "add the start of an answer to the template, for add_generation_prompt",
         got=repr(inserted[:_SHOWN]),
-        next_step="add the start of an answer to the template, for add_generation_prompt",
-        chat=turn.chat,
     )
 
 
 def refuse_unmarked(turn: AnswerTurn) -> NoReturn:
     """Refuse a template with {% generation %} blocks that has none around an answer."""
-    raise BadModel(
-        "The chat template does not mark the answer of a chat.",
-        where="chat_template",
-        got=str(turn),
-        next_step="put {% generation %} … {% endgeneration %} around every answer in chat_template.jinja",
-        chat=turn.chat,
-    )
+    way = "put {% generation %} … {% endgeneration %} around every answer in chat_template.jinja"
+    raise _failure("The chat template does not mark the answer of a chat.", turn.chat, way, got=str(turn))

@@ -124,7 +124,8 @@ class RowFields:
         read = {*self._used, *self._columns.values()}
         others = {key: value for key, value in self.row.items() if key not in read}
         answers = [column for key, column in self._columns.items() if key in ANSWERS]
-        weight = answer_weight(others, "", self._used, self.labels, answers, tuple(answers_of(self.row)), self.row)
+        texts = tuple(answers_of(self.row))
+        weight = answer_weight(others, "", self._used, self.labels, answers, texts, self.row)
         mark, found, value = weight.excluded_by.partition(": ")
         if found and mark in self._columns:
             weight = weight._replace(excluded_by=f"{self._columns[mark]}: {value}")
@@ -372,8 +373,8 @@ def objects(value: JsonValue) -> list[RawRow] | None:
     return found if len(found) == len(value) else None
 
 
-ROLE_KEYS = ("role", "from", "sender", "speaker")  # of a message
-CONTENTS = ("content", "value", "text", "utterance")  # keys of its text
+ROLE_KEYS = ("role", "from", "sender", "speaker", "author")  # of a message
+CONTENTS = ("content", "value", "text", "utterance", "message")  # keys of its text
 _CALLS = ("tool_calls", "function_call", "function_calls")  # keys of an answer with calls; the last is Olmo's
 _TOOLS = ("tools", "functions")  # keys of a system message with the tools: GLM's and Olmo's
 FUNCTION_CALL = "function_call"  # ShareGPT's role of an answer that is a call; ms-swift's tool_call

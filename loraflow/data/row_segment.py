@@ -37,7 +37,7 @@ PINNED_TO_TRAIN = 32  # its source is used for training only (data.sources, spli
 
 Keys = NDArray[np.uint64]
 # The arrays of a segment, and the types of their values
-_TYPES = {
+TYPES = {
     "numbers": "I",
     "ids": "Q",
     "marks": "Q",
@@ -114,7 +114,7 @@ class RowSegment:
         begin = content.index(b"\n") + 1
         head = json.loads(content[:begin])
         arrays: dict[str, np.ndarray] = {}
-        for name, code in {**_TYPES, **(_NEAR_TYPES if head["near"] else {})}.items():
+        for name, code in {**TYPES, **(_NEAR_TYPES if head["near"] else {})}.items():
             count = head["rows"] * (HASHES if name.endswith("sketches") else 1)
             arrays[name] = np.frombuffer(content, np.dtype(code), count, begin)
             begin += arrays[name].nbytes
@@ -136,7 +136,7 @@ class SegmentBuilder:
 
     def __init__(self, config: CheckDatasetConfig, *, is_training: bool, is_pinned: bool):
         self._config, self._is_training, self._is_pinned = config, is_training, is_pinned
-        self._arrays = {name: array(code) for name, code in _TYPES.items()}
+        self._arrays = {name: array(code) for name, code in TYPES.items()}
         self._parts: list[bytes] = []
         self._groups: dict[str, int] = {}
         self._left_out: list[LeftOut] = []
@@ -231,14 +231,14 @@ class SegmentBuilder:
         if is_pair:  # as most chats are: the texts are normalised once
             asked, answer = (normalize(message["content"]) for message in messages)
             key = text_key(asked)
-            said = text_key(answer)
+            answer_key = text_key(answer)
             texts = (f"{asked} {answer}" if asked and answer else asked or answer, asked)
         else:
             key = normalized_key(chat[:-1])
-            said = normalized_key(chat[-1:])
+            answer_key = normalized_key(chat[-1:])
             texts = (comparable_text(messages), comparable_text(messages[:-1])) if self._is_near else ("", "")
         self._arrays["prompts"].append(key)
-        self._arrays["answers"].append(said)
+        self._arrays["answers"].append(answer_key)
         self._arrays["asked"].append(key if chat is messages else normalized_key(messages[:-1]))
         if self._is_near:
             self._compared.append(texts[0])

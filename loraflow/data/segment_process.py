@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
 from tempfile import TemporaryFile
-from typing import IO
 
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.labels import Labels
@@ -22,7 +21,6 @@ from loraflow.data.rows_file import FileRows, RowsFile, read_segment
 from loraflow.failures import Crashed, Failure, Killed
 
 MAX_PROCESSES = 4
-_SIZE = 8  # bytes of the number before each message
 
 
 def processors() -> int:
@@ -80,7 +78,7 @@ class SegmentProcesses:
 
 class _Child:
     def __init__(self, config: CheckDatasetConfig):
-        self._config: bytes | None = pickle.dumps(config)
+        self._config: CheckDatasetConfig | None = config
         self._errors = TemporaryFile()  # noqa: SIM115 - closed with the process
         readable, writable = os.pipe()
         try:
@@ -107,16 +105,18 @@ class _Child:
         assert to is not None
         try:
             if self._config is not None:
-                to.write(_framed(self._config))
+                pickle.dump(self._config, to)
                 self._config = None
-            to.write(_framed(message))
+            to.write(message)
             to.flush()
-        except BrokenPipeError:
+            answer: bytes | None = pickle.load(self._answers)
+        except (
+            BrokenPipeError,
+            EOFError,
+            pickle.UnpicklingError,
+        ):  # the last two: there is no answer, or a part of one
             raise self._ended() from None
-        answer = _read_frame(self._answers)
-        if answer is None:
-            raise self._ended()
-        return answer or None
+        return answer
 
     def kill(self) -> None:
         """End the process."""
@@ -152,43 +152,27 @@ class _Child:
         )
 
 
-def _framed(message: bytes) -> bytes:
-    return len(message).to_bytes(_SIZE) + message
-
-
-def _read_frame(file: IO[bytes]) -> bytes | None:
-    """Return the next message of a pipe; None if it has ended."""
-    head = file.read(_SIZE)
-    if len(head) < _SIZE:
-        return None
-    size = int.from_bytes(head)
-    message = file.read(size)
-    return message if len(message) == size else None
-
-
 def main(answers_to: int) -> None:
     """Read segments from standard input, and write their contents to a pipe, whose file descriptor is given.
 
-    An empty answer says that an exception was raised: whoever asked reads the segment itself, and so raises it where it is
-    handled.
+    None says that an exception was raised: whoever asked reads the segment itself, and so raises it where it is handled.
     """
     answers = os.fdopen(answers_to, "wb")
-    config_message = _read_frame(sys.stdin.buffer)
-    if config_message is None:
-        return
-    config: CheckDatasetConfig = pickle.loads(config_message)
     known: tuple[RowsFile, Labels] | None = None
-    while (message := _read_frame(sys.stdin.buffer)) is not None:
-        file, segment = pickle.loads(message)
-        if known is None or known[0] != file:
-            known = file, file.labels()
-        try:
-            answer = read_segment(segment, file, config, known[1]).as_bytes()
-        except Exception as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            answer, known = b"", None
-        answers.write(_framed(answer))
-        answers.flush()
+    with suppress(EOFError):
+        config: CheckDatasetConfig = pickle.load(sys.stdin.buffer)
+        while True:
+            file, segment = pickle.load(sys.stdin.buffer)
+            if known is None or known[0] != file:
+                known = file, file.labels()
+            answer: bytes | None = None
+            try:
+                answer = read_segment(segment, file, config, known[1]).as_bytes()
+            except Exception as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                known = None
+            pickle.dump(answer, answers)
+            answers.flush()
 
 
 if __name__ == "__main__":

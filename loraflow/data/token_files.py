@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from loraflow.data.packing import documents_of_rows
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.token_labels import all_weights, joined_weights
 
 SHARD = "data-00000-of-00001.arrow"
 _FEATURES: dict[str, JsonValue] = {
@@ -75,19 +75,12 @@ def _piece(batch: TokenBatch, first: int, last: int, begin: int, end: int) -> To
 
 
 def _joined(pieces: list[TokenBatch]) -> TokenBatch:
-    weights = None
-    if any(piece.weights is not None for piece in pieces):
-        weights = np.concatenate([_weights_of(piece) for piece in pieces])
     return TokenBatch(
         np.concatenate([piece.ids for piece in pieces]),
         np.concatenate([piece.labels for piece in pieces]),
         np.concatenate([piece.lengths for piece in pieces]),
-        weights,
+        joined_weights([(piece.labels, piece.weights) for piece in pieces]),
     )
-
-
-def _weights_of(batch: TokenBatch) -> np.ndarray:
-    return (batch.labels != IGNORED).astype(np.float32) if batch.weights is None else batch.weights
 
 
 @contextmanager
@@ -141,7 +134,7 @@ def _record_batch(batch: TokenBatch, schema: pa.Schema) -> pa.RecordBatch:
         _arrow(batch.lengths),
     ]
     if "loss_weights" in schema.names:
-        weights = _weights_of(batch)
+        weights = all_weights(batch.labels, batch.weights)
         values = pa.Array.from_buffers(pa.float32(), len(weights), [None, pa.py_buffer(weights)])
         columns.append(pa.ListArray.from_arrays(_arrow(offsets), values))
     return pa.record_batch(columns, schema=schema)

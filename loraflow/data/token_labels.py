@@ -54,6 +54,18 @@ def token_weights(
     return found
 
 
+def all_weights(labels: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Return the weight of each token in the loss, float32: 1 for those with a label, if no weights are given."""
+    return (labels != IGNORED).astype(np.float32) if weights is None else weights
+
+
+def joined_weights(parts: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> np.ndarray | None:
+    """Return the weights of parts, each with its labels, one after another; None if no part has weights."""
+    if all(weights is None for _, weights in parts):
+        return None
+    return np.concatenate([all_weights(labels, weights) for labels, weights in parts])
+
+
 def token_span(encoding: Encoding, start: int, end: int) -> Span:
     """Map a span of characters to the tokens that begin inside it."""
     first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)

@@ -327,9 +327,9 @@ def schema_of(parameters: dict[str, JsonValue]) -> JsonValue:
     required: list[JsonValue] = []
     for name, value in parameters.items():
         assert isinstance(value, dict)
-        said = str(value["type"])
-        properties[name] = {**{key: item for key, item in value.items() if key != "type"}, **_json_type(said)}
-        if "optional" not in said.lower() and "default" not in value:
+        written = str(value["type"])
+        properties[name] = {**{key: item for key, item in value.items() if key != "type"}, **_json_type(written)}
+        if "optional" not in written.lower() and "default" not in value:
             required.append(name)
     return {"type": "object", "properties": properties, "required": required}
 
@@ -354,7 +354,7 @@ def with_json_types(schema: JsonValue) -> JsonValue:
     return out
 
 
-def _json_type(said: str) -> dict[str, JsonValue]:
-    found = _BASE.fullmatch(said.split(", optional")[0].split(",optional")[0].strip())
+def _json_type(written: str) -> dict[str, JsonValue]:
+    found = _BASE.fullmatch(written.split(", optional")[0].split(",optional")[0].strip())
     name = None if found is None else _TYPES.get(found[1].lower())
     return {} if name is None else {"type": name}

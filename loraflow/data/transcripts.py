@@ -211,11 +211,10 @@ def _turns(text: str, dialect: _Dialect) -> list[Turn]:
             if not dialect.begin_mark and role not in ("system", "user", ASSISTANT):
                 raise BadRow(f"{label[0]} is the label of another role")
             question = following if following is not None and _role(following) == "user" else None
-            said = content.removesuffix("<s>").rstrip() if question else content
-            content = said
+            content = whole = content.removesuffix("<s>").rstrip() if question else content
             if role == ASSISTANT or label[0].startswith("<"):
-                content = _without_end(said, dialect, _ENDS if role == ASSISTANT else ())
-            if question and content == said and (has_ends or not label[0].startswith("<")):
+                content = _without_end(whole, dialect, _ENDS if role == ASSISTANT else ())
+            if question and content == whole and (has_ends or not label[0].startswith("<")):
                 raise BadRow(
                     f"a label in a message cuts it: {question[0].strip()} without {dialect.ends[-1]} before it"
                 )
@@ -279,8 +278,8 @@ def read_glaive(fields: RowFields) -> list[Turn]:
         content = chat[label.end() : end].strip().removesuffix(_GLAIVE_END).strip()
         turn = Turn(_GLAIVE_ROLES[label[1]], content)
         if turn.role == ASSISTANT and "<functioncall>" in content:
-            said, _, call = content.partition("<functioncall>")
-            turn = turn._replace(content=said.strip(), calls=tuple(read_calls(_call(call.strip()), "functioncall")))
+            text, _, call = content.partition("<functioncall>")
+            turn = turn._replace(content=text.strip(), calls=tuple(read_calls(_call(call.strip()), "functioncall")))
         turns.append(turn)
     return alternating(turns)
 

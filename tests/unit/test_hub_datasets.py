@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from loraflow.data.chat_formats import read_chat
+from loraflow.data.chat_formats import read_chat, to_prompt
 from loraflow.data.chats import BadRow
 from loraflow.data.guess_columns import columns_of
 from loraflow.data.readers import read_rows
@@ -294,26 +294,38 @@ def test_the_command_for_when2calls_pairs_takes_the_chosen_response():
     assert read_chat(json.loads(made.stdout)).messages[-1] == answer("a")
 
 
-@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 @pytest.mark.parametrize(
     ("row", "columns"),
     [
-        ({"question": "r", "answer": "b", "context": CHAT, "is_correct": True}, {}),
+        ({"question": "r", "answer": "b", "context": CHAT}, {"prompt": "question", "completion": "answer"}),
         ({"prompt": "r", "response": "b", "contexts": CHAT}, {}),
+        ({"prompt": [user("r")], "completion": [answer("b")], "chat_history": CHAT}, {}),
+        ({"instruction": "r", "output": "b", "history": [{"speaker": "agent", "text": "q"}], "context": CHAT}, None),
+        ({"instruction": "r", "output": "b", "history": CHAT}, {}),
+        ({"instruction": "r", "output": "b", "history": [*CHAT, user("r")]}, {}),
+        ({"instruction": "r", "output": "b", "history": [["q", "a"], ["r", "b"]]}, {}),
+        ({"prompt": "r", "completion": "b", "message_history": [human("q"), gpt("a")], "history": CHAT}, {}),
         (
             {"my query": "r", "reply": "b", "Context": [human("q"), gpt("a")]},
             {"prompt": "my query", "completion": "reply"},
         ),
+        ({"q": "r", "a": "b", "turns": CHAT}, {"prompt": "q", "completion": "a", "history": "turns"}),
     ],
 )
-def test_earlier_messages_beside_a_question_are_not_left_out(tmp_path, row, columns):
+def test_earlier_messages_beside_a_question_come_before_it(tmp_path, row, columns):
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
-    assert columns_of(tmp_path / "t.jsonl", "t") == {}
-    (refused,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns)
-    command = re.search(r"jq -c '(.*)' IN", refused.problem)[1]
-    made = subprocess.run(["jq", "-c", command], input=json.dumps(row), capture_output=True, text=True, check=True)
-    (joined,) = read(tmp_path, [json.loads(made.stdout)])
-    assert outcome(joined) == TWO and joined.unused_keys == ()
+    (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns or {})
+    assert outcome(found) == (REFUSED if columns is None else TWO) and found.unused_keys == ()
+    if columns is not None:
+        assert to_prompt({**row, **{key: row[name] for key, name in columns.items()}}) == found.messages[:-1]
+
+
+def test_marks_of_earlier_messages_are_honoured_and_a_system_message_stays_the_first(tmp_path):
+    (tmp_path / "t.jsonl").write_text(
+        json.dumps({"system": "s", "prompt": "r", "completion": "b", "history": [user("q"), answer("a", train=False)]})
+    )
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto")
+    assert outcome(row) == ["s: s", "u: q", "a-: a", "u: r", "a: b"]
 
 
 def test_earlier_messages_that_the_prompt_has_are_no_loss(tmp_path):

@@ -189,7 +189,9 @@ SHAPES = {
         [{"turns": [{"speaker": "customer", "utterance": "q"}, {"speaker": "Agent", "utterance": "a"}], "topic": "t"},
          {"turns": [{"speaker": "user", "utterance": "q"}, {"speaker": "Robo", "utterance": "a"}]}], [QA, REFUSED]),
     "earlier turns with roles": ([{"chat_history": [user("q"), answer("a")], "message": "r", "response": "b"}, {"history": [user("q"), answer("a")]}],
-                                 [REFUSED, REFUSED]),
+                                 [TWO, REFUSED]),
+    "requests to Cohere": ([{"message": "r", "chat_history": [{"role": "USER", "message": "q"}, {"role": "CHATBOT", "message": "a"}], "response": "b"}], [TWO]),
+    "Vertex": ([{"messages": [{"author": "user", "content": "q"}, {"author": "bot", "content": "a"}]}], [QA]),
     "turns in a history": ([{"history": [user("q"), answer("a")], "id": 1}], [QA]),
     "turns of senders": ([{"turns": [{"sender": "user", "text": "q", "x": None}, {"sender": "assistant", "text": "a", "x": 1}]}], [QA]),
     "turns with texts": ([{"turns": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}]}], [QA]),
@@ -520,6 +522,28 @@ def test_the_prompt_of_a_row_is_its_chat_without_the_last_answer(tmp_path, name)
     assert [f"{message['role'][0]}: {message['content']}" for message in to_prompt(row)] == expected[:-1]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completion": "a", "instruction": "i", "context": "c"},
+        {"text": "Human: q\n\nAssistant: a", "instruction": "i"},
+        {"text": "Human: q\n\nAssistant: a", "prompt": "i"},
+        {"prompt": "<|im_start|>user\nq<|im_end|>\n", "completion": "<|im_start|>assistant\na<|im_end|>"},
+        {"prompt": "q", "completion": "", "instruction": "i"},
+        {"instruction": "q", "output": None, "prompt": "i"},
+    ],
+)
+def test_the_prompt_is_the_question_that_is_learned_not_another_column(row):
+    assert to_prompt(row) == [user("q")]
+
+
+def test_two_questions_without_an_answer_are_refused():
+    row = {"prompt": "q", "instruction": "i"}
+    with pytest.raises(BadRow, match="instruction and prompt may both be the question"):
+        to_prompt(row)
+    assert to_prompt(row, "prompt_completion") == [user("q")] and to_prompt(row, "alpaca") == [user("i")]
+
+
 def test_the_chosen_text_of_a_preference_pair_is_read_by_the_columns_that_its_refusal_names(tmp_path):
     pair = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
     (refused,) = read(tmp_path, [pair])
@@ -539,7 +563,6 @@ CONVERTED = [
     ({"question": "q", "solutions": json.dumps(["a", "b"])}, QA),
     ({"question": "q", "solutions": ["a", "b"]}, QA),
     ({"instruction": "i", "instances": [{"input": "q", "output": "a"}]}, ["u: i\n\nq", "a: a"]),
-    ({"message": "r", "chat_history": [{"role": "USER", "message": "q"}, {"role": "CHATBOT", "message": "a"}], "response": "b"}, TWO),
 ]  # fmt: skip
 
 
