@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loraflow.adapters import safetensors_files as files
 from loraflow.adapters.adapter_config import AdapterConfig
-from loraflow.adapters.completeness import fused_or_split
+from loraflow.adapters.completeness import fused_or_split, saved_name
 from loraflow.adapters.lora_updates import PREFIX
 from loraflow.adapters.nf4 import Nf4
 from loraflow.base.stored_weights import TensorEntry, read_entries
@@ -70,7 +70,7 @@ def plan_merge(config: AdapterConfig, adapter: Path) -> MergePlan | None:
             got=str(config.peft_type),
             next_step="merge it with peft's merge_and_unload, and name the merged model as base.model",
         )
-    entries = {entry.name: entry for entry in read_entries(adapter / "adapter_model.safetensors")}
+    entries = {saved_name(entry.name): entry for entry in read_entries(adapter / "adapter_model.safetensors")}
     if config.enabled(_NEEDS_PEFT) or config.base_was_modified:
         return None
     updates: dict[str, MatrixUpdate] = {}
@@ -98,8 +98,8 @@ def _fully_trained_tensors(
     entries: Mapping[str, TensorEntry], updates: Mapping[str, MatrixUpdate]
 ) -> dict[str, TensorEntry] | None:
     """Return the fully trained tensors by their names in the base; None if only peft can place them."""
-    used = {entry.name for update in updates.values() for entry in update.entries}
-    rest = [name for name in entries if name not in used]
+    used = {entry for update in updates.values() for entry in update.entries}
+    rest = [name for name, entry in entries.items() if entry not in used]
     replaced = {name.removeprefix(PREFIX).replace(".base_layer.", "."): entries[name] for name in rest}
     if any(".lora_" in name for name in rest) or len(replaced) < len(rest):
         return None

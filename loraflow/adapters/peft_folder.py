@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import JsonValue
 
 from loraflow.adapters.adapter_config import FILE, AdapterConfig
+from loraflow.adapters.completeness import saved_name
 from loraflow.adapters.lora_updates import PREFIX, Adapter, Kind, LoraUpdate
 from loraflow.adapters.validation import check_config, check_tensors
 from loraflow.base.stored_weights import refuse_pickles
@@ -39,7 +40,8 @@ def read_peft(folder: Path) -> Adapter:
 
     config = refuse_unconvertible(folder)
     check_tensors(folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
+    stored = load_file(folder / "adapter_model.safetensors")
+    tensors = {saved_name(name): tensor for name, tensor in stored.items()}
     updates: dict[str, LoraUpdate] = {}
     used: set[str] = set()
     for name in sorted(tensors):
