@@ -256,7 +256,7 @@ def renamed(found: Mapping[str, Shape], wrapped: PeftModel) -> dict[str, Shape]:
 
 
 def saved_name(name: str) -> str:
-    """Return a tensor's name as peft saves it: it also reads names of a model's own state, such as x.lora_A.default.weight."""
+    """Return a tensor's name as peft saves it: it also reads names of a model's own state, with `.default.`."""
     name = name.replace(".default.", ".")
     return name.removesuffix(".weight") if name.endswith("_vector.weight") else name
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loraflow.adapters import safetensors_files as files
 from loraflow.adapters.adapter_config import AdapterConfig
-from loraflow.adapters.completeness import fused_or_split, saved_name
+from loraflow.adapters.completeness import saved_name
 from loraflow.adapters.lora_updates import PREFIX
 from loraflow.adapters.nf4 import Nf4
 from loraflow.base.stored_weights import TensorEntry, read_entries
@@ -117,39 +117,19 @@ def _shapes(plan: MergePlan) -> dict[str, tuple[int, ...]]:
     return shapes | {name: entry.shape for name, entry in plan.replaced.items()}
 
 
-def check_fit(entries: list[TensorEntry], plan: MergePlan) -> None:
-    """Check that every tensor of the adapter has its tensor in the base, of the same shape.
+def check_types(entries: list[TensorEntry], plan: MergePlan) -> None:
+    """Check that every tensor of the base that the plan changes has a floating-point type.
 
     Raises:
-        BadModel: a tensor is missing in the base, or has another shape.
+        BadModel: a tensor has not.
     """
-    base = {entry.name: entry for entry in entries}
-    for name, shape in _shapes(plan).items():
-        entry = base.get(name)
-        if entry is None:
-            raise _missing(name, base)
-        if shape != entry.shape or entry.dtype not in files.SIZES:
+    changed = _shapes(plan)
+    for entry in entries:
+        if entry.name in changed and entry.dtype not in files.SIZES:
             raise BadModel(
-                "The shape of an adapter's matrix does not match the base.",
-                where=name,
-                expected=f"{list(entry.shape)} {entry.dtype}",
-                got=str(list(shape)),
-                next_step="merge it into the base that it was trained on",
+                "A weight of the base has a type that cannot be merged.",
+                where=f"{entry.file}: {entry.name}",
+                expected=", ".join(files.SIZES),
+                got=entry.dtype,
+                next_step="name the original model, in one of these types",
             )
-
-
-def _missing(name: str, base: Iterable[str]) -> BadModel:
-    names = list(base)
-    similar = [other for other in names if other.split(".")[-2:-1] == name.split(".")[-2:-1]][:2]
-    module, _, parameter = name.rpartition(".")
-    counterpart = fused_or_split(module, [other.rpartition(".")[0] for other in names])
-    return BadModel(
-        "The adapter adapts a matrix that the base does not have.",
-        where=name,
-        expected=f"{counterpart}.{parameter}"
-        if counterpart
-        else ", ".join(similar) or f"one of {len(names)} tensors such as {next(iter(names), None)}",
-        next_step="loraflow adapters convert ADAPTER BASE OUT makes it fit this base's projections; merge OUT"
-        if counterpart
-        else "merge it into the base that it was trained on",
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -170,15 +169,14 @@ def _refuse_rotary_angles(folder: Path, model: PreTrainedModel) -> None:
         config = getattr(module, "config", None)
         if config is None or not any(name.endswith("inv_freq") for name in module._buffers):
             continue
-        with contextlib.suppress(TypeError):  # another signature than that of rotary embeddings
-            if not all(is_finite(angles) for angles in type(module)(config=config).buffers()):
-                raise BadModel(
-                    "The rotary angles of the base's config.json are not finite.",
-                    where=f"{folder / 'config.json'}: rope_parameters",
-                    expected="a rope_theta and factors above 0",
-                    got=str(config.rope_parameters)[:300],
-                    next_step="fetch config.json again",
-                )
+        if not all(is_finite(angles) for angles in type(module)(config=config).buffers()):
+            raise BadModel(
+                "The model's rotary angles are not finite.",
+                where=f"{folder / 'config.json'}: rope_parameters",
+                expected="a rope_theta and factors above 0",
+                got=str(config.rope_parameters)[:300],
+                next_step="fetch config.json again",
+            )
 
 
 def _refuse_quantized(folder: Path, unused: Set[str], floating: Set[str] = frozenset()) -> None:
@@ -186,7 +184,7 @@ def _refuse_quantized(folder: Path, unused: Set[str], floating: Set[str] = froze
 
     Args:
         unused: names that the model does not load: masks of older transformers have a byte for each value.
-        floating: names of the model's weights that are no integers; in other types than FLOATS, they are refused too.
+        floating: names of weights that are no integers in the model.
     """
     for name, entry in sorted(_stored(folder).items()):
         is_integer = entry.dtype not in FLOATS and name in floating

@@ -102,13 +102,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    file = folder / "tokenizer.json"
+    file = str(folder / "tokenizer.json")
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_file(file)
     except Exception as error:  # the library raises no type of its own
         raise BadModel(
             "The tokenizer cannot be read.",
-            where=str(file),
+            where=file,
             got=str(error)[:300],
             next_step="fetch it again, or save it with AutoTokenizer's save_pretrained",
         ) from error
