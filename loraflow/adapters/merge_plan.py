@@ -60,16 +60,8 @@ def plan_merge(config: AdapterConfig, adapter: Path) -> MergePlan | None:
     """Plan a merge that uses every tensor of the adapter once, or return None if only peft can merge it.
 
     Raises:
-        BadModel: the adapter is not a LoRA adapter, or it is damaged.
+        BadModel: the adapter is damaged.
     """
-    if config.peft_type != "LORA":
-        raise BadModel(
-            "This is not a LoRA adapter.",
-            where=str(adapter),
-            expected="LORA",
-            got=str(config.peft_type),
-            next_step="merge it with peft's merge_and_unload, and name the merged model as base.model",
-        )
     entries = {saved_name(entry.name): entry for entry in read_entries(adapter / "adapter_model.safetensors")}
     if config.enabled(_NEEDS_PEFT) or config.base_was_modified:
         return None

@@ -153,7 +153,7 @@ class _Generator:
         settings = self.model.generation_config
         penalizes = settings.repetition_penalty or settings.encoder_repetition_penalty
         for row, prompt in enumerate(prompts):
-            if penalizes:  # the row's tokens, and padding is one of them
+            if penalizes:  # padding too, so it is a token of the row
                 ids[row] = prompt[0]
             rest = prompt[shared:]
             ids[row, width - len(rest) :] = torch.tensor(rest)
