@@ -151,7 +151,8 @@ class _Generator:
         ids = torch.full((rows, width), self.tokenizer.pad_token_id)
         mask = torch.zeros((rows, width), dtype=torch.long)
         settings = self.model.generation_config
-        penalizes = settings.repetition_penalty or settings.encoder_repetition_penalty
+        penalties = settings.repetition_penalty, settings.encoder_repetition_penalty
+        penalizes = any(penalty not in (None, 1) for penalty in penalties)
         for row, prompt in enumerate(prompts):
             if penalizes:  # padding too, so it is a token of the row
                 ids[row] = prompt[0]
