@@ -174,7 +174,7 @@ DEAL_ROWS = Stage(
 
 EVALUATE = Stage(
     name="evaluate",
-    version=8,  # 8: rows in groups that are all wrong, or all right, have an interval
+    version=9,  # 9: repetition penalties and shortest answers do not count padding
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, DEAL_ROWS, part="heldout")},

@@ -42,7 +42,9 @@ _SAVED_WITH_EMBEDDINGS = (
     "token_adapter.trainable_tokens_delta",
 )  # fmt: skip
 # What programs leave in the names of tensors that were saved without unwrapping the model first.
-_WRAPPERS = (PREFIX, "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.", "language_model.")
+_WRAPPERS = (
+    PREFIX, "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.", "language_model.", "model.",
+)  # fmt: skip
 _ADAPTER_NAME = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 _FUSED = {part: whole for whole, parts in SPLIT.items() for part in parts}  # q_proj → qkv_proj
 
@@ -57,7 +59,7 @@ def check_complete(adapter: Path, config: AdapterConfig, model: PreTrainedModel)
         BadModel: a tensor is missing, unexpected or of another shape; there is none; or peft cannot apply the
             configuration to this base.
     """
-    found = {entry.name: entry.shape for entry in read_entries(adapter / WEIGHTS)}
+    found = {saved_name(entry.name): entry.shape for entry in read_entries(adapter / WEIGHTS)}
     if not found:
         raise BadModel(
             "The adapter does not fit the base.",
@@ -246,7 +248,13 @@ def renamed(found: Mapping[str, Shape], wrapped: PeftModel) -> dict[str, Shape]:
         except (ValueError, RuntimeError, KeyError) as error:
             log.debug("peft does not convert the adapter's names: %s", error)
             return dict(found)
-    return {name.replace(".default.", "."): tuple(tensor.shape) for name, tensor in converted.items()}
+    return {saved_name(name): tuple(tensor.shape) for name, tensor in converted.items()}
+
+
+def saved_name(name: str) -> str:
+    """Return a tensor's name as peft saves it: it also reads names of a model's own state, with `.default.`."""
+    name = name.replace(".default.", ".")
+    return name.removesuffix(".weight") if name.endswith("_vector.weight") else name
 
 
 def _refuse_other_projections(found: Mapping[str, Shape], model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loraflow.adapters import safetensors_files as files
 from loraflow.adapters.adapter_config import AdapterConfig
+from loraflow.adapters.completeness import saved_name
 from loraflow.adapters.lora_updates import PREFIX
 from loraflow.adapters.nf4 import Nf4
 from loraflow.base.stored_weights import TensorEntry, read_entries
@@ -64,7 +65,7 @@ def plan_merge(config: AdapterConfig, adapter: Path) -> MergePlan | None:
     Raises:
         BadModel: the adapter is damaged.
     """
-    entries = {entry.name: entry for entry in read_entries(adapter / "adapter_model.safetensors")}
+    entries = {saved_name(entry.name): entry for entry in read_entries(adapter / "adapter_model.safetensors")}
     if config.enabled(_NEEDS_PEFT) or config.base_was_modified:
         return None
     updates: dict[str, MatrixUpdate] = {}
@@ -92,8 +93,8 @@ def _fully_trained_tensors(
     entries: Mapping[str, TensorEntry], updates: Mapping[str, MatrixUpdate]
 ) -> dict[str, TensorEntry] | None:
     """Return the fully trained tensors by their names in the base; None if only peft can place them."""
-    used = {entry.name for update in updates.values() for entry in update.entries}
-    rest = [name for name in entries if name not in used]
+    used = {entry for update in updates.values() for entry in update.entries}
+    rest = [name for name, entry in entries.items() if entry not in used]
     replaced = {name.removeprefix(PREFIX).replace(".base_layer.", "."): entries[name] for name in rest}
     if any(".lora_" in name for name in rest) or len(replaced) < len(rest):
         return None
@@ -108,19 +109,19 @@ def fits(entries: Iterable[TensorEntry], plan: MergePlan) -> bool:
     return all(base.get(name) == shape for name, shape in shapes.items())
 
 
-def check_dtypes(entries: Iterable[TensorEntry], plan: MergePlan) -> None:
-    """Check that the tensors that the plan changes hold floating-point numbers.
+def check_types(entries: list[TensorEntry], plan: MergePlan) -> None:
+    """Check that every tensor of the base that the plan changes has a floating-point type.
 
     Raises:
-        BadModel: a tensor has another type.
+        BadModel: a tensor has not.
     """
     changed = plan.updates.keys() | plan.replaced.keys()
     for entry in entries:
         if entry.name in changed and entry.dtype not in files.SIZES:
             raise BadModel(
-                "A weight of the base has a type that an adapter cannot be merged into.",
-                where=entry.name,
-                expected=f"one of {', '.join(files.SIZES)}",
+                "A weight of the base has a type that cannot be merged.",
+                where=f"{entry.file}: {entry.name}",
+                expected=", ".join(files.SIZES),
                 got=entry.dtype,
-                next_step="merge it into the base that it was trained on",
+                next_step="name the original model, in one of these types",
             )

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import JsonValue
 
 from loraflow.adapters.adapter_config import FILE, AdapterConfig
+from loraflow.adapters.completeness import saved_name
 from loraflow.adapters.lora_updates import PREFIX, Adapter, Kind, LoraUpdate
-from loraflow.adapters.validation import check_config, check_tensors
+from loraflow.adapters.validation import check_config
 from loraflow.base.stored_weights import refuse_pickles
 from loraflow.failures import BadModel
 
@@ -30,16 +31,16 @@ _Value = TypeVar("_Value", int, float)
 
 
 def read_peft(folder: Path) -> Adapter:
-    """Read a PEFT adapter of LoRA, rsLoRA or DoRA.
+    """Read a PEFT adapter of LoRA, rsLoRA or DoRA, which `check_adapter` has accepted.
 
     Raises:
-        BadModel: it is a pickle, it is damaged, or it holds more than that.
+        BadModel: it holds more than that.
     """
     from safetensors.torch import load_file
 
-    config = refuse_unconvertible(folder)
-    check_tensors(folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
+    config = AdapterConfig.read(folder)
+    stored = load_file(folder / "adapter_model.safetensors")
+    tensors = {saved_name(name): tensor for name, tensor in stored.items()}
     updates: dict[str, LoraUpdate] = {}
     used: set[str] = set()
     for name in sorted(tensors):
@@ -48,13 +49,7 @@ def read_peft(folder: Path) -> Adapter:
         stem = name.removesuffix(".lora_A.weight")
         names = (name, f"{stem}.lora_B.weight", f"{stem}.lora_magnitude_vector")
         used.update(names)
-        down, up, magnitude = tensors[name], tensors.get(names[1]), tensors.get(names[2])
-        if up is None or up.ndim != 2 or up.shape[1] != down.shape[0]:
-            raise BadModel(
-                "A matrix A of the adapter has no matrix B of a matching shape.",
-                where=f"{folder}: {stem}",
-                next_step="save or fetch the adapter again: it is incomplete",
-            )
+        down, up, magnitude = tensors[name], tensors[names[1]], tensors.get(names[2])
         module = stem.removeprefix(PREFIX)
         scale = config.scale_of(module, up.shape[1])
         updates[module] = LoraUpdate(down.float(), up.float(), scale, magnitude=magnitude)

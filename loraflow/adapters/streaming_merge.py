@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.adapters import safetensors_files as files
-from loraflow.adapters.merge_plan import MatrixUpdate, MergePlan, check_dtypes
+from loraflow.adapters.merge_plan import MatrixUpdate, MergePlan, check_types
 from loraflow.adapters.safetensors_files import PlannedTensor
 from loraflow.base.stored_weights import TensorEntry, model_entries
 from loraflow.base.weight_checks import is_finite, unused_weights
@@ -53,12 +53,12 @@ def merge_streaming(
     after a kill uses those whose bytes still have that checksum.
 
     Raises:
-        BadModel: a weight of the base is not finite, or has a type that an adapter cannot be merged into.
+        BadModel: a weight of the base is not finite, or one that the plan changes has no floating-point type.
     """
     import torch
 
     entries = model_entries(base)
-    check_dtypes(entries, plan)
+    check_types(entries, plan)
     shards = _name_shards(files.plan_files(entries, files.DTYPES[dtype] if dtype else None, max_bytes))
     folder = out if progress.work is None else progress.work / "shards"
     folder.mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ from loraflow.data.tokenizer_config import (
     find_template,
     find_tool_template,
     further_templates,
+    read_tokenizer,
 )
 from loraflow.failures import BadModel
 
@@ -135,23 +136,9 @@ def refuse_other_ids(base: Path, adapter: Path) -> None:
     Raises:
         BadModel: a token has another id; the message names the first one.
     """
-    from tokenizers import Tokenizer
-
     if not (base / VOCABULARY).exists() or not (adapter / VOCABULARY).exists():
         return
-    vocabularies = []
-    for folder in (base, adapter):
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / VOCABULARY))
-        except Exception as error:  # the library raises no type of its own
-            raise BadModel(
-                "The tokenizer cannot be read.",
-                where=str(folder / VOCABULARY),
-                got=str(error)[:300],
-                next_step="fetch it again, or save it with AutoTokenizer's save_pretrained",
-            ) from error
-        vocabularies.append(tokenizer.get_vocab(with_added_tokens=True))
-    of_base, of_adapter = vocabularies
+    of_base, of_adapter = (read_tokenizer(folder).get_vocab(with_added_tokens=True) for folder in (base, adapter))
     different = sorted((index, token) for token, index in of_base.items() if of_adapter.get(token, index) != index)
     if different:
         index, token = different[0]

@@ -15,6 +15,7 @@ from loraflow.adapters.origin import chat_template, check_origin
 from loraflow.adapters.tokenizer_files import check_tokenizer_files, refuse_other_ids
 from loraflow.adapters.vocabulary import embedding_names, fit_vocabulary
 from loraflow.base.stored_weights import TensorEntry, model_without_weights, read_entries, refuse_pickles
+from loraflow.data.tokenizer_config import read_tokenizer
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -183,9 +184,7 @@ def _tokens_beyond(folder: Path, rows: int) -> set[str]:
     """Return the tokens of a folder's tokenizer whose ids are not below `rows`."""
     if not (folder / "tokenizer.json").exists():
         return set()
-    from tokenizers import Tokenizer
-
-    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    vocabulary = read_tokenizer(folder).get_vocab(with_added_tokens=True)
     return {token for token, index in vocabulary.items() if index >= rows}
 
 

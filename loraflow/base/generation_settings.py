@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ONE_ANSWER: dict[str, int | bool | None] = {
     "num_return_sequences": 1,
     "return_dict_in_generate": False,
+    "max_time": None,  # the machine's load would decide how long answers are
     "stop_strings": None,  # needs the tokenizer
     "token_healing": False,  # needs the tokenizer, and changes the prompt
     "prompt_lookup_num_tokens": None,  # takes one row at a time; the answers are the same

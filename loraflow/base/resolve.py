@@ -216,6 +216,25 @@ def _from_gguf(file: Path, out: Path, config: ResolveBaseConfig) -> Figures:
 
 
 @contextmanager
+def bundled_settings(model: str) -> Iterator[Path]:
+    """Provide a folder with the configuration and the tokenizer of a bundled base, without its weights.
+
+    Raises:
+        BadModel: there is no such bundled model.
+        MissingExtra: its package is not installed.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    file = _bundled(model)
+    with TemporaryDirectory() as name, _parsed_once():
+        AutoConfig.from_pretrained(
+            file.parent, gguf_file=file.name, architectures=["LlamaForCausalLM"]
+        ).save_pretrained(name)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(name)
+        yield Path(name)
+
+
+@contextmanager
 def _parsed_once() -> Iterator[None]:
     """Let transformers parse each GGUF file once inside the block, in place of once each for tokenizer, config and weights.
 

@@ -93,8 +93,11 @@ def check_fits_config(folder: Path, *, trust: bool = False) -> list[str]:
             got=str(list(found)),
             next_step="fetch the base again: config.json and weights are of two models",
         )
-    if any(entry.dtype in _QUANTIZED for entry in _stored(folder).values()):
-        _refuse_quantized(folder, _unused(folder, model, report))
+    if any(entry.dtype not in FLOATS for entry in _stored(folder).values()):
+        floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        _refuse_quantized(folder, _unused(folder, model, report), floating)
+    if not trust:
+        _refuse_rotary_angles(folder, model)
     _refuse_two_values(folder, getattr(model, "all_tied_weights_keys", {}))
     if unused := sorted(report["unexpected_keys"]):
         log.warning("The base's files have %d weights that its model does not use, such as %s.", len(unused), unused[0])
@@ -160,14 +163,32 @@ def _unused(folder: Path, model: PreTrainedModel, report: _LoadReport) -> frozen
     return frozenset(not_used(model, _stored(folder), model.state_dict().keys(), report["unexpected_keys"]))
 
 
-def _refuse_quantized(folder: Path, unused: Set[str]) -> None:
+def _refuse_rotary_angles(folder: Path, model: PreTrainedModel) -> None:
+    """Refuse rotary angles that are not finite, as those of `rope_theta: 0`: the model would compute NaN only."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is None or not any(name.endswith("inv_freq") for name in module._buffers):
+            continue
+        if not all(is_finite(angles) for angles in type(module)(config=config).buffers()):
+            raise BadModel(
+                "The model's rotary angles are not finite.",
+                where=f"{folder / 'config.json'}: rope_parameters",
+                expected="a rope_theta and factors above 0",
+                got=str(config.rope_parameters)[:300],
+                next_step="fetch config.json again",
+            )
+
+
+def _refuse_quantized(folder: Path, unused: Set[str], floating: Set[str] = frozenset()) -> None:
     """Refuse weights of 8 bits or less. Without a quantization_config, transformers takes them for the weights themselves.
 
     Args:
         unused: names that the model does not load: masks of older transformers have a byte for each value.
+        floating: names of weights that are no integers in the model.
     """
     for name, entry in sorted(_stored(folder).items()):
-        if entry.dtype in _QUANTIZED and name not in unused:
+        is_integer = entry.dtype not in FLOATS and name in floating
+        if is_integer or (entry.dtype in _QUANTIZED and name not in unused):
             raise BadModel(
                 "The base's weights are quantized, and config.json does not say how.",
                 where=f"{entry.file}: {name}",

@@ -20,7 +20,7 @@ from loraflow.failures import BadConfig
 @click.option("--store", default=".loraflow/store", show_default=True, help="The store to check.")
 @click.option(
     "--base",
-    metavar="FOLDER|HUB_ID",
+    metavar="FOLDER|HUB_ID|bundled:smollm2",
     help="Show instead how this base is trained; check its files.",
 )
 def doctor(store: str, base: str | None) -> None:
@@ -55,20 +55,18 @@ def _check_base(base: str) -> None:
     Nothing is loaded. Of a hub id, config.json and the tokenizer's files are downloaded.
     """
     from loraflow.base import hub
-    from loraflow.base.usable import is_hub_id, refuse_unusable_folder
+    from loraflow.base.resolve import bundled_settings
+    from loraflow.base.usable import refuse_unusable_folder, require_base_name
     from loraflow.training.preview import describe
 
+    if base.startswith("bundled:"):
+        with bundled_settings(base) as settings:
+            _check_base(str(settings))
+        return
     folder = Path(base).expanduser()
     refuse_unusable_folder(folder, trust=False)  # a GGUF file, for example
     if not folder.is_dir():
-        if not is_hub_id(base):
-            raise BadConfig(
-                "There is no such base model.",
-                where="--base",
-                expected="a folder, or a hub id such as org/name",
-                got=base,
-                next_step="correct --base",
-            )
+        require_base_name(base, "--base")
         folder = hub.download_config(base, "main")
     elif not (folder / "config.json").exists():
         raise BadConfig(

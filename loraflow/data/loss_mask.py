@@ -40,7 +40,7 @@ from loraflow.data.token_labels import (
     token_span,
     token_weights,
 )
-from loraflow.data.tokenizer_config import TRAINING_TEMPLATE, read_template, special_tokens
+from loraflow.data.tokenizer_config import TRAINING_TEMPLATE, read_template, read_tokenizer, special_tokens
 from loraflow.failures import BadModel
 
 # Templates for reasoning may refuse or change an answer without any.
@@ -78,17 +78,7 @@ class ChatTemplate:
     """
 
     def __init__(self, folder: Path, eos: set[int] | None = None):
-        from tokenizers import Tokenizer
-
-        try:
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises no type of its own
-            raise BadModel(
-                "The tokenizer cannot be read.",
-                where=str(folder / "tokenizer.json"),
-                got=str(error)[:300],
-                next_step="download the base model again",
-            ) from error
+        self.tokenizer = read_tokenizer(folder)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.template = read_template(folder)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from loraflow.failures import BadModel
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FILE = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
@@ -88,6 +92,26 @@ class TokenizerConfig(BaseModel):
             **{key: value for key, value in (self.model_extra or {}).items() if key.endswith("_token")},
         }
         return _texts(named) | _named_extra(self.extra_special_tokens)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Read tokenizer.json in a folder.
+
+    Raises:
+        BadModel: it is missing or damaged.
+    """
+    from tokenizers import Tokenizer
+
+    file = str(folder / "tokenizer.json")
+    try:
+        return Tokenizer.from_file(file)
+    except Exception as error:  # the library raises no type of its own
+        raise BadModel(
+            "The tokenizer cannot be read.",
+            where=file,
+            got=str(error)[:300],
+            next_step="fetch it again, or save it with AutoTokenizer's save_pretrained",
+        ) from error
 
 
 def special_tokens(folder: Path) -> dict[str, str]:

@@ -87,7 +87,8 @@ def _exact_batch_size(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, group: ProcessGroup
 ) -> int:
     """Return the batch size, or 1 if padding would change the model's answers."""
-    if batch_size == 1:
+    # These settings count the padding of a row as its tokens.
+    if batch_size == 1 or model.generation_config.min_length or model.generation_config.no_repeat_ngram_size:
         return 1
     # The main process decides: devices with other batches would leave rows out.
     is_exact = batches_are_exact(model, tokenizer.pad_token_id) if group.is_main else None
@@ -149,7 +150,12 @@ class _Generator:
         shared = len(prefix)
         ids = torch.full((rows, width), self.tokenizer.pad_token_id)
         mask = torch.zeros((rows, width), dtype=torch.long)
+        settings = self.model.generation_config
+        penalties = settings.repetition_penalty, settings.encoder_repetition_penalty
+        penalizes = any(penalty not in (None, 1) for penalty in penalties)
         for row, prompt in enumerate(prompts):
+            if penalizes:  # padding too, so it is a token of the row
+                ids[row] = prompt[0]
             rest = prompt[shared:]
             ids[row, width - len(rest) :] = torch.tensor(rest)
             mask[row, width - len(rest) :] = 1

@@ -73,7 +73,8 @@ class Model:
         if self.unmerged_adapter is not None:
             adapter = self.unmerged_adapter
             names = ["adapter_config.json", "adapter_model.safetensors", *tokenizer_files(adapter)]
-            hashes |= {f"adapter/{name}": memo.hash(adapter / name) for name in names}
+            # Loading it refuses an adapter without weights.
+            hashes |= {f"adapter/{name}": memo.hash(adapter / name) for name in names if (adapter / name).exists()}
         return identity.digest(hashes)
 
     def intact_base(self) -> Path | None:

@@ -400,6 +400,17 @@ def test_a_damaged_file_of_a_model_is_named_by_each_command_that_takes_its_folde
         assert refused.value.got.startswith(name) and name in refused.value.next_step
 
 
+@pytest.mark.parametrize("content", [b"{}", b'{"version": "1.0", "added_tokens": []}', b'{"added_tokens": [{"id": 5}'])
+def test_a_tokenizer_without_its_parts_is_named_by_merge_and_convert(tmp_path, quick_phi3, content):
+    adapter = make_adapter(quick_phi3, tmp_path / "adapter")
+    base = shutil.copytree(quick_phi3, tmp_path / "base")
+    (base / "tokenizer.json").write_bytes(content)
+    for use in (lambda: merge(base, adapter, tmp_path / "out"), lambda: convert(adapter, base, tmp_path / "out")):
+        with pytest.raises(BadModel, match="tokenizer cannot be read|not a JSON object") as refused:
+            use()
+        assert "tokenizer.json" in refused.value.where + refused.value.got
+
+
 def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, phi3):
     folder = shutil.copytree(phi3, tmp_path / "model")
     (folder / "added_tokens.json").mkdir()

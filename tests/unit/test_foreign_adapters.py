@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -11,12 +12,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from loraflow.adapters.convert import convert
 from loraflow.adapters.merge_folders import merge
 from loraflow.adapters.validation import check_adapter
+from loraflow.cli import cli
 from loraflow.evaluation.generation import generate_answers
 from loraflow.failures import BadModel
 from loraflow.serving.models import Model, load
 from tests.conftest import build_phi3
 from tests.families.tiny import family_config, save_tiny
-from tests.tiny_adapters import configured, make_adapter, read
+from tests.tiny_adapters import assert_same, by_peft, configured, make_adapter, read
 
 
 def load_plain(base):
@@ -41,6 +43,7 @@ def saved(config, base, folder):
 
 NAMES = {
     "doubled": (lambda name: f"base_model.model.{name}", "remove 'base_model.model.'"),
+    "unsloth": (lambda name: name.replace(".model.model.", ".model.model.model."), "remove 'model.' from"),
     "none": (lambda name: name.removeprefix("base_model.model."), "put 'base_model.model.' before"),
     "torch.compile": (lambda name: name.replace(".model.model.", ".model._orig_mod.model."), "remove '_orig_mod.'"),
     "DistributedDataParallel": (lambda name: f"module.{name}", "remove 'module.'"),
@@ -66,6 +69,38 @@ def test_names_that_peft_does_not_read_are_refused_with_their_correction(program
         with pytest.raises(BadModel, match="names that peft does not read") as caught:
             command()
         assert correction in caught.value.next_step
+
+
+def test_names_of_a_model_s_own_state_that_peft_reads_are_read_as_peft_reads_them(tmp_path, quick_phi3):
+    """Programs that save the tensors themselves write `.default.`, and `.weight` behind DoRA's magnitudes."""
+    adapter = make_adapter(quick_phi3, tmp_path / "adapter", use_dora=True)
+    file = adapter / "adapter_model.safetensors"
+    own = get_peft_model(load_plain(quick_phi3), LoraConfig.from_pretrained(adapter)).state_dict()
+    to_own = {name.replace(".default", "").removesuffix(".weight"): name for name in own}
+    tensors = {to_own[name.removesuffix(".weight")]: tensor.clone() for name, tensor in load_file(file).items()}
+    assert any(name.endswith("lora_magnitude_vector.default.weight") for name in tensors)
+    expected = by_peft(quick_phi3, adapter)
+    for names in (tensors, {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}):
+        save_file(names, file)
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        out.mkdir()
+        assert merge(quick_phi3, adapter, out)["route"] == "streamed"
+        assert_same(read(out), expected)
+        convert(adapter, quick_phi3, out / "converted")
+        assert_same(by_peft(quick_phi3, out / "converted"), expected)
+
+
+def test_predict_refuses_an_adapter_without_peft_s_weights_in_one_sentence(tmp_path, quick_phi3):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({"model.layers.0.self_attn.q_proj.lora_a": torch.ones(64, 4)}, adapter / "adapters.safetensors")
+    (adapter / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "red"}]}')
+    options = ["--base", quick_phi3, "--store", tmp_path / "store"]
+    caught = CliRunner().invoke(
+        cli, [*map(str, ("predict", adapter, tmp_path / "rows.jsonl", tmp_path / "out.jsonl", *options))]
+    )
+    assert "adapter of mlx-lm" in str(caught.exception)
 
 
 @pytest.mark.parametrize("how", ["lora_ga", "pissa_niter_4", "corda", "loftq"])

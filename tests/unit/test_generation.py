@@ -35,6 +35,41 @@ def test_batched_answers_equal_answers_to_single_prompts(phi3, model):
     assert {a["finish"] for a in alone} <= {"stop", "length"}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": 5.0}, {"encoder_repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"min_length": 40},
+     {"max_time": 1e-9}],
+    ids=lambda settings: next(iter(settings)),
+)  # fmt: skip
+def test_settings_that_look_at_earlier_tokens_or_the_clock_do_not_see_the_batch(phi3, model, settings):
+    """Padding is no token of a row, but transformers counts it."""
+    from loraflow.base.load import load_tokenizer, stop_ids
+
+    tokenizer, stops = load_tokenizer(phi3), stop_ids(phi3)
+    prompts = ChatTemplate(phi3).prompt_ids([[{"role": "user", "content": text}] for text in ("red", "one cat " * 9)])
+    changed = copy.deepcopy(model)
+    likely = tokenizer.pad_token_id if "penalty" in next(iter(settings)) else stops[0]
+    with torch.no_grad():
+        first = changed(torch.tensor([prompts[0]])).logits[0, -1].argmax()
+        changed.lm_head.weight[likely] = changed.lm_head.weight[first] * 1.05
+    for name, value in settings.items():
+        setattr(changed.generation_config, name, value)
+    options = {"stop_ids": stops, "max_new_tokens": 8}
+    alone = [generate_answers(changed, tokenizer, [prompt], batch_size=1, **options)[0] for prompt in prompts]
+    assert generate_answers(changed, tokenizer, prompts, batch_size=2, **options) == alone
+    if "max_time" not in settings:
+        ids = torch.tensor([prompts[0]])
+        found = changed.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, eos_token_id=stops
+        )
+        expected = [token for token in found[0, ids.shape[1] :].tolist() if token not in stops]
+        assert alone[0]["text"] == tokenizer.decode(
+            expected, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+    else:
+        assert alone[1]["tokens"] > 1
+
+
 def test_what_the_template_writes_before_an_answer_is_removed_from_it(phi3, model):
     from loraflow.base.load import load_tokenizer
 
