@@ -308,6 +308,14 @@ def from_library_error(error: BaseException, where: str) -> Failure | None:
     return None
 
 
+def of_machine(failure: Failure) -> Failure:
+    """Return the fault of the machine behind a failure that takes a file for damaged; else the failure."""
+    cause = failure.__cause__
+    if isinstance(cause, OSError) and cause.errno in MACHINE_FAULTS and not isinstance(failure, Network):
+        return from_os_error(cause, failure.where) or failure
+    return failure
+
+
 def first_line(error: BaseException) -> str:
     """Return an error's type and first line, masked before it is cut."""
     return mask(f"{type(error).__name__}: {error}".splitlines()[0])[:300]

@@ -354,13 +354,13 @@ class LocalDocuments:
             path = self.root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(f".draft-{uuid.uuid4().hex[:8]}")
-            write_atomic(draft, data)
             try:
+                write_atomic(draft, data)
                 os.link(draft, path)
             except FileExistsError:
                 return False
             finally:
-                draft.unlink()
+                draft.unlink(missing_ok=True)
             fsync_path(path.parent)
             return True
 

@@ -22,7 +22,7 @@ class LockHeld(Exception):
 
 @contextmanager
 def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Hold a lock on a file.
+    """Hold a lock on a file. Its holder may remove the file: who waited for it locks the next one.
 
     Raises:
         Failure: the file is a link.
@@ -45,6 +45,10 @@ def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[No
                 raise LockHeld(str(path)) from None
             log.info("waiting for %s, held by %s", path.name, _holder(path))
             _lock(fd, mode, path)
+        if not os.fstat(fd).st_nlink:
+            with flock(path, shared=shared, wait=wait):
+                yield
+            return
         if not shared:
             with suppress(OSError):  # a full disk: the holder is only for messages
                 os.ftruncate(fd, 0)
