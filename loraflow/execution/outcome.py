@@ -83,7 +83,9 @@ def read_outcome(file: JobFile, pipe: int, code: int, *, oom_killed: bool) -> Su
     log = file.work / "log.txt"
     command = f"{Path(sys.executable).name} -P -m loraflow.execution.worker {file.work / 'job.json'}"
     next_step = f"read the log {log}; run it by hand: {command}"
-    outcome = _from_file(file.work / FILE) or _from_pipe(pipe)
+    outcome = _from_file(file.work / FILE)
+    if not outcome or (code and outcome.get("status") == "done"):  # it was written, but could not be flushed
+        outcome = _from_pipe(pipe)
     if outcome and outcome.get("status") == "done" and code == 0:
         return Summary.model_validate(outcome["summary"])
     found = outcome.get("failure") if outcome and outcome.get("status") == "failed" else None
