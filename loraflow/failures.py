@@ -52,16 +52,8 @@ class Failure(Exception):
         super().__init__(self.what)
 
     def __str__(self) -> str:
-        lines = [self.what]
-        if self.where:
-            lines.append(f"  where:    {self.where}")
-        if self.expected:
-            lines.append(f"  expected: {self.expected}")
-        if self.got:
-            lines.append(f"  got:      {self.got}")
-        if self.next_step:
-            lines.append(f"  next:     {self.next_step}")
-        return "\n".join(lines)
+        lines = {"where": self.where, "expected": self.expected, "got": self.got, "next": self.next_step}
+        return "\n".join([self.what, *(f"  {name + ':':<10}{text}" for name, text in lines.items() if text)])
 
     def __reduce__(self) -> tuple[Callable[[Mapping[str, JsonValue]], Failure], tuple[dict[str, JsonValue]]]:
         return (from_dict, (self.to_dict(),))
@@ -255,7 +247,7 @@ def failure_names() -> list[str]:
 
 
 def from_dict(data: Mapping[str, JsonValue]) -> Failure:
-    """Rebuild a failure from the values of `to_dict`. An unknown kind becomes a plain `Failure`."""
+    """Rebuild a failure from the values of `to_dict`."""
     cls = _CLASSES.get(str(data.get("kind", "")), Failure)
     texts = {key: str(data.get(key, "")) for key in ("where", "expected", "got", "next_step")}
     failure = cls(str(data["what"]), **texts)

@@ -27,8 +27,6 @@ FILE = "outcome.json"
 _MAX_PIPE = 60_000  # bytes: less than a pipe holds, so that writing never waits for the launcher
 _MAX_FILE = 256 * 2**20  # bytes
 
-# -- in the worker ------------------------------------------------------------------------------------------------
-
 
 def take_pipe() -> int | None:
     """Return the pipe to the launcher and hide it from this process's children; None if there is no launcher."""
@@ -65,9 +63,6 @@ def report_outcome(
 def _shortened(failure: failures.Failure) -> failures.Failure:
     texts = {key: str(value)[:5000] for key, value in failure.to_dict().items() if key != "details"}
     return failures.from_dict(texts)
-
-
-# -- in the launcher ----------------------------------------------------------------------------------------------
 
 
 def read_outcome(file: JobFile, pipe: int, code: int, *, oom_killed: bool) -> Summary:

@@ -127,14 +127,9 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def write_acceptance(store: Store, model: str, acceptance: Acceptance) -> None:
+def write_acceptance(store: Store, prefix: str, acceptance: StoredModel) -> None:
     """Store a person's decision under the next free number."""
-    create_numbered(store, f"{FOLDER}/{model}/accepted-", json_bytes(acceptance.model_dump()))
-
-
-def create_numbered(store: Store, prefix: str, document: bytes) -> None:
-    """Write a document of `json_bytes`, with a checksum, under the next free number."""
-    number = 1
+    number, document = 1, json_bytes(acceptance.model_dump())
     while not store.create_document(name := f"{prefix}{number:06d}.json", add_checksum(name, document)):
         number += 1
 

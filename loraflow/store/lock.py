@@ -22,7 +22,7 @@ class LockHeld(Exception):
 
 @contextmanager
 def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Hold a lock on a file. Its holder may remove the file: who waited for it locks the next one.
+    """Hold a lock on a file. Its holder may remove the file.
 
     Raises:
         Failure: the file is a link.
