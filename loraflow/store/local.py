@@ -399,7 +399,6 @@ class LocalStore(LocalDocuments):
 
     def _remove(self, folder: Path) -> None:
         removed = self.root / "staging" / f"gone-{folder.name[:12]}-{time.time_ns()}"
-        removed.parent.mkdir(exist_ok=True)
         staging.claim(removed)
         try:
             folder.rename(removed)

@@ -29,7 +29,6 @@ def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[No
         OSError: it cannot be opened.
         LockHeld: with `wait=False`, if another process has it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         fd = open_lock(path, os.O_RDWR | os.O_CREAT)
@@ -64,8 +63,11 @@ def open_lock(path: Path, flags: int) -> int:
     Raises:
         Failure: the file is a link.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except FileNotFoundError:  # a holder removed the folder
+        return open_lock(path, flags | os.O_CREAT)
     except OSError as error:
         if error.errno != errno.ELOOP or not path.is_symlink():
             raise

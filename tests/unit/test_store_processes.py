@@ -117,6 +117,20 @@ def test_a_lock_whose_file_its_holder_removed_is_not_shared_by_who_waited_and_wh
             done.set()
 
 
+def test_a_lock_whose_folder_its_holder_removes_at_this_moment_is_made_again(tmp_path, monkeypatch):
+    file, opened = tmp_path / "work" / "lock", os.open
+
+    def remove_first(path, *arguments, **options):
+        monkeypatch.setattr(os, "open", opened)
+        shutil.rmtree(file.parent)
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", remove_first)
+    with lock.flock(file), pytest.raises(lock.LockHeld), lock.flock(file, wait=False):
+        pass
+    assert file.exists()
+
+
 HOLDER = """
 import os, sys, time
 sys.path.insert(0, sys.argv[2])
