@@ -1,7 +1,7 @@
 """The ways in which a stage can fail. A failure says what happened and where, what was expected, and what to do next.
 
 A failure passes between processes as JSON (`to_dict`, `from_dict`): the worker writes it, and the launcher raises it
-again. Whether a retry can help is a property of the class, not a decision of the code that catches the failure.
+again.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
     if known is None:
         return None
     cls, what, next_step = known
-    if isinstance(error.filename2, str):  # the target of a rename or link
+    if isinstance(error.filename2, str):
         path += f" → {error.filename2}"
     return cls(what, where=path, got=got, next_step=next_step)
 
@@ -303,7 +303,7 @@ def from_library_error(error: BaseException, where: str) -> Failure | None:
 def of_machine(failure: Failure) -> Failure:
     """Return the fault of the machine behind a failure that takes a file for damaged; else the failure."""
     cause = failure.__cause__
-    if isinstance(cause, OSError) and cause.errno in MACHINE_FAULTS and not isinstance(failure, Network):
+    if isinstance(cause, OSError) and cause.errno in MACHINE_FAULTS and isinstance(failure, BadData | BadModel):
         return from_os_error(cause, failure.where) or failure
     return failure
 

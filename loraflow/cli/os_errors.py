@@ -16,8 +16,15 @@ _SENTENCES = {
     errno.ENOENT: ("A file or folder does not exist.", "correct the path"),
     errno.EEXIST: ("The target exists already.", "name another path"),
     errno.ENOTEMPTY: ("The target exists already.", "name another path"),
+    errno.EIO: ("The disk reported an input/output error.", "check the disk (`dmesg`), then run the command again"),
     errno.EISDIR: ("This is a folder, where a file is needed.", "correct the path"),
+    errno.ENOTDIR: ("This is a file, where a folder is needed.", "correct the path"),
+    errno.ENAMETOOLONG: ("A path is too long for the file system.", "use shorter names"),
     errno.EMLINK: ("The file system allows no more links to this file.", "name a path on another file system"),
+    errno.EMFILE: (
+        "This process has too many open files.",
+        "raise the limit (`ulimit -n 65536`), then run the command again",
+    ),
     errno.ETXTBSY: ("A file is in use by a running program.", "end that program, then run the command again"),
     errno.EAGAIN: ("The system cannot start another process or thread.", "raise the limit: `ulimit -u`"),
 }

@@ -5,7 +5,7 @@
     runs/<id>.json                         `promotion_head`: the last entry that the run saw or wrote
 
 The entry is written before the anchor, so the log may be ahead of the anchor, but never behind it. The next append
-brings the anchor up to date. Stores of earlier versions have no anchor until the next append.
+writes it; stores of earlier versions have none until then.
 """
 
 from __future__ import annotations

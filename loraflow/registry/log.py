@@ -300,8 +300,6 @@ class PromotionLog:
     def active_promotions(self) -> list[Entry]:
         """Return the promotions that are not rolled back, oldest first. The last is the champion, the one before it its
         rollback target.
-
-        A rollback removes promotions from the end until the last one is of the model that the rollback names.
         """
         return active_promotions(self.entries())
 
