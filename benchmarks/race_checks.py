@@ -119,6 +119,16 @@ def everything_is_signed(place: Place, outcomes: list[str]) -> Iterator[str]:
         yield f"{failure} after {outcomes}"
 
 
+def output_is_of_one(place: Place, outcomes: list[str]) -> Iterator[str]:
+    """Yield what is wrong, if several processes wrote one folder: it is that of the only one that ended well."""
+    found = {path.name: path.read_text() for path in place.output.glob("*")}
+    if outcomes.count("done") != 1 or {text.partition(":")[0] for text in outcomes} != {"done", "BadConfig"}:
+        yield f"ended with {outcomes}"
+    elif found != dict.fromkeys("abc", f"process {outcomes.index('done')}"):
+        yield f"the output of process {outcomes.index('done')} is {found}"
+    yield from (f"left: {path}" for path in place.folder.glob("output.*"))
+
+
 def files_are_upgraded(place: Place, outcomes: list[str]) -> Iterator[str]:
     """Yield what is wrong, if each file was replaced as a whole."""
     yield from (f"left: {path}" for path in place.folder.rglob(".*.upgrade*"))

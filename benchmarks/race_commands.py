@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from loraflow.cli.models import _written_whole
 from loraflow.cli.registry import promote, registry, rollback
 from loraflow.cli.store import backup, gc, repair
 from loraflow.cli.upgrade import upgrade
@@ -51,6 +52,11 @@ class Place:
     def copy(self) -> Path:
         """Where backups go."""
         return self.folder / "copy"
+
+    @property
+    def output(self) -> Path:
+        """Where commands write that take the name of a new folder."""
+        return self.folder / "output"
 
     def run_command(self, command: object, *arguments: object) -> None:
         """Run a command of `loraflow` on the store, without its output."""
@@ -211,6 +217,18 @@ def read_project(place: Place, _: random.Random) -> None:
         if not text.endswith("# the end\n"):
             raise AssertionError("a reader saw a part of the recipe")
         time.sleep(0.002)
+
+
+def write_output(content: str) -> Actor:
+    """Return a process that writes the same output folder, as `merge` and `adapters convert` do."""
+
+    def act(place: Place, _: random.Random) -> None:
+        with _written_whole(place.output) as unfinished:
+            unfinished.mkdir(parents=True)
+            for name in "abc":
+                (unfinished / name).write_text(content)
+
+    return act
 
 
 def key_file(place: Place) -> Path:

@@ -32,6 +32,7 @@ from race_checks import (
     looks_are_apart,
     nothing_is_lost,
     one_is_current,
+    output_is_of_one,
     promotions_took_place,
     store_is_whole,
 )
@@ -57,6 +58,7 @@ from race_commands import (
     take_deal,
     take_look,
     upgrade_project,
+    write_output,
 )
 
 from loraflow.failures import Failure
@@ -109,6 +111,7 @@ RACES = (
     Race("promote and sign, promote and sign", (signed(promote_new(range(2))), signed(promote_new(range(5, 7)))),
          everything_is_signed, make_key),
     Race("sign, promote and sign", (sign, signed(promote_new(range(2)))), everything_is_signed, make_key),
+    Race("write, write, write, write", tuple(write_output(f"process {n}") for n in range(4)), output_is_of_one),
     Race("upgrade, upgrade, read", (upgrade_project, upgrade_project, read_project), files_are_upgraded, make_old_project),
 )  # fmt: skip
 IN_FOLDER = (
@@ -117,6 +120,7 @@ IN_FOLDER = (
     "repair, back up",
     "sign",
     "upgrade",
+    "write",
 )  # starts of the names of races that need a folder
 
 

@@ -1,7 +1,7 @@
 """The ways in which a stage can fail. A failure says what happened and where, what was expected, and what to do next.
 
 A failure passes between processes as JSON (`to_dict`, `from_dict`): the worker writes it, and the launcher raises it
-again. Whether a retry can help is a property of the class, not a decision of the code that catches the failure.
+again.
 """
 
 from __future__ import annotations
@@ -52,16 +52,8 @@ class Failure(Exception):
         super().__init__(self.what)
 
     def __str__(self) -> str:
-        lines = [self.what]
-        if self.where:
-            lines.append(f"  where:    {self.where}")
-        if self.expected:
-            lines.append(f"  expected: {self.expected}")
-        if self.got:
-            lines.append(f"  got:      {self.got}")
-        if self.next_step:
-            lines.append(f"  next:     {self.next_step}")
-        return "\n".join(lines)
+        lines = {"where": self.where, "expected": self.expected, "got": self.got, "next": self.next_step}
+        return "\n".join([self.what, *(f"  {name + ':':<10}{text}" for name, text in lines.items() if text)])
 
     def __reduce__(self) -> tuple[Callable[[Mapping[str, JsonValue]], Failure], tuple[dict[str, JsonValue]]]:
         return (from_dict, (self.to_dict(),))
@@ -255,7 +247,7 @@ def failure_names() -> list[str]:
 
 
 def from_dict(data: Mapping[str, JsonValue]) -> Failure:
-    """Rebuild a failure from the values of `to_dict`. An unknown kind becomes a plain `Failure`."""
+    """Rebuild a failure from the values of `to_dict`."""
     cls = _CLASSES.get(str(data.get("kind", "")), Failure)
     texts = {key: str(data.get(key, "")) for key in ("where", "expected", "got", "next_step")}
     failure = cls(str(data["what"]), **texts)
@@ -288,7 +280,7 @@ def from_os_error(error: OSError, where: str) -> Failure | None:
     if known is None:
         return None
     cls, what, next_step = known
-    if isinstance(error.filename2, str):  # the target of a rename or link
+    if isinstance(error.filename2, str):
         path += f" → {error.filename2}"
     return cls(what, where=path, got=got, next_step=next_step)
 
@@ -306,6 +298,14 @@ def from_library_error(error: BaseException, where: str) -> Failure | None:
         if known is not None:
             return known
     return None
+
+
+def of_machine(failure: Failure) -> Failure:
+    """Return the fault of the machine behind a failure that takes a file for damaged; else the failure."""
+    cause = failure.__cause__
+    if isinstance(cause, OSError) and cause.errno in MACHINE_FAULTS and isinstance(failure, BadData | BadModel):
+        return from_os_error(cause, failure.where) or failure
+    return failure
 
 
 def first_line(error: BaseException) -> str:

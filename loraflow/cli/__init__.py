@@ -21,7 +21,7 @@ import click
 
 from loraflow import __version__
 from loraflow.credentials import protect_output
-from loraflow.failures import BadConfig, Failure
+from loraflow.failures import BadConfig, Failure, of_machine
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -140,7 +140,7 @@ def main() -> None:
         click.echo(f"\ninterrupted; {RESUMES}", err=True)
         sys.exit(130)
     except Failure as failure:
-        _fail(failure)
+        _fail(of_machine(failure))
     except BrokenPipeError:  # at the last flush
         drop_output()
         sys.exit(141)

@@ -8,7 +8,7 @@ import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,10 +85,10 @@ def init(
     _free_places(options)
     _require_base(base)
     dataset = read_dataset(data_file, columns, base)
-    click.get_current_context().with_resource(project_lock(Path()))
-    recipe, target = _free_places(options)  # another `init` may have ended meanwhile
-    with undone_on_failure(_written_files(recipe, target)):
-        written = _write_project(dataset, options, recipe, target)
+    with project_lock(Path()):
+        recipe, target = _free_places(options)  # another `init` may have ended meanwhile
+        with undone_on_failure(_written_files(recipe, target)):
+            written = _write_project(dataset, options, recipe, target)
     print_dataset(dataset)
     print_files(dataset, written, options.name, base)
 
@@ -152,10 +152,11 @@ def _require_base(base: str) -> None:
 def _written_files(recipe: Path, target: Path) -> list[Path]:
     """Return what `init` may write, apart from DVC's own folder."""
     from loraflow.config.project import FILE
+    from loraflow.flows.server.new_prefect_yaml import LAST_ID
     from loraflow.tracking.dvclive import PIPELINE
 
     ignored = [Path(".gitignore"), target.parent / ".gitignore", Path(".dvcignore")]
-    return [recipe, target, Path(f"{target}.dvc"), Path(FILE), Path(README), Path(PIPELINE), *ignored]
+    return [recipe, target, Path(f"{target}.dvc"), Path(FILE), Path(README), Path(PIPELINE), LAST_ID, *ignored]
 
 
 def _free_places(options: _Options) -> tuple[Path, Path]:
@@ -285,13 +286,19 @@ LOCK_FILE = Path(".loraflow", "project.lock")
 @contextmanager
 def project_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a project's folder; say so before waiting for another command that holds it."""
+    file = folder / LOCK_FILE
     with ExitStack() as held:
         try:
-            held.enter_context(flock(folder / LOCK_FILE, wait=False))
+            held.enter_context(flock(file, wait=False))
         except LockHeld:
             click.echo("waiting for another loraflow command that writes the files of this project", err=True)
-            held.enter_context(flock(folder / LOCK_FILE))
-        yield
+            held.enter_context(flock(file))
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the store is in the folder
+                file.unlink()
+                file.parent.rmdir()
 
 
 @dataclass(frozen=True)

@@ -195,9 +195,12 @@ def make_repository() -> None:
     if (repo / ".dvc" / "config").exists():
         return
     ignored_by_git = repo / (".git" if (repo / ".git").is_dir() else ".loraflow")
-    with flock(ignored_by_git / "loraflow-dvc.lock"):
-        if not (repo / ".dvc").exists():
-            run_dvc(["init", *([] if (repo / ".git").exists() else ["--no-scm"])])
+    with flock(lock := ignored_by_git / "loraflow-dvc.lock"):
+        try:
+            if not (repo / ".dvc").exists():
+                run_dvc(["init", *([] if (repo / ".git").exists() else ["--no-scm"])])
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def pull(dvc_file: str, *, remote: str | None = None) -> Pin:

@@ -106,8 +106,8 @@ def _explained_failures(
     except failures.BudgetSpent as spent:
         spent.details["saved"] = saves_since(work, started, is_shared=isinstance(store, LocalStore))
         raise
-    except failures.Failure:
-        raise
+    except failures.Failure as known:
+        raise failures.of_machine(known) from known.__cause__
     except Exception as error:
         failure = storage_failure(error, str(staged), [staged, work])
         if failure is None:

@@ -27,8 +27,6 @@ FILE = "outcome.json"
 _MAX_PIPE = 60_000  # bytes: less than a pipe holds, so that writing never waits for the launcher
 _MAX_FILE = 256 * 2**20  # bytes
 
-# -- in the worker ------------------------------------------------------------------------------------------------
-
 
 def take_pipe() -> int | None:
     """Return the pipe to the launcher and hide it from this process's children; None if there is no launcher."""
@@ -67,9 +65,6 @@ def _shortened(failure: failures.Failure) -> failures.Failure:
     return failures.from_dict(texts)
 
 
-# -- in the launcher ----------------------------------------------------------------------------------------------
-
-
 def read_outcome(file: JobFile, pipe: int, code: int, *, oom_killed: bool) -> Summary:
     """Return the summary of a worker that has ended, or raise its failure.
 
@@ -83,7 +78,9 @@ def read_outcome(file: JobFile, pipe: int, code: int, *, oom_killed: bool) -> Su
     log = file.work / "log.txt"
     command = f"{Path(sys.executable).name} -P -m loraflow.execution.worker {file.work / 'job.json'}"
     next_step = f"read the log {log}; run it by hand: {command}"
-    outcome = _from_file(file.work / FILE) or _from_pipe(pipe)
+    outcome = _from_file(file.work / FILE)
+    if not outcome or (code and outcome.get("status") == "done"):  # it was written, but could not be flushed
+        outcome = _from_pipe(pipe)
     if outcome and outcome.get("status") == "done" and code == 0:
         return Summary.model_validate(outcome["summary"])
     found = outcome.get("failure") if outcome and outcome.get("status") == "failed" else None

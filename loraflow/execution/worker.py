@@ -82,7 +82,7 @@ def _attempt(file: JobFile, run: Callable[[JobFile], Summary]) -> tuple[failures
     try:
         return None, run(file)
     except failures.Failure as failure:
-        return failure, Summary()
+        return failures.of_machine(failure), Summary()
     except KeyboardInterrupt:
         return failures.Preempted("The worker was interrupted.", next_step="run again: it resumes"), Summary()
     except BaseException as error:
@@ -105,7 +105,8 @@ def execute(file: JobFile) -> Summary:
     if os.environ.get("RANK", "0") == "0":  # rank 0 writes the files
         file.out.parent.mkdir(parents=True, exist_ok=True)
         staging.claim(file.out)  # held until this process ends, also if the launcher is killed
-        shutil.rmtree(file.out, ignore_errors=True)
+        if file.out.exists():
+            shutil.rmtree(file.out)
         file.out.mkdir()
     progress = Progress(file.work / "progress.jsonl", work=file.work)
     return stage_function(file.stage)(file.job, file.inputs, file.out, progress)

@@ -5,7 +5,7 @@
     runs/<id>.json                         `promotion_head`: the last entry that the run saw or wrote
 
 The entry is written before the anchor, so the log may be ahead of the anchor, but never behind it. The next append
-brings the anchor up to date. Stores of earlier versions have no anchor until the next append.
+writes it; stores of earlier versions have none until then.
 """
 
 from __future__ import annotations
@@ -127,14 +127,9 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def write_acceptance(store: Store, model: str, acceptance: Acceptance) -> None:
+def write_acceptance(store: Store, prefix: str, acceptance: StoredModel) -> None:
     """Store a person's decision under the next free number."""
-    create_numbered(store, f"{FOLDER}/{model}/accepted-", json_bytes(acceptance.model_dump()))
-
-
-def create_numbered(store: Store, prefix: str, document: bytes) -> None:
-    """Write a document of `json_bytes`, with a checksum, under the next free number."""
-    number = 1
+    number, document = 1, json_bytes(acceptance.model_dump())
     while not store.create_document(name := f"{prefix}{number:06d}.json", add_checksum(name, document)):
         number += 1
 

@@ -158,26 +158,21 @@ def _open_copy(store: Store, target: Path) -> LocalStore:
 def _copy_artifacts(store: Store, copy: LocalStore) -> Iterator[Copied]:
     memo = hash_memo(copy)
     try:
-        yield from _copy_each(store, copy, memo)
+        for ref in store.artifacts():
+            if is_new := not _has_intact_copy(store, copy, ref, memo):
+                try:
+                    manifest = store.manifest(ref)
+                    problems = copy.adopt(store.path(ref), manifest)
+                except (CorruptArtifact, FileNotFoundError) as error:  # a run may quarantine it at this moment
+                    manifest, problems = None, [str(error).splitlines()[0]]
+                if problems or manifest is None:
+                    yield Copied(ref, 0, "; ".join(problems[:3]))
+                    continue
+                yield Copied(ref, manifest.size)
+            if _is_current(store, ref) and (is_new or not _is_current(copy, ref)):
+                copy.make_current(ref)
     finally:
         memo.save()
-
-
-def _copy_each(store: Store, copy: LocalStore, memo: HashMemo) -> Iterator[Copied]:
-    for ref in store.artifacts():
-        if is_new := not _has_intact_copy(store, copy, ref, memo):
-            try:
-                manifest = store.manifest(ref)
-                problems = copy.adopt(store.path(ref), manifest)
-            except (CorruptArtifact, FileNotFoundError) as error:  # a run may quarantine it at this moment
-                manifest, problems = None, [str(error).splitlines()[0]]
-            if problems or manifest is None:
-                yield Copied(ref, 0, "; ".join(problems[:3]))
-                continue
-            yield Copied(ref, manifest.size)
-        current = store.find(ref.stage, ref.fingerprint)
-        if current is not None and current.digest == ref.digest and (is_new or not _is_current(copy, ref)):
-            copy.make_current(ref)
 
 
 def _has_intact_copy(store: Store, copy: LocalStore, ref: Ref, memo: HashMemo) -> bool:
@@ -192,8 +187,8 @@ def _has_intact_copy(store: Store, copy: LocalStore, ref: Ref, memo: HashMemo) -
         return False
 
 
-def _is_current(copy: LocalStore, ref: Ref) -> bool:
-    found = copy.find(ref.stage, ref.fingerprint)
+def _is_current(store: Store, ref: Ref) -> bool:
+    found = store.find(ref.stage, ref.fingerprint)
     return found is not None and found.digest == ref.digest
 
 

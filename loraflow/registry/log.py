@@ -19,6 +19,7 @@ from pydantic import JsonValue
 
 from loraflow.failures import BadConfig, DamagedLog, Failure
 from loraflow.identity import short
+from loraflow.registry.anchor import FOLDER as ANCHORS
 from loraflow.registry.anchor import (
     Acceptance,
     Claim,
@@ -203,7 +204,7 @@ class PromotionLog:
             lost=sorted(lost, key=lambda head: (head.seq, head.hash)),
             set_aside={name: data.decode(errors="backslashreplace") for name, data in read.rest.items()},
         )
-        write_acceptance(self.store, self.model, acceptance)
+        write_acceptance(self.store, f"{ANCHORS}/{self.model}/accepted-", acceptance)
         for name in reversed(read.rest):
             self.store.remove_document(name)
         write_anchor(self.store, self.model, kept)
@@ -299,8 +300,6 @@ class PromotionLog:
     def active_promotions(self) -> list[Entry]:
         """Return the promotions that are not rolled back, oldest first. The last is the champion, the one before it its
         rollback target.
-
-        A rollback removes promotions from the end until the last one is of the model that the rollback names.
         """
         return active_promotions(self.entries())
 

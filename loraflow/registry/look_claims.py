@@ -17,7 +17,6 @@ from pydantic import TypeAdapter, ValidationError
 from loraflow.data.split import row_key as row_key
 from loraflow.frozen import StoredModel
 from loraflow.registry.anchor import FOLDER as ANCHORS
-from loraflow.registry.anchor import create_numbered
 from loraflow.registry.runs import LogHead
 from loraflow.store import Store
 from loraflow.store.checksum import check_document
@@ -62,11 +61,6 @@ def read_losses(store: Store, model: str) -> AcceptedLosses:
             except ValueError:  # pydantic's error is one, too
                 found.damaged[name] = data
     return found
-
-
-def write_loss(store: Store, model: str, loss: LostLooks) -> None:
-    """Store a person's decision under the next free number."""
-    create_numbered(store, f"{ANCHORS}/{model}/looks-accepted-", json_bytes(loss.model_dump()))
 
 
 _ROWS = TypeAdapter(list[str])

@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 from loraflow.failures import DamagedLog
 from loraflow.registry.anchor import FOLDER as ANCHORS
-from loraflow.registry.anchor import Claim, claims_of_runs, newest_claim, now
+from loraflow.registry.anchor import Claim, claims_of_runs, newest_claim, now, write_acceptance
 from loraflow.registry.budget import Look as Look
 from loraflow.registry.budget import NextLook, next_look
 from loraflow.registry.entry import JSON_OBJECT, Entry
 from loraflow.registry.look_claims import LostLooks as LostLooks
-from loraflow.registry.look_claims import ScoredRows, Sets, read_losses, write_loss
+from loraflow.registry.look_claims import ScoredRows, Sets, read_losses
 from loraflow.registry.look_claims import row_key as row_key
 from loraflow.registry.runs import LogHead
 from loraflow.store import LocalStore, Store
@@ -32,10 +32,7 @@ from loraflow.store.files import json_bytes
 
 
 class _Anchor(LogHead):
-    """The last look, and the digests of the sets of rows that were known then; None in anchors of earlier versions.
-
-    Earlier versions wrote the number of sets only. It says nothing: a set that was added hides one that was lost.
-    """
+    """The last look, and the digests of the sets of rows that were known then; None in anchors of earlier versions."""
 
     digests: list[str] | None = None
     accepted: int = 0  # losses that were accepted
@@ -254,7 +251,7 @@ class LookRecord:
             restored_rows=restored_rows,
             unknown_rows=forgot or (has_lost_looks and not _has_all_sets(anchor, stored)),
         )
-        write_loss(self.store, self.model, acceptance)
+        write_acceptance(self.store, f"{ANCHORS}/{self.model}/looks-accepted-", acceptance)
         for name in reversed(removed):
             self.store.remove_document(name)
         self.scored.restore(named)

@@ -205,7 +205,7 @@ def _unfinished(work: Path, target: Path) -> Iterator[None]:
                 yield
             finally:
                 if target.exists() or not _has_answers(work):
-                    shutil.rmtree(work)
+                    shutil.rmtree(work, ignore_errors=True)  # another process may wait for its lock
     except LockHeld:
         raise BadConfig(
             "Another process is writing this file.", where=str(target), next_step="wait for it, or name another file"

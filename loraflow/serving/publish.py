@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from loraflow.adapters.tokenizer_files import VOCABULARY, tokenizer_files
 from loraflow.data.tokenizer_config import further_templates
-from loraflow.failures import BadConfig, BadModel, Failure, Network, first_line
+from loraflow.failures import BadConfig, BadModel, Failure, Network, first_line, from_library_error
 from loraflow.identity import short
 from loraflow.registry.anchor import now
 from loraflow.registry.runs import Publication
@@ -102,6 +102,8 @@ def publish(
     except HfHubHTTPError as error:
         raise _refusal(error, repo, token) from None
     except (HTTPError, OSError) as error:
+        if known := from_library_error(error, tempfile.gettempdir()):
+            raise known from error
         raise Network(
             "The hub did not answer.",
             where=repo,

@@ -177,7 +177,6 @@ class Pointer(StoredModel):
     """The content of `current.json`: the current digest of a fingerprint, and the hash of each digest's manifest.
 
     An artifact's digest covers its result files. A manifest also has figures, a report and facets, which decide things.
-    The pointers of older stores have no hashes of manifests: there a manifest only has to agree with its address.
     """
 
     digest: str

@@ -55,7 +55,7 @@ class CheckpointMirror:
         for folder in (*self.work.glob(".fetch-*"), *self.work.glob(".upload-*")):  # of an attempt that was killed
             shutil.rmtree(folder, ignore_errors=True)
         mark = self.bucket.get(f"{self.prefix}/{RECOMPUTE_MARK}")
-        digest_in_bucket, names = mark.data.decode() if mark else None, self._finalized_names()
+        digest_in_bucket, names = mark.data.decode(errors="replace") if mark else None, self._finalized_names()
         if digest_in_bucket != recompute_digest(self.work):
             # The local files belong to an older computation, or another machine finished this one.
             reset_work_folder(self.work, digest_in_bucket)

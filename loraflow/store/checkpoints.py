@@ -1,7 +1,6 @@
 """Checkpoints that a resume can trust: a manifest with hashes is written last, and must match when a job resumes.
 
-Checkpoints are in a job's work folder, in `checkpoints/checkpoint-<step>/`. The trainer writes these folders in place. It
-would resume from the folder with the largest step, even if that checkpoint is incomplete.
+Checkpoints are in a job's work folder, in `checkpoints/checkpoint-<step>/`. The trainer writes these folders in place.
 """
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ BLOCK = 4 * 2**20  # bytes that are read or written at a time
 Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | bool | None"
 
 _Stamp: TypeAlias = tuple[int, int, int, int]  # size, mtime in nanoseconds, inode, ctime in nanoseconds
-# Files of older versions had no ctime: they are not read, and the hashes are computed once more.
 _MEMO = TypeAdapter(dict[str, tuple[int, int, int, int, str]])  # by algorithm and path: the stamp and the hash
 SETTLED = 2_000_000_000  # nanoseconds; the coarsest clocks of file systems have ticks of two seconds
 
@@ -82,10 +81,8 @@ def raise_machine_fault(error: Exception) -> None:
 def folders_in(folder: Path) -> list[Path]:
     """Return the folders in a folder, sorted; none if it does not exist.
 
-    Unlike `Path.glob`, it does not take a folder that cannot be listed for an empty one.
-
     Raises:
-        Failure: the folder exists and cannot be listed.
+        Failure: the folder exists and cannot be listed; `Path.glob` would take it for an empty one.
     """
     try:
         return sorted(path for path in folder.iterdir() if path.is_dir())
@@ -307,10 +304,6 @@ class HashMemo:
         """Tell whether a file has a hash. Memory can confirm it; a mismatch is only reported after hashing the file."""
         return self.remembers(path, sha256) or self.rehash(path) == sha256
 
-    def rehash_equals(self, path: Path, sha256: str) -> bool:
-        """Hash a file even if its hash is remembered, and tell whether it has the given one."""
-        return self.rehash(path) == sha256
-
     def remembers(self, path: Path, sha256: str) -> bool:
         """Tell whether a file had a hash when it was hashed, and has not changed since. Nothing is read."""
         return self._remembered(path, "sha256") == sha256
@@ -354,13 +347,13 @@ class LocalDocuments:
             path = self.root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(f".draft-{uuid.uuid4().hex[:8]}")
-            write_atomic(draft, data)
             try:
+                write_atomic(draft, data)
                 os.link(draft, path)
             except FileExistsError:
                 return False
             finally:
-                draft.unlink()
+                draft.unlink(missing_ok=True)
             fsync_path(path.parent)
             return True
 

@@ -70,8 +70,6 @@ class LocalStore(LocalDocuments):
         self.uri = str(self.root)
         self.scratch = self.root
 
-    # reading
-
     def find(self, stage: str, fingerprint: str) -> Ref | None:
         """Return the current artifact if its manifest, names and sizes are right, else None."""
         try:
@@ -129,7 +127,7 @@ class LocalStore(LocalDocuments):
 
     def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Hash all of an artifact's contents; return the problems, a line each."""
-        return self._check_contents(ref, memo.rehash_equals if memo else has_hash)
+        return self._check_contents(ref, (lambda path, sha256: memo.rehash(path) == sha256) if memo else has_hash)
 
     def fetch(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Hash an artifact's contents, which are on this machine already; return the problems, a line each."""
@@ -186,8 +184,6 @@ class LocalStore(LocalDocuments):
         if not (home / POINTER).exists():
             return None
         return "damaged" if any(home.glob("*/")) else "removed"
-
-    # writing
 
     def staging(self, stage: str, fingerprint: str) -> Path:
         """Return a new empty folder for a job to write into."""
@@ -359,8 +355,6 @@ class LocalStore(LocalDocuments):
         write_atomic(self.root / name, document)
         return target
 
-    # cleanup
-
     @contextmanager
     def cleanup_lock(self) -> Iterator[None]:
         """Block readers while artifacts are removed.
@@ -405,7 +399,6 @@ class LocalStore(LocalDocuments):
 
     def _remove(self, folder: Path) -> None:
         removed = self.root / "staging" / f"gone-{folder.name[:12]}-{time.time_ns()}"
-        removed.parent.mkdir(exist_ok=True)
         staging.claim(removed)
         try:
             folder.rename(removed)

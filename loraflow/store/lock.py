@@ -22,14 +22,13 @@ class LockHeld(Exception):
 
 @contextmanager
 def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Hold a lock on a file.
+    """Hold a lock on a file. Its holder may remove the file.
 
     Raises:
         Failure: the file is a link.
         OSError: it cannot be opened.
         LockHeld: with `wait=False`, if another process has it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         fd = open_lock(path, os.O_RDWR | os.O_CREAT)
@@ -45,6 +44,10 @@ def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[No
                 raise LockHeld(str(path)) from None
             log.info("waiting for %s, held by %s", path.name, _holder(path))
             _lock(fd, mode, path)
+        if not os.fstat(fd).st_nlink:
+            with flock(path, shared=shared, wait=wait):
+                yield
+            return
         if not shared:
             with suppress(OSError):  # a full disk: the holder is only for messages
                 os.ftruncate(fd, 0)
@@ -60,8 +63,11 @@ def open_lock(path: Path, flags: int) -> int:
     Raises:
         Failure: the file is a link.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except FileNotFoundError:  # a holder removed the folder
+        return open_lock(path, flags | os.O_CREAT)
     except OSError as error:
         if error.errno != errno.ELOOP or not path.is_symlink():
             raise
@@ -83,5 +89,5 @@ def _lock(fd: int, mode: int, path: Path) -> None:
 def _holder(path: Path) -> str:
     try:
         return f"process {json.loads(path.read_bytes())['pid']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it is being written, or damaged: only the message is poorer
+    except (OSError, ValueError, KeyError, TypeError):  # only the message is poorer
         return "another process"

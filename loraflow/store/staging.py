@@ -15,6 +15,7 @@ import platform
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -84,8 +85,9 @@ def release(folder: Path) -> None:
     """Release the lock of a folder that was renamed or removed."""
     with _guard:
         fd = _held.pop(folder, None)
-    if not folder.exists():
-        _owner_file(folder).unlink(missing_ok=True)
+    with suppress(OSError):  # the error that ended the job says more
+        if not folder.exists():
+            _owner_file(folder).unlink(missing_ok=True)
     if fd is not None:
         os.close(fd)
 

@@ -1,6 +1,7 @@
 """Adapters from loralib, and between split and fused projections: PEFT's own logits before and after are the oracle."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,20 @@ def test_two_commands_never_write_one_folder(tmp_path):
             pass
         assert (unfinished / "a.txt").read_text() == "first"
     assert [file.name for file in out.iterdir()] == ["a.txt"] and not (tmp_path / "o.unfinished").exists()
+
+
+def test_a_folder_that_another_command_wrote_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    from loraflow.cli.models import _written_whole
+
+    out = tmp_path / "o"
+
+    @contextmanager
+    def after_another(path, **_):
+        out.mkdir()
+        yield
+
+    monkeypatch.setattr("loraflow.store.lock.flock", after_another)
+    with pytest.raises(BadConfig, match="exists already"), _written_whole(out) as unfinished:
+        unfinished.mkdir(parents=True)
+        (unfinished / "a.txt").write_text("second")
+    assert not any(out.iterdir()) and not (tmp_path / "o.unfinished").exists()

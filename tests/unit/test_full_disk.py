@@ -1,5 +1,6 @@
 """A full disk is recognized, whatever library reports it, and named with what is needed."""
 
+import errno
 import os
 import sqlite3
 import subprocess
@@ -14,9 +15,10 @@ from loraflow import failures
 from loraflow.config import Runtime
 from loraflow.execution import launcher as launch
 from loraflow.execution.classify import classify
+from loraflow.execution.outcome import FILE, read_outcome, report_outcome
 from loraflow.job import Job
 from loraflow.stages import STAGES
-from loraflow.store import LocalStore
+from loraflow.store import LocalStore, Summary
 from tests.fake_jobs import FAKE, job, work_of
 from tests.fake_worker import FAKE_STAGE
 
@@ -90,6 +92,26 @@ print(launch.run_job(job("fine"), LocalStore({str(disk)!r})).stage)
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip(f"no user namespaces here: {done.stderr.strip()[:80]}")
     assert done.stdout.split() == ["named", "0.0", "MiB", "free", "evaluate"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.EIO, failures.StorageError), (errno.ENOSPC, failures.DiskFull), (errno.EMFILE, failures.Failure)],
+)
+def test_an_outcome_that_was_written_and_could_not_be_flushed_is_the_disks_error(tmp_path, monkeypatch, number, kind):
+    def fail(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    file = SimpleNamespace(work=tmp_path, out=tmp_path / "out", job=SimpleNamespace(stage="tokenize", short="abc"))
+    reader, writer = os.pipe()
+    monkeypatch.setattr("loraflow.store.files.fsync_path", fail)
+    reported = report_outcome(file, FILE, writer, None, Summary())
+    with pytest.raises(failures.Failure) as caught:
+        read_outcome(file, reader, 1, oom_killed=False)
+    os.close(reader)
+    os.close(writer)
+    assert (tmp_path / FILE).exists() and type(caught.value) is type(reported) is kind
+    assert str(caught.value) == str(reported) and caught.value.where == str(tmp_path)
 
 
 SAFETENSORS = "Error while serializing: I/O error: No space left on device (os error 28)"

@@ -34,7 +34,6 @@ def everything(folder: Path) -> dict[str, object]:
         if path.is_symlink()
         else path.is_file() and path.read_bytes()
         for path in folder.rglob("*")
-        if not path.is_relative_to(folder / ".loraflow")
     }
 
 

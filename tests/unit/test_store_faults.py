@@ -4,9 +4,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from loraflow.cli import main
+from loraflow.data import tokenizer_config
+from loraflow.execution import launcher, worker
 from loraflow.failures import CorruptArtifact, DiskFull, Failure, ReadOnlyStore, StorageError, from_os_error
 from loraflow.registry.cleanup import remove_unused
 from loraflow.store import (
@@ -248,6 +252,58 @@ def test_a_folder_that_cannot_be_listed_is_not_committed_as_empty(tmp_path, monk
     with pytest.raises(Failure, match="too many open files"):
         put(LocalStore(tmp_path))
     assert list(LocalStore(tmp_path).artifacts()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_fault_of_the_machine_is_not_taken_for_a_damaged_base_by_worker_launcher_or_command(
+    tmp_path, monkeypatch, capsys, number, file
+):
+    """ "Fetch the base again" would not help: the file may be intact."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        (tmp_path / name).write_text("{}")
+    readers = {
+        "chat_template.jinja": tokenizer_config.find_template,
+        "tokenizer_config.json": tokenizer_config.TokenizerConfig.read,
+        "special_tokens_map.json": lambda folder: tokenizer_config._object(folder / file),
+    }
+    opened = Path.open
+
+    def fail(self, *args, **options):
+        if self.name == file:
+            raise OSError(number, os.strerror(number), str(self))
+        return opened(self, *args, **options)
+
+    def read(*_, **__):
+        readers[file](tmp_path)
+
+    monkeypatch.setattr(Path, "open", fail)
+    found = [worker._attempt(SimpleNamespace(), read)[0]]
+    with pytest.raises(Failure) as caught, launcher._explained_failures(None, None, tmp_path, tmp_path, 0.0):
+        read()
+    found.append(caught.value)
+    kind = StorageError if number == errno.EIO else Failure
+    assert [type(failure) for failure in found] == [kind, kind]
+    assert all(failure.where == str(tmp_path / file) and "base" not in failure.next_step for failure in found)
+    monkeypatch.setattr("loraflow.cli.cli.main", read)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1 and found[0].what in capsys.readouterr().err
+
+
+def test_a_failing_disk_at_the_end_of_a_job_does_not_replace_the_jobs_own_error(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path)
+    folder, exists = store.staging("tokenize", FP), Path.exists
+
+    def fail(self):
+        if self == folder:
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return exists(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", fail)
+        staging.discard(folder)
+    assert list(staging.abandoned(folder.parent)) == [folder], "its lock is free"
 
 
 @pytest.mark.parametrize("file", ["current.json", "manifest.json"])

@@ -1,20 +1,20 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from loraflow import identity
 from loraflow.registry.cleanup import remove_unused
-from loraflow.store import (
-    LocalStore,
-    staging,
-)
+from loraflow.store import LocalStore, lock, staging
 from tests.stored_artifacts import FP, put
 
 REPOSITORY = Path(__file__).absolute().parents[2]
@@ -92,6 +92,43 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
     holder.wait()
     with LocalStore(tmp_path).lock("a", "b"):
         pass
+
+
+def test_a_lock_whose_file_its_holder_removed_is_not_shared_by_who_waited_and_who_came_later(tmp_path, monkeypatch):
+    """`merge`, `adapters convert`, `predict` and `init` remove their lock's file with its folder."""
+    file, waits, held, done = tmp_path / "work" / "lock", threading.Event(), threading.Event(), threading.Event()
+    monkeypatch.setattr(lock, "_holder", lambda path: waits.set())  # asked between opening the file and waiting for it
+
+    def wait_for_it() -> None:
+        with lock.flock(file):
+            held.set()
+            done.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        with lock.flock(file):
+            pool.submit(wait_for_it)
+            assert waits.wait(10)
+            shutil.rmtree(file.parent)
+        assert held.wait(10)
+        try:
+            with pytest.raises(lock.LockHeld), lock.flock(file, wait=False):
+                pass
+        finally:
+            done.set()
+
+
+def test_a_lock_whose_folder_its_holder_removes_at_this_moment_is_made_again(tmp_path, monkeypatch):
+    file, opened = tmp_path / "work" / "lock", os.open
+
+    def remove_first(path, *arguments, **options):
+        monkeypatch.setattr(os, "open", opened)
+        shutil.rmtree(file.parent)
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", remove_first)
+    with lock.flock(file), pytest.raises(lock.LockHeld), lock.flock(file, wait=False):
+        pass
+    assert file.exists()
 
 
 HOLDER = """
