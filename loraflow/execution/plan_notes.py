@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Literal
 
 from loraflow.config.data_sources import DataSource
 from loraflow.data.check_report import CheckReport
-from loraflow.data.general import KINDS
-from loraflow.data.heldout_fields import FILE, parse_field_values
 from loraflow.data.row_limits import source_lines
 from loraflow.evaluation.power import rows_for_margin
 from loraflow.execution.cache import look_up
@@ -46,6 +44,7 @@ def slice_power_lines(workspace: Workspace) -> list[str]:
     compared = rows_of_a_look(workspace, rows) if rows else []
     if rows is None or not compared:
         return []
+    from loraflow.data.heldout_fields import FILE, parse_field_values
     from loraflow.evaluation.guards import power_lines, unscored_parts
     from loraflow.evaluation.power import largest_differences
     from loraflow.evaluation.slices import divide
@@ -108,6 +107,8 @@ def forgetting_lines(workspace: Workspace) -> list[str]:
 
 
 def _lines(workspace: Workspace, counts: object) -> Iterator[str]:
+    from loraflow.data.general import KINDS
+
     gate = workspace.recipe.gate
     found = counts if isinstance(counts, dict) else {}
     for score, margin in gate.forgetting.items():

@@ -12,8 +12,7 @@ from pydantic import JsonValue
 
 from loraflow.config import Recipe
 from loraflow.data.chats import GATE_SET
-from loraflow.data.check_report import CheckReport, NearDuplicates
-from loraflow.data.findings import WHAT, finding_lines
+from loraflow.data.check_report import WHAT, CheckReport, NearDuplicates, finding_lines
 from loraflow.data.mark_names import named_marks, split_hint
 from loraflow.data.row_limits import source_lines
 from loraflow.data.unread_values import questions
