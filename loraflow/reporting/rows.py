@@ -61,7 +61,8 @@ def used_elsewhere(recipe: Recipe) -> frozenset[str]:
     used = {text.removesuffix(".dvc") for text in _texts(recipe.model_dump(mode="json"))}
     for name in recipe.evaluation.metrics:
         with suppress(BadConfig):
-            used |= {str(file) for file in metric_files(find_module(name))}
+            if "/" in name:  # loraflow's own read no files
+                used |= {str(file) for file in metric_files(find_module(name))}
     return frozenset(os.path.relpath(text, recipe.data.source.removesuffix(".dvc")) for text in used if text)
 
 
