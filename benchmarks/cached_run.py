@@ -39,7 +39,9 @@ def main() -> None:
     recipe = sys.argv[1]
     with tempfile.TemporaryDirectory() as home:
         env = {"PREFECT_HOME": home, "PREFECT_API_URL": f"http://127.0.0.1:{PORT}/api", "PREFECT_LOGGING_LEVEL": "WARNING",
-               "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}  # fmt: skip
+               "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
+               # empty is unset: else loraflow would be compiled in each run, and installed prefect would not
+               "PYTHONDONTWRITEBYTECODE": ""}  # fmt: skip
         server = subprocess.Popen(
             [sys.executable, "-m", "prefect", "server", "start", "--port", str(PORT), "--no-ui"],
             env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,

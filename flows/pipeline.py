@@ -6,14 +6,13 @@ Beside this chain, tokenize, train, merge, verify and "evaluate base" read the o
 adapter, and verify and evaluate the held-out rows of check_dataset. The gate compares the scores of base, tuned model and
 champion.
 
-With data.heldout_reserve, deal_rows follows verify. It writes the held-out rows that the new model is dealt, and all three
-models are scored on these; the base after training, too. With evaluation.general, check_general reads general rows, and
-score_general scores the base on them before the training and the other two models at the end. With `gate.seeds`, the chain
-from train on is repeated for each further seed. Only the model of the recipe's own seed is scored on general rows, because
-only that model can be registered.
+With data.heldout_reserve, deal_rows follows verify: it writes the held-out rows that all three models are scored on. With
+evaluation.general, check_general reads general rows, and score_general scores the base on them before the training, and the
+other two models at the end. With `gate.seeds`, the chain from train on is repeated for each further seed, without general
+rows: only the model of the recipe's own seed can be registered.
 
-`loraflow.execution.plan.steps_of` lists the same steps for `loraflow plan`, which does not import prefect; a test compares
-the two.
+STEPS and `steps_of` in `loraflow/execution/plan.py` are the same steps for `loraflow plan`, which does not import prefect.
+If you change one, change the other: a test compares them.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ from loraflow.tasks.stages import (
 
 def pipeline(run: Run) -> PipelineResult:
     """Run all stages, one after another. A stage whose artifact is in the store is a cache hit."""
-    # If you change the steps, change STEPS and steps_of in loraflow/execution/plan.py too.
     dataset = version_dataset(run)
     rows = check_dataset(run, dataset=dataset)
     check_rows(run.workspace, rows)

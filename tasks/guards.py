@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
-from loraflow.data.heldout_fields import FILE, FieldValues, parse_field_values
 from loraflow.evaluation.values import Slice
 from loraflow.execution.deal import compared_rows
 from loraflow.execution.results import PipelineResult
@@ -18,6 +17,7 @@ from loraflow.store import Ref, read_intact, read_table
 if TYPE_CHECKING:
     import pandas as pd
 
+    from loraflow.data.heldout_fields import FieldValues
     from loraflow.evaluation.guards import GeneralGuard
 
 
@@ -32,6 +32,8 @@ def read_field_values(workspace: Workspace, result: PipelineResult) -> FieldValu
     """
     if not workspace.recipe.slice_fields:
         return {}
+    from loraflow.data.heldout_fields import FILE, parse_field_values
+
     return parse_field_values(read_intact(workspace.store, result.rows, FILE))
 
 

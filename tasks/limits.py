@@ -18,8 +18,7 @@ log = logging.getLogger("loraflow")
 def check_rows(workspace: Workspace, rows: Ref) -> None:
     """Stop the run if too many rows are malformed or near-duplicates are refused, or no row is left."""
     from loraflow.data.check_report import CheckReport
-    from loraflow.data.findings import refuse_findings
-    from loraflow.data.row_limits import check_limits
+    from loraflow.data.row_limits import check_limits, refuse_findings
 
     report = workspace.store.manifest(rows).report
     where = f"{workspace.store.location(rows)}/report.json"

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import httpx
 from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
 from prefect.exceptions import Pause, PrefectHTTPStatusError, TerminationSignal
 from prefect.runtime import deployment, flow_run
 from pydantic import JsonValue
@@ -147,7 +148,7 @@ def open_run(
     shorten_failures()
     check_names(force, "--force")
     protect_output()
-    is_deployed = bool(deployment.id)
+    is_deployed = _has_deployment()
     if is_deployed:  # a process of its own, which a killed Prefect worker would leave behind
         end_with_parent()
         log.setLevel(logging.INFO)
@@ -189,6 +190,14 @@ def open_run(
             mirror_run(run, write_record(run, error), error)
     if run.computed:
         _clean_up(run.workspace)
+
+
+def _has_deployment() -> bool:
+    """Return whether a deployment started this run. Prefect asks the server, which a run of a command does not need."""
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    is_called = run is not None and run.deployment_id is None and run.parent_task_run_id is None
+    return not is_called and bool(deployment.id)
 
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from loraflow.data.chats import GATE_SET
 from loraflow.data.check_report import CheckReport
 from loraflow.data.drift import DataDrift
 from loraflow.data.git import has_uncommitted_changes, head_commit
-from loraflow.evaluation.guards import HeldoutRows, advice
+from loraflow.evaluation.power import HeldoutRows, advice
 from loraflow.evaluation.values import EvaluationReport, ModelScores, Scores, SeedScores
 from loraflow.execution.results import PipelineResult, Registration
 from loraflow.failures import Failure

@@ -11,8 +11,9 @@ import prefect
 from prefect._internal.urls import strip_auth_from_url, strip_auth_from_urls_in_text
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import WorkerFilter, WorkerFilterStatus
+from prefect.context import SettingsContext, get_settings_context
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
+from prefect.settings import get_current_settings
 
 from loraflow.failures import BadConfig, Failure, Network
 
@@ -36,9 +37,9 @@ def require_server() -> None:
         )
     shown = shown_url(url)
     try:
-        # Without Prefect's retries, which take minutes. The version needs the credentials, `/health` does not.
+        # The version needs the credentials, `/health` does not.
         with (
-            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            _without_retries(),
             get_client(sync_client=True, httpx_settings={"timeout": httpx.Timeout(TIMEOUT)}) as client,
         ):
             found = client.api_version()
@@ -65,6 +66,13 @@ def require_server() -> None:
             got=f"Prefect {found:.40}",
             next_step="use a server of the same major version; `loraflow up` starts one here",
         )
+
+
+def _without_retries() -> SettingsContext:
+    """Return settings without Prefect's retries, which take minutes. `temporary_settings` validates all others again."""
+    now = get_settings_context()
+    client = now.settings.client.model_copy(update={"max_retries": 0})
+    return SettingsContext(profile=now.profile, settings=now.settings.model_copy(update={"client": client}))
 
 
 def require_server_for_run() -> None:

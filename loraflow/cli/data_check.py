@@ -151,7 +151,7 @@ def print_unread(files: Sequence[str], why: str) -> None:
 
 def print_findings(findings: list[Finding], scripts: Mapping[str, float]) -> None:
     """Print what was found: with examples where a check acts, otherwise only the number of rows."""
-    from loraflow.data.findings import finding_lines
+    from loraflow.data.check_report import finding_lines
 
     if len(scripts) > 1:
         click.echo("scripts of the answers: " + ", ".join(f"{name} {share:.1%}" for name, share in scripts.items()))

@@ -5,6 +5,7 @@ and quarantine.jsonl, the rows that are left out, with the reason.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import IO, Annotated, Literal, TypedDict
 
 from pydantic import BeforeValidator, JsonValue, PlainSerializer
@@ -63,6 +64,18 @@ class NearDuplicates(StoredModel):
     unproposed: int = 0  # pairs that were not compared, because very many rows share a part of their text
 
 
+MAX_EXAMPLES = 3  # of a finding
+WHAT: dict[ProfileCheckName, str] = {
+    "refusals": "placeholder or refusing answers",
+    "openings": "answers with one opening",
+    "disputed": "questions with different answers",
+    "scripts": "answers in another script than most",
+    "broken_text": "damaged text",
+    "control_tokens": "control tokens of chat templates in the text",
+    "personal": "personal data",
+}
+
+
 class Finding(StoredModel):
     """What a check of data.profile found."""
 
@@ -77,6 +90,12 @@ class Finding(StoredModel):
     def is_over(self) -> bool:
         """Whether the check acts."""
         return self.share > self.limit
+
+
+def finding_lines(finding: Finding, examples: int = MAX_EXAMPLES) -> Sequence[str]:
+    """Return a line that says what was found, and lines with examples."""
+    head = f"{finding.check}: {finding.rows} rows ({finding.share:.1%}), {WHAT[finding.check]}"
+    return [head, *(f"  {example}" for example in finding.examples[:examples])]
 
 
 class CheckReport(StoredModel):

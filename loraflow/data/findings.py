@@ -8,32 +8,19 @@ import ipaddress
 import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-
-from pydantic import JsonValue
+from collections.abc import Callable, Iterable, Mapping
 
 from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.data.broken_text import broken_text, control_token, script
 from loraflow.data.chat_table import ChatTable
 from loraflow.data.chats import Chat
-from loraflow.data.check_report import CheckReport, Finding
+from loraflow.data.check_report import MAX_EXAMPLES, WHAT, Finding
 from loraflow.data.row_segment import LAST_LEARNED
 from loraflow.data.split import MAX_LABEL_CHARACTERS, label_values, normalize, normalized_key
-from loraflow.failures import LimitExceeded
 
 OPENING_WORDS = 5  # of an answer that has at least twice as many words
 MIN_REPEATED = 5  # answers with one opening
-MAX_EXAMPLES = 3
 _QUOTED = 60  # characters of a quoted text
-WHAT: dict[ProfileCheckName, str] = {
-    "refusals": "placeholder or refusing answers",
-    "openings": "answers with one opening",
-    "disputed": "questions with different answers",
-    "scripts": "answers in another script than most",
-    "broken_text": "damaged text",
-    "control_tokens": "control tokens of chat templates in the text",
-    "personal": "personal data",
-}
 
 
 class Detector:
@@ -162,29 +149,6 @@ def leave_out_findings(
     for number, (check, detail) in out.items():
         leave_out(number, f"profile_{check}", f"{WHAT[check]}: {detail}")
     return [number for number in in_table if number not in out], findings
-
-
-def refuse_findings(report: Mapping[str, JsonValue], where: str) -> None:
-    """Stop the run if a check of data.profile with `fail` found too many rows.
-
-    Raises:
-        LimitExceeded: it did.
-    """
-    failed = [f for f in CheckReport.model_validate(report).findings if f.is_over and f.action == "fail"]
-    if failed:
-        raise LimitExceeded(
-            "The rows of the dataset do not pass data.profile.",
-            where=where,
-            expected=", ".join(f"{f.check}: at most {f.limit:.2%}" for f in failed),
-            got="".join(f"\n            {line}" for f in failed[:3] for line in finding_lines(f, examples=1)),
-            next_step="correct these rows, then run `loraflow data add`, or set another action or share in data.profile",
-        )
-
-
-def finding_lines(finding: Finding, examples: int = MAX_EXAMPLES) -> Sequence[str]:
-    """Return a line that says what was found, and lines with examples."""
-    head = f"{finding.check}: {finding.rows} rows ({finding.share:.1%}), {WHAT[finding.check]}"
-    return [head, *(f"  {example}" for example in finding.examples[:examples])]
 
 
 def _opening(answer: str) -> str | None:

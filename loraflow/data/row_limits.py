@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from pydantic import JsonValue
 
-from loraflow.data.check_report import CheckReport
+from loraflow.data.check_report import CheckReport, finding_lines
 from loraflow.failures import BadData, LimitExceeded
 
 MAX_PROBLEM = 200  # characters of a problem in a failure
@@ -67,6 +67,23 @@ def check_limits(
                 got=f"{read} rows read, {found.rows.train} left to train on{problems}",
                 next_step=next_step,
             )
+
+
+def refuse_findings(report: Mapping[str, JsonValue], where: str) -> None:
+    """Stop the run if a check of data.profile with `fail` found too many rows.
+
+    Raises:
+        LimitExceeded: it did.
+    """
+    failed = [f for f in CheckReport.model_validate(report).findings if f.is_over and f.action == "fail"]
+    if failed:
+        raise LimitExceeded(
+            "The rows of the dataset do not pass data.profile.",
+            where=where,
+            expected=", ".join(f"{f.check}: at most {f.limit:.2%}" for f in failed),
+            got="".join(f"\n            {line}" for f in failed[:3] for line in finding_lines(f, examples=1)),
+            next_step="correct these rows, then run `loraflow data add`, or set another action or share in data.profile",
+        )
 
 
 def _short(problem: str) -> str:

@@ -24,7 +24,6 @@ from loraflow.config.stage_configs import VersionDatasetConfig
 from loraflow.data import dvc
 from loraflow.data.dataset_files import is_hidden
 from loraflow.data.git import is_url
-from loraflow.data.remote_files import fetch_remote, locate_remote
 from loraflow.data.sqlite_reader import plain_query, refuse_unsaved
 from loraflow.failures import BadData, Failure
 from loraflow.job import Inputs, Job, Progress
@@ -101,6 +100,8 @@ def run(job: Job[VersionDatasetConfig], inputs: Inputs, out: Path, progress: Pro
                 target = (files / name / part.path).parent if part.path else files / name
                 target.mkdir(parents=True, exist_ok=True)
                 if isinstance(part.origin, RemoteOrigin):
+                    from loraflow.data.remote_files import fetch_remote
+
                     fetch_remote(part.origin.url, part.md5, files / name / part.path)
                 else:
                     fetch_one(part.origin, part.md5, target, memo)
@@ -186,6 +187,8 @@ def wrong_sources(files: Path, sources: Mapping[str, Mapping[str, str]]) -> list
 
 def _parts(source: DataSource, memo: HashMemo, locate_one: _Locate) -> list[SourcePart]:
     if source.is_remote:
+        from loraflow.data.remote_files import locate_remote
+
         return locate_remote(source)
     if not source.is_pattern or Path(source.source).exists():  # chats[1].jsonl is also a file's name
         found = locate_one(source, memo)

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Literal
 from loraflow.config.data_sources import DataSource
 from loraflow.data.chats import GENERAL_FILE
 from loraflow.data.check_report import CheckReport
-from loraflow.data.general import group_sizes as general_sizes
-from loraflow.data.heldout_fields import FILE, parse_field_values
 from loraflow.data.row_limits import source_lines
 from loraflow.evaluation.power import MINIMUM_ROWS, is_too_strict, margin_of_unchanged, not_passed, rows_for_margin
 from loraflow.execution.cache import look_up
@@ -47,6 +45,7 @@ def slice_power_lines(workspace: Workspace) -> list[str]:
     compared = rows_of_a_look(workspace, rows) if rows else []
     if rows is None or not compared:
         return []
+    from loraflow.data.heldout_fields import FILE, parse_field_values
     from loraflow.evaluation.guards import power_lines, unscored_parts
     from loraflow.evaluation.power import largest_differences
     from loraflow.evaluation.slices import divide
@@ -109,6 +108,8 @@ def forgetting_lines(workspace: Workspace) -> list[str]:
 
 
 def _lines(workspace: Workspace, rows: bytes) -> Iterator[str]:
+    from loraflow.data.general import group_sizes as general_sizes
+
     gate = workspace.recipe.gate
     for score, margin in gate.forgetting.items():
         sizes, metric, reach = general_sizes(rows, score), "accuracy", 1.0

@@ -44,10 +44,12 @@ class Workspace:
     @cached_property
     def general(self) -> DatasetLocation | None:
         """The file of evaluation.general, which is located as a dataset is; None if the recipe names none."""
+        source = self.recipe.evaluation.general
+        if source is None:
+            return None
         from loraflow.data.general import locate_general
 
-        source = self.recipe.evaluation.general
-        return None if source is None else locate_general(source, self.memo)
+        return locate_general(source, self.memo)
 
     @cached_property
     def base(self) -> BaseLocation:

@@ -12,8 +12,7 @@ from pydantic import JsonValue
 
 from loraflow.config import Recipe
 from loraflow.data.chats import GATE_SET
-from loraflow.data.check_report import CheckReport, NearDuplicates
-from loraflow.data.findings import WHAT, finding_lines
+from loraflow.data.check_report import WHAT, CheckReport, NearDuplicates, finding_lines
 from loraflow.data.mark_names import named_marks, split_hint
 from loraflow.data.row_limits import source_lines
 from loraflow.data.unread_values import questions
@@ -62,7 +61,8 @@ def used_elsewhere(recipe: Recipe) -> frozenset[str]:
     used = {text.removesuffix(".dvc") for text in _texts(recipe.model_dump(mode="json"))}
     for name in recipe.evaluation.metrics:
         with suppress(BadConfig):
-            used |= {str(file) for file in metric_files(find_module(name))}
+            if "/" in name:  # loraflow's own read no files
+                used |= {str(file) for file in metric_files(find_module(name))}
     return frozenset(os.path.relpath(text, recipe.data.source.removesuffix(".dvc")) for text in used if text)
 
 

@@ -163,3 +163,22 @@ def test_only_a_deployed_run_that_is_preemptible_goes_on_after_sigterm(tmp_path,
         run.stages = {"train": SimpleNamespace(stage="train", state="computed")}
         raise TerminationSignal(signal=15)
     assert asked == ([["train"]] if is_deployed and preemptible else [])
+
+
+@pytest.mark.parametrize(
+    ("own", "parent", "expected"), [(None, None, []), ("d", None, ["asked"]), (None, "task", ["asked"])]
+)
+def test_a_run_of_a_command_does_not_ask_the_server_for_its_deployment(monkeypatch, own, parent, expected):
+    asked = []
+
+    class Deployment:
+        @property
+        def id(self):
+            asked.append("asked")
+            return "d"
+
+    run = SimpleNamespace(deployment_id=own, parent_task_run_id=parent)
+    monkeypatch.setattr(running.FlowRunContext, "get", lambda: SimpleNamespace(flow_run=run))
+    monkeypatch.setattr(running, "deployment", Deployment())
+    assert running._has_deployment() is bool(expected)
+    assert asked == expected

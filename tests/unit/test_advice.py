@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from loraflow.evaluation.gate import decide
-from loraflow.evaluation.guards import GeneralGuard, HeldoutRows, advice
+from loraflow.evaluation.guards import GeneralGuard
+from loraflow.evaluation.power import HeldoutRows, advice
 from loraflow.evaluation.values import Decision
 
 

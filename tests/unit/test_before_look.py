@@ -5,7 +5,7 @@ import json
 import pytest
 
 from loraflow.config import load_recipe
-from loraflow.evaluation.guards import HeldoutRows, advice
+from loraflow.evaluation.power import HeldoutRows, advice
 from loraflow.evaluation.values import Decision
 from loraflow.execution.workspace import Workspace
 from tests.unit.test_scores import decide, scores

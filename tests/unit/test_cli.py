@@ -218,6 +218,30 @@ def test_help_imports_no_library_but_click(tmp_path, command):
     assert HEAVY.isdisjoint(done.stdout.splitlines()[-1].split())
 
 
+def test_a_cached_run_needs_no_library_that_computes():
+    slow = {
+        "torch",
+        "transformers",
+        "datasets",
+        "pandas",
+        "pyarrow",
+        "numpy",
+        "scipy",
+        "jinja2",
+        "fastapi",
+        "sqlalchemy",
+    }
+    slow |= {"loraflow.data.readers", "loraflow.data.chat_formats", "loraflow.evaluation.gate"}
+    code = (
+        "import sys; import loraflow.cli.run, loraflow.base.resolve, loraflow.data.version; "
+        "from loraflow.flows.finetune import finetune; "
+        "finetune.serialize_parameters({'recipe': 'r', 'force': [], 'settings': {'base.model': 'b'}}); "
+        f"sys.exit(', '.join({slow} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("has_pip", [True, False])
 def test_base_install_installs_the_package_without_its_dependencies(monkeypatch, has_pip, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,8 @@ from loraflow.config.data_profile import ProfileRule, default_rules
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.broken_text import broken_text, control_token, script
-from loraflow.data.findings import Detector, personal_data, refuse_findings
+from loraflow.data.findings import Detector, personal_data
+from loraflow.data.row_limits import refuse_findings
 from loraflow.evaluation import slices
 from loraflow.failures import LimitExceeded
 from loraflow.reporting.rows import check_notes

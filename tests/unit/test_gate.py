@@ -12,8 +12,7 @@ import pytest
 from loraflow.config.evaluation import SCORES
 from loraflow.evaluation.behaviour import WorseLimit, find_worse
 from loraflow.evaluation.gate import decide, heldout_rows, require_comparable
-from loraflow.evaluation.guards import HeldoutRows, advice
-from loraflow.evaluation.power import margin_of_unchanged, rows_for_margin
+from loraflow.evaluation.power import HeldoutRows, advice, margin_of_unchanged, rows_for_margin
 from loraflow.evaluation.score import summarise
 from loraflow.evaluation.values import Decision, MetricValue
 from loraflow.failures import BadConfig, BadData

@@ -293,3 +293,27 @@ def test_flows_that_are_called_from_python_take_a_path():
 
     for flow in (finetune, retrain):
         assert flow.validate_parameters({"recipe": Path("configs/one.yaml")})["recipe"] == "configs/one.yaml"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "configs/a.yaml",
+        Path("a"),
+        ["train"],
+        {"base.model": "b", "x": [1, 2.5, None]},
+        Overrides(),
+        Overrides(epochs=2, learning_rate="1e-4"),
+        {"base": Overrides(rank=4)},
+        {1, 2},
+        object(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_server_stores_the_parameters_that_prefect_would_send(value):
+    from prefect import Flow
+
+    from loraflow.flows.finetune import finetune
+
+    given = {"recipe": "r", "settings": value}
+    assert finetune.serialize_parameters(given) == Flow.serialize_parameters(finetune, given)

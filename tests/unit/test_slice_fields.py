@@ -13,7 +13,8 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data import check
 from loraflow.data.heldout_fields import FILE, MAX_VALUES, NO_VALUE, parse_field_values, write_field_values
 from loraflow.evaluation.gate import decide
-from loraflow.evaluation.guards import HeldoutRows, advice, partition_of, power_lines, slice_guards, unscored_parts
+from loraflow.evaluation.guards import partition_of, power_lines, slice_guards, unscored_parts
+from loraflow.evaluation.power import HeldoutRows, advice
 from loraflow.evaluation.slices import divide, slice_scores
 from loraflow.evaluation.values import Decision, MetricValue, SeedScores, Slice
 from loraflow.execution.launcher import run_job
