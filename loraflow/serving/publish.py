@@ -102,8 +102,8 @@ def publish(
     except HfHubHTTPError as error:
         raise _refusal(error, repo, token) from None
     except (HTTPError, OSError) as error:
-        if known := from_library_error(error, tempfile.gettempdir()):
-            raise known from error
+        if machine := from_library_error(error, tempfile.gettempdir()):
+            raise machine from error
         raise Network(
             "The hub did not answer.",
             where=repo,
