@@ -173,7 +173,9 @@ def _first_summary(work: Path, exit_codes: dict[int, int]) -> Summary:
     if silent:
         if -signal.SIGKILL not in silent.values() and (folder := full_folder([work])):
             raise failures.disk_full(str(folder))
-        got = ", ".join(f"rank {rank}: {code}" for rank, code in sorted(silent.items()))
+        # torch's launcher kills the others if they do not end after a rank failed, so a crash may be the cause.
+        crashes = [f"another rank: {failure.what} {failure.got}" for failure in failed]
+        got = "; ".join([*(f"rank {rank}: {code}" for rank, code in sorted(silent.items())), *crashes])
         kind = failures.Killed if -signal.SIGKILL in silent.values() else failures.Crashed
         raise kind("A device's process ended without an outcome.", got=got, next_step="run again: it resumes")
     if failed:

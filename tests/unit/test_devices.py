@@ -349,8 +349,9 @@ def test_the_failure_that_ended_the_group_is_reported(tmp_path):
     with pytest.raises(OutOfMemory):
         _first_summary(tmp_path, {1: 1})
     (tmp_path / "outcome-1.json").unlink()
-    with pytest.raises(Killed, match="without an outcome"):
+    with pytest.raises(Killed, match="without an outcome") as caught:
         _first_summary(tmp_path, {0: 1, 1: -9})
+    assert "rank 1: -9; another rank: connection closed by peer" in caught.value.got
     outcome(tmp_path, 1, Preempted("ended with the others"))
     with pytest.raises(Crashed, match="closed by peer"):
         _first_summary(tmp_path, {0: 1})
