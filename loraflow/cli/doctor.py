@@ -56,7 +56,7 @@ def _check_base(base: str) -> None:
     """
     from loraflow.base import hub
     from loraflow.base.resolve import bundled_settings
-    from loraflow.base.usable import refuse_unusable_folder, require_base_name
+    from loraflow.base.usable import is_hub_id, refuse_unusable_folder
     from loraflow.training.preview import describe
 
     if base.startswith("bundled:"):
@@ -66,7 +66,14 @@ def _check_base(base: str) -> None:
     folder = Path(base).expanduser()
     refuse_unusable_folder(folder, trust=False)  # a GGUF file, for example
     if not folder.is_dir():
-        require_base_name(base, "--base")
+        if not is_hub_id(base):
+            raise BadConfig(
+                "There is no such base model.",
+                where="--base",
+                expected="a folder, a hub id such as org/name, or bundled:smollm2",
+                got=base,
+                next_step="correct --base",
+            )
         folder = hub.download_config(base, "main")
     elif not (folder / "config.json").exists():
         raise BadConfig(

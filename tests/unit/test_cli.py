@@ -83,7 +83,7 @@ def test_init_accepts_any_file_name_and_reports_unused_columns(tmp_path, phi3):
     done = in_this_process("init", "--data", name, "--base", str(phi3), cwd=tmp_path)
     assert done.exit_code == 0, done.exception
     assert "not read  Frage (60 rows)" in done.stderr
-    assert f"{name}   runs do not read it any more; move it away before `git add -A`" in done.stdout
+    assert f"{name}   runs do not read it any more; move it elsewhere, or `git add -A` adds it to git" in done.stdout
     (file,) = (tmp_path / "configs").iterdir()
     recipe = load_recipe(str(file))
     assert file.name == "meine-fragen-teil-1-neu-2-u-.csv".replace("-.csv", ".yaml"), "Ü is written as u"

@@ -138,7 +138,7 @@ def test_a_model_that_was_scored_by_another_protocol_or_on_other_rows_is_refused
     workspace, who, other
 ):
     refs = {name: scores(workspace, name, 2.0, **(other if name == who else {})) for name in ("base", "champion")}
-    with pytest.raises(BadData, match=rf"not scored in the same way(.|\n)*{who}(.|\n)*--force evaluate"):
+    with pytest.raises(BadData, match=rf"scored in different ways(.|\n)*{who}(.|\n)*--force evaluate"):
         decide(workspace, tuned=scores(workspace, "tuned", 1.0), **refs)
     assert not workspace.looks.entries()
 
