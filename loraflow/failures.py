@@ -304,7 +304,10 @@ def of_machine(failure: Failure) -> Failure:
     """Return the fault of the machine behind a failure that takes a file for damaged; else the failure."""
     cause = failure.__cause__
     if isinstance(cause, OSError) and cause.errno in MACHINE_FAULTS and isinstance(failure, BadData | BadModel):
-        return from_os_error(cause, failure.where) or failure
+        found = from_os_error(cause, failure.where) or failure
+        if cause.errno == errno.EIO:  # the file is not of the store, so no run recomputes it
+            found.next_step = f"check the disk (`dmesg`); if only this file is damaged: {failure.next_step}"
+        return found
     return failure
 
 

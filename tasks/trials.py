@@ -162,10 +162,8 @@ def _run_trial(run: Run, trial: Trial, inputs: TrialInputs) -> TrialRecord:
 
 def validation_loss(run: Run, adapter: Ref) -> float | None:
     """Return the loss of an adapter on the validation rows; None if it was not measured."""
-    curves, config = (
-        read_curves(run.workspace.store, adapter),
-        TrainConfig.from_recipe(run.workspace.recipe, run.workspace),
-    )
+    curves = read_curves(run.workspace.store, adapter)
+    config = TrainConfig.from_recipe(run.workspace.recipe, run.workspace)
     return None if curves is None else curves.validation_loss(config.training_config)
 
 

@@ -28,6 +28,7 @@ from loraflow.flows.server.deployment_spec import DeploymentSpec, or_known
 
 log = logging.getLogger("loraflow")
 RETRAIN = "loraflow.flows.retrain."
+SET_KEY = re.compile(r"^--set (?:(\S+): (?=\1\b))?")  # a message that begins with its key needs it once
 HYDRATED = "__prefect_kind"  # marks a value that the server computes when a run is created
 
 
@@ -69,7 +70,8 @@ def _message(error: JSONSchemaError) -> str:
     wrong_type = next((part for part in parts if part.validator == "type" and part.validator_value != "null"), None)
     if error.validator == "additionalProperties" and isinstance(error.schema, dict):
         known = error.schema.get("properties", {})
-        return "; ".join(f"{key}: unknown field{or_known(key, known)}" for key in error.instance.keys() - known.keys())
+        unknown = sorted(error.instance.keys() - known.keys())
+        return "; ".join(f"{key}: unknown field{or_known(key, known)}" for key in unknown)
     if wrong_type is None:
         return str(error.message)
     value = json.dumps(error.instance, ensure_ascii=False)
@@ -99,7 +101,7 @@ def check_settings(spec: DeploymentSpec, folder: Path, where: str) -> None:
                     "The settings of a deployment do not fit its recipe.",
                     where=f"{where}.{part}.settings",
                     got=error.got
-                    or "; ".join(line.strip().removeprefix("--set ") for line in error.what.splitlines()[1:]),
+                    or "; ".join(SET_KEY.sub("", line.strip(), 1) for line in error.what.splitlines()[1:]),
                     next_step=f"correct {FILE}",
                 ) from None
 

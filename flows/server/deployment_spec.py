@@ -91,7 +91,7 @@ def _problems(value: object, trigger: BaseModel, path: str) -> Iterator[str]:
         return
     fields = type(trigger).model_fields
     known = {name for key, field in fields.items() for name in (key, field.alias, field.validation_alias) if name}
-    for key in value.keys() - known:
+    for key in sorted(value.keys() - known):
         yield f"{path}.{key}: unknown key{or_known(str(key), map(str, known - {'id'}))}"
     if isinstance(trigger, EventTrigger) and not any(value.get(name) for name in CONDITIONS):
         yield f"{path}: without expect or match, every event of the server would start a run"
@@ -109,7 +109,7 @@ def or_known(key: str, known: Iterable[str]) -> str:
     """Return what to write in place of an unknown key, as the end of a message: the key that was meant, or all of them."""
     names = sorted(known)
     meant = difflib.get_close_matches(key, names, 1, 0.6)
-    return f"; did you mean {meant[0]}?" if meant else f"; known are {', '.join(names)}"
+    return f" (did you mean {meant[0]}?)" if meant else f" (known: {', '.join(names)})"
 
 
 def _has_fields(part: object) -> TypeGuard[BaseModel]:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("loraflow")
 DOCUMENT_KEYS = ("name", "prefect-version", "build", "push", "pull", "definitions", "notifications", "deployments")
 NO_STEPS = "loraflow deploy runs no {} steps; use `prefect deploy` for this deployment"
+STEP_INPUTS = ("project", "id", "requires")  # of loraflow's pull step; the last two are Prefect's, of any step
 MAX_PROBLEMS = 5
 # the keys of each section; those of a deployment itself are DeploymentEntry's
 MODELS: dict[str | int, type[BaseModel]] = {
@@ -66,8 +67,9 @@ class Place(NamedTuple):
     path: yaml.Path
 
     def __str__(self) -> str:
-        name, *numbers = self.path
-        return f"{self.file}:{yaml.nearest_line(self.lines, self.path)}: {name}{''.join(f'[{n}]' for n in numbers)}"
+        name, *rest = self.path
+        names = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
+        return f"{self.file}:{yaml.nearest_line(self.lines, self.path)}: {name}{names}"
 
 
 def find_prefect_yaml() -> Path:
@@ -204,8 +206,11 @@ def _check_document(document: dict[str, JsonValue], file: Path, lines: dict[yaml
     if unknown:
         raise BadConfig(
             f"{FILE} has a key that has no effect.",
-            where=f"{file}:{yaml.nearest_line(lines, (unknown[0],))}",
-            got="; ".join(f"{key}{or_known(key, DOCUMENT_KEYS)}" for key in unknown[:MAX_PROBLEMS]),
+            where=str(file),
+            got="; ".join(
+                f"line {yaml.nearest_line(lines, (key,))}: {key}{or_known(key, DOCUMENT_KEYS)}"
+                for key in unknown[:MAX_PROBLEMS]
+            ),
             next_step="remove it, or correct its name",
         )
     for key in ("build", "push"):
@@ -216,32 +221,37 @@ def _check_document(document: dict[str, JsonValue], file: Path, lines: dict[yaml
                 got=NO_STEPS.format(key),
                 next_step="remove these steps, or use `prefect deploy`",
             )
-    pulls = [("pull", document.get("pull"))]
+    pulls: list[tuple[yaml.Path, JsonValue]] = [(("pull",), document.get("pull"))]
     entries = document.get("deployments")
     for number, entry in enumerate(entries if isinstance(entries, list) else []):
         if isinstance(entry, dict):
-            pulls.append((f"deployments[{number}].pull", entry.get("pull")))
-    for where, pull in pulls:
-        _check_project(pull, document.get("name"), f"{file}: {where}")
+            pulls.append((("deployments", number, "pull"), entry.get("pull")))
+    for path, pull in pulls:
+        _check_project(pull, document.get("name"), Place(file, lines, path))
 
 
-def _check_project(pull: JsonValue, name: JsonValue, where: str) -> None:
+def _check_project(pull: JsonValue, name: JsonValue, place: Place) -> None:
     listed = [pull] if isinstance(pull, dict) else pull if isinstance(pull, list) else []
     steps = [step for step in listed if isinstance(step, dict)]
-    for inputs in (step.get(ENTER_PROJECT) for step in steps):
-        if inputs and not (isinstance(inputs, dict) and inputs.keys() <= {"project", "id", "requires"}):
+    for number, step in enumerate(listed):
+        inputs = step.get(ENTER_PROJECT) if isinstance(step, dict) else None
+        if inputs and not (isinstance(inputs, dict) and inputs.keys() <= set(STEP_INPUTS)):
+            unknown = [key for key in inputs if key not in STEP_INPUTS] if isinstance(inputs, dict) else [str(inputs)]
+            at = (*place.path, number, ENTER_PROJECT)
             raise BadConfig(
                 f"A pull step of {FILE} has an input that it does not take, so each run would crash.",
-                where=where,
-                expected=f"{ENTER_PROJECT}: {{project: {name}}}",
-                got=f"{ENTER_PROJECT}: {inputs}",
+                where=str(place),
+                got="; ".join(
+                    f"line {yaml.nearest_line(place.lines, (*at, key))}: {key}: unknown input{or_known(key, STEP_INPUTS)}"
+                    for key in unknown[:MAX_PROBLEMS]
+                ),
                 next_step=f"correct {FILE}",
             )
     entered = project_of(steps)
     if entered is not None and entered != (None if name is None else str(name)):
         raise BadConfig(
             f"A pull step of {FILE} names another project than the file.",
-            where=where,
+            where=str(place),
             expected=f"project: {name}",
             got=f"project: {entered}",
             next_step=f"write the same project in both places of {FILE}",

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from dateutil.rrule import DAILY, HOURLY, MINUTELY, MONTHLY, SECONDLY, YEARLY, rrule
+from dateutil.rrule import DAILY, HOURLY, MINUTELY, MONTHLY, SECONDLY, YEARLY, rrule, rruleset
 from prefect.client.schemas.schedules import SCHEDULE_TYPES, CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.utilities.asyncutils import run_coro_as_sync
 from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
@@ -34,6 +35,7 @@ class StrictModel(BaseModel):
 ANCHOR = datetime(2020, 1, 1, tzinfo=UTC)
 
 _MOST_DATES = 50_000  # of a rule with an end, to find whether it has ended: under a second
+_MOST_EXCLUDED = 1000  # dates in sequence that the exclusions of a set of rules may remove
 
 
 class Schedule(StrictModel):
@@ -110,7 +112,7 @@ class Schedule(StrictModel):
 
 
 def has_dates(schedule: SCHEDULE_TYPES) -> bool:
-    """Tell whether a schedule has any date, in the past or in the future. What EXDATE and EXRULE exclude is not computed.
+    """Tell whether a schedule has any date, in the past or in the future.
 
     Raises:
         ValueError: the server could not compute it.
@@ -122,7 +124,19 @@ def has_dates(schedule: SCHEDULE_TYPES) -> bool:
     rule = _rule(schedule)
     if isinstance(rule, rrule):
         return _rule_has_dates(rule)
-    return bool(rule._rdate) or any(map(_rule_has_dates, rule._rrule))
+    rules = [part for part in rule._rrule if _rule_has_dates(part)]
+    if not (rule._exrule or rule._exdate):
+        return bool(rules or rule._rdate)
+    left = rruleset()
+    for part in rules:
+        left.rrule(list(islice(part, _MOST_EXCLUDED)))
+    for date in rule._rdate:
+        left.rdate(date)
+    for date in rule._exdate:
+        left.exdate(date)
+    for part in filter(_fits_a_day, rule._exrule):
+        left.exrule(part)
+    return next(iter(left), None) is not None
 
 
 def _rule_has_dates(rule: Any) -> bool:

@@ -112,7 +112,7 @@ class _ServerProcess(subprocess.Popen[bytes]):
 
 
 def wrapped(command: Sequence[str]) -> list[str]:
-    """Return the command of Prefect's temporary server, `python -m uvicorn ...`, as one of `prefect_process`."""
+    """Return the command of Prefect's temporary server, `python -m uvicorn ...`, run through `prefect_process`."""
     at = command.index("-m") + 1
     wrapper = ["loraflow.flows.server.prefect_process", str(os.getpid())]
     return [command[0], "-P", *command[1:at], *wrapper, *command[at:]]

@@ -121,7 +121,7 @@ def check(source: str, form: str | None, ignore: tuple[str, ...], personal: bool
         for line in questions(doubtful(counts.told, unread)):
             click.echo(f"question  {line}", err=True)
         if counts.returns:
-            click.echo(f"{counts.returns} rows have carriage returns in their texts; these are learned")
+            click.echo(f"{counts.returns} rows have carriage returns in their texts; the training keeps them")
         for line in marked_lines(counts.marks, counts.partly, counts.weighted):
             click.echo(line)
         print_findings(findings, detector.scripts)

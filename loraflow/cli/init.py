@@ -378,6 +378,6 @@ def _held_out_line(chats: list[list[Message]], share: float, *, has_clusters: bo
     if len(set(keys)) < 2:
         return "held out: none, because every row has the same prompt; name a file with held-out rows in data.heldout"
     count = sum(in_share(key, share, 0, "heldout") for key in keys)
-    few = "" if count else ", because the random split chose none of so few rows"
+    few = "" if count else ", because the seeded split chose none of so few rows"
     about, together = ("about ", "; near-duplicates stay on one side") if has_clusters else ("", "")
     return f"held out: {about}{count or 1} of {len(chats)} rows{few}{together}"

@@ -80,15 +80,17 @@ def _written_whole(out: Path, *inputs: Path) -> Iterator[Path]:
     from loraflow.store.files import set_default_modes
     from loraflow.store.lock import LockHeld, flock
 
+    def check() -> None:
+        if out.exists():
+            raise BadConfig("The target exists already.", where=str(out), next_step="name a folder that does not exist")
+        require_intact_files(*inputs)
+
+    check()  # before anything is written
     work = out.with_name(out.name + ".unfinished")
     try:
         with flock(work / "lock", wait=False):
             try:
-                if out.exists():
-                    raise BadConfig(
-                        "The target exists already.", where=str(out), next_step="name a folder that does not exist"
-                    )
-                require_intact_files(*inputs)
+                check()  # another process may have finished it meanwhile
                 shutil.rmtree(work / "new", ignore_errors=True)  # of a process that was killed
                 yield work / "new"
                 set_default_modes(work / "new")

@@ -64,7 +64,7 @@ def registry(context: click.Context, store: str, model: str | None, as_json: boo
 @model_option
 @click.pass_context
 def accept(context: click.Context, reason: str, store: str | None, model: str | None) -> None:
-    """Accept that a promotion log or a record of looks lost entries or was changed, if there is no backup of it.
+    """Continue with a promotion log or a record of looks that lost entries or was changed, if there is no backup of it.
 
     The intact entries stay; lost looks count as spent. What is lost, who accepted it and why is stored beside the log.
     An intact log is not changed.

@@ -157,7 +157,7 @@ def _run_lines(champion: Champion) -> Iterator[str]:
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.started))
     lines = [f"{run.run}, started {started} by {run.actor or 'unknown'}, {run.seconds:.0f} s"]
     if not run.computed:
-        lines.append("cached in this run; the record of the run that computed it is gone")
+        lines.append("the model was cached in this run; the record of the run that computed it is gone")
     if promoted_by and promoted_by != run.run:
         lines.append(f"promoted with run {promoted_by}, which found the model in the cache")
     changed = {True: ", with uncommitted changes", False: ", nothing uncommitted", None: ""}[run.uncommitted]

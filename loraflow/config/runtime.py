@@ -135,7 +135,9 @@ class Runtime(FrozenModel):
         "cancelled, it schedules another run, which resumes. Stopping a worker sends SIGTERM, too.",
     )
     grace_seconds: Annotated[float, Field(ge=0)] = Field(
-        20.0, description="Time between SIGTERM and SIGKILL for a worker, in which it saves a checkpoint."
+        20.0,
+        description="Time between SIGTERM and SIGKILL for a worker, in which it saves a checkpoint: after the step that is "
+        "computed; with several devices, up to two steps later.",
     )
     keep: Positive = Field(
         3,

@@ -33,6 +33,13 @@ class Syntax(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class DuplicatedKey(Syntax):
+    """A mapping has a key twice."""
+
+    def __init__(self, line: int, key: str):
+        super().__init__(line, f"key {key!r} is duplicated")
+
+
 class _BoundedLoader(yaml.SafeLoader):
     """SafeLoader that refuses deep nesting while it reads: PyYAML's time grows with the square of the depth."""
 
@@ -184,7 +191,7 @@ def _count_nodes(node: yaml.Node, counted: dict[int, int], parents: set[int]) ->
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             name = (key.tag, str(key.value))
             if name in keys and name[1] != "<<":  # SafeLoader would take the last one
-                raise Syntax(key.start_mark.line + 1, f"key {name[1]!r} is duplicated")
+                raise DuplicatedKey(key.start_mark.line + 1, name[1])
             keys.add(name)
         children = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
         counted[id(node)] = 1 + sum(_count_nodes(child, counted, inside) for child in children)
@@ -212,7 +219,7 @@ def _build(node: yaml.Node, path: Path, lines: dict[Path, int]) -> JsonValue:
             if not isinstance(key, str):
                 raise Syntax(key_node.start_mark.line + 1, "a key must be a word")
             if key in out:
-                raise Syntax(key_node.start_mark.line + 1, f"key {key!r} is duplicated")
+                raise DuplicatedKey(key_node.start_mark.line + 1, key)
             lines[(*path, key)] = key_node.start_mark.line + 1
             out[key] = _build(value_node, (*path, key), lines)
         return out

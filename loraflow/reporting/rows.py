@@ -137,7 +137,7 @@ def check_notes(check: CheckReport, elsewhere: Collection[str] = ()) -> list[str
         notes.append(f"not read: {', '.join(keys[:MAX_KEYS])}{more}")
     notes += questions(check.doubtful)
     if returns := check.counts.get("carriage_returns", 0):
-        notes.append(f"{returns} rows have carriage returns in their texts; these are learned")
+        notes.append(f"{returns} rows have carriage returns in their texts; the training keeps them")
     if marked := check.counts.get("marked_false", 0):
         by = f": {named_marks(check.marks)}{split_hint(check.marks)}" if check.marks else ""
         notes.append(f"{marked} rows are left out, because their answers are marked as not to be learned{by}")
@@ -147,7 +147,7 @@ def check_notes(check: CheckReport, elsewhere: Collection[str] = ()) -> list[str
         notes.append(f"{weighted} rows have answers whose weight in the loss is not 0 or 1")
     if few := check.counts.get("held_out_of_few", 0):
         notes.append(
-            f"the random split chose none of so few rows, so {few} with the next prompt in its order are held out"
+            f"the seeded split chose none of so few rows, so {few} with the next prompt in its order are held out"
         )
     similar = check.similar
     if similar.near_leaks:

@@ -44,7 +44,7 @@ def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[No
                 raise LockHeld(str(path)) from None
             log.info("waiting for %s, held by %s", path.name, _holder(path))
             _lock(fd, mode, path)
-        if not os.fstat(fd).st_nlink:
+        if not is_at(path, fd):
             with flock(path, shared=shared, wait=wait):
                 yield
             return
@@ -74,6 +74,14 @@ def open_lock(path: Path, flags: int) -> int:
         raise Failure(
             "The lock file is a link.", where=str(path), expected="a file", next_step="remove it; it is created again"
         ) from error
+
+
+def is_at(path: Path, fd: int) -> bool:
+    """Tell whether an open file is still the one at its path. Where NFS or FUSE removed it, its number of links stays 1."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(fd: int, mode: int, path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from loraflow.store.lock import open_lock
+from loraflow.store.lock import is_at, open_lock
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def claim(folder: Path) -> None:
     while True:
         fd = open_lock(path, os.O_RDWR | os.O_CREAT)
         fcntl.flock(fd, fcntl.LOCK_SH)
-        if os.fstat(fd).st_nlink:
+        if is_at(path, fd):
             break
         os.close(fd)  # a cleanup removed the file before it was locked
     try:

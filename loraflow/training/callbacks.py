@@ -153,12 +153,14 @@ class PreemptionHandler(TrainerCallback):
     """On SIGTERM, finish the step, save a checkpoint and stop. The stage then fails as preempted, and a retry resumes.
 
     Several processes must stop at the same step. At the end of each step, each one starts to ask whether any was asked to
-    stop, and reads the answer one step later, when it has been computed: neither processes nor GPUs wait for it.
+    stop, and reads the answer one step later, so they stop up to two steps after the signal. GPUs do not wait for the
+    answer; on CPUs, each question waits for all processes.
     """
 
     def __init__(self, group: ProcessGroup, device: Device) -> None:
         self.group, self.device = group, device
         self.is_requested = False  # of this process
+        self.has_stopped = False  # whether this handler ended the training; the same in all processes
         self._answer: Callable[[], bool] | None = None  # whether any process was asked to stop, one step ago
         signal.signal(signal.SIGTERM, self._request)
 
@@ -176,6 +178,7 @@ class PreemptionHandler(TrainerCallback):
             earlier, self._answer = self._answer, self.group.any_later(self.is_requested, self.device)
             is_due = earlier is not None and earlier()
         if is_due:
+            self.has_stopped = True
             control.should_save = control.should_training_stop = True
 
     def raise_if_requested(self, step: int) -> None:

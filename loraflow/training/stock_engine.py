@@ -7,7 +7,7 @@ import logging
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -27,9 +27,11 @@ from loraflow.training.document_check import evaluating
 from loraflow.training.lora_kernels import add_noise
 from loraflow.training.memory import MicroBatchSize
 from loraflow.training.setup import BatchSettings, TrainingSetup, micro_batch_rows, trainer_arguments
-from loraflow.training.trainer import BuiltTrainer, LoraTrainer, numbers_dataset
+from loraflow.training.trainer import BuiltTrainer, LoraTrainer, TrainerOptions, numbers_dataset
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from datasets import Dataset
     from transformers import PreTrainedModel
 
@@ -104,7 +106,6 @@ class StockTrainer(LoraTrainer):
     Args:
         train_rows: row numbers in the order of training.
         noise_alpha: the scale of NEFTune's noise; None trains without it.
-        options: of SFTTrainer, among them `model`: of transformers, or with loralib's layers; without peft's adapter.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class StockTrainer(LoraTrainer):
         validation_rows: int,
         collator: RowCollator,
         noise_alpha: float | None = None,
-        **options: Any,
+        **options: Unpack[TrainerOptions],
     ):
         validation = list(range(validation_rows))
         super().__init__(

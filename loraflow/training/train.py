@@ -53,8 +53,10 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
         progress.expect_memory(_expected_memory(setup, setup.shape, built.choices).as_bytes())
     with explain_out_of_memory(json.dumps(choices), retry_with=built.micro_batch.retry_with()):
         mean_loss = _train(setup, built)
-    setup.preemption.raise_if_requested(trainer.state.global_step)
-    refuse_non_finite(trainer.model, trainer.state.global_step)
+    step = trainer.state.global_step
+    if setup.preemption.has_stopped and step < setup.steps.total:  # else only the adapter is left to write
+        setup.preemption.raise_if_requested(step)
+    refuse_non_finite(trainer.model, step)
     setup.group.barrier()
     if not setup.group.is_main:
         return Summary()
@@ -66,8 +68,8 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
     losses = _logged_losses(setup.work)
     return Summary(
         figures={
-            "steps": trainer.state.global_step,  # fewer than planned after early stopping
-            "epochs": round(trainer.state.global_step / setup.steps.per_epoch, 3),
+            "steps": step,  # fewer than planned after early stopping
+            "epochs": round(step / setup.steps.per_epoch, 3),
             "trainable_parameters": trainable,
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,

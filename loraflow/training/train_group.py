@@ -74,8 +74,9 @@ def run(job: Job[TrainGroupConfig], inputs: Inputs, out: Path, progress: Progres
     )
     with explain_out_of_memory(json.dumps(choices), retry_with=RetryWith()):
         trainer.train()
-    setups[0].preemption.raise_if_requested(trainer.step)
     problems = [member.problem for member in trainer.members]
+    if trainer.step < len(trainer.steps) and not all(problems):  # else only the losses are left to write
+        setups[0].preemption.raise_if_requested(trainer.step)
     _warn_of_untrained(trainer)
     (out / GROUP_PROBLEMS).write_text(json.dumps(problems, indent=1) + "\n")
     for number, member in enumerate(trainer.members):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,15 +28,28 @@ from loraflow.training.loss_head import head_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from typing import Unpack
 
     from datasets import Dataset
-    from transformers import PreTrainedModel
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from trl import SFTConfig
 
     from loraflow.training.choices import EngineChoices
     from loraflow.training.memory import MicroBatchSize
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+class TrainerOptions(TypedDict):
+    """What both engines' trainers pass on to SFTTrainer. The model is without peft's adapter."""
+
+    model: PreTrainedModel
+    args: SFTConfig
+    processing_class: PreTrainedTokenizerBase
+    peft_config: LoraConfig | None
+    callbacks: list[TrainerCallback]
 
 
 class LoraTrainer(SFTTrainer):  # type: ignore[misc]
@@ -165,7 +178,6 @@ class FastTrainer(DecoderPass, LoraTrainer):
     Args:
         autocast: dtype of autocast; None computes in the base's dtype.
         noise_alpha: the scale of NEFTune's noise; None trains without it.
-        options: of SFTTrainer, among them `model`: of transformers, without peft's adapter.
     """
 
     def __init__(
@@ -176,7 +188,7 @@ class FastTrainer(DecoderPass, LoraTrainer):
         group: ProcessGroup,
         autocast: torch.dtype | None,
         noise_alpha: float | None = None,
-        **options: Any,
+        **options: Unpack[TrainerOptions],
     ):
         super().__init__(
             train_dataset=numbers_dataset({"row": list(range(len(steps)))}),

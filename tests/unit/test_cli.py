@@ -218,7 +218,7 @@ def test_help_imports_no_library_but_click(tmp_path, command):
     assert HEAVY.isdisjoint(done.stdout.splitlines()[-1].split())
 
 
-def test_a_cached_run_needs_no_library_that_computes():
+def test_the_modules_that_a_run_imports_before_its_tasks_need_no_library_that_computes():
     slow = {
         "torch",
         "transformers",

@@ -13,7 +13,7 @@ from loraflow.adapters.loralib.model import prepare, state_of
 from loraflow.adapters.loralib.swap import Settings
 from loraflow.adapters.peft_folder import read_peft
 from loraflow.cli.models import adapters
-from loraflow.failures import BadConfig, BadModel
+from loraflow.failures import BadConfig, BadModel, CorruptArtifact
 from tests.conftest import build_phi3
 from tests.unit.test_loralib import IDS, QV, perturb, pretrained
 
@@ -217,3 +217,22 @@ def test_a_folder_that_another_command_wrote_meanwhile_is_not_replaced(tmp_path,
         unfinished.mkdir(parents=True)
         (unfinished / "a.txt").write_text("second")
     assert not any(out.iterdir()) and not (tmp_path / "o.unfinished").exists()
+
+
+def test_an_existing_target_or_a_damaged_input_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    """The folder may allow no new file, so the lock could not be made."""
+    from loraflow.cli.models import _written_whole
+
+    def refuse(*_, **__):
+        raise PermissionError("the folder is read-only")
+
+    def damaged(*_):
+        raise CorruptArtifact("An artifact is damaged.")
+
+    monkeypatch.setattr("loraflow.store.lock.flock", refuse)
+    with pytest.raises(BadConfig, match="exists already"), _written_whole(tmp_path):
+        pass
+    monkeypatch.setattr("loraflow.serving.models.require_intact_files", damaged)
+    with pytest.raises(CorruptArtifact), _written_whole(tmp_path / "new" / "o", tmp_path):
+        pass
+    assert not any(tmp_path.iterdir())

@@ -81,7 +81,7 @@ def test_init_says_how_many_rows_are_held_out():
     assert re.fullmatch(r"held out: \d\d of 300 rows", line)
     about = line.replace("held out: ", "held out: about ")
     assert _held_out_line(rows, 0.1, has_clusters=True) == f"{about}; near-duplicates stay on one side"
-    assert "held out: 1 of 8 rows, because the seeded hash takes none" in _held_out_line(
+    assert "held out: 1 of 8 rows, because the seeded split chose none of so few rows" in _held_out_line(
         rows[:8], 0.001, has_clusters=False
     )
     assert "every row has the same prompt" in _held_out_line([chat("q")] * 8, 0.2, has_clusters=True)

@@ -73,7 +73,7 @@ def test_a_decision_of_another_project_is_not_reported(tmp_path, monkeypatch, ki
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [("name: [", "is not plain YAML"), ("name: \x00", "is not plain YAML"), (None, "cannot be read")],
+    [("name: [", "cannot be read as YAML"), ("name: \x00", "cannot be read as YAML"), (None, "cannot be read")],
 )
 def test_a_prefect_yaml_that_cannot_be_read_does_not_fail_a_run_after_its_promotion(
     tmp_path, monkeypatch, caplog, content, problem

@@ -223,16 +223,24 @@ notifications:
 @pytest.mark.parametrize(
     ("good", "bad", "line", "words"),
     [
-        ("definitions:", "definition:", 4, "did you mean definitions?"),
         ("    entrypoint: loraflow.flows.retrain", "    entry: loraflow.flows.retrain", 12, "did you mean entrypoint?"),
-        ("work_queue_name", "queue", 17, "known are job_variables, name, work_queue_name"),
+        ("work_queue_name", "queue", 17, "(known: job_variables, name, work_queue_name)"),
         ("      limit: 1", "      limit: 1\n      colision_strategy: ENQUEUE", 20, "did you mean collision_strategy?"),
         ("        slug:", "        slugg:", 22, "did you mean slug?"),
         ("expect:", "expct:", 23, "did you mean expect?"),
         ("  blocks:", "  block:", 27, "did you mean blocks?"),
         ("overrides: {rank", "overrides: {rnk", 7, "did you mean rank?"),
-        ("enter: {project: p}", "enter: {projct: p}", 0, "{'projct': 'p'}"),
-        ("      recipe: tiny\n", "      recipe: tiny\n      recipe: tiny\n", 15, "key 'recipe' is duplicated"),
+        ("enter: {project: p}", "enter: {projct: p}", 3, "projct: unknown input (did you mean project?)"),
+        ("enter: {project: p}", "enter: p", 3, "p: unknown input (known: id, project, requires)"),
+        ("definitions:", "definition:", 4, "definition (did you mean definitions?)"),
+        ("name: p\npull:", "nam: p\npul:", 1, "nam (did you mean name?); line 2: pul (did you mean pull?)"),
+        (
+            "name: p\npull:\n  - loraflow.flows.server.project.enter: {project",
+            "pull:\n  - loraflow.flows.server.project.enter: {projct",
+            2,
+            "projct: unknown input",
+        ),
+        ("      recipe: tiny\n", "      recipe: tiny\n      recipe: tiny\n", 15, "has a key twice.\n  where:    "),
         ("      limit: 1", "\tlimit: 1", 19, "a tab, where YAML takes spaces"),
     ],
 )
@@ -247,7 +255,8 @@ def test_an_unknown_key_is_named_with_its_line_and_what_to_write(specs, tmp_path
     with pytest.raises(BadConfig) as error:
         read_all(file)
     message = str(error.value)
-    assert words in message and (f"line {line}: " in message or f"{file}:{line}" in message or not line), message
+    assert words in message and (f"line {line}: " in message or f"{file}:{line}" in message), message
+    assert "None" not in message
 
 
 @pytest.mark.parametrize("limit", ["3", {"limit": "3"}, {"limit": 3}, 3])
@@ -304,6 +313,7 @@ def test_settings_that_the_recipe_does_not_have_are_not_deployed(specs, tmp_path
     with pytest.raises(BadConfig, match="do not fit its recipe") as error:
         specs(parameters={"recipe": "real", "settings": {"training_config.max_step": 3}})
     assert error.value.where.endswith("retrain/mine.parameters.settings") and "max_step" in str(error.value)
+    assert error.value.got.count("training_config.max_step") == 1, error.value.got
     assert specs(parameters={"recipe": "real", "settings": {"training_config.max_steps": 3}})
 
 

@@ -69,6 +69,7 @@ def test_a_rule_with_dates_on_other_days_than_that_of_its_start_is_accepted(rule
         "DTSTART:20260130T000000\nRRULE:FREQ=MONTHLY;BYMONTH=2",
         "DTSTART:20210101T000000\nRRULE:FREQ=YEARLY;INTERVAL=4;BYMONTH=2;BYMONTHDAY=29",
         "DTSTART:20270101T000000\nRRULE:FREQ=DAILY;UNTIL=20260101T000000",
+        "RRULE:FREQ=DAILY;COUNT=1\nEXDATE:20200101T000000",
     ],
 )
 def test_a_rule_of_which_the_server_finds_no_date_is_refused(rule):

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import random
@@ -94,8 +95,14 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
         pass
 
 
-def test_a_lock_whose_file_its_holder_removed_is_not_shared_by_who_waited_and_who_came_later(tmp_path, monkeypatch):
-    """`merge`, `adapters convert`, `predict` and `init` remove their lock's file with its folder."""
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_a_lock_whose_file_its_holder_removed_is_not_shared_by_who_waited_and_who_came_later(
+    tmp_path, monkeypatch, is_renamed
+):
+    """`merge`, `adapters convert`, `predict` and `init` remove their lock's file with its folder.
+
+    A renamed file keeps its link, as an open file that is removed on NFS or FUSE does.
+    """
     file, waits, held, done = tmp_path / "work" / "lock", threading.Event(), threading.Event(), threading.Event()
     monkeypatch.setattr(lock, "_holder", lambda path: waits.set())  # asked between opening the file and waiting for it
 
@@ -108,7 +115,10 @@ def test_a_lock_whose_file_its_holder_removed_is_not_shared_by_who_waited_and_wh
         with lock.flock(file):
             pool.submit(wait_for_it)
             assert waits.wait(10)
-            shutil.rmtree(file.parent)
+            if is_renamed:
+                file.rename(tmp_path / ".nfs0001")
+            else:
+                shutil.rmtree(file.parent)
         assert held.wait(10)
         try:
             with pytest.raises(lock.LockHeld), lock.flock(file, wait=False):
@@ -129,6 +139,21 @@ def test_a_lock_whose_folder_its_holder_removes_at_this_moment_is_made_again(tmp
     with lock.flock(file), pytest.raises(lock.LockHeld), lock.flock(file, wait=False):
         pass
     assert file.exists()
+
+
+def test_the_lock_of_a_folder_whose_file_a_cleanup_removes_at_this_moment_is_made_again(tmp_path, monkeypatch):
+    folder, owner, locked = tmp_path / "a", tmp_path / "a.owner", fcntl.flock
+
+    def rename_first(*arguments):
+        monkeypatch.setattr(fcntl, "flock", locked)
+        owner.rename(tmp_path / ".nfs0001")
+        locked(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", rename_first)
+    staging.claim(folder)
+    folder.mkdir()
+    assert owner.exists() and list(staging.abandoned(tmp_path)) == []
+    staging.discard(folder)
 
 
 HOLDER = """

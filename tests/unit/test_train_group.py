@@ -127,6 +127,8 @@ def test_a_resumed_group_equals_an_uninterrupted_one_bit_for_bit(base, shards, t
     found, _, resumed = group(TRIALS[:2], tmp_path, base, shards)
     assert found == expected
     assert torch.equal(resumed.model.adapters.values, straight.model.adapters.values)
+    last, _, _ = group(TRIALS[:2], tmp_path / "last", base, shards, StopAt(5, tmp_path / "last" / "work"))
+    assert last == expected, "a signal in the last step discards nothing"
 
 
 def test_a_trial_of_a_group_whose_modules_are_not_trained_is_named(base, shards, tmp_path, monkeypatch, caplog):  # noqa: F811

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from loraflow.config import parse_recipe
 from loraflow.config.stage_configs import FingerprintedTraining
@@ -181,6 +181,29 @@ def test_a_resumed_run_equals_an_uninterrupted_run(base, straight, tmp_path, at)
     assert found == losses, "the curve has every step once"
 
 
+def test_a_signal_in_the_last_step_does_not_discard_the_training(base, straight, tmp_path):
+    shards, adapter, losses = straight
+    finished, found = run(base, shards, tmp_path, StopAt(6, tmp_path / "work"))
+    assert same(adapter, finished) and found == losses
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_are_asked_to_stop_in_the_last_step_all_finish(monkeypatch, rank):
+    """The question of the last step has no step after it that reads its answer."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ProcessGroup, "any_later", lambda group, value, device: lambda: value or group.rank == 1)
+    monkeypatch.setattr(ProcessGroup, "all_gather", lambda group, value: [value, True])
+    try:
+        handlers = [PreemptionHandler(ProcessGroup(rank, 2), "cpu") for _ in range(2)]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for handler, steps in zip(handlers, (1, 2), strict=True):
+        handler.is_requested = True
+        for _ in range(steps):
+            handler.on_step_end(None, TrainerState(), TrainerControl())
+    assert [handler.has_stopped for handler in handlers] == [False, True]
+
+
 @pytest.mark.parametrize("harm", ["torn", "flipped", "not finalized"])
 def test_a_damaged_checkpoint_is_not_used(base, straight, tmp_path, harm):
     shards, adapter, _ = straight
@@ -238,7 +261,9 @@ def test_the_validation_loss_selects_the_best_checkpoint(base, tmp_path):
 
 
 @pytest.mark.parametrize("save_steps", [1, 2])
-def test_a_training_that_stopped_early_is_not_continued_after_an_interruption(base, straight, tmp_path, save_steps):
+def test_a_training_that_stopped_early_is_not_continued_after_an_interruption(
+    base, straight, tmp_path, monkeypatch, save_steps
+):
     """The reference is transformers: the uninterrupted training. With two steps, the best loss has no checkpoint."""
     settings = {
         "data__validation_fraction": 0.1, "training_config__eval_strategy": "steps", "training_config__eval_steps": 1,
@@ -263,6 +288,15 @@ def test_a_training_that_stopped_early_is_not_continued_after_an_interruption(ba
     )
     assert same(uninterrupted, load_file(out / "adapter" / "adapter_model.safetensors"))
     assert measured(tmp_path / "b") == losses and summary.figures["steps"] == stopped
+    trained = train._train
+
+    def then_ask(*arguments):
+        trained(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "_train", then_ask)
+    finished, _ = run(base, straight[0], tmp_path / "c", **settings)
+    assert same(uninterrupted, finished), "it had ended by itself, before it was asked to"
 
 
 BEST = {
@@ -308,7 +342,7 @@ def test_the_loss_of_the_best_checkpoint_is_of_the_one_that_transformers_loads(t
     assert Curves.parse(lines.encode()).validation_loss(config) == losses[loaded - 1]
 
 
-def test_the_best_checkpoint_is_found_in_a_moved_folder(base, straight, tmp_path):
+def test_the_best_checkpoint_is_found_in_a_moved_folder(base, straight, tmp_path, monkeypatch):
     """transformers keeps its absolute path, and where that is gone finds it again only when it saves once more."""
     uninterrupted, _ = run(base, straight[0], tmp_path / "uninterrupted", **BEST)
     curve = [
@@ -316,8 +350,13 @@ def test_the_best_checkpoint_is_found_in_a_moved_folder(base, straight, tmp_path
     ]
     losses = {row["step"]: row["eval_loss"] for row in curve if "eval_loss" in row}
     assert min(losses, key=losses.get) == 2, losses
-    with pytest.raises(Preempted):
-        run(base, straight[0], tmp_path / "here", StopAt(6, tmp_path / "here" / "work"), **BEST)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "_save_adapter", killed)  # after the last checkpoint
+        run(base, straight[0], tmp_path / "here", **BEST)
     (tmp_path / "here").rename(tmp_path / "there")
     assert same(uninterrupted, run(base, straight[0], tmp_path / "there", **BEST)[0])
 

@@ -137,7 +137,7 @@ def test_a_run_and_data_check_ask(tmp_path):
     assert report["doubtful"] == {"checked": {"true": 20, "false": 10}} and report["counts"]["carriage_returns"] == 30
     notes = check_notes(CheckReport.model_validate(report))
     assert any(note.startswith("does checked mark wrong answers?") for note in notes)
-    assert "30 rows have carriage returns in their texts; these are learned" in notes
+    assert "30 rows have carriage returns in their texts; the training keeps them" in notes
     done = CliRunner().invoke(cli, ["data", "check", str(tmp_path / "data")])
     assert "question  does checked mark wrong answers? (true in 20 rows, false in 10 rows)" in done.output
     assert "30 rows have carriage returns" in done.output
