@@ -320,7 +320,8 @@ def _alpaca(fields: RowFields) -> list[Turn]:
     if not isinstance(instruction, str):
         raise BadRow(f"instruction is {type(instruction).__name__}; expected text")
     if context is not None and not isinstance(context, str):
-        raise BadRow(f"input is {type(context).__name__}; expected text")
+        name = "input" if "input" in fields.used else "context"
+        raise BadRow(f"{name} is {type(context).__name__}; expected text")
     _refuse_chat_as_text("instruction", instruction)
     user = instruction
     if context is not None and context.strip() and not is_missing(context):

@@ -53,6 +53,9 @@ def with_history(fields: RowFields, keys: list[str], turns: list[Turn]) -> list[
     Raises:
         BadRow: the messages are not valid, the question is among them, or two columns differ.
     """
+    first = _has_system(turns)
+    if not turns[first:] or turns[first].role != "user":
+        return turns  # no valid chat, which earlier messages would hide
     earlier: dict[str, list[Turn]] = {}
     for key in keys:
         name = fields.own_name(key)
@@ -67,7 +70,6 @@ def with_history(fields: RowFields, keys: list[str], turns: list[Turn]) -> list[
     name, *others = earlier
     if any(list(map(_compared, earlier[other])) != list(map(_compared, earlier[name])) for other in others):
         raise BadRow(f"{' and '.join(earlier)} have different messages: remove one{_hint(others[0])}")
-    first = turns[0].role == "system"
     return [*turns[:first], *before, *turns[first:]]
 
 
@@ -133,21 +135,25 @@ def _before(found: list[Turn], turns: list[Turn]) -> list[Turn]:
     """Return earlier messages without their end that the conversation begins with.
 
     Raises:
-        BadRow: a question is still among them, so its answer may be too; or they are no valid chat.
+        BadRow: a question is still among them, and its answer may be too; or they are no valid chat.
     """
-    if turns[0].role == found[0].role == "system":
+    if _has_system(turns) and _has_system(found):
         if _compared(turns[0]) != _compared(found[0]):
             raise BadRow("its system message is not the row's")
         found = found[1:]
-    texts, rest = [*map(_compared, found)], [*map(_compared, turns[turns[0].role == "system" :])]
+    texts, rest = [*map(_compared, found)], [*map(_compared, turns[_has_system(turns) :])]
     same = next((count for count in range(len(found), 0, -1) if texts[-count:] == rest[:count]), 0)
     found = found[: len(found) - same]
     asked = [turn[:2] for turn in rest if turn[0] == "user"]
     if any(turn[:2] in asked for turn in texts[: len(found)]):
-        raise BadRow("it has the question, and not as its last message or before the same answer")
-    if found:
+        raise BadRow("the question is among its messages, before their end or with another answer")
+    if found[_has_system(found) :]:
         checked_messages(found)
     return found
+
+
+def _has_system(turns: list[Turn]) -> bool:
+    return bool(turns) and turns[0].role == "system"
 
 
 def _compared(turn: Turn) -> tuple[object, ...]:

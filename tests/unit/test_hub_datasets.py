@@ -342,6 +342,14 @@ def test_earlier_messages_may_overlap_with_the_prompt():
     assert to_prompt(row) == [SYSTEM, *before, *CHAT, user("r")]
 
 
+@pytest.mark.parametrize("column", ["history", "context"])
+def test_the_system_message_of_earlier_messages_that_are_the_prompt_is_kept(column):
+    row = {"prompt": "q", "completion": "a", column: [SYSTEM, *CHAT]}
+    assert read_chat(row).messages == [SYSTEM, *CHAT] and to_prompt(row) == [SYSTEM, user("q")]
+    with pytest.raises(BadRow):
+        read_chat({"prompt": [], "completion": [], column: CHAT})
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -373,7 +381,7 @@ def test_earlier_messages_that_have_the_question_or_are_no_chat_are_refused_by_t
 
 
 def test_an_answer_in_the_history_is_not_in_the_prompt():
-    with pytest.raises(BadRow, match="history: it has the question"):
+    with pytest.raises(BadRow, match="history: the question is among its messages"):
         to_prompt({"prompt": "r", "history": [*CHAT, user("r"), answer("b")]})
     assert to_prompt({"prompt": "r", "completion": "b", "history": [*CHAT, user("r"), answer("b")]}) == [
         *CHAT,
