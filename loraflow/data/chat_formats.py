@@ -7,7 +7,6 @@ with different texts are refused. Marks that exclude an answer from the loss are
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,14 +16,14 @@ from pydantic import JsonValue
 
 from loraflow.data.cell_values import is_chat_as_text, is_missing, media_key, parsed_list, refuse_media
 from loraflow.data.chats import BadRow, Message, Tool
+from loraflow.data.earlier_messages import are_earlier_messages, history_keys, with_history
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
-from loraflow.data.message_checks import ROLES, messages_with_tools, plain_messages
+from loraflow.data.message_checks import messages_with_tools, plain_messages
 from loraflow.data.preference_pairs import refuse_corrected, refuse_rejected
 from loraflow.data.published_formats import (
     conversion_hint,
     hint_to_choose,
-    is_history,
     is_tree,
     is_xlam,
     pairs_with_answer,
@@ -43,7 +42,7 @@ from loraflow.data.row_fields import (
     RowFields,
     Turn,
     has_value,
-    normal_role,
+    key_of,
     objects,
     without_answer,
 )
@@ -163,9 +162,8 @@ def to_prompt(row: JsonValue, format_name: str = "auto", tools: list[Tool] | Non
 
     own = _object(row)
     try:
-        return messages(own, format_name)[
-            :-1
-        ]  # as it is learned: beside prompt and completion, `instruction` is not read
+        # As it is learned: beside prompt and completion, `instruction` is not read.
+        return messages(own, format_name)[:-1]
     except BadRow:
         pass
     dummy = _with_dummy_answer(own)
@@ -256,7 +254,7 @@ def _with_dummy_answer(row: RawRow) -> RawRow:
         if (pairs := pairs_with_answer(value)) is not None:
             out[key] = pairs
         elif turns:
-            role, content = _key_of(turns, ROLE_KEYS), _key_of(turns, (*CONTENTS, "parts"))
+            role, content = key_of(turns, ROLE_KEYS), key_of(turns, (*CONTENTS, "parts"))
             out[key] = [*without_answer(turns), {role: ASSISTANT, content: "."}]
     for question, answer in (("instruction", "output"), ("prompt", "completion")):
         if question in out and not isinstance(out[question], dict):  # a tree has its own answers
@@ -265,11 +263,6 @@ def _with_dummy_answer(row: RawRow) -> RawRow:
             out.pop("response", None)
             out[answer] = [{"role": "assistant", "content": "."}] if isinstance(out[question], list) else "."
     return out
-
-
-def _key_of(messages: list[RawRow], keys: tuple[str, ...]) -> str:
-    """Return the first key that has a value in a message. Parquet gives each of them the keys of all."""
-    return next((key for key in keys if any(message.get(key) is not None for message in messages)), keys[0])
 
 
 def detect_format(row: RawRow) -> str:
@@ -313,17 +306,22 @@ def _chat(column: str, fields: RowFields) -> list[Turn]:
     roles, contents = (
         (key, *({*names[:own]} - {key} if key in names[:own] else ()))
         for names in (ROLE_KEYS, CONTENTS)
-        for key in [_key_of(messages, names)]
+        for key in [key_of(messages, names)]
     )
     return fields.turns(column, messages, roles, contents)
 
 
 def _alpaca(fields: RowFields) -> list[Turn]:
-    instruction, context = fields.value("instruction"), fields.optional("input", "context")  # Dolly says context
+    instruction = fields.value("instruction")
+    names = (
+        ("input",) if are_earlier_messages(fields.row.get("context")) else ("input", "context")
+    )  # Dolly says context
+    context = fields.optional(*names)
     if not isinstance(instruction, str):
         raise BadRow(f"instruction is {type(instruction).__name__}; expected text")
     if context is not None and not isinstance(context, str):
-        raise BadRow(f"input is {type(context).__name__}; expected text")
+        name = "input" if "input" in fields.used else "context"
+        raise BadRow(f"{name} is {type(context).__name__}; expected text")
     _refuse_chat_as_text("instruction", instruction)
     user = instruction
     if context is not None and context.strip() and not is_missing(context):
@@ -347,36 +345,8 @@ def _prompt_and_answer(fields: RowFields, prompt: JsonValue, answer: JsonValue) 
 
 
 def _with_history(fields: RowFields, turns: list[Turn]) -> list[Turn]:
-    """Put earlier messages before a question, behind its system message.
-
-    They are LLaMA-Factory's and ms-swift's pairs in `history`, or the messages in a column such as `context`. Messages that
-    are written in the question too are not read.
-    """
-    earlier: dict[str, list[Turn]] = {}
-    for key in sorted(filter(is_history, fields.row), key="history".__ne__):
-        value = parsed_list(fields.value(key), key) if key == "history" else fields.row[key]
-        if (key != "history" and key in fields.used.values()) or not has_value(value) or is_missing(value):
-            continue
-        items = objects(value)
-        if items and all(normal_role(item.get(_key_of(items, ROLE_KEYS))) in ROLES for item in items):
-            asked = " ".join(" ".join(str(turn.content) for turn in turns[:-1]).split())
-            texts = [str(item.get(_key_of(items, CONTENTS))) for item in items]
-            if not all(" ".join(text.split()) in asked for text in texts):
-                earlier[key] = _chat(key, fields)
-        elif key == "history":
-            for pair in value if isinstance(value, list) else [value]:
-                if not isinstance(pair, list) or len(pair) != 2:
-                    raise BadRow(
-                        "history: expected a list of [question, answer]; if it is none, name history in data.ignore"
-                    )
-                earlier[key] = [*earlier.get(key, ()), Turn("user", pair[0]), Turn("assistant", pair[1])]
-    if any(found != before for before, found in itertools.pairwise(earlier.values())):
-        raise BadRow(f"{' and '.join(earlier)} have different messages: remove one, or name it in data.ignore")
-    before, first = next(iter(earlier.values()), []), turns[0].role == "system"
-    for count in (2, 1):  # the question, or the question and its answer, may be the last messages of the history too
-        if [turn[:2] for turn in before[-count:]] == [turn[:2] for turn in turns[-2:][:count]]:
-            before = before[:-count]
-    return [*turns[:first], *before, *turns[first:]]
+    keys = history_keys(fields)
+    return with_history(fields, keys, _with_system(fields, turns)) if keys else turns
 
 
 def _prompt_completion(fields: RowFields) -> list[Turn]:

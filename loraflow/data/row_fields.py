@@ -89,7 +89,11 @@ class RowFields:
     @property
     def used(self) -> Mapping[str, str]:
         """The keys that were read: loraflow's name → the row's own; the same unless a recipe names the column."""
-        return {key: self._columns.get(key, key) for key in self._used}
+        return {key: self.own_name(key) for key in self._used}
+
+    def own_name(self, key: str) -> str:
+        """Return the row's own name of a key."""
+        return self._columns.get(key, key)
 
     def chosen_answers(self) -> tuple[str, ...]:
         """Return the row's columns that a recipe names as the answer and that were read as such."""
@@ -191,12 +195,12 @@ class RowFields:
     def _turn(self, column: str, item: RawRow, roles: tuple[str, ...], contents: tuple[str, ...], number: int) -> Turn:
         if self.ignore:
             item = without_ignored(item, self.ignore)
-        calls = [call for key in _CALLS for call in read_calls(item.get(key), f"message {number}: {key}")]
+        calls = [call for key in CALLS for call in read_calls(item.get(key), f"message {number}: {key}")]
         fields = RowFields(item, {}, self.labels)
         role, content = normal_role(fields.optional(*roles)), fields.optional(*contents)
         is_answer = role in (ASSISTANT, FUNCTION_CALL)
         reasoning = _reasoning(fields, f"message {number}") if is_answer else ""
-        weight, used = Weight(1.0), fields._used | {*roles, *contents, *_CALLS}
+        weight, used = Weight(1.0), fields._used | {*roles, *contents, *CALLS}
         if calls and not is_answer:
             raise BadRow(f"message {number}: a tool call in a {role} message; only an assistant calls tools")
         if role == "system" and (key := next((key for key in _TOOLS if _may_be_tools(item.get(key))), None)):
@@ -217,7 +221,7 @@ class RowFields:
             used |= {key for key, value in item.items() if is_mark(key) and excludes(key, value)}
         self.note_unread(column, item, used)
         if self.media is None and (key := media_key(item, used)):
-            self.media = f"{self._columns.get(column, column)}.{key}"
+            self.media = f"{self.own_name(column)}.{key}"
         ids = item.get("tool_call_id"), item.get("name")
         return Turn(role, content, weight.value, tuple(calls), *ids, reasoning, weight.excluded_by)
 
@@ -277,7 +281,7 @@ class RowFields:
         """Record the keys of an object in a column that have a value and are not in `used`."""
         for key, value in item.items():
             if key not in used and has_value(value) and value not in _EMPTY_TEXTS:
-                self._inner_unread[f"{self._columns.get(column, column)}.{key}"] = None
+                self._inner_unread[f"{self.own_name(column)}.{key}"] = None
 
     def unread(self) -> tuple[str, ...]:
         """Return the keys of the row, and of its messages, that have a value and were not read."""
@@ -375,7 +379,7 @@ def objects(value: JsonValue) -> list[RawRow] | None:
 
 ROLE_KEYS = ("role", "from", "sender", "speaker", "author")  # of a message
 CONTENTS = ("content", "value", "text", "utterance", "message")  # keys of its text
-_CALLS = ("tool_calls", "function_call", "function_calls")  # keys of an answer with calls; the last is Olmo's
+CALLS = ("tool_calls", "function_call", "function_calls")  # keys of an answer with calls; the last is Olmo's
 _TOOLS = ("tools", "functions")  # keys of a system message with the tools: GLM's and Olmo's
 FUNCTION_CALL = "function_call"  # ShareGPT's role of an answer that is a call; ms-swift's tool_call
 ASSISTANT, TOOL = "assistant", "tool"
@@ -389,6 +393,11 @@ ROLES = {
     **dict.fromkeys(("tool_response", "tool_result", "function_response"), TOOL),
     **dict.fromkeys((FUNCTION_CALL, "tool_call"), FUNCTION_CALL),
 }
+
+
+def key_of(messages: list[RawRow], keys: tuple[str, ...]) -> str:
+    """Return the first key that has a value in a message. Parquet gives each of them the keys of all."""
+    return next((key for key in keys if any(message.get(key) is not None for message in messages)), keys[0])
 
 
 def normal_role(value: JsonValue) -> JsonValue:

@@ -63,7 +63,8 @@ def open_lock(path: Path, flags: int) -> int:
     Raises:
         Failure: the file is a link.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # a holder removed the folder meanwhile, or it is a file, which `os.open` tells
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except FileNotFoundError:  # a holder removed the folder

@@ -156,6 +156,21 @@ def test_the_lock_of_a_folder_whose_file_a_cleanup_removes_at_this_moment_is_mad
     staging.discard(folder)
 
 
+def test_a_lock_whose_folder_is_removed_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    file, made = tmp_path / "work" / "lock", os.mkdir
+
+    def remove_first(path, *arguments, **options):
+        monkeypatch.setattr(os, "mkdir", made)
+        raise FileExistsError(path)  # the folder was there, and `Path.mkdir` no longer finds it
+
+    monkeypatch.setattr(os, "mkdir", remove_first)
+    with lock.flock(file), pytest.raises(lock.LockHeld), lock.flock(file, wait=False):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError), lock.flock(tmp_path / "file" / "lock"):
+        pass
+
+
 HOLDER = """
 import os, sys, time
 sys.path.insert(0, sys.argv[2])
