@@ -38,6 +38,10 @@ _LIKE_FALSE = frozenset({
     "хибно", "неправда", "λαθος", "ψευδες", "خطأ", "خاطئ", "שגוי", "לא נכון", "गलत", "ผิด", "错", "错误", "錯誤", "假",
     "不正确", "坏", "差", "偽", "誤り", "間違い", "不正解", "거짓", "틀림", "오답", "👎", "❌", "✗", "✘", "×",
 })  # fmt: skip
+# "No" in other languages. Beside them, other words are no classes: `label: nein` may be KTO's mark. Without accents.
+_NO = frozenset(
+    "nope nah nein non nao nee nej nei nie nem hayir tidak khong нет ні οχι لا לא नहीं 否 不 いいえ 아니오 아니요 ei ne".split()
+)
 _MISSPELT_FALSE = ("false", "wrong", "incorrect", "rejected", "undesirable")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:[eE][-+]?\d+)?")
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")  # 1,000 is one or a thousand
@@ -49,7 +53,7 @@ ANSWERS = ("completion", "response", "output", "answer", "messages", "conversati
 Side = Literal[True, False, "other"] | None  # what a label says; None: there is no value
 Question = tuple[str, ...]  # about a file
 Answer = bool | str | list[str]
-_Kind = Literal["binary", "true", "false", "like_false", "weak", "number", "score", "other"]
+_Kind = Literal["binary", "true", "false", "like_false", "no", "weak", "number", "score", "other"]
 
 
 def label_side(value: JsonValue) -> Side:
@@ -117,6 +121,8 @@ def _kind(value: JsonValue) -> _Kind:
             return "true" if text in _LABEL_TRUE else "false"
         if text in _LIKE_FALSE or any(_is_misspelt(text, word) for word in _MISSPELT_FALSE):
             return "like_false"
+        if text in _NO:
+            return "no"
         if text in TRUE or text in FALSE:
             return "weak"
     number = as_number(value)
@@ -162,7 +168,7 @@ class _Values:
             number = as_number(value)
             assert number is not None
             self.numbers.add(number)
-        if kind in ("number", "other"):
+        if kind in ("number", "other", "no"):
             self.others.setdefault(text, repr(value)[:60])
 
     def _add_answer(self, label: str, row: dict[str, JsonValue]) -> None:
@@ -186,7 +192,7 @@ class _Values:
             return False
         if kinds <= {"number", "binary"}:
             return max(self.numbers) > 2 or sum(number >= 0 for number in self.numbers) > 2
-        if kinds & {"false", "like_false"}:
+        if kinds & {"false", "like_false", "no"}:
             return False
         if kinds & {"true", "weak", "binary"}:
             return others >= 2
@@ -194,7 +200,7 @@ class _Values:
 
     def is_pair(self) -> bool:
         """Tell whether they are two words, of which one or both say neither right nor wrong: yes and nein."""
-        kinds = self.kinds - {"other"}
+        kinds = self.kinds - {"other", "no"}
         is_beside = len(self.others) == 1 and bool(kinds) and kinds <= {"true", "false", "weak", "binary"}
         return not self.are_answers and (is_beside or (len(self.others) == 2 and not kinds))
 
@@ -282,7 +288,7 @@ class Labels:
         others = self._column(key).others if self._rows is not None else ()
         self.asked["others", key] = list(others)
         why = f"{key} {repr(value)[:60]} is neither true nor false, as other rows' are"
-        if len(others) == 2 or (others and isinstance(value, str) and judges_badly(value)):
+        if len(others) == 2 or (others and _kind(value) in ("like_false", "no")):
             why = f"{key} {repr(value)[:60]} may mark an answer as wrong, but is neither true nor false"
         ways = "write true (the answer is learned) or false (it is not)"
         return f"{why}: {ways}; if it is a class, name {key} in data.ignore"

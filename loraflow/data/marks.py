@@ -37,7 +37,10 @@ from loraflow.data.mark_names import (
     RECORD_STATES,
     ROW_WEIGHTS,
     SAFETY,
+    SOLVED,
     SPLITS,
+    STATES,
+    SUCCESS,
     UNCLEAR,
     WEIGHTS,
     WITHOUT_LISTS,
@@ -99,7 +102,7 @@ def answer_weight(
     for key, value in values.items():
         if not isinstance(key, str) or key in texts or not (_may_mark(key) or _is_rejected(value)):
             continue
-        beside = beside or Beside(tuple(answers), None if where else labels, values)
+        beside = beside or Beside(tuple(answers), None if where else labels, row or values)
         mark = _mark(key, value, where, labels, beside)
         if mark is not None:
             used.add(key)
@@ -124,7 +127,7 @@ def _may_mark(key: str) -> bool:
     return (
         is_direct
         or inner in SAFETY
-        or name in KEYS | OPINIONS | SPLITS | HELD_OUT_FLAGS | RECORD_STATES
+        or name in KEYS | OPINIONS | SPLITS | HELD_OUT_FLAGS | RECORD_STATES | STATES | SUCCESS | SOLVED
         or name.removesuffix("_json") in CONTAINERS
         or name.endswith(("responses", "responses_status"))
         or normal_name(key.partition(".")[0]) in CONTAINERS

@@ -64,7 +64,7 @@ _CORRECTED = re.compile(
 _UNCHANGED = re.compile(
     r"n/?a|lgtm|original|unchanged|not changed|same(?: as (?:above|answer|original))?|the answer is correct|already correct"
     r"|nothing to (?:correct|change)|(?:none|not|no (?:correction|change|edit|revision)s?) (?:needed|required|necessary)"
-    r"|no (?:correction|change|edit)s?|(?:good |fine |ok |correct )?as is|(?:looks )?(?:good(?: to me)?|fine|ok|okay|valid)"
+    r"|no (?:correction|change|edit)s?|(?:good |fine |ok |correct )?as is|looks (?:good(?: to me)?|fine|ok|okay)|good to me"
 )
 # as `plain` writes them
 _DATE = re.compile(r"\d{4} \d\d? \d\d?(?:[ t][\d:.,+z ]*)?|\d\d?[./]\d\d?[./]\d{2,4}(?: [\d:]*)?")
