@@ -98,6 +98,8 @@ class Beside:
     answers: tuple[str, ...] = ()  # of the row, or the message
     labels: Labels | None = None  # knows the other rows of the file; None for a message
     row: Mapping[str, JsonValue] = field(default_factory=dict)  # the row or message, with the columns that are read
+    column: str = ""  # of a message
+    role: tuple[str, JsonValue] = ("", None)  # of a message: its key and value
 
     @cached_property
     def plain_answers(self) -> tuple[str, ...]:

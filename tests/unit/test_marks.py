@@ -231,7 +231,7 @@ NO = ["nein", "non", "nej", "nee", "nie", "ei", "нет", "いいえ", "不", "n
 @pytest.mark.parametrize("key", ["label", "kto_tag"])
 def test_no_in_another_language_is_no_class(tmp_path, key, no):
     for labels, expected in [
-        ([no, no], [True, True]), ([no, None], [True, False]), ([no, "yes?"], [True, True]), ([no, "x", "y"], [True] * 3),
+        ([no, no], [True, True]), ([no, None], [True, False]), ([no, "yes?"], [True, True]), ([no, "x", "z"], [True] * 3),
         (["no", "yes", no, "x"], [False, False, True, True]), ([0, 1, no, "x"], [False, False, True, True]),
     ]:  # fmt: skip
         rows = labelled(tmp_path, labels, key=key)
@@ -247,6 +247,25 @@ def test_a_third_word_in_a_column_of_verdicts_is_asked_about(tmp_path):
     rows = labelled(tmp_path, ["yes", "nein", "yes"], key="accepted")
     (question,) = questions(doubtful(counted([row.told for row in rows]), {"accepted": 1}))
     assert question.startswith("does accepted mark wrong answers? (nein in 1 rows)")
+
+
+@pytest.mark.parametrize("foreign", ["user", "other column", "entities"])
+def test_labels_of_other_lists_and_of_questions_do_not_make_the_label_of_an_answer_a_class(tmp_path, foreign):
+    rows = []
+    for n in range(10):
+        row = {"messages": [{**QUESTION, "content": f"q{n}"}, {**ANSWER, "content": f"a{n}", "label": n % 2}]}
+        if foreign == "user":
+            row["messages"][0]["label"] = f"intent {n}"
+        else:
+            row["turns" if foreign == "other column" else "entities"] = [{"label": f"intent {n}"}, {"label": n}]
+        rows.append(row)
+    found = read(tmp_path, "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert [row.is_marked_false for row in found] == [True, False] * 5
+
+
+def test_labels_of_pairs_are_classes_as_those_of_messages(tmp_path):
+    rows = [{"conversations": [{"human": f"q{n}", "assistant": f"a{n}", "label": n % 3}]} for n in range(6)]
+    assert all(row.messages for row in read(tmp_path, "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
 
 
 @pytest.mark.parametrize("false", [False, 0, "false", "no"])
