@@ -39,9 +39,10 @@ _LIKE_FALSE = frozenset({
     "不正确", "坏", "差", "偽", "誤り", "間違い", "不正解", "거짓", "틀림", "오답", "👎", "❌", "✗", "✘", "×",
 })  # fmt: skip
 # "No" in other languages. Beside them, other words are no classes: `label: nein` may be KTO's mark. Without accents.
-_NO = frozenset(
-    "nope nah nein non nao nee nej nei nie nem hayir tidak khong нет ні οχι لا לא नहीं 否 不 いいえ 아니오 아니요 ei ne".split()
-)
+_NO = frozenset({
+    "nope", "nah", "nein", "non", "nao", "nee", "nej", "nei", "nie", "nem", "hayir", "tidak", "khong", "нет", "ні",
+    "οχι", "لا", "לא", "नहीं", "否", "不", "いいえ", "아니오", "아니요", "ei", "ne",
+})  # fmt: skip
 _MISSPELT_FALSE = ("false", "wrong", "incorrect", "rejected", "undesirable")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:[eE][-+]?\d+)?")
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")  # 1,000 is one or a thousand
@@ -183,10 +184,7 @@ class _Values:
         kinds, others = self.kinds, len(self.others)
         if not kinds:  # of messages that are not lists: the label that is met is not among them
             return False
-        if self.are_answers or others >= ENOUGH:
-            return True
-        has_names = self.are_numbers_of_answers and len(set(self.answers.values())) == len(self.answers) > 1
-        if has_names and min(self.rows.values()) > 1:  # label 0 beside each answer "negative", 1 beside "positive"
+        if others >= ENOUGH or self._are_of_answers():
             return True
         if not others or "score" in kinds:
             return False
@@ -197,6 +195,15 @@ class _Values:
         if kinds & {"true", "weak", "binary"}:
             return others >= 2
         return True
+
+    def _are_of_answers(self) -> bool:
+        """Tell whether labels are the answers, or numbers of them: 0 beside each answer "negative", 1 beside "positive"."""
+        has_names = self.are_numbers_of_answers and len(set(self.answers.values())) == len(self.answers) > 1
+        return self.are_answers or (has_names and min(self.rows.values()) > 1)
+
+    def may_have_marks(self) -> bool:
+        """Tell whether false may be a mark beside words that are classes: `no` beside yes, unknown and n/a."""
+        return "other" in self.kinds and self.are_classes() and not self._are_of_answers()
 
     def is_pair(self) -> bool:
         """Tell whether they are two words, of which one or both say neither right nor wrong: yes and nein."""
@@ -228,6 +235,7 @@ def class_of(row: Mapping[str, JsonValue]) -> str:
 class _Column:
     is_class: bool
     is_pair: bool
+    may_have_marks: bool
     others: tuple[str, ...]
 
 
@@ -240,7 +248,7 @@ class Labels:
     - each stands beside one answer, and each answer beside one label, in two rows or more;
     - they are whole numbers from 0, and three of them differ or one is above 2;
     - they are texts that say neither right nor wrong; two of them are a question to the user;
-    - there are two more texts beside yes and no, or eight beside true and false.
+    - there are two more texts beside yes and no, which is a question to the user; or eight beside true and false.
 
     Otherwise they are marks, and a label that is neither true nor false is refused.
 
@@ -283,6 +291,12 @@ class Labels:
         self.asked["pair of words", key] = is_pair
         return is_pair
 
+    def may_have_marks(self, key: str) -> bool:
+        """Tell whether false may be a mark in a column of words that are classes."""
+        may_have_marks = self._rows is not None and self._column(key).may_have_marks
+        self.asked["marks among classes", key] = may_have_marks
+        return may_have_marks
+
     def problem(self, key: str, value: JsonValue) -> str:
         """Return why a label that is neither true nor false is refused."""
         others = self._column(key).others if self._rows is not None else ()
@@ -304,5 +318,7 @@ class Labels:
                     values.add(value, row)
                 if len(values.others) >= ENOUGH:
                     break
-            self._found[key] = _Column(values.are_classes(), values.is_pair(), tuple(values.others.values()))
+            self._found[key] = _Column(
+                values.are_classes(), values.is_pair(), values.may_have_marks(), tuple(values.others.values())
+            )
         return self._found[key]

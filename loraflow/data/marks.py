@@ -106,7 +106,9 @@ def answer_weight(
     for key, value in values.items():
         if not isinstance(key, str) or key in texts or not (_may_mark(key) or _is_rejected(value)):
             continue
-        beside = beside or Beside(tuple(answers), None if where else labels, row or values, next(iter(columns), ""), role)
+        beside = beside or Beside(
+            tuple(answers), None if where else labels, row or values, next(iter(columns), ""), role
+        )
         mark = _mark(key, value, where, labels, beside)
         if mark is not None:
             used.add(key)

@@ -46,7 +46,9 @@ _DONE = re.compile(r"(?:.*_)?(?:success|successful|solved|resolved|(?:test|valid
 # Scores of the answer. Others are about something else (toxicity_score), or a high one is bad.
 _SCORE = re.compile(r"(?:final_|answer_|response_)?(?:score|reward)")
 _WORD_PAIRS = LABELS | JUDGEMENTS
-_OF_RUN = re.compile(r"(?:.*_)?(?:status|result|" + "|".join(sorted(RUNS)) + ")")  # `error` and `timeout` judge in these
+_OF_RUN = re.compile(
+    r"(?:.*_)?(?:status|result|" + "|".join(sorted(RUNS)) + ")"
+)  # `error` and `timeout` judge in these
 _REASON = re.compile(r"(?:^|_)(?:finish|stop)_?reason$")  # why an answer ends
 _CUT_OFF = frozenset({"length", "max tokens"})  # such a reason, as plain() returns it
 
@@ -68,6 +70,8 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
             words = [pair for item in turns for pair in _told(key, inner, item[inner]) if pair[1]]
             found += dict.fromkeys(words)
         elif pairs := _told(key, key, value):
+            if labels and pairs == [(key, "false")] and normal_name(key) in LABELS and labels.may_have_marks(key):
+                pairs = [(key, str(value).strip().lower())]
             found += pairs
         elif isinstance(value, str) and len(value) <= _MAX_WORD and labels and normal_name(key) in _WORD_PAIRS:
             found += [(key, " ".join(value.split()))] if labels.are_pair(key) else []

@@ -80,7 +80,9 @@ FAILED = [(False, True), ("no", "yes"), (0, 1), ("false", "true"), (False, False
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 
 
-@pytest.mark.parametrize("key", ["success", "is_success", "successful", "metadata.success", "resolved", "is_solved", "metadata.resolved"])
+@pytest.mark.parametrize(
+    "key", ["success", "is_success", "successful", "metadata.success", "resolved", "is_solved", "metadata.resolved"]
+)
 @pytest.mark.parametrize("values", FAILED, ids=repr)
 def test_a_trajectory_that_failed_is_refused(tmp_path, key, values):
     outer, _, inner = key.partition(".")
@@ -127,7 +129,9 @@ def test_a_word_that_is_about_answers_alone_is_refused_under_any_name(tmp_path, 
     outer, _, inner = key.partition(".")
     few, many = [word, "Accepted"], [word, "Accepted", "queued", "skipped"]
     for values, is_read in [(few, False), (many, word in ("incorrect", "wrong"))]:
-        rows = [{**PAIR, "prompt": f"q{n}", outer: {inner: value} if inner else value} for n, value in enumerate(values)]
+        rows = [
+            {**PAIR, "prompt": f"q{n}", outer: {inner: value} if inner else value} for n, value in enumerate(values)
+        ]
         first, *others = read(tmp_path, rows)
         assert bool(first.messages) is is_read and all(row.messages for row in others)
 

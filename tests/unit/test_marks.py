@@ -243,6 +243,17 @@ def test_no_in_another_language_is_no_class(tmp_path, key, no):
     assert all(row.messages for row in answers)
 
 
+@pytest.mark.parametrize(
+    "labels", [["no", "yes", "unknown", "na"], [0, 1, "x", "z"], ["no", "yes", *(f"intent {n}" for n in range(9))]]
+)
+def test_no_beside_words_that_are_classes_is_a_question(tmp_path, labels):
+    rows = labelled(tmp_path, labels)
+    assert all(row.messages for row in rows)
+    (question,) = questions(doubtful(counted([row.told for row in rows]), {"label": len(labels)}))
+    assert f"{labels[0]} in 1 rows" in question
+    assert not doubtful(counted([row.told for row in labelled(tmp_path, labels, "{}")]), {"label": len(labels)})
+
+
 def test_a_third_word_in_a_column_of_verdicts_is_asked_about(tmp_path):
     rows = labelled(tmp_path, ["yes", "nein", "yes"], key="accepted")
     (question,) = questions(doubtful(counted([row.told for row in rows]), {"accepted": 1}))
