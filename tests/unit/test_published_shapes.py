@@ -275,7 +275,10 @@ NO_CORRECTION = [
     ("corrected_answer", 5), ("correction", "none needed"), ("corrected_answer", "No correction needed."), ("correction", "looks good"),
     ("corrected_response", "Not needed!"), ("revised_answer", "no changes required"),
 ]  # fmt: skip
-A_CORRECTION = [("yes", "no"), ("Yes, it is.", "No"), ("B", "C"), ("4", 5), ("1990-01-02", "1990-02-01"), ("a", "b")]
+A_CORRECTION = [
+    ("yes", "no"), ("Yes, it is.", "No"), ("B", "C"), ("4", 5), ("1990-01-02", "1990-02-01"), ("a", "b"),
+    *(("bad", word) for word in ("good", "fine", "ok", "okay", "valid")),
+]  # fmt: skip
 
 
 def test_flags_dates_and_blanks_correct_no_answer(tmp_path):
