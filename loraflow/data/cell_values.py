@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import NoReturn
 
 from pydantic import JsonValue
@@ -140,8 +141,11 @@ class Unreadable(ValueError):
     """A text that begins as an object or a list, and is neither JSON nor Python's notation."""
 
 
+@lru_cache(1)
 def parsed_text(text: str) -> JsonValue:
     """Return the value of a text that begins with { or [. NaN, numpy's values and calls such as Timestamp(…) are allowed.
+
+    Nothing may change the value: the same text is parsed by several readers of a row, and once.
 
     Raises:
         Unreadable: it cannot be parsed.

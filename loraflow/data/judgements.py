@@ -36,7 +36,10 @@ from loraflow.data.mark_names import (
     RECORD_STATES,
     RUNS,
     SAFETY,
+    SOLVED,
     SPLITS,
+    STATES,
+    SUCCESS,
     TRUE_IS_BAD,
     WITHOUT_NUMBERS,
     normal_name,
@@ -46,14 +49,18 @@ from loraflow.data.mark_names import (
 _DOWN = frozenset(
     {"down", "thumbs down", "thumbsdown", "thumb down", "downvote", "downvoted", "dislike", "disliked", "👎", "❌"}
 )
-# Opinions that mark a wrong answer, as `plain` returns them; with what judges of programs say.
+# What judges of programs say, as `plain` returns it.
+_OF_PROGRAMS = frozenset({
+    "wrong answer", "runtime error", "compile error", "compilation error", "time limit exceeded", "memory limit exceeded",
+    "output limit exceeded", "idleness limit exceeded", "presentation error",
+})  # fmt: skip
+# Opinions that mark a wrong answer.
 _WRONG = (LABEL_FALSE - {"false", "not true"}) | (_DOWN - {"down"}) | {
-    "invalid", "unacceptable", "discarded", "deleted", "removed", "unusable", "wrong answer", "runtime error",
-    "compile error", "compilation error", "time limit exceeded", "memory limit exceeded", "output limit exceeded",
-    "idleness limit exceeded", "presentation error",
-}  # fmt: skip
+    "invalid", "unacceptable", "discarded", "deleted", "removed", "unusable",
+} | _OF_PROGRAMS  # fmt: skip
+_WRONG_ANSWER = _OF_PROGRAMS | {"wrong", "incorrect", "not correct"}  # words that are about answers alone
 # Results of running an answer that mark it as wrong, beside "failed".
-_FAILED_RUNS = frozenset({"error", "errored", "timeout", "timed out", "time out", "crash", "crashed", "exception"})
+FAILED_RUNS = frozenset({"error", "errored", "timeout", "timed out", "time out", "crash", "crashed", "exception"})
 _UP = frozenset({"up", "thumbs up", "thumbsup", "thumb up", "upvote", "upvoted", "like", "liked", "👍", "✅"})
 _LOW = frozenset({"low", "very low", "very bad", "very poor", "terrible", "unsatisfactory"})
 _HIGH = frozenset({
@@ -67,7 +74,8 @@ _NOT_DONE = frozenset({
     "partial", "partly", "partly correct", "partially correct", "half",
 })  # fmt: skip
 # Opinions of which false is one. Of the others, it may be the verdict about a claim, or say that something was not done.
-_FALSE_IS_WRONG = frozenset({"quality", "human_label"})
+_FALSE_IS_WRONG = frozenset({"quality", "human_label", "test_result", "verification_result", "validation_result"})
+_TRAJECTORY = frozenset({"messages", "conversations", "trajectory", "patch", "model_patch"})
 _FALSE_IS_WRONG_OF_ANSWER = frozenset({"quality", "verdict", "judgement", "judgment"})
 _HELD_OUT = frozenset({
     "test", "testing", "tests", "validation", "valid", "val", "dev", "development", "eval", "evaluation", "held out",
@@ -89,12 +97,19 @@ class Beside:
 
     answers: tuple[str, ...] = ()  # of the row, or the message
     labels: Labels | None = None  # knows the other rows of the file; None for a message
-    row: Mapping[str, JsonValue] = field(default_factory=dict)  # the row or message
+    row: Mapping[str, JsonValue] = field(default_factory=dict)  # the row or message, with the columns that are read
+    column: str = ""  # of a message
+    role: tuple[str, JsonValue] = ("", None)  # of a message: its key and value
 
     @cached_property
     def plain_answers(self) -> tuple[str, ...]:
         """The answers as `plain` returns them. Few keys need them, and long texts take time."""
         return tuple(map(plain, self.answers))
+
+    @property
+    def is_trajectory(self) -> bool:
+        """Tell whether the row is the work of an agent or a conversation, and no table of tickets."""
+        return self.labels is None or not _TRAJECTORY.isdisjoint(self.row)
 
     def some_row(self, question: tuple[str, ...], holds: Callable[[dict[str, JsonValue]], bool]) -> bool:
         """Tell whether something holds for a row of the file; without a file, it does not."""
@@ -134,7 +149,7 @@ def word_side(text: str) -> bool | None:
     """Tell whether a word of an opinion says right or wrong; None for others, such as medium or paid."""
     word = plain(text)
     side = label_side(word)
-    if side is False or word in _DOWN | _FAILED_RUNS or is_bad_word(word) or _UNSAFE.fullmatch(word):
+    if side is False or word in _DOWN | FAILED_RUNS or is_bad_word(word) or _UNSAFE.fullmatch(word):
         return False
     return True if side is True or word in _UP | _HIGH or _SAFE.fullmatch(word) else None
 
@@ -150,7 +165,7 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
         here: the keys that lead to the value.
     """
     side = label_side(value)
-    if side is None:
+    if side is None or (name == "review_result" and as_number(value) is None):  # a word may be about a loan
         return None
     if side == "other":
         is_bad = isinstance(value, str) and (judges_badly(value) or plain(value) in _NOT_DONE)
@@ -184,39 +199,74 @@ def _is_above(count: int, here: tuple[str, ...], beside: Beside) -> bool:
     return beside.some_row((f"{count} above 1", *here), holds)
 
 
+_NAMES = OPINIONS | STATES | RECORD_STATES
+
+
 def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
     """Return what an opinion such as `answer_quality: bad` says about an answer; None if it says nothing.
 
-    It leaves the answer out if the key names the answer. Otherwise a word such as `quality: bad` is unclear, if the column
-    has nothing but such words; with other values it is a class, and a question to the user. It is a class as well if the
-    answer has the word.
+    It leaves the answer out if the key names the answer. Otherwise a word such as `quality: bad` is unclear. It is a class,
+    and a question to the user, beside two other values that judge nothing, or if the answer has the word.
     """
     inner, is_direct = opinion_name(name)
     if inner in SAFETY:
         return _unsafe(inner, here, value, beside)
+    if name in SUCCESS or (name in SOLVED and beside.is_trajectory):
+        is_failed = label_side(value) is False and _is_flag(0.0, here, value, beside)
+        return unclear(here, value, beside) if is_failed else None
+    if not is_direct and name not in _NAMES:
+        return None
     text = plain(value) if isinstance(value, str) else ""
     if name in RECORD_STATES and text == "discarded":
         return Judgement(False, shown(here, value))
-    if not is_direct and name not in OPINIONS:
-        return None
     is_reaction = name in REACTIONS
     if (is_reaction and text in _UP) or (is_direct and label_side(value) is True):
         return Judgement(True, shown(here, value))
-    is_false = (value is False or text == "false") and inner in (
-        _FALSE_IS_WRONG_OF_ANSWER if is_direct else _FALSE_IS_WRONG
-    )
-    is_wrong, is_down = is_false or text in _WRONG, is_reaction and text in _DOWN
-    is_low = text in _LOW and (is_direct or text != "low")
-    is_failed = (name in RUNS and text in _FAILED_RUNS) or (is_reaction and as_number(value) == -1)
-    if not (is_wrong or is_down or is_low or is_failed or judges_badly(text)):
+    is_wrong, is_down = _is_wrong(name, here, value, beside), is_reaction and text in _DOWN
+    if not (is_wrong or is_down or _is_poor(name, value)):
         return None
     if text and any(has_word(answer, text) for answer in beside.plain_answers):
         return None
     if is_down or (is_direct and is_wrong):
         return Judgement(False, shown(here, value))
-    if not is_direct and beside.some_row(("other", *here), lambda row: any(map(_judges_nothing, values_at(row, here)))):
+    if not is_direct and text not in _OF_PROGRAMS and _has_others(here, value, beside):
         return None
     return unclear(here, value, beside)
+
+
+def _is_wrong(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> bool:
+    """Tell whether an opinion says that the answer is wrong."""
+    inner, is_direct = opinion_name(name)
+    text = plain(value) if isinstance(value, str) else ""
+    if not is_direct and name not in OPINIONS:
+        return text in _WRONG_ANSWER
+    if name == "human_label" and label_side(value) is False and _is_flag(0.0, here, value, beside):
+        return True
+    is_false = value is False or text == "false"
+    return text in _WRONG or (is_false and inner in (_FALSE_IS_WRONG_OF_ANSWER if is_direct else _FALSE_IS_WRONG))
+
+
+def _is_poor(name: str, value: JsonValue) -> bool:
+    """Tell whether an opinion says that the answer is poor, or that it failed; `low` only of a key that names the answer."""
+    is_direct = opinion_name(name)[1]
+    if not is_direct and name not in OPINIONS:
+        return False
+    text = plain(value) if isinstance(value, str) else ""
+    is_low = text in _LOW and (is_direct or text != "low")
+    is_failed = (name in RUNS and text in FAILED_RUNS) or (name in REACTIONS and as_number(value) == -1)
+    return is_low or is_failed or judges_badly(text)
+
+
+def _has_others(here: tuple[str, ...], value: JsonValue, beside: Beside) -> bool:
+    """Tell whether a column has two values that judge nothing, such as medium and paid; beside -1, one other number."""
+    is_number, others = as_number(value) == -1, set[str]()
+
+    def holds(row: dict[str, JsonValue]) -> bool:
+        found = filter(_judges_nothing, values_at(row, here))
+        others.update(plain(str(item)) for item in found if not is_number or as_number(item) is not None)
+        return len(others) > (not is_number)
+
+    return beside.some_row(("another number" if is_number else "two others", *here), holds)
 
 
 def _judges_nothing(value: JsonValue) -> bool:

@@ -38,6 +38,11 @@ _LIKE_FALSE = frozenset({
     "хибно", "неправда", "λαθος", "ψευδες", "خطأ", "خاطئ", "שגוי", "לא נכון", "गलत", "ผิด", "错", "错误", "錯誤", "假",
     "不正确", "坏", "差", "偽", "誤り", "間違い", "不正解", "거짓", "틀림", "오답", "👎", "❌", "✗", "✘", "×",
 })  # fmt: skip
+# "No" in other languages. Beside them, other words are no classes: `label: nein` may be KTO's mark. Without accents.
+_NO = frozenset({
+    "nope", "nah", "nein", "non", "nao", "nee", "nej", "nei", "nie", "nem", "hayir", "tidak", "khong", "нет", "ні",
+    "οχι", "لا", "לא", "नहीं", "否", "不", "いいえ", "아니오", "아니요", "ei", "ne",
+})  # fmt: skip
 _MISSPELT_FALSE = ("false", "wrong", "incorrect", "rejected", "undesirable")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:[eE][-+]?\d+)?")
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")  # 1,000 is one or a thousand
@@ -49,7 +54,7 @@ ANSWERS = ("completion", "response", "output", "answer", "messages", "conversati
 Side = Literal[True, False, "other"] | None  # what a label says; None: there is no value
 Question = tuple[str, ...]  # about a file
 Answer = bool | str | list[str]
-_Kind = Literal["binary", "true", "false", "like_false", "weak", "number", "score", "other"]
+_Kind = Literal["binary", "true", "false", "like_false", "no", "weak", "number", "score", "other"]
 
 
 def label_side(value: JsonValue) -> Side:
@@ -117,6 +122,8 @@ def _kind(value: JsonValue) -> _Kind:
             return "true" if text in _LABEL_TRUE else "false"
         if text in _LIKE_FALSE or any(_is_misspelt(text, word) for word in _MISSPELT_FALSE):
             return "like_false"
+        if text in _NO:
+            return "no"
         if text in TRUE or text in FALSE:
             return "weak"
     number = as_number(value)
@@ -162,7 +169,7 @@ class _Values:
             number = as_number(value)
             assert number is not None
             self.numbers.add(number)
-        if kind in ("number", "other"):
+        if kind in ("number", "other", "no"):
             self.others.setdefault(text, repr(value)[:60])
 
     def _add_answer(self, label: str, row: dict[str, JsonValue]) -> None:
@@ -177,24 +184,30 @@ class _Values:
         kinds, others = self.kinds, len(self.others)
         if not kinds:  # of messages that are not lists: the label that is met is not among them
             return False
-        if self.are_answers or others >= ENOUGH:
-            return True
-        has_names = self.are_numbers_of_answers and len(set(self.answers.values())) == len(self.answers) > 1
-        if has_names and min(self.rows.values()) > 1:  # label 0 beside each answer "negative", 1 beside "positive"
+        if others >= ENOUGH or self._are_of_answers():
             return True
         if not others or "score" in kinds:
             return False
         if kinds <= {"number", "binary"}:
             return max(self.numbers) > 2 or sum(number >= 0 for number in self.numbers) > 2
-        if kinds & {"false", "like_false"}:
+        if kinds & {"false", "like_false", "no"}:
             return False
         if kinds & {"true", "weak", "binary"}:
             return others >= 2
         return True
 
+    def _are_of_answers(self) -> bool:
+        """Tell whether labels are the answers, or numbers of them: 0 beside each answer "negative", 1 beside "positive"."""
+        has_names = self.are_numbers_of_answers and len(set(self.answers.values())) == len(self.answers) > 1
+        return self.are_answers or (has_names and min(self.rows.values()) > 1)
+
+    def may_have_marks(self) -> bool:
+        """Tell whether false may be a mark beside words that are classes: `no` beside yes, unknown and n/a."""
+        return "other" in self.kinds and self.are_classes() and not self._are_of_answers()
+
     def is_pair(self) -> bool:
         """Tell whether they are two words, of which one or both say neither right nor wrong: yes and nein."""
-        kinds = self.kinds - {"other"}
+        kinds = self.kinds - {"other", "no"}
         is_beside = len(self.others) == 1 and bool(kinds) and kinds <= {"true", "false", "weak", "binary"}
         return not self.are_answers and (is_beside or (len(self.others) == 2 and not kinds))
 
@@ -222,6 +235,7 @@ def class_of(row: Mapping[str, JsonValue]) -> str:
 class _Column:
     is_class: bool
     is_pair: bool
+    may_have_marks: bool
     others: tuple[str, ...]
 
 
@@ -234,7 +248,7 @@ class Labels:
     - each stands beside one answer, and each answer beside one label, in two rows or more;
     - they are whole numbers from 0, and three of them differ or one is above 2;
     - they are texts that say neither right nor wrong; two of them are a question to the user;
-    - there are two more texts beside yes and no, or eight beside true and false.
+    - there are two more texts beside yes and no, which is a question to the user; or eight beside true and false.
 
     Otherwise they are marks, and a label that is neither true nor false is refused.
 
@@ -277,12 +291,18 @@ class Labels:
         self.asked["pair of words", key] = is_pair
         return is_pair
 
+    def may_have_marks(self, key: str) -> bool:
+        """Tell whether false may be a mark in a column of words that are classes."""
+        may_have_marks = self._rows is not None and self._column(key).may_have_marks
+        self.asked["marks among classes", key] = may_have_marks
+        return may_have_marks
+
     def problem(self, key: str, value: JsonValue) -> str:
         """Return why a label that is neither true nor false is refused."""
         others = self._column(key).others if self._rows is not None else ()
         self.asked["others", key] = list(others)
         why = f"{key} {repr(value)[:60]} is neither true nor false, as other rows' are"
-        if len(others) == 2 or (others and isinstance(value, str) and judges_badly(value)):
+        if len(others) == 2 or (others and _kind(value) in ("like_false", "no")):
             why = f"{key} {repr(value)[:60]} may mark an answer as wrong, but is neither true nor false"
         ways = "write true (the answer is learned) or false (it is not)"
         return f"{why}: {ways}; if it is a class, name {key} in data.ignore"
@@ -298,5 +318,7 @@ class Labels:
                     values.add(value, row)
                 if len(values.others) >= ENOUGH:
                     break
-            self._found[key] = _Column(values.are_classes(), values.is_pair(), tuple(values.others.values()))
+            self._found[key] = _Column(
+                values.are_classes(), values.is_pair(), values.may_have_marks(), tuple(values.others.values())
+            )
         return self._found[key]

@@ -57,14 +57,21 @@ KEYS = WEIGHTS | EXCLUSIONS | LABELS | JUDGEMENTS | UNCLEAR
 REACTIONS = frozenset({"feedback", "human_feedback", "user_feedback", "thumbs", "thumb", "vote", "reaction"})
 OPINIONS = REACTIONS | {
     "quality", "verdict", "judgement", "judgment", "evaluation", "assessment", "human_label", "human_evaluation",
-    "human_rating", "annotation", "quality_label", "test_status", "execution_status",
+    "human_rating", "annotation", "quality_label", "test_status", "execution_status", "test_result", "verification_result",
+    "validation_result", "review_result",
 }  # fmt: skip
 # These are opinions about the answer only if they say so: answer_rating. Others may be about a film or an order.
-_OF_ANSWER_ONLY = frozenset({"rating", "grade", "review", "quality_check"})
+_DIRECT = OPINIONS | {"rating", "grade", "review", "quality_check", "status", "result"}
 # Of these verdicts, 0 may be the lowest grade, and the answer may be the grade itself, as a grader's is.
 GRADES = frozenset({"correctness", "review_result"})
 # Of these, `timeout` and `error` are results of running the answer.
-RUNS = frozenset({"verdict", "test_status", "execution_status"})
+RUNS = frozenset({
+    "verdict", "test_status", "execution_status", "test_result", "verification_result", "validation_result",
+})  # fmt: skip
+# Of these, only words that are about an answer count: wrong, runtime error.
+STATES = frozenset({"status", "state", "result", "outcome", "rating", "grade", "review"})
+SUCCESS = _with_is("success successful")  # false: the trajectory failed
+SOLVED = _with_is("solved resolved")  # also of tickets
 # Of these, true means what false means for the others.
 TRUE_IS_BAD = frozenset({"unsafe", "is_unsafe", "harmful", "is_harmful"})
 HARM_LABEL = "response_harm_label"  # Its values are words: harmful, unsafe.
@@ -112,6 +119,7 @@ def normal_name(key: str) -> str:
     return name
 
 
+@lru_cache(4096)
 def opinion_name(name: str) -> tuple[str, bool]:
     """Return the name of an opinion, and whether it names the answer: ("quality", True) for answer_quality.
 
@@ -123,7 +131,7 @@ def opinion_name(name: str) -> tuple[str, bool]:
         return HARM_LABEL, False
     if inner in SAFETY:
         return inner, False
-    return (inner, True) if inner in OPINIONS | _OF_ANSWER_ONLY else (name, False)
+    return (inner, True) if inner in _DIRECT else (name, False)
 
 
 MAX_SHOWN = 5

@@ -37,7 +37,10 @@ from loraflow.data.mark_names import (
     RECORD_STATES,
     ROW_WEIGHTS,
     SAFETY,
+    SOLVED,
     SPLITS,
+    STATES,
+    SUCCESS,
     UNCLEAR,
     WEIGHTS,
     WITHOUT_LISTS,
@@ -81,6 +84,7 @@ def answer_weight(
     columns: Collection[str] = (),
     answers: Collection[str] = (),
     row: Mapping[str, JsonValue] | None = None,
+    role: tuple[str, JsonValue] = ("", None),
 ) -> Weight:
     """Return the weight of an answer in the loss by the marks of its row or message: their product, 1 without any.
 
@@ -88,7 +92,10 @@ def answer_weight(
         values: the row or message.
         used: the keys that are read as marks are added to it.
         columns: the columns that a recipe names as the answer, such as `chosen`; beside it, `rejected` is a text too.
+            Of a message: the column that has it.
         answers: the texts of the row's or message's answers.
+        row: the row, with the columns that are read.
+        role: of a message: its key and value. Its label is compared with those of messages with the same role.
 
     Raises:
         BadRow: a mark is unclear, or a weight is not between 0 and 10.
@@ -99,7 +106,9 @@ def answer_weight(
     for key, value in values.items():
         if not isinstance(key, str) or key in texts or not (_may_mark(key) or _is_rejected(value)):
             continue
-        beside = beside or Beside(tuple(answers), None if where else labels, values)
+        beside = beside or Beside(
+            tuple(answers), None if where else labels, row or values, next(iter(columns), ""), role
+        )
         mark = _mark(key, value, where, labels, beside)
         if mark is not None:
             used.add(key)
@@ -124,7 +133,7 @@ def _may_mark(key: str) -> bool:
     return (
         is_direct
         or inner in SAFETY
-        or name in KEYS | OPINIONS | SPLITS | HELD_OUT_FLAGS | RECORD_STATES
+        or name in KEYS | OPINIONS | SPLITS | HELD_OUT_FLAGS | RECORD_STATES | STATES | SUCCESS | SOLVED
         or name.removesuffix("_json") in CONTAINERS
         or name.endswith(("responses", "responses_status"))
         or normal_name(key.partition(".")[0]) in CONTAINERS
@@ -148,7 +157,7 @@ def _mark(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside
     name, here = normal_name(key), (key,)
     found: Judgement | None = None
     if name in LABELS:
-        found = _label(key, value, where, labels)
+        found = _label(key, value, where, labels, beside)
     elif name in JUDGEMENTS:
         found = verdict(name, here, value, beside)
     elif name in UNCLEAR:
@@ -173,10 +182,13 @@ def _mark(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside
     return Weight(1.0) if found.is_learned else Weight(0.0, found.text)
 
 
-def _label(key: str, value: JsonValue, where: str, labels: Labels) -> Judgement | None:
+def _label(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside) -> Judgement | None:
     """Return what a label says; None if it is a class, by the labels of the file's rows or of their messages."""
     side = label_side(value)
-    is_class = labels.are_classes(f"messages.{key}", partial(_of_messages, key)) if where else labels.are_classes(key)
+    path, of_messages = key, None
+    if where:
+        path, of_messages = f"{beside.column}.{beside.role[1]}.{key}", partial(_of_messages, key, beside)
+    is_class = labels.are_classes(path, of_messages)
     if side is None or is_class:
         return None
     if side != "other":
@@ -188,9 +200,10 @@ def _label(key: str, value: JsonValue, where: str, labels: Labels) -> Judgement 
     raise BadRow(where + labels.problem(key, value))
 
 
-def _of_messages(key: str, row: dict[str, JsonValue]) -> list[JsonValue]:
-    """Return the values of a key in the messages of a row, and in their parts."""
-    turns = _objects_in(row.values())
+def _of_messages(key: str, beside: Beside, row: dict[str, JsonValue]) -> list[JsonValue]:
+    """Return the values of a key in a row's messages with the same role, and in their parts; pairs have no role."""
+    role_key, role = beside.role
+    turns = [turn for turn in _objects_in([row.get(beside.column)]) if turn.get(role_key, role) == role]
     return [item[key] for item in (*turns, *_objects_in(v for turn in turns for v in turn.values())) if key in item]
 
 

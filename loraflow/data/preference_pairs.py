@@ -64,7 +64,7 @@ _CORRECTED = re.compile(
 _UNCHANGED = re.compile(
     r"n/?a|lgtm|original|unchanged|not changed|same(?: as (?:above|answer|original))?|the answer is correct|already correct"
     r"|nothing to (?:correct|change)|(?:none|not|no (?:correction|change|edit|revision)s?) (?:needed|required|necessary)"
-    r"|no (?:correction|change|edit)s?|(?:good |fine |ok |correct )?as is|(?:looks )?(?:good(?: to me)?|fine|ok|okay|valid)"
+    r"|no (?:correction|change|edit)s?|(?:good |fine |ok |correct )?as is|looks (?:good(?: to me)?|fine|ok|okay)|good to me"
 )
 # as `plain` writes them
 _DATE = re.compile(r"\d{4} \d\d? \d\d?(?:[ t][\d:.,+z ]*)?|\d\d?[./]\d\d?[./]\d{2,4}(?: [\d:]*)?")
@@ -103,7 +103,10 @@ def answer_texts(
         betters = [names[other] for other, worses in _PAIRS.items() if name in worses and other in names]
         better = next((key for key in betters if isinstance(values[key], str)), None)
         is_opposite = _is_opposite(value, answers)
-        if not is_opposite and (better is None or plain(value) not in map(plain, answers) or not _is_word(value)):
+        if not is_opposite and (better is None or not _is_word(value)):
+            continue
+        is_answer = is_opposite or plain(value) in map(plain, answers)
+        if not is_answer and not labels.some_row(("a pair", worse), partial(_is_pair, worse=worse)):
             continue
         is_pair = is_opposite and not labels.some_row(("no pair", worse), partial(_is_no_pair, worse=worse))
         if not is_pair and better is None:
@@ -126,9 +129,13 @@ def _is_opposite(value: str, answers: Collection[str]) -> bool:
     return any(frozenset((plain(value), plain(answer).rstrip(".!"))) in _OPPOSITES for answer in answers)
 
 
-def _is_no_pair(row: dict[str, JsonValue], worse: str) -> bool:
+def _is_pair(row: dict[str, JsonValue], worse: str) -> bool:
     value = row.get(worse)
-    return not is_absent(value) and not (isinstance(value, str) and _is_opposite(value, tuple(answers_of(row))))
+    return isinstance(value, str) and _is_opposite(value, tuple(answers_of(row)))
+
+
+def _is_no_pair(row: dict[str, JsonValue], worse: str) -> bool:
+    return not is_absent(row.get(worse)) and not _is_pair(row, worse)
 
 
 def refuse_rejected(row: Mapping[str, JsonValue], messages: list[Message], read: Collection[str]) -> None:

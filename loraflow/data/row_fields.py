@@ -216,7 +216,11 @@ class RowFields:
                 is_answer, used = True, used | {"parameters", "observation"}
         if is_answer and self.labels is not None:
             answers = [content] if isinstance(content, str) else []
-            weight = answer_weight(item, f"message {number}: ", used, self.labels, answers=answers)
+            name = next((key for key in roles if key in item), "")
+            columns = (self._columns.get(column, column),)
+            weight = answer_weight(
+                item, f"message {number}: ", used, self.labels, columns, answers, role=(name, item.get(name))
+            )
         else:  # only answers are learned: a mark that excludes another message changes nothing
             used |= {key for key, value in item.items() if is_mark(key) and excludes(key, value)}
         self.note_unread(column, item, used)
@@ -233,7 +237,7 @@ class RowFields:
             return [turn._replace(content=as_json(content))]  # a result that is a list
         parts = read_parts(content, where)
         for part in parts.unread:
-            self.note_unread(f"{column}.content", part, self._marks_of_part(turn, part, where))
+            self.note_unread(f"{column}.content", part, self._marks_of_part(turn, part, where, column))
         if (parts.calls or parts.reasoning) and turn.role != ASSISTANT:
             raise BadRow(f"{where}: a tool call or reasoning in a {turn.role} message; expected it in an assistant's")
         if parts.results and turn.role not in ("user", TOOL):
@@ -257,12 +261,12 @@ class RowFields:
             out.append(turn._replace(content="".join(parts.texts), calls=calls, reasoning=reasoning))
         return out
 
-    def _marks_of_part(self, turn: Turn, part: RawRow, where: str) -> set[str]:
+    def _marks_of_part(self, turn: Turn, part: RawRow, where: str, column: str) -> set[str]:
         """Return the keys of a part that are marks: only answers are learned."""
         if turn.role != ASSISTANT or self.labels is None:
             return {key for key, value in part.items() if is_mark(key) and excludes(key, value)}
         used: set[str] = set()
-        weight = answer_weight(part, f"{where}: ", used, self.labels)
+        weight = answer_weight(part, f"{where}: ", used, self.labels, (self._columns.get(column, column),))
         if weight.value != 1:
             by = weight.excluded_by or f"weight: {weight.value:g}"
             raise BadRow(f"{where}: {by} marks a part of the answer; only a whole message can be left out or weighted")

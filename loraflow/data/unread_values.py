@@ -15,9 +15,9 @@ from typing import Literal
 from pydantic import JsonValue
 
 from loraflow.data.cell_values import Unreadable, is_object_text, objects_of, parsed_text
-from loraflow.data.judgements import is_bad_word
+from loraflow.data.judgements import FAILED_RUNS, is_bad_word
 from loraflow.data.labels import FALSE, TRUE, Labels, is_absent, plain
-from loraflow.data.mark_names import CONTAINERS, JUDGEMENTS, LABELS, normal_name
+from loraflow.data.mark_names import CONTAINERS, JUDGEMENTS, LABELS, RUNS, normal_name
 
 MAX_QUESTIONS = 5
 _MAX_WORD = 30  # characters of a value that is a word
@@ -45,6 +45,10 @@ _JUDGING = re.compile(
 _DONE = re.compile(r"(?:.*_)?(?:success|successful|solved|resolved|(?:test|validation|verification)_result)")
 # Scores of the answer. Others are about something else (toxicity_score), or a high one is bad.
 _SCORE = re.compile(r"(?:final_|answer_|response_)?(?:score|reward)")
+_WORD_PAIRS = LABELS | JUDGEMENTS
+_OF_RUN = re.compile(
+    r"(?:.*_)?(?:status|result|" + "|".join(sorted(RUNS)) + ")"
+)  # `error` and `timeout` judge in these
 _REASON = re.compile(r"(?:^|_)(?:finish|stop)_?reason$")  # why an answer ends
 _CUT_OFF = frozenset({"length", "max tokens"})  # such a reason, as plain() returns it
 
@@ -60,21 +64,24 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
     found: list[tuple[str, str]] = []
     for key in unread:
         value = row.get(key)
-        outer, _, inner = key.partition(".")
-        if key not in row and isinstance(messages := row.get(outer), list):
+        if key not in row and isinstance(messages := row.get(key.partition(".")[0]), list):
+            inner = key.partition(".")[2]
             turns = (item for item in messages if isinstance(item, dict) and not is_absent(item.get(inner)))
             words = [pair for item in turns for pair in _told(key, inner, item[inner]) if pair[1]]
             found += dict.fromkeys(words)
         elif pairs := _told(key, key, value):
+            if labels and pairs == [(key, "false")] and normal_name(key) in LABELS and labels.may_have_marks(key):
+                pairs = [(key, str(value).strip().lower())]
             found += pairs
-        elif isinstance(value, str) and len(value) <= _MAX_WORD and labels and normal_name(key) in LABELS | JUDGEMENTS:
+        elif isinstance(value, str) and len(value) <= _MAX_WORD and labels and normal_name(key) in _WORD_PAIRS:
             found += [(key, " ".join(value.split()))] if labels.are_pair(key) else []
     return tuple(found)
 
 
 def _told(path: str, key: str, value: JsonValue) -> list[tuple[str, str]]:
     """Return what a value says, or what the keys of an object such as `metadata` say."""
-    if normal_name(key) in CONTAINERS and (isinstance(value, dict | list) or is_object_text(value)):
+    is_object = isinstance(value, dict | list) or is_object_text(value)
+    if is_object and normal_name(key) in CONTAINERS:
         items = (
             (f"{path}.{k}", k, v) for members in objects_of(value) for k, v in members.items() if isinstance(k, str)
         )
@@ -95,6 +102,8 @@ def _word(key: str, value: JsonValue) -> str:
     if _REASON.search(normal_name(key)):
         return value if isinstance(value, str) and plain(value) in _CUT_OFF else _OTHER
     if isinstance(value, str):
+        if len(value) <= _MAX_WORD and plain(value) in FAILED_RUNS and _OF_RUN.fullmatch(normal_name(key)):
+            return value.strip().lower()
         return _word_of_text(kind, value) if len(value) <= _MAX_WORD else _OTHER
     if isinstance(value, bool) or (kind != "other" and isinstance(value, int | float) and value in (0, 1)):
         return "true" if value else "false"

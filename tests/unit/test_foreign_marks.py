@@ -40,6 +40,11 @@ def test_chosen_no_beside_rejected_yes_is_a_mark_if_answers_say_neither(tmp_path
     assert answers(rows) == [None, "It is."] and rows[0].is_marked_false
 
 
+def test_a_text_beside_pairs_of_yes_and_no_is_refused(tmp_path):
+    rows = read_csv(tmp_path, "prompt,completion,chosen,rejected\nq,no,no,yes\nr,red,yes,no\n")
+    assert answers(rows) == [None, None] and not any(row.is_marked_false for row in rows)
+
+
 @pytest.mark.parametrize("second", ["r,yes,yes,no", "r,Maybe.,Maybe.,no", "r,other,It is.,It is not."])
 def test_chosen_and_rejected_that_may_be_answers_or_marks_are_refused(tmp_path, second):
     first = read_csv(tmp_path, f"prompt,completion,chosen,rejected\nq,no,yes,no\n{second}\n")[0]

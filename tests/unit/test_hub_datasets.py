@@ -71,7 +71,7 @@ SHAPES = {
         [{"inputs_pretokenized": "q", "targets_pretokenized": "a", "answer_choices": ["a", "b"], "is_correct": said} for said in (True, False)], [QA, OUT]),
     "OpenMathInstruct-1": ([{"question": "q", "predicted_answer": "4", "is_correct": said, "generated_solution": "a"} for said in (False, True)], [OUT, QA]),
     "rStar-Coder": ([{"question": "q", "starter_code": "", "response": "a", "verified": True, "is_passed": said} for said in (True, False)], [QA, OUT]),
-    "SWE-smith": ([{"messages": json.dumps(CHAT), "resolved": said, "patch": "d"} for said in (True, False)], [QA, QA]),  # a question
+    "SWE-smith": ([{"messages": json.dumps(CHAT), "resolved": said, "patch": "d"} for said in (True, False)], [QA, REFUSED]),
     "BELLE's turns": ([{"instruction": "Human:q\nAssistant:a\nHuman:r\nAssistant:", "input": "", "output": "b"}], [TWO]),
     "CoEdIT": ([{"_id": "1", "task": "gec", "src": "q", "tgt": "a"}], [REFUSED]),
     "tldr": ([{"content": "q", "summary": "a"}], [QA]),

@@ -47,7 +47,7 @@ def test_a_row_whose_answer_names_the_word_is_learned(tmp_path, key):
 @pytest.mark.parametrize("key", WORDS)
 def test_a_column_with_values_that_judge_nothing_is_a_class(tmp_path, key):
     assert all(row.messages for row in read(tmp_path, rows_of(key, ["paid", "rejected", "pending", "deleted"])))
-    nested = [{**row, key: None, "metadata": {key: row[key]}} for row in rows_of(key, ["paid", "rejected"])]
+    nested = [{**row, key: None, "metadata": {key: row[key]}} for row in rows_of(key, ["paid", "rejected", "open"])]
     assert all(row.messages for row in read(tmp_path, nested))
 
 
@@ -65,7 +65,7 @@ def test_a_column_that_judges_is_refused_if_it_has_judgements_alone_and_both_way
     assert all(row.messages for row in read(tmp_path, rows, ignore=[key]))
 
 
-@pytest.mark.parametrize("key", [*ANYTHING, "metadata.status", "success", "resolved", "solved"])
+@pytest.mark.parametrize("key", [*ANYTHING, "metadata.status", "resolved", "solved"])
 @pytest.mark.parametrize("values", [["rejected", "approved"], ["poor", "good"], ["failed", "passed"], [False, True]])
 def test_a_column_that_may_be_about_anything_is_learned_and_asked_about(tmp_path, key, values):
     outer, _, inner = key.partition(".")
@@ -74,6 +74,89 @@ def test_a_column_that_may_be_about_anything_is_learned_and_asked_about(tmp_path
     assert all(row.messages for row in rows)
     (question,) = questions(doubtful(counted([row.told for row in rows]), {outer: 2, key: 2}))
     assert question.startswith(f"does {key} mark wrong answers? ({str(values[0]).lower()} in 1 rows")
+
+
+FAILED = [(False, True), ("no", "yes"), (0, 1), ("false", "true"), (False, False), (False, "n/a"), (False, None)]
+CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+
+
+@pytest.mark.parametrize(
+    "key", ["success", "is_success", "successful", "metadata.success", "resolved", "is_solved", "metadata.resolved"]
+)
+@pytest.mark.parametrize("values", FAILED, ids=repr)
+def test_a_trajectory_that_failed_is_refused(tmp_path, key, values):
+    outer, _, inner = key.partition(".")
+    rows = [{**CHAT, outer: {inner: value} if inner else value} for value in values]
+    if "success" in key:  # of a table too
+        rows = [{**PAIR, **row, "prompt": f"q{n}"} for n, row in enumerate(rows)]
+        rows = [{name: value for name, value in row.items() if name != "messages"} for row in rows]
+    found = read(tmp_path, rows)
+    assert [bool(row.messages) for row in found] == [False, values[1] is not False]
+    assert f"{key} {values[0]!r} may mark the answer as wrong" in found[0].problem
+
+
+def test_a_patch_makes_a_row_a_trajectory_and_a_message_may_have_failed(tmp_path):
+    assert not any(row.messages for row in read(tmp_path, [{**PAIR, "patch": "diff", "resolved": False}]))
+    message = {**CHAT["messages"][1], "solved": False}
+    assert not any(row.messages for row in read(tmp_path, [{"messages": [CHAT["messages"][0], message]}]))
+    assert all(row.messages for row in read(tmp_path, [{**PAIR, "resolved": False}, {**PAIR, "resolved": True}]))
+    assert all(row.messages for row in read(tmp_path, rows_of("success", [0, 3, 7])))  # how often
+
+
+BESIDE_ONE = [
+    ("quality", "bad", "medium", "good"), ("quality", "bad", "good", "n/a"), ("verdict", "INCORRECT", "CORRECT", "UNKNOWN"),
+    ("human_label", "incorrect", "correct", "unsure"), ("feedback", "bad", "good", "neutral"), ("quality", "schlecht", "gut"),
+    ("verdict", "falsch", "richtig"), ("execution_status", "error", "success", "unknown"), ("vote", -1, 1, "n/a"),
+    ("vote", "-1", "1", "n/a"), ("test_result", "failed", "passed"), ("verification_result", False, True),
+    ("validation_result", "error", "ok"), ("test_result", "timeout", "ok", "skipped"), ("metadata.label", 0, 1),
+    ("metadata.label", "no", "yes"), ("review_result", "rejected", "approved"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BESIDE_ONE, ids=repr)
+def test_a_word_that_judges_is_refused_beside_one_other_value(tmp_path, case):
+    key, *values = case
+    outer, _, inner = key.partition(".")
+    rows = [{**PAIR, "prompt": f"q{n}", outer: {inner: value} if inner else value} for n, value in enumerate(values)]
+    first, *others = read(tmp_path, rows)
+    assert f"{key} {values[0]!r} may mark the answer as wrong" in first.problem and not first.is_marked_false
+    assert all(row.messages for row in others)
+
+
+@pytest.mark.parametrize("key", ["status", "state", "result", "outcome", "verdict", "metadata.status"])
+@pytest.mark.parametrize("word", ["Wrong Answer", "RUNTIME_ERROR", "Time Limit Exceeded", "incorrect", "wrong"])
+def test_a_word_that_is_about_answers_alone_is_refused_under_any_name(tmp_path, key, word):
+    outer, _, inner = key.partition(".")
+    few, many = [word, "Accepted"], [word, "Accepted", "queued", "skipped"]
+    for values, is_read in [(few, False), (many, word in ("incorrect", "wrong"))]:
+        rows = [
+            {**PAIR, "prompt": f"q{n}", outer: {inner: value} if inner else value} for n, value in enumerate(values)
+        ]
+        first, *others = read(tmp_path, rows)
+        assert bool(first.messages) is is_read and all(row.messages for row in others)
+
+
+@pytest.mark.parametrize("key", ["execution_status", "verdict", "qa_status", "exit_status", "final_result"])
+@pytest.mark.parametrize("word", ["error", "timeout"])
+def test_a_run_that_failed_is_a_question_beside_other_values(tmp_path, key, word):
+    rows = read(tmp_path, rows_of(key, [word, "success", "queued", "skipped"]))
+    assert all(row.messages for row in rows)
+    (question,) = questions(doubtful(counted([row.told for row in rows]), {key: 4}))
+    assert question.startswith(f"does {key} mark wrong answers? ({word} in 1 rows")
+
+
+def test_a_result_of_a_review_is_a_mark_as_a_flag_and_a_question_as_a_word(tmp_path):
+    assert [row.is_marked_false for row in read(tmp_path, rows_of("review_result", [False, True]))] == [True, False]
+    assert [row.is_marked_false for row in read(tmp_path, rows_of("review_result", [0, 1]))] == [True, False]
+    loans = read(tmp_path, rows_of("review_result", ["rejected", "approved", "pending", "paid"]))
+    assert all(row.messages for row in loans)
+    (question,) = questions(doubtful(counted([row.told for row in loans]), {"review_result": 4}))
+    assert question.startswith("does review_result mark wrong answers? (rejected in 1 rows")
+
+
+@pytest.mark.parametrize("key", ["answer_status", "response_status", "answer_result"])
+def test_a_status_that_names_the_answer_leaves_it_out(tmp_path, key):
+    assert [row.is_marked_false for row in read(tmp_path, rows_of(key, ["incorrect", "correct"]))] == [True, False]
 
 
 WAYS = [

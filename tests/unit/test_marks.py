@@ -210,7 +210,7 @@ def test_a_label_that_the_answer_names_is_a_class(tmp_path):
 
 
 PAIRS_OF_WORDS = [
-    ["urgent", "normal"], ["foo", "bar"], ["A", "B"], ["kweli", "uongo"], ["ja", "nein"], ["oui", "non"], ["да", "нет"], ["はい", "いいえ"], ["positive", "negative"], ["card lost", "card arrival"],
+    ["urgent", "normal"], ["foo", "bar"], ["A", "B"], ["kweli", "uongo"], ["positive", "negative"], ["card lost", "card arrival"],
 ]  # fmt: skip
 
 
@@ -224,10 +224,59 @@ def test_two_words_of_a_label_in_no_known_language_of_judgements_are_learned_and
     assert question.startswith(f"does {key} mark wrong answers? ({labels[0]} in 1 rows, {labels[1]} in 1 rows)")
 
 
+NO = ["nein", "non", "nej", "nee", "nie", "ei", "нет", "いいえ", "不", "não", "아니요", "nope"]
+
+
+@pytest.mark.parametrize("no", NO)
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+def test_no_in_another_language_is_no_class(tmp_path, key, no):
+    for labels, expected in [
+        ([no, no], [True, True]), ([no, None], [True, False]), ([no, "yes?"], [True, True]), ([no, "x", "z"], [True] * 3),
+        (["no", "yes", no, "x"], [False, False, True, True]), ([0, 1, no, "x"], [False, False, True, True]),
+    ]:  # fmt: skip
+        rows = labelled(tmp_path, labels, key=key)
+        assert [bool(row.problem and not row.is_marked_false) for row in rows] == expected, labels
+        assert not any(row.messages for row, label in zip(rows, labels, strict=True) if label in (no, "no", 0))
+    (refused, _) = labelled(tmp_path, [no, None], key=key)
+    assert refused.problem.startswith(f"{key} {no!r} may mark an answer as wrong, but is neither true nor false")
+    answers = labelled(tmp_path, [no, "ja", no], "{}", key=key)  # it is the class that the answer names
+    assert all(row.messages for row in answers)
+
+
+@pytest.mark.parametrize(
+    "labels", [["no", "yes", "unknown", "na"], [0, 1, "x", "z"], ["no", "yes", *(f"intent {n}" for n in range(9))]]
+)
+def test_no_beside_words_that_are_classes_is_a_question(tmp_path, labels):
+    rows = labelled(tmp_path, labels)
+    assert all(row.messages for row in rows)
+    (question,) = questions(doubtful(counted([row.told for row in rows]), {"label": len(labels)}))
+    assert f"{labels[0]} in 1 rows" in question
+    assert not doubtful(counted([row.told for row in labelled(tmp_path, labels, "{}")]), {"label": len(labels)})
+
+
 def test_a_third_word_in_a_column_of_verdicts_is_asked_about(tmp_path):
     rows = labelled(tmp_path, ["yes", "nein", "yes"], key="accepted")
     (question,) = questions(doubtful(counted([row.told for row in rows]), {"accepted": 1}))
     assert question.startswith("does accepted mark wrong answers? (nein in 1 rows)")
+
+
+@pytest.mark.parametrize("foreign", ["user", "other column", "entities"])
+def test_labels_of_other_lists_and_of_questions_do_not_make_the_label_of_an_answer_a_class(tmp_path, foreign):
+    rows = []
+    for n in range(10):
+        row = {"messages": [{**QUESTION, "content": f"q{n}"}, {**ANSWER, "content": f"a{n}", "label": n % 2}]}
+        if foreign == "user":
+            row["messages"][0]["label"] = f"intent {n}"
+        else:
+            row["turns" if foreign == "other column" else "entities"] = [{"label": f"intent {n}"}, {"label": n}]
+        rows.append(row)
+    found = read(tmp_path, "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert [row.is_marked_false for row in found] == [True, False] * 5
+
+
+def test_labels_of_pairs_are_classes_as_those_of_messages(tmp_path):
+    rows = [{"conversations": [{"human": f"q{n}", "assistant": f"a{n}", "label": n % 3}]} for n in range(6)]
+    assert all(row.messages for row in read(tmp_path, "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
 
 
 @pytest.mark.parametrize("false", [False, 0, "false", "no"])

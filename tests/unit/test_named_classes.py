@@ -95,8 +95,8 @@ def test_false_where_something_was_not_done_is_no_judgement(tmp_path, key, value
 @pytest.mark.parametrize("between", ["med", "mid", "meh", "so-so", "average"])
 @pytest.mark.parametrize(("key", "words"), [("quality", ("bad", "good")), ("rating", ("low", "high"))])
 def test_grades_with_a_word_between_good_and_bad_are_learned_and_asked_about(tmp_path, between, key, words):
-    rows = rows_of(key, zip("abc", (*words, between), strict=True))
-    assert outcomes(tmp_path, rows) == [LEARNED] * 3
+    rows = rows_of(key, zip("abcd", (*words, between, "fair"), strict=True))
+    assert outcomes(tmp_path, rows) == [LEARNED] * 4
     (first, *_) = read_rows(tmp_path, ["t.jsonl"], "auto")
     assert first.told == ((key, words[0]),)
 
@@ -104,7 +104,7 @@ def test_grades_with_a_word_between_good_and_bad_are_learned_and_asked_about(tmp
 JUDGED = [
     ("verdict", ["WRONG_ANSWER", "OK", "TIME_LIMIT_EXCEEDED"], [REFUSED, LEARNED, REFUSED]),
     ("verdict", ["Wrong Answer", "Accepted"], [REFUSED, LEARNED]),
-    ("status", ["Wrong Answer", "Accepted"], [LEARNED, LEARNED]),  # a question
+    ("status", ["Wrong Answer", "Accepted"], [REFUSED, LEARNED]),
     ("execution_status", ["failed", "timeout", "error", "success"], [REFUSED, REFUSED, REFUSED, LEARNED]),
     ("status", ["rejected", "timeout", "error"], [LEARNED] * 3),
     ("solution_is_valid", ["No", False, "Yes", "Incomplete"], [OUT, OUT, LEARNED, REFUSED]),

@@ -254,7 +254,7 @@ SHAPES = {
     "numbers of the answers": ([{"prompt": f"t{n}", "completion": ("bad", "good")[n % 2], "label": n % 2} for n in range(4)],
                                [[f"u: t{n}", f"a: {('bad', 'good')[n % 2]}"] for n in range(4)]),
     "KTO with other answers": ([{"prompt": "q", "completion": f"a{n}", "label": n % 2} for n in range(4)], [OUT, ["u: q", "a: a1"], OUT, ["u: q", "a: a3"]]),
-    "a label in metadata": ([{"prompt": f"q{n}", "completion": "a", "metadata": {"label": n}} for n in (0, 1)], [[f"u: q{n}", "a: a"] for n in (0, 1)]),  # a question
+    "a label in metadata": ([{"prompt": f"q{n}", "completion": "a", "metadata": {"label": n}} for n in (0, 1)], [REFUSED, ["u: q1", "a: a"]]),
     "a class in metadata": ([{"prompt": f"q{n}", "completion": "a", "metadata": {"label": n}} for n in (0, 1, 2)], [[f"u: q{n}", "a: a"] for n in (0, 1, 2)]),
     "a corrected answer in metadata": ([{"prompt": "q", "completion": "a", "metadata": {"corrected_answer": text}} for text in ("b", "a", None)],
                                        [REFUSED, QA, QA]),

@@ -151,7 +151,7 @@ SHAPES = {
     "a corrected answer": (
         [{"prompt": "q", "completion": "a", "corrected_answer": text} for text in ("b", "a", "", None)], [REFUSED, QA, QA, QA]),
     "grades": ([{"prompt": "q", "completion": "a", "quality": grade} for grade in ("bad", "medium", "high", "low")],
-               [QA, QA, QA, QA]),  # a question
+               [REFUSED, QA, QA, QA]),
     "bad grades and good ones": ([{"prompt": "q", "completion": "a", "quality": grade} for grade in ("bad", "high")], [REFUSED, QA]),
     **{f"the grade {grade} in {key}": ([{"prompt": "q", "completion": "a", key: text} for text in (grade, "high")], [kind, QA])
        for grade, key, kind in (("low", "answer_quality", REFUSED), ("low", "completion_rating", REFUSED), ("low", "rating", QA),
@@ -164,7 +164,7 @@ SHAPES = {
     "results of tests": ([{"prompt": "q", "completion": "a", "execution_status": status} for status in ("failed", "success")], [REFUSED, QA]),
     "tests_passed": ([{"prompt": "q", "completion": "a", "tests_passed": passed} for passed in (False, True, 0)], [OUT, QA, QA]),
     "a label in metadata": ([{"prompt": "q", "completion": "a", "metadata": {"label": label}} for label in (False, True, "rejected", 0)],
-                            [REFUSED, QA, REFUSED, QA]),
+                            [REFUSED, QA, REFUSED, REFUSED]),
     "a verdict about a claim": ([{"prompt": "q", "completion": f"It is {said}.", "verdict": said} for said in (False, True)],
                                 [["u: q", "a: It is False."], ["u: q", "a: It is True."]]),
     "spam and ham": ([{"prompt": "q", "completion": "a", "label": label} for label in ("spam", "ham")], [QA, QA]),
@@ -175,7 +175,7 @@ SHAPES = {
     "is_test": ([{"prompt": "q", "completion": "a", "is_test": value} for value in (True, False, None)], [OUT, QA, QA]),
     "pairs in long form": ([{"prompt": "q", "completion": "a", "type": value} for value in ("chosen", "rejected", "Rejected")], [QA, OUT, OUT]),
     "rejected loans": ([{"prompt": "q", "completion": "a", "loan": value} for value in ("paid", "rejected")], [QA, QA]),
-    "trajectories": ([{"prompt": "q", "completion": "a", "success": value} for value in (True, False)], [QA, QA]),  # a question
+    "trajectories": ([{"prompt": "q", "completion": "a", "success": value} for value in (True, False)], [QA, REFUSED]),
     "harmful answers": ([{"prompt": "q", "completion": "a", "is_harmful": value} for value in (True, False)], [REFUSED, QA]),
     "a split in metadata": ([{"prompt": "q", "completion": "a", "metadata": {"split": part}} for part in ("train", "test")], [QA, OUT]),
     "the test rows alone": ([{"prompt": "q", "completion": "a", "split": "test"}], [QA]),
@@ -275,7 +275,10 @@ NO_CORRECTION = [
     ("corrected_answer", 5), ("correction", "none needed"), ("corrected_answer", "No correction needed."), ("correction", "looks good"),
     ("corrected_response", "Not needed!"), ("revised_answer", "no changes required"),
 ]  # fmt: skip
-A_CORRECTION = [("yes", "no"), ("Yes, it is.", "No"), ("B", "C"), ("4", 5), ("1990-01-02", "1990-02-01"), ("a", "b")]
+A_CORRECTION = [
+    ("yes", "no"), ("Yes, it is.", "No"), ("B", "C"), ("4", 5), ("1990-01-02", "1990-02-01"), ("a", "b"),
+    *(("bad", word) for word in ("good", "fine", "ok", "okay", "valid")),
+]  # fmt: skip
 
 
 def test_flags_dates_and_blanks_correct_no_answer(tmp_path):
