@@ -94,8 +94,7 @@ def check_fits_config(folder: Path, *, trust: bool = False) -> list[str]:
             next_step="fetch the base again: config.json and weights are of two models",
         )
     if any(entry.dtype not in FLOATS for entry in _stored(folder).values()):
-        floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-        _refuse_quantized(folder, _unused(folder, model, report), floating)
+        _refuse_quantized(folder, _unused(folder, model, report), model)
     if not trust:
         _refuse_rotary_angles(folder, model)
     _refuse_two_values(folder, getattr(model, "all_tied_weights_keys", {}))
@@ -169,7 +168,9 @@ def _refuse_rotary_angles(folder: Path, model: PreTrainedModel) -> None:
         config = getattr(module, "config", None)
         if config is None or not any(name.endswith("inv_freq") for name in module._buffers):
             continue
-        if not all(is_finite(angles) for angles in type(module)(config=config).buffers()):
+        angles = type(module)(config=config)
+        scales = (value for name, value in vars(angles).items() if name.endswith("attention_scaling"))
+        if not (all(map(is_finite, angles.buffers())) and all(map(math.isfinite, scales))):
             raise BadModel(
                 "The model's rotary angles are not finite.",
                 where=f"{folder / 'config.json'}: rope_parameters",
@@ -179,18 +180,26 @@ def _refuse_rotary_angles(folder: Path, model: PreTrainedModel) -> None:
             )
 
 
-def _refuse_quantized(folder: Path, unused: Set[str], floating: Set[str] = frozenset()) -> None:
-    """Refuse weights of 8 bits or less. Without a quantization_config, transformers takes them for the weights themselves.
+def _refuse_quantized(folder: Path, unused: Set[str], model: PreTrainedModel | None = None) -> None:
+    """Refuse weights in integers or 8 bits. Without a quantization_config, transformers takes them for the weights.
 
     Args:
         unused: names that the model does not load: masks of older transformers have a byte for each value.
-        floating: names of weights that are no integers in the model.
+        model: the model on the meta device; None refuses weights of 8 bits or less only.
     """
+    tensors = {} if model is None else model.state_dict()
+    floating = {name for name, tensor in tensors.items() if tensor.is_floating_point()}
+    # Such as DeepSeek-V4's table of experts. The rest of a stored name may be another than the model's.
+    integers = {name.rpartition(".")[2] for name in tensors.keys() - floating}
     for name, entry in sorted(_stored(folder).items()):
-        is_integer = entry.dtype not in FLOATS and name in floating
-        if is_integer or (entry.dtype in _QUANTIZED and name not in unused):
+        is_small = entry.dtype in _QUANTIZED
+        is_number = is_small or (model is not None and entry.dtype[0] in "IU")
+        is_used = name not in unused and name.rpartition(".")[2] not in integers
+        if (is_number and is_used) or (entry.dtype not in FLOATS and name in floating):
             raise BadModel(
-                "The base's weights are quantized, and config.json does not say how.",
+                "The base's weights are quantized, and config.json does not say how."
+                if is_small
+                else "A weight of the base has an integer type.",
                 where=f"{entry.file}: {name}",
                 expected="weights in bfloat16, float16 or float32",
                 got=entry.dtype,

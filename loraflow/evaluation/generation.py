@@ -18,7 +18,7 @@ from loraflow.hardware.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ def generate_answers(
     if done_file is not None and not group.is_main:
         done_file = done_file.with_stem(f"{done_file.stem}-{group.rank}")
     if len(prompts) > 1:
-        batch_size = _exact_batch_size(model, tokenizer, batch_size, group)
+        counts_padding = _counts_padding(model.generation_config, min(map(len, prompts)))
+        batch_size = 1 if counts_padding else _exact_batch_size(model, tokenizer, batch_size, group)
     number = 0
     for rows in groups_of(model, [len(prompt) for prompt in prompts], batch_size, max_new_tokens):
         with fixed_angles(model, rows.switch, rows.side):
@@ -83,12 +84,25 @@ def generate_answers(
     return [answer for answer in group.gather_results(answers) if answer is not None]
 
 
+def _counts_padding(settings: GenerationConfig, shortest: int) -> bool:
+    """Tell whether settings of generation_config.json count the padding of a row as its tokens.
+
+    Args:
+        shortest: the number of tokens of the shortest prompt, which `min_length` includes.
+    """
+    if settings.no_repeat_ngram_size or settings.encoder_no_repeat_ngram_size or (settings.min_length or 0) > shortest:
+        return True
+    biases = settings.sequence_bias or []
+    words = [*(settings.bad_words_ids or []), *(biases if isinstance(biases, dict) else (ids for ids, _ in biases))]
+    # Of two tokens, the first is compared with the row's last one, which is no padding.
+    return any(len(word) > 2 for word in words)
+
+
 def _exact_batch_size(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, group: ProcessGroup
 ) -> int:
     """Return the batch size, or 1 if padding would change the model's answers."""
-    # These settings count the padding of a row as its tokens.
-    if batch_size == 1 or model.generation_config.min_length or model.generation_config.no_repeat_ngram_size:
+    if batch_size == 1:
         return 1
     # The main process decides: devices with other batches would leave rows out.
     is_exact = batches_are_exact(model, tokenizer.pad_token_id) if group.is_main else None

@@ -2,23 +2,27 @@
 
 import json
 import shutil
+from itertools import product
 
 import pytest
 import torch
 from click.testing import CliRunner
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from loraflow.adapters.merge_folders import merge
 from loraflow.base import hub
 from loraflow.base.load import load_model, load_tokenizer, stop_ids
 from loraflow.base.resolve import describe_files
+from loraflow.base.stored_weights import model_without_weights
 from loraflow.base.usable import refuse_unusable_folder
+from loraflow.base.weight_checks import check_fits_config
 from loraflow.cli import cli
 from loraflow.evaluation.generation import generate_answers
 from loraflow.failures import BadModel
 from tests.conftest import build_phi3
+from tests.families.tiny import save_tiny
 from tests.unit.test_base import build_llama, change_weights, resolve_base
 from tests.unit.test_merge import make_adapter
 from tests.unit.test_training import recipe
@@ -154,21 +158,65 @@ def test_an_index_beside_a_single_file_is_not_read_as_transformers_does_not_read
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int16, torch.bool])
-def test_quantized_weights_without_a_configuration_are_refused_before_training(dtype, llama, tmp_path):
+OTHER_TYPES = [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int16, torch.int64]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "prefix"), [*product(OTHER_TYPES, ["model.", ""]), (torch.bool, "model.")]
+)  # masks of older transformers are of booleans, and have names that the model lacks
+def test_weights_of_other_types_without_a_configuration_are_refused_before_training(dtype, prefix, llama, tmp_path):
     """transformers loads such numbers as if they were the weights; a merge refuses them."""
-    name = "model.layers.0.mlp.down_proj.weight"
-    change_weights(llama, lambda weights: {**weights, name: (weights[name] * 10).to(dtype)})
+    name = f"{prefix}norm.weight"
+
+    def change(weights):
+        plain = {key.replace("model.", prefix, 1): weight for key, weight in weights.items()}
+        return {**plain, name: (plain[name] * 10).to(dtype)}
+
+    change_weights(llama, change)
+    found = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).model.norm.weight
+    assert found.is_floating_point() and found.abs().max() == (1 if dtype is torch.bool else 10)
+    kind = (
+        "quantized, and config.json does not" if dtype.itemsize == 1 and dtype is not torch.bool else "an integer type"
+    )
     for check in (lambda: resolve_base(llama, tmp_path / "out"), lambda: describe_files(llama)):
-        with pytest.raises(BadModel, match="quantized, and config.json does not say how") as caught:
+        with pytest.raises(BadModel, match=kind) as caught:
             check()
         assert caught.value.where.endswith(f"{llama.name}/model.safetensors: {name}")
 
 
+def test_experts_in_integers_are_refused_though_the_model_has_other_names_for_them(tmp_path):
+    folder = save_tiny("mixtral", tmp_path / "mixtral")
+    check_fits_config(folder)
+    change_weights(folder, lambda w: {k: v.int() if ".experts." in k else v for k, v in w.items()})
+    stored = load_file(folder / "model.safetensors")
+    names = AutoModelForCausalLM.from_pretrained(folder).state_dict().keys()
+    assert not any(name in names for name, weight in stored.items() if weight.dtype == torch.int32)
+    with pytest.raises(BadModel, match="A weight of the base has an integer type"):
+        check_fits_config(folder)
+
+
+@pytest.mark.skipif("deepseek_v4" not in CONFIG_MAPPING, reason="no deepseek_v4 here")
+def test_integers_that_the_model_has_as_integers_are_accepted_under_a_stored_name(tmp_path):
+    """DeepSeek-V4 has a table of experts by token."""
+    folder = save_tiny(
+        "deepseek_v4", tmp_path / "base", head_dim=64, q_lora_rank=32, o_lora_rank=32, o_groups=2, n_routed_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=32, index_n_heads=2, index_head_dim=64, qk_rope_head_dim=32,
+    )  # fmt: skip
+    table = "model.layers.0.ffn.gate.tid2eid"
+    assert load_file(folder / "model.safetensors")[table].dtype == torch.int64
+    assert table not in model_without_weights(folder).state_dict()
+    assert check_fits_config(folder) == []
+
+
 @pytest.mark.parametrize(
     "rope",
-    [{"rope_theta": 0}, {"rope_theta": -1e4}, {"rope_theta": 1e4, "rope_type": "linear", "factor": 0.0}],
-    ids=["zero", "negative", "factor"],
+    [
+        {"rope_theta": 0},
+        {"rope_theta": -1e4},
+        {"rope_theta": 1e4, "rope_type": "linear", "factor": 0.0},
+        {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "attention_factor": float("inf")},
+    ],
+    ids=["zero", "negative", "factor", "scale"],
 )
 def test_rotary_angles_that_are_not_finite_are_refused_before_training(rope, llama, tmp_path):
     """Each logit would be NaN."""

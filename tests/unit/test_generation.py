@@ -1,10 +1,13 @@
 """Answers and likelihoods in batches: equal to those of single prompts, with any cache and any decoding."""
 
 import copy
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from loraflow.data.loss_mask import ChatTemplate
 from loraflow.evaluation import greedy_decoding
@@ -68,6 +71,39 @@ def test_settings_that_look_at_earlier_tokens_or_the_clock_do_not_see_the_batch(
         )
     else:
         assert alone[1]["tokens"] > 1
+
+
+TRIPLES = [list(ids) for ids in itertools.product(range(4, 12), range(4, 12), range(4, 8))]
+SETTINGS = {  # name and value, and whether batches are kept
+    "encoder_no_repeat_ngram_size": (2, False),
+    "bad_words_ids": (TRIPLES, False),
+    "sequence_bias": ([[ids, -9.0] for ids in TRIPLES], False),
+    "min_length of the shortest prompt": (31, True),
+    "bad_words_ids of two": ([ids[1:] for ids in TRIPLES[:8]], True),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_look_at_earlier_tokens_do_not_see_padding_behind_a_shared_prefix(name):
+    """The oracle: transformers' answer to each prompt alone. Few tokens and large weights repeat much."""
+    value, keeps_batches = SETTINGS[name]
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=12, hidden_size=32, intermediate_size=64, num_hidden_layers=2, initializer_range=0.3,
+                         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config = GenerationConfig(**{name.split()[0]: value})
+    tokenizer = SimpleNamespace(pad_token_id=0, decode=lambda ids, **_: " ".join(map(str, ids)))
+    shared = torch.randint(4, 12, (30,))
+    prompts = [torch.cat([shared, torch.randint(4, 12, (more,))]).tolist() for more in (1, 2, 3, 5, 9, 7, 4, 6)]
+    batches: list[int] = []
+    found = generate_answers(model, tokenizer, prompts, stop_ids=[1, 2, 3], max_new_tokens=12, batch_size=4,
+                             on_batch=batches.append)  # fmt: skip
+    assert len(batches) == (2 if keeps_batches else 8)
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
+                               eos_token_id=[1, 2, 3], pad_token_id=0)[0, len(prompt) :].tolist()  # fmt: skip
+        assert answer["text"] == tokenizer.decode([token for token in alone if token not in (1, 2, 3)])
 
 
 def test_what_the_template_writes_before_an_answer_is_removed_from_it(phi3, model):

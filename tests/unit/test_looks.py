@@ -195,9 +195,20 @@ def test_more_error_in_the_recipe_does_not_give_back_what_was_spent(record):
 def test_a_row_with_another_system_message_case_or_space_was_seen_before(messages):
     assert row_key(json.dumps(messages)) == row_key(json.dumps([{"role": "user", "content": "What is red?"}]))
     assert row_key(json.dumps(messages)) != row_key(json.dumps([{"role": "user", "content": "What is blue?"}]))
-    for unseen in "\u200b\u200d\u2060\ufeff\u00ad\ufe0f\u200e":
-        messages[-1]["content"] = f"{unseen}What is{unseen} r{unseen}ed?"
-        assert row_key(json.dumps(messages)) == row_key(json.dumps([{"role": "user", "content": "What is red?"}]))
+
+
+KEYS = {  # of prompts in looks and deals that exist
+    "What is red?": "0b68b1dc4a2f8c8e",
+    "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645": "200ac775b7be9d7e",  # Persian, with a zero-width non-joiner
+    "I \u2764\ufe0f \U0001f468\u200d\U0001f469\u200d\U0001f467": "52f847c2ee070d7c",
+    "co\u00adoperate\u200b \ufb01ne": "70f1bfd0978dfeef",
+}
+
+
+@pytest.mark.parametrize("text", KEYS)
+def test_the_keys_of_rows_in_existing_looks_and_deals_do_not_change(text):
+    """Rows with other keys would count as never scored, and get a new period of levels."""
+    assert row_key(json.dumps([{"role": "user", "content": text}])) == KEYS[text]
 
 
 def test_the_level_of_a_promotion_is_passed_on_once_half_to_the_next_look_and_half_to_later_ones(store, record):
