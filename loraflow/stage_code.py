@@ -68,7 +68,6 @@ CHECK_DATASET = (
     "loraflow.data.split",
     "loraflow.data.heldout_fields",
     "loraflow.data.findings",
-    "loraflow.config.data_profile",
     "loraflow.data.broken_text",
     "loraflow.data.near_split",
     "loraflow.data.placement",

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loraflow.config.data_profile import ProfileCheckName, ProfileRule, default_rules
+from loraflow.config.data import ProfileCheckName, ProfileRule
 from loraflow.data.broken_text import has_carriage_return
 from loraflow.data.chat_table import source_of
+from loraflow.data.findings import default_rules
 from loraflow.data.readers import is_answer_learned, is_partly_learned
 from loraflow.data.split import prompt_key
 from loraflow.data.unread_values import doubtful

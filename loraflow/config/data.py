@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from loraflow.config.data_profile import ProfileCheckName, ProfileRule
 from loraflow.config.data_sources import (
     REPLACED,
     DataSource,
@@ -21,6 +20,20 @@ from loraflow.failures import BadConfig
 from loraflow.frozen import FrozenModel, Positive, Share, ShareOrCount
 
 GENERAL_SETS = ("general chats", "general questions")  # the names in reports of the sets of evaluation.general
+
+ProfileCheckName = Literal["refusals", "openings", "disputed", "scripts", "broken_text", "control_tokens", "personal"]
+
+
+class ProfileRule(FrozenModel):
+    """What one check of `data.profile` does."""
+
+    action: Literal["warn", "quarantine", "fail"] = Field(
+        "warn", description="warn: report it. quarantine: leave these rows out, and count them. fail: stop the run."
+    )
+    share: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="Act only if more than this share of the rows is concerned. With quarantine, the default is 0.",
+    )
 
 
 class Data(FrozenModel):

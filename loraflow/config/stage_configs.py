@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Field, JsonValue
 
-from loraflow.config.data import read_tools_file
-from loraflow.config.data_profile import ProfileCheckName, ProfileRule
+from loraflow.config.data import ProfileCheckName, ProfileRule, read_tools_file
 from loraflow.config.data_sources import RowFormat, source_settings
 from loraflow.config.locations import BaseLocation, DatasetLocation, SourcesOrigin
 from loraflow.config.lora import LoralibConfig, PeftConfig

@@ -10,7 +10,7 @@ from typing import IO, Annotated, Literal, TypedDict
 
 from pydantic import BeforeValidator, JsonValue, PlainSerializer
 
-from loraflow.config.data_profile import ProfileCheckName
+from loraflow.config.data import ProfileCheckName
 from loraflow.data.split import to_json
 from loraflow.frozen import StoredModel
 

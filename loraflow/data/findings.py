@@ -10,7 +10,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
-from loraflow.config.data_profile import ProfileCheckName, ProfileRule
+from loraflow.config.data import ProfileCheckName, ProfileRule
 from loraflow.data.broken_text import broken_text, control_token, script
 from loraflow.data.chat_table import ChatTable
 from loraflow.data.chats import Chat
@@ -21,6 +21,29 @@ from loraflow.data.split import MAX_LABEL_CHARACTERS, label_values, normalize, n
 OPENING_WORDS = 5  # of an answer that has at least twice as many words
 MIN_REPEATED = 5  # answers with one opening
 _QUOTED = 60  # characters of a quoted text
+
+# Share of the rows from which a check acts. Some refusals and languages are often intended; damaged text never is.
+_SHARES: dict[ProfileCheckName, float] = {
+    "refusals": 0.05,
+    "openings": 0.2,
+    "disputed": 0.01,
+    "scripts": 0.05,
+    "broken_text": 0.0,
+    "control_tokens": 0.0,
+    "personal": 0.0,
+}
+
+
+def default_rules(*, personal: bool) -> dict[ProfileCheckName, ProfileRule]:
+    """Return the rules of `loraflow data check`: every check warns. Personal data is looked for only if asked for."""
+    return {name: ProfileRule() for name in _SHARES if personal or name != "personal"}
+
+
+def share_limit(rule: ProfileRule, check: ProfileCheckName) -> float:
+    """Return the share of rows above which a check acts."""
+    if rule.share is not None:
+        return rule.share
+    return 0.0 if rule.action == "quarantine" and check != "openings" else _SHARES[check]
 
 
 class Detector:
@@ -83,7 +106,7 @@ class Detector:
         if "refusals" in found:
             found["refusals"] = {**found["refusals"], **self._placeholders.rows()}
         if "openings" in found:
-            least = max(MIN_REPEATED, self._rules["openings"].limit("openings") * len(self._places))
+            least = max(MIN_REPEATED, share_limit(self._rules["openings"], "openings") * len(self._places))
             repeated = {text: rows for text, rows in self._openings.items() if len(rows) >= least}
             found["openings"] = {row: f"{text!r}" for text, rows in repeated.items() for row in rows}
         if "disputed" in found:
@@ -111,7 +134,7 @@ class Detector:
             check=name,
             rows=len(found),
             share=len(found) / len(self._places),
-            limit=rule.limit(name),
+            limit=share_limit(rule, name),
             action=rule.action,
             examples=examples,
         )

@@ -97,7 +97,7 @@ def _word(key: str, value: JsonValue) -> str:
     if kind == "neutral":
         return _OTHER
     if isinstance(value, list):  # of several judges
-        words = {_word(key, item) for item in value}
+        words = {_OTHER if isinstance(item, list) else _word(key, item) for item in value}
         return words.pop() if len(words) == 1 else _OTHER
     if _REASON.search(normal_name(key)):
         return value if isinstance(value, str) and plain(value) in _CUT_OFF else _OTHER

@@ -7,11 +7,11 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.cli import cli
-from loraflow.config.data_profile import ProfileRule, default_rules
+from loraflow.config.data import ProfileRule
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.broken_text import broken_text, control_token, script
-from loraflow.data.findings import Detector, personal_data
+from loraflow.data.findings import Detector, default_rules, personal_data, share_limit
 from loraflow.data.row_limits import refuse_findings
 from loraflow.evaluation import slices
 from loraflow.failures import LimitExceeded
@@ -244,8 +244,9 @@ def test_without_checks_a_recipe_has_the_payload_and_the_report_of_before(tmp_pa
 
 
 def test_quarantine_needs_no_share_and_a_warning_has_one():
-    assert ProfileRule(action="quarantine").limit("refusals") == 0
-    assert ProfileRule().limit("refusals") > 0 and ProfileRule(action="quarantine").limit("openings") > 0
+    assert share_limit(ProfileRule(action="quarantine"), "refusals") == 0
+    assert share_limit(ProfileRule(), "refusals") > 0
+    assert share_limit(ProfileRule(action="quarantine"), "openings") > 0
 
 
 def test_data_check_prints_what_it_found_with_file_and_line(tmp_path):
