@@ -71,7 +71,7 @@ CHECK_DATASET = Stage(
     name="check_dataset",
     # docs/upgrade.md lists what earlier versions of the stages changed.
     # 15: words such as a status of rejected, and two words of a label, are questions; flags in lists are marks;
-    # messages in `context` and `history` come before the question
+    # `author` and `message` of messages
     version=15,
     module="loraflow.data.check",
     config=configs.CheckDatasetConfig,

@@ -16,7 +16,6 @@ from pydantic import JsonValue
 
 from loraflow.data.cell_values import is_chat_as_text, is_missing, media_key, parsed_list, refuse_media
 from loraflow.data.chats import BadRow, Message, Tool
-from loraflow.data.earlier_messages import are_earlier_messages, history_keys, with_history
 from loraflow.data.labels import Labels
 from loraflow.data.marks import MAX_WEIGHT, MarkedFalse
 from loraflow.data.message_checks import messages_with_tools, plain_messages
@@ -31,6 +30,7 @@ from loraflow.data.published_formats import (
     read_pairs,
     read_tree,
     read_xlam,
+    refuse_lost_history,
     template_arguments,
 )
 from loraflow.data.question_parts import refuse_answers_by_letter, refuse_lost_parts
@@ -106,6 +106,7 @@ def read_chat(
         read = {*used, *used.values()}
         refuse_media(fields.row, [turn.content for turn in turns], fields.media or media_key(fields.row, read))
         refuse_answers_by_letter(fields.row, messages, read)
+        refuse_lost_history(fields.own, messages, used)
         refuse_lost_parts(fields.own, messages, used, columns)
         refuse_rejected(fields.row, messages, fields.chosen_answers())
         refuse_corrected(fields.row, messages, used)
@@ -312,16 +313,11 @@ def _chat(column: str, fields: RowFields) -> list[Turn]:
 
 
 def _alpaca(fields: RowFields) -> list[Turn]:
-    instruction = fields.value("instruction")
-    names = (
-        ("input",) if are_earlier_messages(fields.row.get("context")) else ("input", "context")
-    )  # Dolly says context
-    context = fields.optional(*names)
+    instruction, context = fields.value("instruction"), fields.optional("input", "context")  # Dolly says context
     if not isinstance(instruction, str):
         raise BadRow(f"instruction is {type(instruction).__name__}; expected text")
     if context is not None and not isinstance(context, str):
-        name = "input" if "input" in fields.used else "context"
-        raise BadRow(f"{name} is {type(context).__name__}; expected text")
+        raise BadRow(f"input is {type(context).__name__}; expected text")
     _refuse_chat_as_text("instruction", instruction)
     user = instruction
     if context is not None and context.strip() and not is_missing(context):
@@ -329,7 +325,7 @@ def _alpaca(fields: RowFields) -> list[Turn]:
     answer = fields.value("output", "response")
     if user == instruction:
         return _prompt_and_answer(fields, instruction, answer)
-    return _with_history(fields, [Turn("user", user), Turn("assistant", answer)])
+    return [*_history(fields), Turn("user", user), Turn("assistant", answer)]
 
 
 def _prompt_and_answer(fields: RowFields, prompt: JsonValue, answer: JsonValue) -> list[Turn]:
@@ -341,12 +337,21 @@ def _prompt_and_answer(fields: RowFields, prompt: JsonValue, answer: JsonValue) 
     )
     if turns is None or (has_system and turns[0].role == "system" and str(prompt).lstrip().startswith("System:")):
         turns = [Turn("user", prompt), Turn("assistant", answer)]
-    return _with_history(fields, turns)
+    first = turns[0].role == "system"
+    return [*turns[:first], *_history(fields), *turns[first:]]
 
 
-def _with_history(fields: RowFields, turns: list[Turn]) -> list[Turn]:
-    keys = history_keys(fields)
-    return with_history(fields, keys, _with_system(fields, turns)) if keys else turns
+def _history(fields: RowFields) -> list[Turn]:
+    """Return LLaMA-Factory's and ms-swift's earlier questions and answers."""
+    history = parsed_list(fields.optional("history"), "history")
+    if not has_value(history) or is_missing(history):
+        return []
+    out: list[Turn] = []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow("history: expected a list of [question, answer]; if it is none, name history in data.ignore")
+        out += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    return out
 
 
 def _prompt_completion(fields: RowFields) -> list[Turn]:
@@ -361,8 +366,10 @@ def _prompt_completion(fields: RowFields) -> list[Turn]:
         if asked is None or answered is None:
             raise BadRow("prompt, completion: expected lists of {role, content}")
         keys = ("role",), ("content",)
-        turns = fields.turns("prompt", asked, *keys)
-        return _with_history(fields, turns + fields.turns("completion", answered, *keys, first=len(asked) + 1))
+        return [
+            *fields.turns("prompt", asked, *keys),
+            *fields.turns("completion", answered, *keys, first=len(asked) + 1),
+        ]
     return _prompt_and_answer(fields, prompt, completion)
 
 

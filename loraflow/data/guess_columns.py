@@ -34,7 +34,6 @@ _PAIRS = (
     ("prompt", "response"),
     ("instruction", "output"),
     ("instruction", "response"),
-    ("message", "response"),  # Cohere
     ("inputs", "targets"),  # FLAN, Aya, xP3
     ("inputs_pretokenized", "targets_pretokenized"),  # P3
     ("input", "target"),

@@ -109,7 +109,7 @@ class Beside:
     @property
     def is_trajectory(self) -> bool:
         """Tell whether the row is the work of an agent or a conversation, and no table of tickets."""
-        return self.labels is None or not _TRAJECTORY.isdisjoint(self.row)
+        return self.labels is None or not _TRAJECTORY.isdisjoint(self.row) or isinstance(self.row.get("prompt"), list)
 
     def some_row(self, question: tuple[str, ...], holds: Callable[[dict[str, JsonValue]], bool]) -> bool:
         """Tell whether something holds for a row of the file; without a file, it does not."""

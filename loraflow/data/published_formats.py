@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import JsonValue
 
 from loraflow.data.cell_values import parsed_list, strict_json
-from loraflow.data.chats import BadRow
+from loraflow.data.chats import BadRow, Message
 from loraflow.data.marks import MarkedFalse, excludes
 from loraflow.data.question_parts import question_parts
 from loraflow.data.row_fields import (
@@ -225,6 +225,8 @@ _FILTERS = {
     r'"\n</think>\n\n" + .deepseek_solution)}',
     "question solutions": "{prompt: .question, completion: (.solutions | "
     'if type == "string" then fromjson else . end | .[0])}',
+    "message chat_history response": "{messages: ((.chat_history | map({role, content: .message})) + "
+    '[{role: "user", content: .message}, {role: "assistant", content: .response}])}',
     "instruction instances": ".instruction as $i | .instances[] | {instruction: $i, input, output}",
 }
 # OpenAssistant's rows: all of a file are read (jq -s), and each tree becomes a row.
@@ -257,6 +259,8 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         chat, role, content = keys
         made = f"group_by(.{chat})[] | {{messages: map({{role: .{role}, content: .{content}}})}}"
         return "; if each row is one message of a chat" + _by_jq(made, "-cs").replace(";", ",", 1)
+    if hint := _hint_to_join(row):
+        return hint
     texts = [key for key, value in row.items() if is_transcript(value)]
     if "chosen" in row:
         columns = "{text: chosen}" if is_transcript(row["chosen"]) else "{completion: chosen} or {messages: chosen}"
@@ -281,8 +285,7 @@ def _hint_to_unpack(row: Mapping[str, JsonValue]) -> str:
     inner = [key for key, value in row.items() if isinstance(value, dict) and _has_chat(value)]
     if len(inner) != 1 or _OF_PAIRS.search(inner[0]) or not row.keys().isdisjoint(("request", "response")):
         return ""
-    path = f".[{json.dumps(inner[0])}]"
-    return "" if "'" in path else _by_jq(f"{path} + del({path})")
+    return _by_jq(f"{_path(inner[0])} + del({_path(inner[0])})") if _is_quotable(inner[0]) else ""
 
 
 def _has_chat(value: Mapping[str, JsonValue]) -> bool:
@@ -324,6 +327,72 @@ def _is_closed(text: JsonValue) -> bool:
 def is_history(name: str) -> bool:
     """Tell whether a column beside a question or an answer has the messages before them."""
     return "history" in name.lower() or name.lower() in ("context", "contexts")
+
+
+def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], used: Mapping[str, str]) -> None:
+    """Refuse a row whose `context` has messages that are neither read nor in the chat.
+
+    Args:
+        used: the keys that were read: loraflow's name → the row's column.
+
+    Raises:
+        BadRow: it has. The answer would be learned without them.
+    """
+    question = next((used[key] for key in ("prompt", "instruction") if key in used), None)
+    answer = next((used[key] for key in ("completion", "output", "response") if key in used), None)
+    if question is None or answer is None:
+        return
+    for key in row:
+        turns = _messages_of(key, row)
+        if not turns or key in used.values():
+            continue
+        texts = [turn[name] for turn in turns for name in CONTENTS if isinstance(turn.get(name), str)]
+        written = " ".join(" ".join(message["content"] for message in messages[:-1]).split())
+        if not all(" ".join(str(text).split()) in written for text in texts):
+            made = _to_join(row, key, question, answer)
+            raise BadRow(f"{key} has earlier messages, which are not read{made}; or name {key} in data.ignore")
+
+
+def _messages_of(key: str, row: Mapping[str, JsonValue]) -> list[dict[str, JsonValue]]:
+    """Return the messages in a column `context` or `contexts`; empty for another column or value."""
+    value = row[key]
+    turns = objects(value) if key.lower() in ("context", "contexts") and isinstance(value, list) else None
+    roles = [normal_role(next((turn[name] for name in ROLE_KEYS if name in turn), None)) for turn in turns or ()]
+    return turns if turns and all(role in ("user", ASSISTANT, "system", TOOL) for role in roles) else []
+
+
+def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
+    """Return how messages in `context` are joined with the question and answer beside it; empty without them."""
+    names = {key.lower(): key for key in row if isinstance(row[key], str)}
+    question = next(
+        (names[name] for name in ("question", "query", "prompt", "problem", "input") if name in names), None
+    )
+    answer = next((names[name] for name in ("answer", "response", "output", "completion") if name in names), None)
+    history = next((key for key in row if _messages_of(key, row)), None)
+    return _to_join(row, history, question, answer) if history and question and answer else ""
+
+
+def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: str) -> str:
+    """Return the command that writes a question and its answer behind earlier messages; empty if they are no texts."""
+    keys = (history, question, answer)
+    if not (isinstance(row[question], str) and isinstance(row[answer], str) and all(map(_is_quotable, keys))):
+        return ""
+    first = _messages_of(history, row)[0]
+    role = next(name for name in ROLE_KEYS if name in first)
+    said = next((name for name in CONTENTS if name in first), CONTENTS[0])
+    before, asked, answered = map(_path, keys)
+    turns = f'{{{role}: "user", {said}: {asked}}}, {{{role}: "assistant", {said}: {answered}}}'
+    return _by_jq(f". + {{messages: ({before} + [{turns}])}} | del({before}, {asked}, {answered})")
+
+
+def _path(key: str) -> str:
+    """Return the filter of jq that takes a key."""
+    return f".{key}" if re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII) else f".[{json.dumps(key)}]"
+
+
+def _is_quotable(key: str) -> bool:
+    """Tell whether a key can be written between the single quotes of a shell."""
+    return "'" not in key
 
 
 def _keys_of_message(row: Mapping[str, JsonValue]) -> tuple[str | None, str | None, str | None]:

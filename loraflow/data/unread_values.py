@@ -155,7 +155,8 @@ def _is_doubtful(key: str, words: Mapping[str, int], rows: int) -> bool:
     if words.keys() - flags.keys() - {_OTHER}:
         return True
     is_done = "false" in flags and _DONE.fullmatch(normal_name(key.rpartition(".")[2])) is not None
-    return (is_done or ("true" in flags and len(flags) > 1)) and sum(flags.values()) >= rows
+    is_whole = sum(flags.values()) >= rows
+    return (is_done and ("true" in flags or is_whole)) or ("true" in flags and len(flags) > 1 and is_whole)
 
 
 def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from loraflow.failures import Failure
 
 log = logging.getLogger(__name__)
+_REMOVED = (errno.ENOENT, errno.ESTALE)  # the latter from NFS, if another machine removed the file
 
 
 class LockHeld(Exception):
@@ -63,26 +64,34 @@ def open_lock(path: Path, flags: int) -> int:
     Raises:
         Failure: the file is a link.
     """
-    with suppress(FileExistsError):  # a holder removed the folder meanwhile, or it is a file, which `os.open` tells
-        path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    except FileNotFoundError:  # a holder removed the folder
-        return open_lock(path, flags | os.O_CREAT)
-    except OSError as error:
-        if error.errno != errno.ELOOP or not path.is_symlink():
-            raise
-        raise Failure(
-            "The lock file is a link.", where=str(path), expected="a file", next_step="remove it; it is created again"
-        ) from error
+    for attempt in range(10):
+        with suppress(FileExistsError):  # a holder removed the folder meanwhile, or it is a file, which `os.open` tells
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno in _REMOVED and attempt < 9:  # a holder removed the folder
+                flags |= os.O_CREAT
+                continue
+            if error.errno != errno.ELOOP or not path.is_symlink():
+                raise
+            raise Failure(
+                "The lock file is a link.",
+                where=str(path),
+                expected="a file",
+                next_step="remove it; it is created again",
+            ) from error
+    raise AssertionError("the last attempt returns or raises")
 
 
 def is_at(path: Path, fd: int) -> bool:
     """Tell whether an open file is still the one at its path. Where NFS or FUSE removed it, its number of links stays 1."""
     try:
         return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        if error.errno in _REMOVED:
+            return False
+        raise
 
 
 def _lock(fd: int, mode: int, path: Path) -> None:

@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from loraflow.data.chat_formats import read_chat, to_prompt
+from loraflow.data.chat_formats import read_chat
 from loraflow.data.chats import BadRow
 from loraflow.data.guess_columns import columns_of
 from loraflow.data.readers import read_rows
@@ -294,139 +294,26 @@ def test_the_command_for_when2calls_pairs_takes_the_chosen_response():
     assert read_chat(json.loads(made.stdout)).messages[-1] == answer("a")
 
 
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 @pytest.mark.parametrize(
     ("row", "columns"),
     [
-        ({"question": "r", "answer": "b", "context": CHAT}, {"prompt": "question", "completion": "answer"}),
+        ({"question": "r", "answer": "b", "context": CHAT, "is_correct": True}, {}),
         ({"prompt": "r", "response": "b", "contexts": CHAT}, {}),
-        ({"prompt": [user("r")], "completion": [answer("b")], "chat_history": CHAT}, {}),
-        ({"instruction": "r", "output": "b", "context": CHAT}, {}),
-        ({"prompt": [user("r")], "completion": "b", "Chat History": [*CHAT, user(" r")]}, {}),
-        ({"prompt": "r", "completion": "b", "dialogHistory": [*CHAT, user("r "), answer("b\n")]}, {}),
-        ({"prompt": [*CHAT, user("r")], "completion": "b", "history": [["q", " a"]]}, {}),
-        ({"instruction": "r", "output": "b", "history": [{"speaker": "agent", "text": "q"}], "context": CHAT}, None),
-        ({"instruction": "r", "output": "b", "history": CHAT}, {}),
-        ({"instruction": "r", "output": "b", "history": [*CHAT, user("r")]}, {}),
-        ({"instruction": "r", "output": "b", "history": [["q", "a"], ["r", "b"]]}, {}),
-        ({"prompt": "r", "completion": "b", "message_history": [human("q"), gpt("a")], "history": CHAT}, {}),
         (
             {"my query": "r", "reply": "b", "Context": [human("q"), gpt("a")]},
             {"prompt": "my query", "completion": "reply"},
         ),
-        ({"q": "r", "a": "b", "turns": CHAT}, {"prompt": "q", "completion": "a", "history": "turns"}),
     ],
 )
-def test_earlier_messages_beside_a_question_come_before_it(tmp_path, row, columns):
+def test_earlier_messages_beside_a_question_are_not_left_out(tmp_path, row, columns):
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
-    (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns or {})
-    assert outcome(found) == (REFUSED if columns is None else TWO) and found.unused_keys == ()
-    if columns is not None:
-        assert to_prompt({**row, **{key: row[name] for key, name in columns.items()}}) == found.messages[:-1]
-
-
-def test_marks_of_earlier_messages_are_honoured_and_a_system_message_stays_the_first(tmp_path):
-    (tmp_path / "t.jsonl").write_text(
-        json.dumps({"system": "s", "prompt": "r", "completion": "b", "history": [user("q"), answer("a", train=False)]})
-    )
-    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto")
-    assert outcome(row) == ["s: s", "u: q", "a-: a", "u: r", "a: b"]
-
-
-SYSTEM = {"role": "system", "content": "s"}
-
-
-def test_earlier_messages_may_overlap_with_the_prompt():
-    before = [user("w"), answer("x")]
-    row = {"prompt": [SYSTEM, *CHAT, user("r")], "completion": "b", "history": [SYSTEM, *before, *CHAT]}
-    assert read_chat(row).messages == [SYSTEM, *before, *CHAT, user("r"), answer("b")]
-    assert to_prompt(row) == [SYSTEM, *before, *CHAT, user("r")]
-
-
-@pytest.mark.parametrize("column", ["history", "context"])
-def test_the_system_message_of_earlier_messages_that_are_the_prompt_is_kept(column):
-    row = {"prompt": "q", "completion": "a", column: [SYSTEM, *CHAT]}
-    assert read_chat(row).messages == [SYSTEM, *CHAT] and to_prompt(row) == [SYSTEM, user("q")]
-    with pytest.raises(BadRow):
-        read_chat({"prompt": [], "completion": [], column: CHAT})
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"history": [user("r"), answer("WRONG")]},
-        {"history": [*CHAT, user("r"), answer("b"), user("next"), answer("n")]},
-        {"history": [["q", "a"], ["r", "b"], ["q", "a"]]},
-        {"context": [user("r"), answer("b"), user("next"), answer("n")]},
-        {"context": [*CHAT, user("r"), answer("b", train=False)]},
-        {"context": [*CHAT, user("another question")]},
-        {"context": [user("q"), user("q2"), answer("a")]},
-        {"context": [user("q"), answer(" ")]},
-        {"context": [{"from": "customer", "text": "Hello."}]},
-        {"context": [answer("a")]},
-        {"context": [{"role": "tool", "content": "found"}]},
-        {"system": "s2", "chat_history": [SYSTEM, *CHAT]},
-        {"history": "[["},
-        {"history": [{"author": "user", "text": "q"}]},
-        {"history": [answer("a")]},
-        {"history": CHAT, "conversation_history": [user("w"), answer("x")]},
-    ],
-)
-def test_earlier_messages_that_have_the_question_or_are_no_chat_are_refused_by_the_name_of_their_column(row):
-    column = [*row][-1]
-    with pytest.raises(BadRow, match=f"{column}.*; if these are no earlier messages, name {column} in data.ignore$"):
-        read_chat({"prompt": "r", "completion": "b", **row})
-    if len(row) == 1:
-        ignored = read_chat({"prompt": "r", "completion": "b", **row}, ignore=[column])
-        assert ignored.messages == [user("r"), answer("b")]
-
-
-def test_a_request_that_is_repeated_is_read():
-    pairs = [["continue", "one"], ["continue", "two"]]
-    said = [user("continue"), answer("one"), user("stop"), answer("two")]
-    asked = {"prompt": "continue", "completion": "three"}
-    end = [user("continue"), answer("three")]
-    assert (
-        read_chat({**asked, "history": pairs}).messages[-2:] == end
-        and len(read_chat({**asked, "history": pairs}).messages) == 6
-    )
-    assert read_chat({**asked, "history": said}).messages == [*said, *end]
-
-
-def test_an_answer_in_the_history_is_not_in_the_prompt():
-    with pytest.raises(BadRow, match="history: the question is among its messages"):
-        to_prompt({"prompt": "r", "history": [*CHAT, user("r"), answer("b")]})
-    assert to_prompt({"prompt": "r", "completion": "b", "history": [*CHAT, user("r"), answer("b")]}) == [
-        *CHAT,
-        user("r"),
-    ]
-    assert to_prompt({"prompt": "r", "history": [*CHAT, user("r")]}) == [*CHAT, user("r")]
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        *({f"{name}_history": CHAT} for name in ("rejected", "edit", "revision", "order", "ticket")),
-        {"chat_history": [{"author": "user", "text": "q"}, {"author": "bot", "text": "a"}]},
-        {"chat_history": json.dumps(CHAT)},
-        {"chat_history": [["q", "a"]]},
-        {"chat_history": [user("q"), SYSTEM]},
-        {"message_history": [{"role": "tool", "content": "found"}]},
-        {"context": [{"author": "User", "text": "a post"}]},
-        {"history": [user("explain"), answer("yes")]},
-    ],
-)
-def test_columns_that_are_no_earlier_messages_are_named_as_not_read(other):
-    chat = read_chat({"prompt": "Please explain yes or no", "completion": "b", **other})
-    assert chat.messages == [user("Please explain yes or no"), answer("b")] and chat.unread == (*other,)
-
-
-@pytest.mark.parametrize(
-    "earlier",
-    [[user("yes"), answer("explain")], [user("explain"), {**answer("yes"), "tool_calls": [CALL]}, answer("yes")]],
-)
-def test_messages_whose_texts_are_not_in_the_question_in_their_order_are_read(earlier):
-    row = {"prompt": "Please explain yes or no", "completion": "b", "history": earlier}
-    assert len(read_chat(row).messages) == len(earlier) + 2
+    assert columns_of(tmp_path / "t.jsonl", "t") == {}
+    (refused,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns)
+    command = re.search(r"jq -c '(.*)' IN", refused.problem)[1]
+    made = subprocess.run(["jq", "-c", command], input=json.dumps(row), capture_output=True, text=True, check=True)
+    (joined,) = read(tmp_path, [json.loads(made.stdout)])
+    assert outcome(joined) == TWO and joined.unused_keys == ()
 
 
 def test_earlier_messages_that_the_prompt_has_are_no_loss(tmp_path):

@@ -189,8 +189,7 @@ SHAPES = {
         [{"turns": [{"speaker": "customer", "utterance": "q"}, {"speaker": "Agent", "utterance": "a"}], "topic": "t"},
          {"turns": [{"speaker": "user", "utterance": "q"}, {"speaker": "Robo", "utterance": "a"}]}], [QA, REFUSED]),
     "earlier turns with roles": ([{"chat_history": [user("q"), answer("a")], "message": "r", "response": "b"}, {"history": [user("q"), answer("a")]}],
-                                 [TWO, REFUSED]),
-    "requests to Cohere": ([{"message": "r", "chat_history": [{"role": "USER", "message": "q"}, {"role": "CHATBOT", "message": "a"}], "response": "b"}], [TWO]),
+                                 [REFUSED, REFUSED]),
     "Vertex": ([{"messages": [{"author": "user", "content": "q"}, {"author": "bot", "content": "a"}]}], [QA]),
     "turns in a history": ([{"history": [user("q"), answer("a")], "id": 1}], [QA]),
     "turns of senders": ([{"turns": [{"sender": "user", "text": "q", "x": None}, {"sender": "assistant", "text": "a", "x": 1}]}], [QA]),
@@ -563,6 +562,7 @@ CONVERTED = [
     ({"question": "q", "solutions": json.dumps(["a", "b"])}, QA),
     ({"question": "q", "solutions": ["a", "b"]}, QA),
     ({"instruction": "i", "instances": [{"input": "q", "output": "a"}]}, ["u: i\n\nq", "a: a"]),
+    ({"message": "r", "chat_history": [{"role": "USER", "message": "q"}, {"role": "CHATBOT", "message": "a"}], "response": "b"}, TWO),
 ]  # fmt: skip
 
 

@@ -166,6 +166,9 @@ def test_a_lock_whose_folder_is_removed_while_it_is_made_is_made_again(tmp_path,
     monkeypatch.setattr(os, "mkdir", remove_first)
     with lock.flock(file), pytest.raises(lock.LockHeld), lock.flock(file, wait=False):
         pass
+    (tmp_path / "unmounted").symlink_to(tmp_path / "gone" / "disk")
+    with pytest.raises(FileNotFoundError), lock.flock(tmp_path / "unmounted" / "lock"):
+        pass
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError), lock.flock(tmp_path / "file" / "lock"):
         pass

@@ -51,6 +51,11 @@ def test_a_column_of_true_and_false_or_with_a_word_that_judges_is_a_question(tmp
     assert asked(tmp_path, "human_verdicts", values) == ({"human_verdicts": expected} if expected else {})
 
 
+@pytest.mark.parametrize("values", [["yes", "no", "n/a"], [True, False, "unknown"]], ids=str)
+def test_one_value_that_is_no_flag_does_not_hide_that_a_row_is_not_solved(tmp_path, values):
+    assert list(asked(tmp_path, "resolved", values)) == ["resolved"]
+
+
 @pytest.mark.parametrize("key", ["task_success", "is_resolved", "problem_solved", "run_successful"])
 def test_false_in_every_row_is_a_question_where_it_says_that_the_answer_failed(tmp_path, key):
     assert asked(tmp_path, key, [False, "no"]) == {key: {"false": 2}}
