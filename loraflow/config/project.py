@@ -25,7 +25,9 @@ def read_prefect_yaml(file: Path) -> object:
         return yaml.load_plain(file.read_text(encoding="utf-8-sig"))
     except yaml.Syntax as error:
         raise BadConfig(
-            f"{FILE} has a key twice." if isinstance(error, yaml.DuplicatedKey) else f"{FILE} cannot be read as YAML.",
+            f"{FILE} has a duplicate key."
+            if isinstance(error, yaml.DuplicatedKey)
+            else f"{FILE} cannot be read as YAML.",
             where=f"{file}:{error.line}",
             got=str(error),
             next_step=f"correct the line in {FILE}",

@@ -34,7 +34,7 @@ class Syntax(Exception):
 
 
 class DuplicatedKey(Syntax):
-    """A mapping has a key twice."""
+    """A mapping has a duplicate key."""
 
     def __init__(self, line: int, key: str):
         super().__init__(line, f"key {key!r} is duplicated")

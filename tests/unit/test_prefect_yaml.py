@@ -240,7 +240,7 @@ notifications:
             2,
             "projct: unknown input",
         ),
-        ("      recipe: tiny\n", "      recipe: tiny\n      recipe: tiny\n", 15, "has a key twice.\n  where:    "),
+        ("      recipe: tiny\n", "      recipe: tiny\n      recipe: tiny\n", 15, "has a duplicate key.\n  where:    "),
         ("      limit: 1", "\tlimit: 1", 19, "a tab, where YAML takes spaces"),
     ],
 )
