@@ -172,7 +172,7 @@ class _Scratch(threading.local):
         import torch
 
         if self.total is None or self.total.numel() < rows * columns:
-            self.total = torch.empty(rows * columns)
+            self.total = torch.empty(rows * columns, dtype=torch.float32)
         return self.total[: rows * columns].view(rows, columns)
 
 

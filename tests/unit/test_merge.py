@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loraflow.adapters import streaming_merge
 from loraflow.adapters.merge_folders import merge
 from loraflow.adapters.streaming_merge import _add_update, _cut, _Factors, _Scratch
 from loraflow.job import Progress
@@ -182,3 +183,22 @@ def test_tied_embeddings_shards_and_a_cast_merge_as_in_peft(tmp_path, tie):
     (tmp_path / "again").mkdir()
     merge(tmp_path / "out", adapter, tmp_path / "again")
     assert_same(read(tmp_path / "again"), by_peft(tmp_path / "out", adapter))
+
+
+def test_the_merge_does_not_depend_on_torchs_default_dtype(tmp_path, quick_phi3, monkeypatch):
+    # transformers changes the default while it opens a model, which another thread of the merge may do at any time.
+    adapter = make_adapter(quick_phi3, tmp_path / "adapter")
+    expected = by_peft(quick_phi3, adapter)
+    write = streaming_merge.TensorWriter.write
+
+    def write_meanwhile(*args):
+        torch.set_default_dtype(torch.bfloat16)
+        write(*args)
+
+    monkeypatch.setattr(streaming_merge.TensorWriter, "write", write_meanwhile)
+    (tmp_path / "out").mkdir()
+    try:
+        assert merge(quick_phi3, adapter, tmp_path / "out")["route"] == "streamed"
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(read(tmp_path / "out"), expected)
