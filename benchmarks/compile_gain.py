@@ -85,7 +85,7 @@ def build_base(folder: Path, shape: Shape, device: str | None = None, dtype: tor
 
 def build_tokens(folder: Path, length: int, documents: int) -> None:
     """Write documents of equal length, as the tokenize stage does."""
-    from loraflow.data.token_files import TokenBatch, open_shard
+    from loraflow.data.tokens.token_files import TokenBatch, open_shard
 
     generator = np.random.default_rng(0)
     ids = generator.integers(3, 500, documents * length).astype(np.int32)

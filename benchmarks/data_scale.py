@@ -75,7 +75,8 @@ def run_stage(stage: str, folder: Path) -> None:
     from loraflow.config.data import Data
     from loraflow.config.job_runtime import JobRuntime
     from loraflow.config.stage_configs import TokenizeConfig
-    from loraflow.data import check, tokenization
+    from loraflow.data.checks import check
+    from loraflow.data.tokens import tokenization
     from loraflow.job import Inputs, Job, Progress
 
     out = folder / stage.replace(", ", "-")

@@ -20,7 +20,7 @@ from measure import print_row
 
 from loraflow.base.load import load_model, load_tokenizer, stop_ids
 from loraflow.config import Runtime
-from loraflow.data.loss_mask import ChatTemplate
+from loraflow.data.tokens.loss_mask import ChatTemplate
 from loraflow.evaluation import generation, likelihood
 from loraflow.evaluation.generation import GeneratedAnswer
 from loraflow.evaluation.prefix_cache import common_prefix_length, shared_prefix
@@ -28,7 +28,7 @@ from loraflow.evaluation.prefix_cache import common_prefix_length, shared_prefix
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from loraflow.data.loss_mask import Encoded
+    from loraflow.data.tokens.loss_mask import Encoded
 
 BATCH = 20
 T = TypeVar("T")

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
-from loraflow.data.near import THRESHOLD, Comparison, Sketches, comparable_text, grams, jaccard
-from loraflow.data.split import normalize
+from loraflow.data.checks.near import THRESHOLD, Comparison, Sketches, comparable_text, grams, jaccard
+from loraflow.data.checks.split import normalize
 
 Chat = list[dict[str, str]]
 
@@ -29,7 +29,7 @@ CHECK = """
 import sys, tempfile, time
 from pathlib import Path
 from loraflow.config.data import Data
-from loraflow.data import check
+from loraflow.data.checks import check
 from loraflow.job import Inputs, Job, Progress
 fields = {"format", "columns", "train", "heldout", "extra_heldout", "validation_fraction", "system", "duplicates", "limit"}
 config = Data().model_dump(include=fields | {"heldout_fraction", "seed"})

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from trl.data_utils import _pack_bfd
 
-from loraflow.data.packing import best_fit_decreasing
+from loraflow.data.tokens.packing import best_fit_decreasing
 
 if __name__ == "__main__":
     lengths = np.clip(np.random.default_rng(1).lognormal(np.log(350), 0.75, 1_000_000), 20, 2048).astype(np.int32)

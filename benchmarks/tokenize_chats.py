@@ -90,7 +90,7 @@ def run_loraflow(folder: Path, processes: int, out: Path) -> Times:
     """Run the tokenize stage: parse, render, encode, mask, write, pack. Return its times."""
     from loraflow.config.job_runtime import JobRuntime
     from loraflow.config.stage_configs import TokenizeConfig
-    from loraflow.data import tokenization
+    from loraflow.data.tokens import tokenization
     from loraflow.job import Inputs, Job, Progress
 
     config = TokenizeConfig(
@@ -127,7 +127,7 @@ def run_trl(folder: Path, processes: int) -> Times:
 
 def run_tokenizer(folder: Path) -> Times:
     """Encode the rendered texts with two threads, and discard the ids. Return the times of the encoding only."""
-    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.data.tokens.loss_mask import ChatTemplate
 
     template = ChatTemplate(folder / "base")
     chats = [json.loads(line)["messages"] for line in (folder / "train.jsonl").open()]

@@ -69,7 +69,7 @@ def recipe_of(precision: str, engine: str, steps: int) -> Recipe:
 def prepare(folder: Path, precision: str) -> None:
     """Write the base and the tokens with the stages resolve_base and tokenize."""
     from loraflow.base import resolve
-    from loraflow.data import tokenization as tokens
+    from loraflow.data.tokens import tokenization as tokens
     from loraflow.store.files import HashMemo
 
     recipe = recipe_of(precision, "fast", 1)

@@ -60,7 +60,7 @@ def _from(*stages: Stage, part: str | None = None, optional: bool = False) -> In
 VERSION_DATASET = Stage(
     name="version_dataset",
     version=1,
-    module="loraflow.data.version",
+    module="loraflow.data.versions.version",
     config=configs.VersionDatasetConfig,
     runtime=JobRuntime.of_dataset,
     code=stage_code.VERSION_DATASET,
@@ -73,7 +73,7 @@ CHECK_DATASET = Stage(
     # 15: words such as a status of rejected, and two words of a label, are questions; flags in lists are marks;
     # `author` and `message` of messages
     version=15,
-    module="loraflow.data.check",
+    module="loraflow.data.checks.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
     code=stage_code.CHECK_DATASET,
@@ -96,7 +96,7 @@ TOKENIZE = Stage(
     # 4: of what a template writes behind the last answer, the start of another answer is not learned (Command A); of a text
     # between two tokens, all of it is (Kimi K3); a GLM's call ends with <|observation|>
     version=4,
-    module="loraflow.data.tokenization",
+    module="loraflow.data.tokens.tokenization",
     config=configs.TokenizeConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train"), "base": _from(RESOLVE_BASE, part="tokenizer")},
     code=stage_code.TOKENIZE,
@@ -165,7 +165,7 @@ VERIFY = Stage(
 DEAL_ROWS = Stage(
     name="deal_rows",
     version=1,
-    module="loraflow.data.deal_rows",
+    module="loraflow.data.checks.deal_rows",
     config=configs.DealRowsConfig,
     inputs={"rows": _from(CHECK_DATASET, part="heldout")},
     code=stage_code.DEAL_ROWS,
@@ -188,7 +188,7 @@ EVALUATE = Stage(
 CHECK_GENERAL = Stage(
     name="check_general",
     version=7,  # 7: chats as check_dataset 15 reads them
-    module="loraflow.data.general",
+    module="loraflow.data.checks.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},
     runtime=JobRuntime.of_general,

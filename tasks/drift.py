@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from loraflow.data.check_report import CheckReport
-from loraflow.data.drift import DataDrift, StoredSources, unchanged_rows
+from loraflow.data.checks.check_report import CheckReport
+from loraflow.data.checks.drift import DataDrift, StoredSources, unchanged_rows
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
 from loraflow.registry.champions import lineage
@@ -17,7 +17,7 @@ from loraflow.stages import CHECK_DATASET
 from loraflow.store import Ref, require_intact
 
 if TYPE_CHECKING:
-    from loraflow.data.compare import CheckedRows
+    from loraflow.data.checks.compare import CheckedRows
 
 log = logging.getLogger("loraflow")
 
@@ -46,7 +46,7 @@ def compare_data(workspace: Workspace, rows: Ref) -> DataDrift | None:
 
 
 def _drift(workspace: Workspace, before: Ref, after: Ref) -> DataDrift:
-    from loraflow.data.compare import measure_drift
+    from loraflow.data.checks.compare import measure_drift
 
     if before.facets.get("train") == after.facets.get("train") is not None:
         return unchanged_rows(_report(workspace, after))
@@ -59,8 +59,8 @@ def _report(workspace: Workspace, rows: Ref) -> CheckReport:
 
 def _read(workspace: Workspace, rows: Ref) -> CheckedRows:
     """Read the training rows of check_dataset, and the fields that the rows of its dataset's files have."""
-    from loraflow.data.compare import CheckedRows, count_fields
-    from loraflow.data.readers import match_files
+    from loraflow.data.checks.compare import CheckedRows, count_fields
+    from loraflow.data.files.readers import match_files
 
     store = workspace.store
     found = CheckedRows(_report(workspace, rows))

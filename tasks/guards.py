@@ -17,7 +17,7 @@ from loraflow.store import Ref, read_intact, read_table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from loraflow.data.heldout_fields import FieldValues
+    from loraflow.data.checks.heldout_fields import FieldValues
     from loraflow.evaluation.guards import GeneralGuard
 
 
@@ -32,7 +32,7 @@ def read_field_values(workspace: Workspace, result: PipelineResult) -> FieldValu
     """
     if not workspace.recipe.slice_fields:
         return {}
-    from loraflow.data.heldout_fields import FILE, parse_field_values
+    from loraflow.data.checks.heldout_fields import FILE, parse_field_values
 
     return parse_field_values(read_intact(workspace.store, result.rows, FILE))
 

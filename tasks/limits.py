@@ -17,8 +17,8 @@ log = logging.getLogger("loraflow")
 @task(name="check", task_run_name="check rows", cache_policy=NO_CACHE, persist_result=False)
 def check_rows(workspace: Workspace, rows: Ref) -> None:
     """Stop the run if too many rows are malformed or near-duplicates are refused, or no row is left."""
-    from loraflow.data.check_report import CheckReport
-    from loraflow.data.row_limits import check_limits, refuse_findings
+    from loraflow.data.checks.check_report import CheckReport
+    from loraflow.data.checks.row_limits import check_limits, refuse_findings
 
     report = workspace.store.manifest(rows).report
     where = f"{workspace.store.location(rows)}/report.json"
@@ -49,8 +49,8 @@ def check_merge(workspace: Workspace, verified: Ref) -> None:
 @task(name="check", task_run_name="check general rows", cache_policy=NO_CACHE, persist_result=False)
 def check_general_rows(workspace: Workspace, general: Ref) -> None:
     """Stop the run before training if the general rows are too few for gate.forgetting."""
-    from loraflow.data import general as rows
     from loraflow.data.chats import GENERAL_FILE
+    from loraflow.data.checks import general as rows
     from loraflow.evaluation.power import MINIMUM_ROWS
 
     if margins := workspace.recipe.gate.forgetting_margins:

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import JsonValue
 
 from loraflow.data.chats import GATE_SET
-from loraflow.data.token_report import TokenReport
+from loraflow.data.tokens.token_report import TokenReport
 from loraflow.evaluation.values import Decision, scores_to_dict
 from loraflow.execution.results import PipelineResult
 from loraflow.execution.sweep import read_curves

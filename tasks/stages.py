@@ -91,7 +91,7 @@ def _label() -> str:
 def version_dataset(run: Run) -> StageResult:
     """Copy the files that data.dvc pins into the store, verified against their md5.
 
-    Output: `files/`. Work: `loraflow/data/version.py`.
+    Output: `files/`. Work: `loraflow/data/versions/version.py`.
     """
     return run.find_or_run(stages.VERSION_DATASET)
 
@@ -101,7 +101,7 @@ def check_dataset(run: Run, *, dataset: Ref) -> StageResult:
     """Read the chats, check every row, and split them into training, validation and held-out rows.
 
     Input: the dataset's files. Output: `train.jsonl`, `validation.jsonl`, `heldout.jsonl`, and `quarantine.jsonl` with
-    the malformed rows and their reasons. Work: `loraflow/data/check.py`.
+    the malformed rows and their reasons. Work: `loraflow/data/checks/check.py`.
     """
     return run.find_or_run(stages.CHECK_DATASET, dataset=dataset)
 
@@ -120,7 +120,7 @@ def tokenize(run: Run, *, rows: Ref, base: Ref) -> StageResult:
     """Render the training rows with the base's chat template and turn them into token ids with a loss mask.
 
     Input: checked rows, and the base's tokenizer. Output: Arrow files of ids and labels, and the packing plan.
-    Work: `loraflow/data/tokenization.py`.
+    Work: `loraflow/data/tokens/tokenization.py`.
     """
     return run.find_or_run(stages.TOKENIZE, rows=rows, base=base)
 
@@ -167,7 +167,7 @@ def verify(run: Run, *, base: Ref, adapter: Ref, merged: Ref, rows: Ref, label: 
 def deal_rows(run: Run, *, rows: Ref) -> StageResult:
     """Write the held-out rows that the models of this run are scored on, if the recipe keeps others in reserve.
 
-    Input: the held-out rows. Output: `heldout.jsonl` with those that were dealt. Work: `loraflow/data/deal_rows.py`;
+    Input: the held-out rows. Output: `heldout.jsonl` with those that were dealt. Work: `loraflow/data/checks/deal_rows.py`;
     which rows these are is decided in `loraflow/registry/deals.py`.
     """
     return run.find_or_run(stages.DEAL_ROWS, rows=rows)
@@ -187,7 +187,7 @@ def evaluate(run: Run, *, model: Ref, rows: Ref, label: str = "evaluate") -> Sta
 def check_general(run: Run, *, rows: Ref) -> StageResult:
     """Read the general chats and questions that show what a model forgets, and refuse those that it was trained on.
 
-    Input: the training rows. Output: `general.jsonl`. Work: `loraflow/data/general.py`.
+    Input: the training rows. Output: `general.jsonl`. Work: `loraflow/data/checks/general.py`.
     """
     return run.find_or_run(stages.CHECK_GENERAL, rows=rows)
 

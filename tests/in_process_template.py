@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jinja2.exceptions import TemplateError
 
-from loraflow.data.template import CompiledTemplate, variables_of
+from loraflow.data.templates.template import CompiledTemplate, variables_of
 from loraflow.failures import BadModel
 
 

@@ -151,7 +151,7 @@ def _merge_by_peft(base: Path, adapter: Path, dtype: Any) -> dict[str, torch.Ten
 
 
 def _documents(shards: Path, count: int) -> list[Any]:
-    from loraflow.data.token_files import TokenRows
+    from loraflow.data.tokens.token_files import TokenRows
 
     rows = TokenRows(shards)
     return [rows.document(number) for number in range(count)]

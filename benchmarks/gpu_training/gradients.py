@@ -37,7 +37,7 @@ def check_gradients(work: Path, names: list[str]) -> None:
 
 def first_step(work: Path) -> StepItem:
     """Return a step of two rows, as one micro-batch."""
-    from loraflow.data.token_files import TokenRows
+    from loraflow.data.tokens.token_files import TokenRows
     from loraflow.training.batches import StepDataset, concatenated_layout
     from loraflow.training.setup import row_order
 

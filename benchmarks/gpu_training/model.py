@@ -133,8 +133,8 @@ def documents(count: int, seed: int = 1234) -> list[tuple[np.ndarray, np.ndarray
 
 def build_tokens(folder: Path, rows: int) -> None:
     """Write documents as the tokenize stage does."""
-    from loraflow.data.packing import best_fit_decreasing
-    from loraflow.data.token_files import TokenBatch, open_shard, write_packing
+    from loraflow.data.tokens.packing import best_fit_decreasing
+    from loraflow.data.tokens.token_files import TokenBatch, open_shard, write_packing
 
     docs = documents(int(rows * LENGTH / (50 if TINY else 400)))
     lengths = np.array([len(ids) for ids, _ in docs], np.int32)
@@ -164,7 +164,7 @@ def flops_per_token(shape: Shape, lengths: np.ndarray, target_share: float) -> f
 
 def step_tokens(work: Path, case: Case) -> np.ndarray:
     """Return the number of tokens in each step of a case."""
-    from loraflow.data.token_files import TokenRows
+    from loraflow.data.tokens.token_files import TokenRows
     from loraflow.training.setup import row_order
 
     rows = TokenRows(work / "tokens" / "train", work / "tokens" / "packing.parquet")

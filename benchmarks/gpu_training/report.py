@@ -73,7 +73,7 @@ def ratio(value: float, reference: float | None) -> str:
 
 def speed_limit(shape: Shape, work: Path, peak_flops: float) -> float:
     """Return the tokens per second that the card's measured rate allows."""
-    from loraflow.data.token_files import TokenRows
+    from loraflow.data.tokens.token_files import TokenRows
 
     rows = TokenRows(work / "tokens" / "train")
     target_share = sum(int((rows.document(i)[1][1:] != -100).sum()) for i in range(len(rows))) / rows.lengths.sum()

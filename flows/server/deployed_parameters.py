@@ -21,7 +21,7 @@ from pydantic import JsonValue
 from loraflow.config.load import load_recipe
 from loraflow.config.project import FILE
 from loraflow.config.recipe import Recipe
-from loraflow.data.git_branch import MAIN, branches
+from loraflow.data.versions.git_branch import MAIN, branches
 from loraflow.failures import BadConfig
 from loraflow.flows.parameters import KEYS, Overrides
 from loraflow.flows.server.deployment_spec import DeploymentSpec, or_known

@@ -22,8 +22,8 @@ from loraflow.config.load import Upgraded
 from loraflow.config.project import FILE, PROJECT_ID, id_in
 from loraflow.config.recipe_text import find_recipe, recipe_names
 from loraflow.config.yaml import Edit, Scalar, Syntax, apply, load_plain, scalars
-from loraflow.data.git import folder_in_repository, git_or_none
-from loraflow.data.git_branch import MAIN, branch_for_retraining
+from loraflow.data.versions.git import folder_in_repository, git_or_none
+from loraflow.data.versions.git_branch import MAIN, branch_for_retraining
 from loraflow.failures import BadConfig
 from loraflow.store.files import write_atomic
 

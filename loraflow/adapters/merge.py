@@ -13,7 +13,7 @@ from loraflow.adapters.merge_folders import MergeFigures, MergeOptions, merge
 from loraflow.adapters.nf4 import Nf4
 from loraflow.config import Runtime
 from loraflow.config.stage_configs import MergeConfig, MergeNf4Config
-from loraflow.data.token_files import TokenRows
+from loraflow.data.tokens.token_files import TokenRows
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 

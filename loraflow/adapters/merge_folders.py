@@ -233,7 +233,7 @@ def _write_stop_ids(out: Path) -> None:
     """Add the stop ids of template and config.json to the generation config: otherwise generation does not stop there."""
     if template_hash(out) is None or not (out / "tokenizer.json").exists():
         return
-    from loraflow.data.loss_mask import ChatTemplate, eos_ids, vocabulary_of
+    from loraflow.data.tokens.loss_mask import ChatTemplate, eos_ids, vocabulary_of
 
     try:
         needed = ChatTemplate(out).stop_ids()

@@ -20,7 +20,7 @@ class _Origin(StoredModel):
 
 def chat_template(folder: Path) -> str | None:
     """Return a model's chat template, or None if it has none."""
-    from loraflow.data.tokenizer_config import FILE, find_template
+    from loraflow.data.templates.tokenizer_config import FILE, find_template
 
     return find_template(folder) if (folder / FILE).exists() else None
 

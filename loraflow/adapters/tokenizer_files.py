@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraflow.data.tokenizer_config import (
+from loraflow.data.templates.tokenizer_config import (
     DEFAULT_TEMPLATE,
     FILE,
     TEMPLATE,

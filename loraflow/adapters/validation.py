@@ -15,7 +15,7 @@ from loraflow.adapters.origin import chat_template, check_origin
 from loraflow.adapters.tokenizer_files import check_tokenizer_files, refuse_other_ids
 from loraflow.adapters.vocabulary import embedding_names, fit_vocabulary
 from loraflow.base.stored_weights import TensorEntry, model_without_weights, read_entries, refuse_pickles
-from loraflow.data.tokenizer_config import read_tokenizer
+from loraflow.data.templates.tokenizer_config import read_tokenizer
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 from loraflow.adapters.logits import MAX_TOKENS, compare_logits, model_logits, trained_logits
 from loraflow.config.stage_configs import VerifyConfig
 from loraflow.data.chats import ChatRecord
-from loraflow.data.split import label_values, prompt_key, spread_sample
+from loraflow.data.checks.split import label_values, prompt_key, spread_sample
 from loraflow.failures import LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -27,7 +27,7 @@ def run(job: Job[VerifyConfig], inputs: Inputs, out: Path, progress: Progress) -
     import torch
 
     from loraflow.adapters.nf4 import Nf4
-    from loraflow.data.loss_mask import ChatTemplate, name_row
+    from loraflow.data.tokens.loss_mask import ChatTemplate, name_row
 
     trust = job.config.trust_remote_code
     rows = sample_rows(inputs["rows"] / "heldout.jsonl", job.config.prompts)

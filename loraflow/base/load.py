@@ -208,7 +208,7 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         BadModel: the tokenizer names neither a pad token nor an unknown token nor a stop token with a row, and the model's
             configuration no stop token.
     """
-    from loraflow.data.loss_mask import eos_ids, vocabulary_of
+    from loraflow.data.tokens.loss_mask import eos_ids, vocabulary_of
 
     rows = vocabulary_of(folder)
     ids = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, *sorted(eos_ids(folder))]
@@ -233,6 +233,6 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def stop_ids(folder: Path) -> list[int]:
     """Return the ids that end an answer, sorted: those of the generation config and those of the chat template."""
-    from loraflow.data.loss_mask import ChatTemplate, eos_ids
+    from loraflow.data.tokens.loss_mask import ChatTemplate, eos_ids
 
     return sorted(ChatTemplate(folder).stop_ids() | eos_ids(folder))

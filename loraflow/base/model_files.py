@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.base.stored_weights import loaded_files, refuse_pickles
-from loraflow.data.tokenizer_config import further_templates
+from loraflow.data.templates.tokenizer_config import further_templates
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:

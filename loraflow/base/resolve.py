@@ -25,7 +25,7 @@ from loraflow.base.weight_checks import check_fits_config, check_weights, refuse
 from loraflow.config.locations import BaseLocation, FolderOrigin, GgufOrigin, HubOrigin
 from loraflow.config.recipe import Base
 from loraflow.config.stage_configs import ResolveBaseConfig
-from loraflow.data.tokenizer_config import FILE
+from loraflow.data.templates.tokenizer_config import FILE
 from loraflow.failures import BadModel, MissingExtra
 from loraflow.identity import digest
 from loraflow.job import Inputs, Job, Progress
@@ -56,7 +56,7 @@ def locate(base: Base, memo: HashMemo) -> BaseLocation:
     """
     if base.chat_template == "auto":
         return _locate_model(base, memo)
-    from loraflow.data.served_template import read_named_template
+    from loraflow.data.templates.served_template import read_named_template
 
     template = read_named_template(base.chat_template)
     return _locate_model(base, memo).model_copy(update={"chat_template": template})
@@ -344,7 +344,7 @@ def prepare_tokenizer(out: Path, chosen: str | None = None, *, no_thinking: bool
         BadModel: training would render or tokenize differently from transformers; or no answer can be learned.
     """
     from loraflow.base.template_check import check_template
-    from loraflow.data.served_template import write_served_template
+    from loraflow.data.templates.served_template import write_served_template
 
     date = None
     if (out / FILE).exists():
@@ -364,7 +364,7 @@ def describe_files(folder: Path, *, weights: bool = True) -> list[str]:
         BadModel: resolve_base would refuse the base, for the same reason.
     """
     from loraflow.base.template_check import conversations
-    from loraflow.data.loss_mask import ChatTemplate, eos_ids, vocabulary_of
+    from loraflow.data.tokens.loss_mask import ChatTemplate, eos_ids, vocabulary_of
 
     files, lines = [path.name for path in folder.iterdir()], []
     if weights and (any(name.endswith((".safetensors", *PICKLES)) for name in files) or INDEX in files):

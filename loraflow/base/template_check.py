@@ -18,11 +18,11 @@ from jinja2.exceptions import TemplateError
 from loraflow.base.load import choose_pad_token
 from loraflow.base.model_files import SAMPLES, open_tokenizer, save_tokenizer
 from loraflow.data.chats import Chat, Message
-from loraflow.data.loss_mask import ChatTemplate
-from loraflow.data.rendered_calls import without_tools
-from loraflow.data.template import MARKERS, TODAY
-from loraflow.data.token_labels import IGNORED
-from loraflow.data.tokenizer_config import RECORD, TRAINING_TEMPLATE, special_tokens
+from loraflow.data.templates.rendered_calls import without_tools
+from loraflow.data.templates.template import MARKERS, TODAY
+from loraflow.data.templates.tokenizer_config import RECORD, TRAINING_TEMPLATE, special_tokens
+from loraflow.data.tokens.loss_mask import ChatTemplate
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:

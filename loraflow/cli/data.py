@@ -15,8 +15,8 @@ from loraflow.cli import FORMATS, json_option, parse_overrides, quiet_logging, s
 from loraflow.failures import BadConfig, BadData
 
 if TYPE_CHECKING:
-    from loraflow.data.compare import Version
-    from loraflow.data.readers import Row
+    from loraflow.data.checks.compare import Version
+    from loraflow.data.files.readers import Row
     from loraflow.store import Store
 
 
@@ -40,8 +40,8 @@ def add(folder: str, no_push: bool, commit: bool, git_push: bool, remote: str | 
 
     Once the version is committed, the Prefect server at PREFECT_API_URL is notified, so that it can retrain.
     """
-    from loraflow.data import dvc
-    from loraflow.data import git_branch as branch
+    from loraflow.data.versions import dvc
+    from loraflow.data.versions import git_branch as branch
 
     if no_push and remote:
         raise BadConfig("--remote and --no-push exclude each other.", where="data add", next_step="leave one out")
@@ -71,7 +71,7 @@ def add(folder: str, no_push: bool, commit: bool, git_push: bool, remote: str | 
 @click.option("--remote", metavar="NAME", help="Pull from this DVC remote instead of the default remote.")
 def pull(dvc_file: str, remote: str | None) -> None:
     """Pull the files that DVC_FILE, or FOLDER.dvc, pins into the work tree, and check their contents."""
-    from loraflow.data import dvc
+    from loraflow.data.versions import dvc
 
     if not dvc_file.endswith(".dvc"):  # the dataset's own name
         dvc_file = f"{dvc_file.rstrip('/')}.dvc"
@@ -95,10 +95,10 @@ def check(source: str, form: str | None, ignore: tuple[str, ...], personal: bool
     Exit status 1 if a row is malformed, there are no rows, or a check of data.profile with `fail` found too many rows.
     """
     from loraflow.cli.data_check import RowCounts, checked_source, print_findings, print_unread
-    from loraflow.data.findings import Detector
-    from loraflow.data.mark_names import without_marks
-    from loraflow.data.readers import match_nothing
-    from loraflow.data.unread_values import doubtful, questions
+    from loraflow.data.answers.mark_names import without_marks
+    from loraflow.data.answers.unread_values import doubtful, questions
+    from loraflow.data.checks.findings import Detector
+    from loraflow.data.files.readers import match_nothing
 
     read = checked_source(source, form, ignore, personal=personal)
     detector, counts = Detector(read.rules), RowCounts()
@@ -142,8 +142,8 @@ def show_row(recipe: str, row: int, sets: tuple[str, ...]) -> None:
     """Show a training row of RECIPE as the model reads it. The parts that are learned are in ⟦ ⟧."""
     from loraflow.config import load_recipe
     from loraflow.config.stage_configs import TokenizeConfig
-    from loraflow.data.loss_mask import ChatTemplate
-    from loraflow.data.mask_view import masked_row
+    from loraflow.data.tokens.loss_mask import ChatTemplate
+    from loraflow.data.tokens.mask_view import masked_row
     from loraflow.execution.runner import intact_result, run_stage
     from loraflow.execution.workspace import Workspace
     from loraflow.reporting.sections import marked
@@ -166,7 +166,7 @@ def show_row(recipe: str, row: int, sets: tuple[str, ...]) -> None:
 
 def marked_lines(marks: Counter[str], partly: int, weighted: int = 0) -> list[str]:
     """Say how many rows are left out, and by which marks, or learned in part or with weights, because of their marks."""
-    from loraflow.data.mark_names import named_marks, split_hint
+    from loraflow.data.answers.mark_names import named_marks, split_hint
 
     marked = marks.total()
     why = f"their answers are marked as not to be learned ({named_marks(marks)})"
@@ -195,8 +195,8 @@ def _print_check(rows: int, problems: list[dict[str, str]], columns: dict[str, s
 
 def unread_keys(rows: Iterable[Row]) -> str:
     """Return a line that names the keys of the rows that are not read although they have values; empty if there are none."""
-    from loraflow.data.mark_names import without_marks
-    from loraflow.data.unread_values import counted, doubtful, questions
+    from loraflow.data.answers.mark_names import without_marks
+    from loraflow.data.answers.unread_values import counted, doubtful, questions
 
     read = list(rows)
     marks = Counter(row.marked_by for row in read if row.is_marked_false)
@@ -221,7 +221,7 @@ def diff(old: str, new: str | None, source: str, store: str) -> None:
 
     Without NEW: the dataset in the work tree, versioned or not. Without OLD: the version that git's last commit names.
     """
-    from loraflow.data.compare import difference_lines
+    from loraflow.data.checks.compare import difference_lines
 
     before, after = read_versions(old, new, source, store)
     for line in difference_lines(before, after):
@@ -262,10 +262,10 @@ def version_of(name: str | None, source: str, store: Store | None) -> Version:
         BadData: the version cannot be read.
     """
     from loraflow.config.data import Data
-    from loraflow.data.compare import read_files, read_revision
-    from loraflow.data.dataset_files import IgnoreRules, dataset_files
-    from loraflow.data.dvc_pin import read_pin
-    from loraflow.data.readers import match_files
+    from loraflow.data.checks.compare import read_files, read_revision
+    from loraflow.data.files.dataset_files import IgnoreRules, dataset_files
+    from loraflow.data.files.readers import match_files
+    from loraflow.data.versions.dvc_pin import read_pin
 
     belonging = None  # files of the folder that belong to the dataset; None: all
     if name is None and source.endswith(".dvc") and Path(pinned := read_pin(".", source, None).path).exists():
@@ -291,8 +291,8 @@ def version_of(name: str | None, source: str, store: Store | None) -> Version:
 
 def _of_run(name: str, store: Store) -> Version:
     """Read the dataset of a run, as the run read it."""
-    from loraflow.data.compare import read_files
-    from loraflow.data.readers import match_files
+    from loraflow.data.checks.compare import read_files
+    from loraflow.data.files.readers import match_files
     from loraflow.registry.runs import require_run
     from loraflow.store import hash_memo, require_intact
 

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 import click
 
 from loraflow.config.data import ProfileCheckName, ProfileRule
-from loraflow.data.broken_text import has_carriage_return
-from loraflow.data.chat_table import source_of
-from loraflow.data.findings import default_rules
-from loraflow.data.readers import is_answer_learned, is_partly_learned
-from loraflow.data.split import prompt_key
-from loraflow.data.unread_values import doubtful
+from loraflow.data.answers.unread_values import doubtful
+from loraflow.data.checks.broken_text import has_carriage_return
+from loraflow.data.checks.chat_table import source_of
+from loraflow.data.checks.findings import default_rules
+from loraflow.data.checks.split import prompt_key
+from loraflow.data.files.readers import is_answer_learned, is_partly_learned
 from loraflow.failures import BadConfig
 
 if TYPE_CHECKING:
     from loraflow.config.stage_configs import CheckDatasetConfig
     from loraflow.data.chats import Tool
-    from loraflow.data.check_report import Finding
-    from loraflow.data.findings import Detector
-    from loraflow.data.readers import Row
+    from loraflow.data.checks.check_report import Finding
+    from loraflow.data.checks.findings import Detector
+    from loraflow.data.files.readers import Row
 
 MAX_FILES = 20  # files that are printed as not read
 
@@ -49,8 +49,8 @@ class CheckedSource:
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         """Yield each row with its set."""
-        from loraflow.data.readers import read_rows
-        from loraflow.data.sources import files_of_sources
+        from loraflow.data.checks.sources import files_of_sources
+        from loraflow.data.files.readers import read_rows
 
         if self.config is not None:
             for file in files_of_sources(self.folder, self.config, self.tools):
@@ -81,8 +81,8 @@ def checked_source(source: str, form: str | None, ignore: Collection[str] = (), 
     Raises:
         BadConfig: a format or keys are named for a recipe.
     """
-    from loraflow.data.guess_columns import columns_of
-    from loraflow.data.readers import match_files
+    from loraflow.data.files.guess_columns import columns_of
+    from loraflow.data.files.readers import match_files
 
     path = Path(source)
     if not path.exists():
@@ -108,10 +108,10 @@ def checked_source(source: str, form: str | None, ignore: Collection[str] = (), 
 def _of_recipe(recipe: str, *, personal: bool) -> CheckedSource:
     from loraflow.config import load_recipe
     from loraflow.config.stage_configs import CheckDatasetConfig
-    from loraflow.data.chat_table import TRAIN
-    from loraflow.data.check import assign_files, unread_files
-    from loraflow.data.rows_file import with_thinking
-    from loraflow.data.tools import dataset_tools
+    from loraflow.data.checks.chat_table import TRAIN
+    from loraflow.data.checks.check import assign_files, unread_files
+    from loraflow.data.checks.rows_file import with_thinking
+    from loraflow.data.formats.tools import dataset_tools
     from loraflow.execution.runner import intact_result
     from loraflow.execution.workspace import Workspace
     from loraflow.reporting.rows import used_elsewhere
@@ -152,7 +152,7 @@ def print_unread(files: Sequence[str], why: str) -> None:
 
 def print_findings(findings: list[Finding], scripts: Mapping[str, float]) -> None:
     """Print what was found: with examples where a check acts, otherwise only the number of rows."""
-    from loraflow.data.check_report import finding_lines
+    from loraflow.data.checks.check_report import finding_lines
 
     if len(scripts) > 1:
         click.echo("scripts of the answers: " + ", ".join(f"{name} {share:.1%}" for name, share in scripts.items()))

@@ -22,14 +22,14 @@ from loraflow.cli.init_dataset import UserDataset, read_dataset
 from loraflow.cli.init_recipe import recipe_text
 from loraflow.cli.undo import dvc_undone_on_failure, undone_on_failure
 from loraflow.config.project import project_name
-from loraflow.data.git import git_or_none
-from loraflow.data.split import in_share, prompt_key
+from loraflow.data.checks.split import in_share, prompt_key
+from loraflow.data.versions.git import git_or_none
 from loraflow.failures import BadConfig
 from loraflow.store.lock import LockHeld, flock
 
 if TYPE_CHECKING:
     from loraflow.data.chats import Message
-    from loraflow.data.dvc_pin import Pin
+    from loraflow.data.versions.dvc_pin import Pin
 
 
 @click.command()
@@ -112,7 +112,7 @@ def _plain_name(name: str) -> str:
 
 
 def _write_project(dataset: UserDataset, options: _Options, recipe: Path, target: Path) -> WrittenFiles:
-    from loraflow.data import dvc
+    from loraflow.data.versions import dvc
     from loraflow.flows.server.new_prefect_yaml import slug, team_recipe_lines, write_prefect_yaml
     from loraflow.tracking.dvclive import write_pipeline
 
@@ -315,7 +315,7 @@ class WrittenFiles:
 
 def print_dataset(dataset: UserDataset) -> None:
     """Print the counts of rows, how they are split, and the settings that were chosen for their number."""
-    from loraflow.data.readers import is_partly_learned, match_nothing
+    from loraflow.data.files.readers import is_partly_learned, match_nothing
 
     rows, chats, size = dataset.rows, dataset.chats, dataset.size
     marks = Counter(row.marked_by for row in rows if row.is_marked_false)

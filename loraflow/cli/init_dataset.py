@@ -14,14 +14,14 @@ import click
 
 from loraflow.cli.data import unread_keys
 from loraflow.config.data_sources import COLUMNS
-from loraflow.data.guess_columns import columns_of
-from loraflow.data.near_split import near_policy
-from loraflow.data.rendered_calls import call_text, tools_text
+from loraflow.data.checks.near_split import near_policy
+from loraflow.data.files.guess_columns import columns_of
+from loraflow.data.templates.rendered_calls import call_text, tools_text
 from loraflow.failures import BadConfig, BadData
 
 if TYPE_CHECKING:
     from loraflow.data.chats import Message
-    from loraflow.data.readers import Row
+    from loraflow.data.files.readers import Row
 
 
 FEW = 20  # rows up to which init warns before anything else
@@ -51,8 +51,8 @@ def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
         BadConfig: `columns` is malformed.
         BadData: the files cannot be read, or no row is a valid chat.
     """
-    from loraflow.data.guess_columns import is_classification
-    from loraflow.data.readers import match_files, read_rows
+    from loraflow.data.files.guess_columns import is_classification
+    from loraflow.data.files.readers import match_files, read_rows
 
     folder, patterns = (source, ["*"]) if source.is_dir() else (source.parent, [source.name])
     files = match_files(folder, patterns)
@@ -190,7 +190,7 @@ def _parsed(text: str, names: list[str]) -> dict[str, str]:
 def _names(path: Path, name: str, *, is_needed: bool) -> list[str]:
     """Return the keys of the first rows: JSON rows may leave out keys without a value."""
     from loraflow.data.chats import BadRow
-    from loraflow.data.readers import read_values
+    from loraflow.data.files.readers import read_values
 
     names: dict[str, None] = {}
     for number, row in enumerate(itertools.islice(read_values(path, name), FIRST_ROWS)):
@@ -210,7 +210,7 @@ def _names(path: Path, name: str, *, is_needed: bool) -> list[str]:
 
 def _is_unknown(path: Path, name: str) -> bool:
     """Tell whether the first row is no chat by its own columns."""
-    from loraflow.data.readers import read_rows
+    from loraflow.data.files.readers import read_rows
 
     return next(iter(read_rows(path.parent, [path.name], "auto"))).messages is None
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.cli.init_dataset import FEW_ROWS, SizeSettings, UserDataset, estimated_tokens, tokens_of
-from loraflow.data.rendered_calls import call_text
-from loraflow.data.split import label_values
+from loraflow.data.checks.split import label_values
+from loraflow.data.templates.rendered_calls import call_text
 
 if TYPE_CHECKING:
     from loraflow.data.chats import Message

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loraflow.data.git import GitError, git
+from loraflow.data.versions.git import GitError, git
 from loraflow.store.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def dvc_undone_on_failure(data: Path) -> Iterator[None]:
     that it did not have are removed. Git's index gets its earlier entries back: `dvc init` stages files. What was pushed
     to a remote stays there.
     """
-    from loraflow.data import dvc
+    from loraflow.data.versions import dvc
 
     is_new = not os.path.lexists(".dvc")
     paths = [".dvc", ".dvcignore", ".gitignore", f"{data}.dvc", str(data.parent / ".gitignore")]

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
-from loraflow.data.findings import refuses
-from loraflow.data.split import CLUSTER
+from loraflow.data.checks.findings import refuses
+from loraflow.data.checks.split import CLUSTER
 from loraflow.evaluation.gate import paired_rows
 from loraflow.evaluation.label_scores import label
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER

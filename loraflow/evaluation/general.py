@@ -20,8 +20,8 @@ import numpy as np
 from loraflow.config.data import GENERAL_SETS
 from loraflow.config.stage_configs import ScoreGeneralConfig
 from loraflow.data.chats import GENERAL_FILE, GeneralRow, read_general
-from loraflow.data.loss_mask import Encoded
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.tokens.loss_mask import Encoded
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.evaluation.intervals import group_labels, mean_interval
 from loraflow.evaluation.values import MetricValue, SetScores, scores_to_dict, write_metrics
 from loraflow.failures import BadData
@@ -75,8 +75,8 @@ def _losses(
     group: ProcessGroup,
 ) -> tuple[Losses, Losses]:
     from loraflow.base.load import load_model, load_tokenizer
-    from loraflow.data.loss_mask import ChatTemplate, name_row
-    from loraflow.data.positions import Positions
+    from loraflow.data.tokens.loss_mask import ChatTemplate, name_row
+    from loraflow.data.tokens.positions import Positions
     from loraflow.evaluation.likelihood import answer_losses
 
     tokenizer = load_tokenizer(folder)

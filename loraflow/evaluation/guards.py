@@ -27,7 +27,7 @@ from loraflow.evaluation.slices import NO_FIELDS, Part, divide
 if TYPE_CHECKING:
     import pandas as pd
 
-    from loraflow.data.heldout_fields import FieldValues
+    from loraflow.data.checks.heldout_fields import FieldValues
 
 
 class SliceGuard(NamedTuple):

@@ -9,8 +9,8 @@ import numpy as np
 
 from loraflow.base.load import has_linear_head
 from loraflow.base.longrope import fixed_angles
-from loraflow.data.loss_mask import Encoded
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.tokens.loss_mask import Encoded
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.evaluation.generation import SINGLE_PROCESS
 from loraflow.evaluation.prefix_cache import SharedPrefix, groups_of, shared_prefix
 from loraflow.hardware.process_group import ProcessGroup

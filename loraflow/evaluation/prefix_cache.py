@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from loraflow.base.load import sees_all_before
 from loraflow.base.longrope import Side, longrope_modules
-from loraflow.data.packing import common_prefix_length
-from loraflow.data.positions import Positions
+from loraflow.data.tokens.packing import common_prefix_length
+from loraflow.data.tokens.positions import Positions
 
 if TYPE_CHECKING:
     from torch import Tensor

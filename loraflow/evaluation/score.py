@@ -15,7 +15,7 @@ import numpy as np
 
 from loraflow.config.stage_configs import EvaluateConfig
 from loraflow.data.chats import GATE_SET, Message
-from loraflow.data.split import prompt_key, spread_sample, spread_values
+from loraflow.data.checks.split import prompt_key, spread_sample, spread_values
 from loraflow.evaluation.intervals import Interval, group_labels, mean_interval
 from loraflow.evaluation.label_scores import confusions, macro_f1
 from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
@@ -142,8 +142,8 @@ def _ask_model(
 ) -> _Computed:
     """Compute the model's answers, and its likelihoods of the references if a metric needs them."""
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
-    from loraflow.data.loss_mask import ChatTemplate, name_row
-    from loraflow.data.positions import Positions
+    from loraflow.data.tokens.loss_mask import ChatTemplate, name_row
+    from loraflow.data.tokens.positions import Positions
     from loraflow.evaluation.generation import generate_answers
     from loraflow.evaluation.likelihood import answer_losses
 
@@ -186,7 +186,7 @@ def _ask_model(
 
 def _shared_tokens(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> int:
     """Return how many tokens of the prompts are computed once for all of them."""
-    from loraflow.data.packing import common_prefix_length
+    from loraflow.data.tokens.packing import common_prefix_length
     from loraflow.evaluation.prefix_cache import MIN_ROWS, MIN_TOKENS, has_plain_cache
 
     lengths = [len(prompt) for prompt in prompts]
@@ -297,7 +297,7 @@ def _require_calls(table: pd.DataFrame) -> None:
         BadData: no held-out row has tools.
         BadModel: the calls of a reference are not found in its own text.
     """
-    from loraflow.data.call_parser import parse_calls
+    from loraflow.data.formats.call_parser import parse_calls
 
     if "reference_calls" not in table:
         raise BadData(

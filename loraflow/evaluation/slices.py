@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from loraflow.data.broken_text import script
-from loraflow.data.heldout_fields import NO_VALUE, FieldValues
+from loraflow.data.checks.broken_text import script
+from loraflow.data.checks.heldout_fields import NO_VALUE, FieldValues
 from loraflow.evaluation.score import summarise
 from loraflow.evaluation.values import MetricValue, Slice
 

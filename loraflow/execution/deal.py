@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from loraflow.config.load import parse_recipe
 from loraflow.data.chats import GATE_SET, ChatRecord
-from loraflow.data.split import chat_key
+from loraflow.data.checks.split import chat_key
 from loraflow.execution.cache import look_up
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure

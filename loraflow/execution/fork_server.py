@@ -38,7 +38,7 @@ STARTS_CUDA = "bitsandbytes"
 # What each stage imports, in the order of a run. The server imports it before it forks the worker, or earlier while idle.
 MODULES: dict[str, tuple[str, ...]] = {
     "resolve_base": ("loraflow.base.resolve", "transformers.modeling_utils"),
-    "tokenize": ("loraflow.data.tokenization",),
+    "tokenize": ("loraflow.data.tokens.tokenization",),
     "train": ("peft", "loraflow.training.train", "loraflow.training.trainer", "loraflow.training.fast_engine"),
     "train_group": ("peft", "loraflow.training.train_group", "loraflow.training.group_trainer"),
     "evaluate": ("loraflow.evaluation.score", "evaluate", "scipy.stats"),

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from loraflow import identity
 from loraflow.config import Recipe
 from loraflow.config.locations import FolderOrigin
-from loraflow.data.positions import Positions
+from loraflow.data.tokens.positions import Positions
 from loraflow.evaluation.values import LARGEST_VOCABULARY
 from loraflow.evaluation.values import vocabulary_of as vocabulary_in
 from loraflow.execution.cache import OTHER_CODE, known_changes, look_up

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from loraflow.config.data_sources import DataSource
 from loraflow.data.chats import GENERAL_FILE
-from loraflow.data.check_report import CheckReport
-from loraflow.data.row_limits import source_lines
+from loraflow.data.checks.check_report import CheckReport
+from loraflow.data.checks.row_limits import source_lines
 from loraflow.evaluation.power import MINIMUM_ROWS, is_too_strict, margin_of_unchanged, not_passed, rows_for_margin
 from loraflow.execution.cache import look_up
 from loraflow.execution.deal import checked_rows, compared_rows, group_sizes, rows_of_a_look
@@ -45,7 +45,7 @@ def slice_power_lines(workspace: Workspace) -> list[str]:
     compared = rows_of_a_look(workspace, rows) if rows else []
     if rows is None or not compared:
         return []
-    from loraflow.data.heldout_fields import FILE, parse_field_values
+    from loraflow.data.checks.heldout_fields import FILE, parse_field_values
     from loraflow.evaluation.guards import power_lines, unscored_parts
     from loraflow.evaluation.power import largest_differences
     from loraflow.evaluation.slices import divide
@@ -108,7 +108,7 @@ def forgetting_lines(workspace: Workspace) -> list[str]:
 
 
 def _lines(workspace: Workspace, rows: bytes) -> Iterator[str]:
-    from loraflow.data.general import group_sizes as general_sizes
+    from loraflow.data.checks.general import group_sizes as general_sizes
 
     gate = workspace.recipe.gate
     for score, margin in gate.forgetting.items():

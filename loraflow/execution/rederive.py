@@ -17,8 +17,8 @@ from loraflow import __version__, identity
 from loraflow.config.job_runtime import JobRuntime
 from loraflow.config.locations import DvcOrigin
 from loraflow.config.stage_configs import StageConfig, VersionDatasetConfig
-from loraflow.data import dvc
-from loraflow.data.version import wrong_sources
+from loraflow.data.versions import dvc
+from loraflow.data.versions.version import wrong_sources
 from loraflow.execution.deal import recorded_workspace
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.plan import CHAMPION, inputs_of, steps_of

@@ -37,7 +37,7 @@ class Workspace:
     @cached_property
     def dataset(self) -> DatasetLocation:
         """The dataset. Uncommitted changes in the work tree are refused here, before every run."""
-        from loraflow.data.version import locate
+        from loraflow.data.versions.version import locate
 
         return locate(self.recipe.data, self.memo)
 
@@ -47,7 +47,7 @@ class Workspace:
         source = self.recipe.evaluation.general
         if source is None:
             return None
-        from loraflow.data.general import locate_general
+        from loraflow.data.checks.general import locate_general
 
         return locate_general(source, self.memo)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from loraflow.data.split import row_key as row_key
+from loraflow.data.checks.split import row_key as row_key
 from loraflow.frozen import StoredModel
 from loraflow.registry.anchor import FOLDER as ANCHORS
 from loraflow.registry.runs import LogHead

@@ -130,7 +130,7 @@ def _settings(values: Mapping[str, JsonValue]) -> Iterator[tuple[str, JsonValue]
 
 def revision_of(store: Store, record: RunRecord) -> dict[str, JsonValue]:
     """Return the setting for the run's version of the dataset, if the work tree pins another version by now."""
-    from loraflow.data import dvc
+    from loraflow.data.versions import dvc
 
     data, stage = record.section("data"), record.stage("version_dataset")
     source = data.get("source")

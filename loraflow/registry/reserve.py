@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence, Set
 from typing import NamedTuple
 
 from loraflow.data.chats import GATE_SET
-from loraflow.data.split import chat_key, draw
+from loraflow.data.checks.split import chat_key, draw
 from loraflow.failures import BadConfig
 from loraflow.frozen import StoredModel
 

@@ -11,11 +11,11 @@ from typing import Literal
 from pydantic import JsonValue
 
 from loraflow.config import Recipe
+from loraflow.data.answers.mark_names import named_marks, split_hint
+from loraflow.data.answers.unread_values import questions
 from loraflow.data.chats import GATE_SET
-from loraflow.data.check_report import WHAT, CheckReport, NearDuplicates, finding_lines
-from loraflow.data.mark_names import named_marks, split_hint
-from loraflow.data.row_limits import source_lines
-from loraflow.data.unread_values import questions
+from loraflow.data.checks.check_report import WHAT, CheckReport, NearDuplicates, finding_lines
+from loraflow.data.checks.row_limits import source_lines
 from loraflow.evaluation.metric_modules import find_module, metric_files
 from loraflow.evaluation.values import EvaluationReport
 from loraflow.failures import BadConfig

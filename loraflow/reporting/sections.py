@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from loraflow.config.grid import short_names, show_value
 from loraflow.data.chats import GATE_SET
-from loraflow.data.token_report import Lengths, SampleRow, TokenReport
+from loraflow.data.tokens.token_report import Lengths, SampleRow, TokenReport
 from loraflow.identity import short
 from loraflow.registry.runs import RunRecord, changes
 from loraflow.registry.sweeps import Combination, SweepRecord, ranked

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from loraflow.config.training import UnfingerprintedTraining
-from loraflow.data.served_template import served_date
+from loraflow.data.templates.served_template import served_date
 from loraflow.evaluation.values import Scores
 from loraflow.identity import short
 from loraflow.registry.runs import RunRecord

@@ -19,7 +19,7 @@ from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.tokenizer_files import served_folder, tokenizer_files
 from loraflow.config import Runtime
 from loraflow.config.data import read_tools_file
-from loraflow.data.tokenizer_config import further_templates
+from loraflow.data.templates.tokenizer_config import further_templates
 from loraflow.failures import BadConfig, BadModel, CorruptArtifact
 from loraflow.registry.log import Entry, PromotionLog, models
 from loraflow.registry.rebuild import how_to_rebuild
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from peft import PeftModelForCausalLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.data.tokens.loss_mask import ChatTemplate
 
 
 # Files that make a model: weights, configuration, tokenizer and template.
@@ -294,7 +294,7 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
     from loraflow.base.architecture import config_errors, reason_of
     from loraflow.base.load import load_model, load_tokenizer, stop_ids
     from loraflow.base.usable import refuse_unusable_folder
-    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.data.tokens.loss_mask import ChatTemplate
 
     adapter = model.unmerged_adapter
     if adapter is not None:

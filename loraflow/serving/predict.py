@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from loraflow import identity
-from loraflow.data.call_parser import parse_calls
-from loraflow.data.readers import readable_files
-from loraflow.data.rendered_calls import call_text, tools_text
-from loraflow.data.tools import dataset_tools
+from loraflow.data.files.readers import readable_files
+from loraflow.data.formats.call_parser import parse_calls
+from loraflow.data.formats.tools import dataset_tools
+from loraflow.data.templates.rendered_calls import call_text, tools_text
 from loraflow.evaluation.answers_file import read_answers
 from loraflow.failures import BadConfig, BadData, BadModel, OutOfMemory, from_os_error
 from loraflow.serving.chat import Sampling

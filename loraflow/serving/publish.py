@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.adapters.tokenizer_files import VOCABULARY, tokenizer_files
-from loraflow.data.tokenizer_config import further_templates
+from loraflow.data.templates.tokenizer_config import further_templates
 from loraflow.failures import BadConfig, BadModel, Failure, Network, first_line, from_library_error
 from loraflow.identity import short
 from loraflow.registry.anchor import now

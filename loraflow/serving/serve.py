@@ -21,8 +21,8 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from loraflow.data.served_template import served_date
-from loraflow.data.tokenizer_config import find_template, further_templates
+from loraflow.data.templates.served_template import served_date
+from loraflow.data.templates.tokenizer_config import find_template, further_templates
 from loraflow.failures import BadConfig, MissingExtra
 from loraflow.identity import fingerprint, short
 from loraflow.serving.models import Model

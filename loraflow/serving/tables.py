@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from loraflow.data.chat_formats import to_prompt
 from loraflow.data.chats import BadRow, Message, Tool, with_system
-from loraflow.data.readers import read_values
+from loraflow.data.files.readers import read_values
+from loraflow.data.formats.chat_formats import to_prompt
 from loraflow.failures import BadConfig, BadData
 from loraflow.serving.written_calls import WrittenCall, calls_type
 from loraflow.store.files import fsync_path

@@ -6,14 +6,14 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, TypedDict
 
-from loraflow.data.call_parser import parse_calls
 from loraflow.data.chats import Chat, Message
+from loraflow.data.formats.call_parser import parse_calls
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.data.tokens.loss_mask import ChatTemplate
 
 
 class WrittenFunction(TypedDict):

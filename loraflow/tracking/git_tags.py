@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from loraflow.data.git import GitError, git, git_or_none
+from loraflow.data.versions.git import GitError, git, git_or_none
 from loraflow.failures import Failure
 from loraflow.registry.log import Entry, PromotionLog
 from loraflow.registry.runs import RunRecord, read_runs

@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from loraflow.data.packing import common_prefix_length
-from loraflow.data.token_files import Document, TokenRows
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.tokens.packing import common_prefix_length
+from loraflow.data.tokens.token_files import Document, TokenRows
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.training.collation import (
     MicroBatch,

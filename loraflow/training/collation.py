@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraflow.data.token_files import Document, TokenRows
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.tokens.token_files import Document, TokenRows
+from loraflow.data.tokens.token_labels import IGNORED
 
 
 def token_keys(seed: int, step: int, index: int, tokens: int) -> NDArray[np.int32]:

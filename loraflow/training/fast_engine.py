@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from loraflow.data.token_files import TokenRows
+from loraflow.data.tokens.token_files import TokenRows
 from loraflow.hardware.attention import Attention
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.batches import (

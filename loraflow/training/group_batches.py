@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraflow.data.token_files import Document
+from loraflow.data.tokens.token_files import Document
 from loraflow.training.batches import Concatenated, StepDataset
 from loraflow.training.collation import MicroBatch, concatenated
 

@@ -20,7 +20,7 @@ from loraflow.base.architecture import (
 from loraflow.base.stored_weights import model_without_weights
 from loraflow.config.lora import PeftConfig
 from loraflow.config.recipe import Recipe
-from loraflow.data.positions import Positions
+from loraflow.data.tokens.positions import Positions
 from loraflow.hardware.attention import attention_with_mask
 from loraflow.training.choices import refuse_unsupported
 

@@ -27,8 +27,8 @@ from loraflow.config.job_runtime import JobRuntime
 from loraflow.config.lora import PeftConfig
 from loraflow.config.stage_configs import TrainConfig
 from loraflow.config.training import TrainerSettings
-from loraflow.data.positions import Positions
-from loraflow.data.token_files import TokenRows
+from loraflow.data.tokens.positions import Positions
+from loraflow.data.tokens.token_files import TokenRows
 from loraflow.failures import BadConfig, MissingExtra
 from loraflow.hardware.device import Device, free_gpu_bytes, pick_device
 from loraflow.hardware.process_group import ProcessGroup, join

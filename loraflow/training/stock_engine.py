@@ -18,7 +18,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from loraflow.adapters.targets import has_routers
 from loraflow.base.architecture import is_tested, scales_logits_unlike_trl
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.failures import BadConfig
 from loraflow.training.base_model import adapter_config, initialise_adapter
 from loraflow.training.choices import EngineChoices

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loraflow.base.load import load_tokenizer
 from loraflow.base.longrope import compute_angles_per_document, document_lengths, fixed_angles
-from loraflow.data.loss_mask import Encoded
-from loraflow.data.positions import Positions
-from loraflow.data.token_files import TokenRows
+from loraflow.data.tokens.loss_mask import Encoded
+from loraflow.data.tokens.positions import Positions
+from loraflow.data.tokens.token_files import TokenRows
 from loraflow.evaluation import greedy_decoding
 from loraflow.evaluation.generation import generate_answers
 from loraflow.evaluation.likelihood import answer_losses

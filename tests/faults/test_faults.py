@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loraflow import failures, identity
-from loraflow.data import tokenization
+from loraflow.data.tokens import tokenization
 from loraflow.execution import launcher, worker_process
 from loraflow.failures import BadData, OutOfMemory
 from loraflow.job import Inputs, Progress

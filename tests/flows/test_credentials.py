@@ -14,7 +14,7 @@ from prefect.exceptions import ParameterTypeError
 
 from loraflow import credentials
 from loraflow.cli import cli
-from loraflow.data import dvc
+from loraflow.data.versions import dvc
 from loraflow.failures import Failure
 from tests.flows.conftest import states
 from tests.password_server import git_server

@@ -14,10 +14,10 @@ from pathlib import Path
 from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.base.stored_weights import read_entries
 from loraflow.config import load_recipe
-from loraflow.data import dvc
-from loraflow.data.dvc_pin import parse_listing
-from loraflow.data.readers import read_rows
-from loraflow.data.tokenizer_config import read_template, special_tokens
+from loraflow.data.files.readers import read_rows
+from loraflow.data.templates.tokenizer_config import read_template, special_tokens
+from loraflow.data.versions import dvc
+from loraflow.data.versions.dvc_pin import parse_listing
 from loraflow.registry import PromotionLog
 from loraflow.registry.runs import read_run
 from loraflow.store import LocalStore, Ref

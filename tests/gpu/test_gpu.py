@@ -333,7 +333,7 @@ def test_fp16_trains_with_loss_scaling(tiny, shards, plain, tmp_path):
 def test_cuda_graph_decoding_gives_the_answers_of_generate(tiny, monkeypatch, dtype):
     from loraflow.base.load import load_model, load_tokenizer
     from loraflow.config import Runtime
-    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.data.tokens.loss_mask import ChatTemplate
     from loraflow.evaluation import greedy_decoding
     from loraflow.evaluation.generation import generate_answers
     from tests.conftest import chat
@@ -377,8 +377,8 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
     from loraflow.base import resolve
     from loraflow.base.load import load_model, load_tokenizer
     from loraflow.config import Runtime, load_recipe
-    from loraflow.data import tokenization as tokens
-    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.data.tokens import tokenization as tokens
+    from loraflow.data.tokens.loss_mask import ChatTemplate
     from loraflow.evaluation.likelihood import answer_losses
     from loraflow.job import Inputs, Progress
     from loraflow.training import train

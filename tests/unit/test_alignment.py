@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from loraflow.data.alignment import ByteAlignment
-from loraflow.data.loss_mask import ChatTemplate
+from loraflow.data.templates.alignment import ByteAlignment
+from loraflow.data.tokens.loss_mask import ChatTemplate
 from tests.conftest import PHI3_TEMPLATE, build_tokenizer
 
 MARKED = PHI3_TEMPLATE.replace(
@@ -166,7 +166,7 @@ def theirs(source: str):
 
 
 def ours(source: str):
-    from loraflow.data.template import CompiledTemplate
+    from loraflow.data.templates.template import CompiledTemplate
 
     return CompiledTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
 

@@ -7,7 +7,7 @@ from datetime import date
 import pandas as pd
 import pytest
 
-from loraflow.data.readers import read_rows
+from loraflow.data.files.readers import read_rows
 from loraflow.failures import BadData
 
 OK = {"prompt": "q", "completion": "a"}

@@ -16,8 +16,8 @@ from loraflow.base.load import load_tokenizer, stop_ids
 from loraflow.base.resolve import describe_files
 from loraflow.cli import cli
 from loraflow.config.recipe import Base
-from loraflow.data.loss_mask import ChatTemplate
-from loraflow.data.tokenizer_config import RECORD
+from loraflow.data.templates.tokenizer_config import RECORD
+from loraflow.data.tokens.loss_mask import ChatTemplate
 from loraflow.failures import BadModel, MissingExtra, Network
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.files import HashMemo

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraflow.data.token_files import TokenRows
+from loraflow.data.tokens.token_files import TokenRows
 from loraflow.failures import BadConfig
 from loraflow.hardware.attention import DOCUMENTS, Attention
 from loraflow.hardware.process_group import ProcessGroup

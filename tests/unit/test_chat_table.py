@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data import check
 from loraflow.data.chats import with_system, without_system
-from loraflow.data.row_drops import _first
-from loraflow.data.row_segment import message_json
-from loraflow.data.split import to_json
+from loraflow.data.checks import check
+from loraflow.data.checks.row_drops import _first
+from loraflow.data.checks.row_segment import message_json
+from loraflow.data.checks.split import to_json
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 from tests.job_factory import Outside

@@ -11,8 +11,9 @@ from click.testing import CliRunner
 
 from loraflow.cli import cli
 from loraflow.config.data import Data, read_tools_file
-from loraflow.data import check, dvc, row_limits
-from loraflow.data.check_report import CheckReport
+from loraflow.data.checks import check, row_limits
+from loraflow.data.checks.check_report import CheckReport
+from loraflow.data.versions import dvc
 from loraflow.failures import BadData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.reporting.rows import check_notes

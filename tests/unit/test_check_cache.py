@@ -9,7 +9,7 @@ import pytest
 
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data import check, near, segment_process, segment_reader
+from loraflow.data.checks import check, near, segment_process, segment_reader
 from loraflow.failures import BadData, Crashed, Killed
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.chunk_cache import ChunkCache

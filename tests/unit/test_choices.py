@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.evaluation.general import encode_choice
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<mask>"]

@@ -30,7 +30,7 @@ def in_this_process(*arguments: str, cwd: Path):
 @pytest.fixture
 def quick_dvc(monkeypatch):
     """Let `init` call DVC in this process; other tests call it as a process."""
-    monkeypatch.setattr("loraflow.data.dvc.run_dvc", lambda arguments: run_dvc(*arguments, cwd=Path.cwd()))
+    monkeypatch.setattr("loraflow.data.versions.dvc.run_dvc", lambda arguments: run_dvc(*arguments, cwd=Path.cwd()))
 
 
 FOREIGN = {
@@ -231,9 +231,9 @@ def test_the_modules_that_a_run_imports_before_its_tasks_need_no_library_that_co
         "fastapi",
         "sqlalchemy",
     }
-    slow |= {"loraflow.data.readers", "loraflow.data.chat_formats", "loraflow.evaluation.gate"}
+    slow |= {"loraflow.data.files.readers", "loraflow.data.formats.chat_formats", "loraflow.evaluation.gate"}
     code = (
-        "import sys; import loraflow.cli.run, loraflow.base.resolve, loraflow.data.version; "
+        "import sys; import loraflow.cli.run, loraflow.base.resolve, loraflow.data.versions.version; "
         "from loraflow.flows.finetune import finetune; "
         "finetune.serialize_parameters({'recipe': 'r', 'force': [], 'settings': {'base.model': 'b'}}); "
         f"sys.exit(', '.join({slow} & set(sys.modules)) or 0)"

@@ -13,8 +13,8 @@ from loraflow import credentials
 from loraflow.cli import parse_overrides
 from loraflow.config.load import parse_recipe
 from loraflow.credentials import hide_in_url, mask, reveal
-from loraflow.data import dvc
-from loraflow.data.git import GitError, git
+from loraflow.data.versions import dvc
+from loraflow.data.versions.git import GitError, git
 from loraflow.failures import BadConfig, BadData, Crashed, Network, from_dict, mask_errors
 from tests.password_server import git_server
 

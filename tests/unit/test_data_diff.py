@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from loraflow.cli import cli
 from loraflow.cli.data import version_of
-from loraflow.data import dvc
-from loraflow.data.compare import changes, difference_lines
+from loraflow.data.checks.compare import changes, difference_lines
+from loraflow.data.versions import dvc
 from loraflow.failures import BadConfig, BadData
 from tests.unit.test_git_branch import git
 

@@ -10,7 +10,7 @@ import pytest
 
 from loraflow.cli import COMMANDS
 from loraflow.config.evaluation import SCORES
-from loraflow.data.chat_formats import to_messages
+from loraflow.data.formats.chat_formats import to_messages
 from loraflow.evaluation.metric_modules import BUILT_IN
 from loraflow.execution.plan import STEPS, inputs_of
 

@@ -12,10 +12,10 @@ import pytest
 from scipy.stats import ks_2samp
 
 from loraflow.config import load_recipe
-from loraflow.data.check_report import CheckReport, NearDuplicates, SplitCounts
-from loraflow.data.compare import CheckedRows, measure_drift
-from loraflow.data.drift import DataDrift, why_wait
-from loraflow.data.split import row_id
+from loraflow.data.checks.check_report import CheckReport, NearDuplicates, SplitCounts
+from loraflow.data.checks.compare import CheckedRows, measure_drift
+from loraflow.data.checks.drift import DataDrift, why_wait
+from loraflow.data.checks.split import row_id
 from loraflow.execution.launcher import run_job
 from loraflow.execution.workspace import Workspace
 from loraflow.flows import retrain as flow

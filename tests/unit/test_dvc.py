@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from loraflow.cli import cli
 from loraflow.config.data import Data
-from loraflow.data import dvc, version
+from loraflow.data.versions import dvc, version
 from loraflow.failures import BadConfig, BadData, DirtyData, MissingData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.files import HashMemo
@@ -227,7 +227,7 @@ def test_files_that_dvcignore_names_are_no_part_of_the_dataset(clone, tmp_path, 
 
 
 def test_a_module_of_the_repository_replaces_none_of_python_in_dvc(tmp_path):
-    from loraflow.data.dvc_storage import run_dvc
+    from loraflow.data.versions.dvc_storage import run_dvc
 
     (tmp_path / "token.py").write_text("raise SystemExit('the module of the user')")
     assert run_dvc(["--version"], str(tmp_path))[0].isdigit()

@@ -11,7 +11,7 @@ from dvc.repo import Repo
 from dvc_data.hashfile.build import IgnoreInCollectedDirError, build
 
 from loraflow.config.data import Data
-from loraflow.data import dvc, version
+from loraflow.data.versions import dvc, version
 from loraflow.failures import BadData
 from loraflow.store.files import HashMemo
 from tests.unit.test_dvc import fetch, run_dvc

@@ -9,7 +9,8 @@ import pytest
 
 from loraflow.config.data import Data
 from loraflow.config.locations import SourcesOrigin
-from loraflow.data import dataset_files, dvc, version
+from loraflow.data.files import dataset_files
+from loraflow.data.versions import dvc, version
 from loraflow.failures import BadData, DirtyData
 from loraflow.store.files import HashMemo
 from tests.conftest import write_chats

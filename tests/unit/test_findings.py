@@ -10,9 +10,9 @@ from loraflow.cli import cli
 from loraflow.config.data import ProfileRule
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.broken_text import broken_text, control_token, script
-from loraflow.data.findings import Detector, default_rules, personal_data, share_limit
-from loraflow.data.row_limits import refuse_findings
+from loraflow.data.checks.broken_text import broken_text, control_token, script
+from loraflow.data.checks.findings import Detector, default_rules, personal_data, share_limit
+from loraflow.data.checks.row_limits import refuse_findings
 from loraflow.evaluation import slices
 from loraflow.failures import LimitExceeded
 from loraflow.reporting.rows import check_notes

@@ -6,12 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loraflow.data.chat_formats import read_chat
+from loraflow.data.answers.marks import MarkedFalse
+from loraflow.data.answers.unread_values import counted, doubtful, questions
 from loraflow.data.chats import BadRow
-from loraflow.data.guess_columns import guess_columns
-from loraflow.data.marks import MarkedFalse
-from loraflow.data.readers import read_rows
-from loraflow.data.unread_values import counted, doubtful, questions
+from loraflow.data.files.guess_columns import guess_columns
+from loraflow.data.files.readers import read_rows
+from loraflow.data.formats.chat_formats import read_chat
 
 PAIR = {"prompt": "q", "completion": "a"}
 

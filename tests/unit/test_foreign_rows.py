@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loraflow.data.chat_formats import read_chat, to_prompt
+from loraflow.data.answers.marks import MarkedFalse
 from loraflow.data.chats import BadRow
-from loraflow.data.guess_columns import columns_of, guess_columns
-from loraflow.data.marks import MarkedFalse
-from loraflow.data.readers import Row, match_files, read_rows, readable_files
+from loraflow.data.files.guess_columns import columns_of, guess_columns
+from loraflow.data.files.readers import Row, match_files, read_rows, readable_files
+from loraflow.data.formats.chat_formats import read_chat, to_prompt
 from loraflow.failures import BadData
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

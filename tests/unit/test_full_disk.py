@@ -214,7 +214,7 @@ def test_a_full_disk_is_reported_before_the_job_starts(store, monkeypatch, tmp_p
 
 
 def test_a_disk_that_is_full_while_dvc_reads_a_dataset_is_not_reported_as_missing_data(tmp_path):
-    from loraflow.data.dvc_storage import _translate_errors
+    from loraflow.data.versions.dvc_storage import _translate_errors
 
     pin = SimpleNamespace(path="data", md5="0" * 32)
     with pytest.raises(failures.DiskFull), _translate_errors(str(tmp_path), pin, None, None):

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from loraflow.config import load_recipe
 from loraflow.config.recipe import Recipe
 from loraflow.data.chats import read_general
-from loraflow.data.general import check_limits
-from loraflow.data.general import run as check_general
+from loraflow.data.checks.general import check_limits
+from loraflow.data.checks.general import run as check_general
 from loraflow.evaluation import general as stage
 from loraflow.evaluation.gate import decide
 from loraflow.evaluation.general import CHATS, CHOICES, encode_choice, is_right

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from loraflow.data.loss_mask import ChatTemplate
+from loraflow.data.tokens.loss_mask import ChatTemplate
 from loraflow.evaluation import greedy_decoding
 from loraflow.evaluation.generation import generate_answers
 from loraflow.evaluation.greedy_decoding import preallocated_cache

@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from loraflow.data.dvc_pin import read_pin
-from loraflow.data.git import GitError, git, git_or_none, head_commit
+from loraflow.data.versions.dvc_pin import read_pin
+from loraflow.data.versions.git import GitError, git, git_or_none, head_commit
 from loraflow.failures import BadData
 
 

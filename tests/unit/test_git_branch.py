@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from loraflow.config.load import parse_recipe
-from loraflow.data import dvc
-from loraflow.data import git_branch as branch
+from loraflow.data.versions import dvc
+from loraflow.data.versions import git_branch as branch
 from loraflow.failures import BadConfig, Network
 from loraflow.store.files import HashMemo
 from tests.unit.test_dvc import run_dvc

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from loraflow.data.check_report import CheckReport
+from loraflow.data.checks.check_report import CheckReport
 from loraflow.reporting.rows import check_notes
 from tests.unit.test_near_duplicates import near, run_check, text, write
 

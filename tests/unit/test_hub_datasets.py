@@ -10,11 +10,11 @@ import subprocess
 
 import pytest
 
-from loraflow.data.chat_formats import read_chat
+from loraflow.data.answers.unread_values import counted, doubtful, questions, told_by
 from loraflow.data.chats import BadRow
-from loraflow.data.guess_columns import columns_of
-from loraflow.data.readers import read_rows
-from loraflow.data.unread_values import counted, doubtful, questions, told_by
+from loraflow.data.files.guess_columns import columns_of
+from loraflow.data.files.readers import read_rows
+from loraflow.data.formats.chat_formats import read_chat
 from tests.unit.test_public_datasets import CALL, PASSAGE, PREAMBLE, TWO
 from tests.unit.test_published_shapes import FUNCTION, OUT, QA, REFUSED, answer, gpt, human, outcome, read, user
 

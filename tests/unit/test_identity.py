@@ -98,7 +98,7 @@ def test_every_module_that_computes_a_result_is_in_a_code_digest():
     ground = {"loraflow.failures", "loraflow.job", "loraflow.store", "loraflow.store.files", "loraflow.store.checksum", "loraflow.store.lock", "loraflow.identity",
               "loraflow.config.recipe", "loraflow.config.data", "loraflow.config.data_sources", "loraflow.config.training", "loraflow.config.lora",
               "loraflow.config.stage_configs", "loraflow.config.job_runtime", "loraflow.config.locations", "loraflow.training.callbacks", "loraflow.store.checkpoints", "loraflow.training.memory",
-              "loraflow.training.adapter_rank", "loraflow.data.remote_files",  # the md5 says what remote files are
+              "loraflow.training.adapter_rank", "loraflow.data.versions.remote_files",  # the md5 says what remote files are
               "loraflow.adapters.verify"}  # fmt: skip
     for stage in STAGES.values():
         for module in stage.code:

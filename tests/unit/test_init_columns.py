@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from loraflow.cli import cli
 from loraflow.cli.init_dataset import choose_columns
-from loraflow.data.guess_columns import guess_columns, is_classification
+from loraflow.data.files.guess_columns import guess_columns, is_classification
 from loraflow.failures import BadConfig, BadData
 
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from loraflow.cli.init import init
 from loraflow.cli.undo import undone_on_failure
-from loraflow.data import dvc
+from loraflow.data.versions import dvc
 from loraflow.failures import BadConfig
 from tests.unit.test_dvc import run_dvc, sh
 
@@ -67,7 +67,7 @@ def test_links_whose_target_is_not_mounted_stay(folder):
 def test_init_with_a_data_link_that_is_not_mounted_uses_another_folder(folder, monkeypatch):
     Path("data").symlink_to("/not-mounted/data")
     before = everything(folder)
-    monkeypatch.setattr("loraflow.data.dvc.add", disk_full)
+    monkeypatch.setattr("loraflow.data.versions.dvc.add", disk_full)
     copied = []
     monkeypatch.setattr("loraflow.cli.init.shutil.copyfile", lambda _, copy: copied.append(copy))
     assert call_init().exception.errno == 28
@@ -124,9 +124,9 @@ def test_a_step_of_the_undo_that_fails_hides_neither_the_error_nor_the_other_ste
 
 FAILS = {
     "copy": "loraflow.cli.init.shutil.copyfile",
-    "after dvc add": "loraflow.data.dvc.read_pin",
+    "after dvc add": "loraflow.data.versions.dvc.read_pin",
     "readme": "loraflow.cli.init.write_readme",
-    "push": "loraflow.data.dvc.push_pin",
+    "push": "loraflow.data.versions.dvc.push_pin",
 }
 
 

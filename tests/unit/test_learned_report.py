@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from loraflow.data import chunk_encoder
-from loraflow.data import tokenization as tokens
-from loraflow.data.token_report import LONGEST, Lengths, LongRow, SampleRow, TokenReport, long_rows, longest_of
+from loraflow.data.tokens import chunk_encoder
+from loraflow.data.tokens import tokenization as tokens
+from loraflow.data.tokens.token_report import LONGEST, Lengths, LongRow, SampleRow, TokenReport, long_rows, longest_of
 from loraflow.job import Inputs, Progress
 from loraflow.reporting import markdown, sections
 from loraflow.reporting.sections import Learned, learned_lines
@@ -153,8 +153,8 @@ def test_tokenize_reports_the_lengths_that_transformers_counts_with_the_rows_tha
 
 def test_a_long_sample_is_shortened_in_its_middle(base, tmp_path):  # noqa: F811
     from loraflow.config.stage_configs import TokenizeConfig
-    from loraflow.data.loss_mask import ChatTemplate
-    from loraflow.data.mask_view import SAMPLE_CHARACTERS, sample_rows
+    from loraflow.data.tokens.loss_mask import ChatTemplate
+    from loraflow.data.tokens.mask_view import SAMPLE_CHARACTERS, sample_rows
 
     messages = [
         {"role": "user", "content": "begin " + "so long " * 400 + "end?"},

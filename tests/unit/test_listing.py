@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from loraflow.config.data import Data
-from loraflow.data import dvc
-from loraflow.data.compare import read_revision
-from loraflow.data.dvc_pin import MAX_FOLDERS, parse_listing, parse_pin
-from loraflow.data.dvc_storage import prepare_pull
+from loraflow.data.checks.compare import read_revision
+from loraflow.data.versions import dvc
+from loraflow.data.versions.dvc_pin import MAX_FOLDERS, parse_listing, parse_pin
+from loraflow.data.versions.dvc_storage import prepare_pull
 from loraflow.failures import BadData, MissingData
 from loraflow.store.files import HashMemo
 

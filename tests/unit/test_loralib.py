@@ -13,7 +13,7 @@ from torch import nn
 
 from loraflow.adapters.loralib.model import load, prepare, state_of
 from loraflow.adapters.loralib.swap import Settings
-from loraflow.data.token_files import TokenRows
+from loraflow.data.tokens.token_files import TokenRows
 from loraflow.failures import Preempted
 from loraflow.job import Inputs, Progress
 from loraflow.training.collation import padded

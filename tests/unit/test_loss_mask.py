@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loraflow.data.loss_mask import ChatTemplate
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.tokens.loss_mask import ChatTemplate
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.failures import BadModel
 from tests.conftest import PHI3_TEMPLATE, build_tokenizer
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from loraflow.data import tokenization as tokens
-from loraflow.data.token_files import TokenRows
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.tokens import tokenization as tokens
+from loraflow.data.tokens.token_files import TokenRows
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.job import Inputs, Progress
 from loraflow.training import batches, collation
 from loraflow.training.loss_head import CHUNK, head_loss

@@ -6,14 +6,14 @@ import re
 import pandas as pd
 import pytest
 
+from loraflow.data.answers.mark_names import named_marks, without_marks
+from loraflow.data.answers.marks import MarkedFalse
+from loraflow.data.answers.unread_values import counted, doubtful, questions
 from loraflow.data.cell_values import Unreadable, parsed_text
-from loraflow.data.chat_formats import read_chat
 from loraflow.data.chats import BadRow
-from loraflow.data.check_report import CheckReport, SplitCounts
-from loraflow.data.mark_names import named_marks, without_marks
-from loraflow.data.marks import MarkedFalse
-from loraflow.data.readers import read_rows
-from loraflow.data.unread_values import counted, doubtful, questions
+from loraflow.data.checks.check_report import CheckReport, SplitCounts
+from loraflow.data.files.readers import read_rows
+from loraflow.data.formats.chat_formats import read_chat
 from loraflow.reporting.rows import check_notes
 
 PAIR = {"prompt": "q", "completion": "a"}

@@ -7,13 +7,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from loraflow.data.chat_formats import read_chat, to_prompt
+from loraflow.data.answers.marks import MarkedFalse
+from loraflow.data.answers.unread_values import counted, doubtful, questions
 from loraflow.data.chats import BadRow
-from loraflow.data.loss_mask import ChatTemplate
-from loraflow.data.marks import MarkedFalse
-from loraflow.data.readers import read_rows
-from loraflow.data.token_labels import IGNORED
-from loraflow.data.unread_values import counted, doubtful, questions
+from loraflow.data.files.readers import read_rows
+from loraflow.data.formats.chat_formats import read_chat, to_prompt
+from loraflow.data.tokens.loss_mask import ChatTemplate
+from loraflow.data.tokens.token_labels import IGNORED
 from tests.unit.test_check import run_check
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

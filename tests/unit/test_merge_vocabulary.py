@@ -87,7 +87,7 @@ def test_a_template_unusable_for_training_does_not_stop_a_merge(tmp_path, phi3, 
 
 
 def test_the_answers_stop_token_ends_generation(tmp_path, phi3):
-    from loraflow.data.loss_mask import ChatTemplate
+    from loraflow.data.tokens.loss_mask import ChatTemplate
 
     adapter, needed = make_adapter(phi3, tmp_path / "adapter"), ChatTemplate(phi3).stop_ids()
     for text in (None, "{}", '{"eos_token_id": 1, "top_k": 5}'):

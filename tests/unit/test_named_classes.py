@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from loraflow.data.readers import read_rows
+from loraflow.data.files.readers import read_rows
 
 LEARNED, OUT, REFUSED = "learned", "left out", "refused"
 

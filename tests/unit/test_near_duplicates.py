@@ -11,10 +11,10 @@ from benchmarks.near_duplicates import all_pairs, found_pairs, make_chats
 from loraflow.config.data import Data
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data import check, row_limits
-from loraflow.data.check_report import CheckReport
-from loraflow.data.near import Comparison, Sketches, comparable_text, grams, jaccard
-from loraflow.data.near_split import near_policy
+from loraflow.data.checks import check, row_limits
+from loraflow.data.checks.check_report import CheckReport
+from loraflow.data.checks.near import Comparison, Sketches, comparable_text, grams, jaccard
+from loraflow.data.checks.near_split import near_policy
 from loraflow.failures import LimitExceeded
 from loraflow.job import Inputs, Job, Progress
 from loraflow.reporting.rows import check_notes

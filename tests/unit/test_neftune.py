@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from loraflow.data.token_files import TokenRows
+from loraflow.data.tokens.token_files import TokenRows
 from loraflow.training.batches import GridRows, StepDataset, concatenated_layout
 from loraflow.training.lora_kernels import add_noise
 from tests.unit.test_training import base, run, same, straight, tokenize  # noqa: F401

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraflow.data.packing import best_fit_decreasing, documents_of_rows
+from loraflow.data.tokens.packing import best_fit_decreasing, documents_of_rows
 
 
 def slow_best_fit(lengths, capacity):

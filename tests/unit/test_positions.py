@@ -11,7 +11,7 @@ from transformers import (
     Phi3Config,
 )
 
-from loraflow.data.positions import Positions
+from loraflow.data.tokens.positions import Positions
 from loraflow.failures import BadData
 from tests.unit.test_template_parity import CHATS, tokenized
 

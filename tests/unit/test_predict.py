@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from loraflow.cli import cli
-from loraflow.data.chat_formats import to_prompt
 from loraflow.data.chats import BadRow
+from loraflow.data.formats.chat_formats import to_prompt
 from loraflow.failures import BadConfig, BadData
 from loraflow.serving.chat import Sampling
 from loraflow.serving.models import Model, load

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from loraflow.data.chat_formats import read_chat
+from loraflow.data.formats.chat_formats import read_chat
 from loraflow.failures import BadConfig
 from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.serving import predict as prediction

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from loraflow.data.packing import common_prefix_length
+from loraflow.data.tokens.packing import common_prefix_length
 from loraflow.training import batches
 from loraflow.training.collation import padded
 from loraflow.training.memory import shape_of

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from loraflow.data.chat_formats import read_chat, to_prompt
 from loraflow.data.chats import BadRow
-from loraflow.data.guess_columns import columns_of
-from loraflow.data.readers import read_rows
+from loraflow.data.files.guess_columns import columns_of
+from loraflow.data.files.readers import read_rows
+from loraflow.data.formats.chat_formats import read_chat, to_prompt
 from tests.unit.test_published_shapes import FUNCTION, OUT, QA, REFUSED, answer, human, outcome, read, user
 
 CALL = {"name": "f", "arguments": {"x": 1}}

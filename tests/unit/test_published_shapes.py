@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loraflow.data.chat_formats import to_prompt
-from loraflow.data.compare import read_files
-from loraflow.data.guess_columns import columns_of
-from loraflow.data.mark_names import split_hint
-from loraflow.data.readers import read_rows
+from loraflow.data.answers.mark_names import split_hint
+from loraflow.data.checks.compare import read_files
+from loraflow.data.files.guess_columns import columns_of
+from loraflow.data.files.readers import read_rows
+from loraflow.data.formats.chat_formats import to_prompt
 
 OUT, REFUSED = "left out", "refused"
 

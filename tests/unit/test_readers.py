@@ -5,10 +5,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from loraflow.data.chat_formats import to_messages
 from loraflow.data.chats import BadRow
-from loraflow.data.guess_columns import columns_of, guess_columns
-from loraflow.data.readers import match_files, read_rows
+from loraflow.data.files.guess_columns import columns_of, guess_columns
+from loraflow.data.files.readers import match_files, read_rows
+from loraflow.data.formats.chat_formats import to_messages
 from loraflow.failures import BadData
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

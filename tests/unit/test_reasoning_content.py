@@ -2,10 +2,10 @@
 
 import pytest
 
-from loraflow.data.chat_formats import read_chat
 from loraflow.data.chats import BadRow, without_reasoning
-from loraflow.data.findings import _first
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.checks.findings import _first
+from loraflow.data.formats.chat_formats import read_chat
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.failures import BadModel
 from tests.unit.test_tools import TOOLS, call
 from tests.unit.test_trl_templates import (  # noqa: F401 (fixtures)

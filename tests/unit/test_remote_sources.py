@@ -17,9 +17,9 @@ from huggingface_hub.utils import close_session
 from loraflow.base import hub as base_hub
 from loraflow.config.load import parse_recipe
 from loraflow.config.locations import LOCK
-from loraflow.data import remote_files
-from loraflow.data.remote_files import fetch_remote
-from loraflow.data.version import locate
+from loraflow.data.versions import remote_files
+from loraflow.data.versions.remote_files import fetch_remote
+from loraflow.data.versions.version import locate
 from loraflow.failures import BadConfig, BadData, DiskFull, Failure, MissingExtra, Network, StorageError
 from loraflow.store.files import HashMemo
 from tests.unit.test_sources import Mixture, recipe

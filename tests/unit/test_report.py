@@ -47,7 +47,7 @@ SAMPLE = Sample(id="a", prompt="what\n is `this`?", reference='{"a": 1}', answer
 
 def test_the_report_and_the_closing_table_say_what_was_left_out(capsys):
     from loraflow.cli.run import show
-    from loraflow.data.check_report import CheckReport
+    from loraflow.data.checks.check_report import CheckReport
     from loraflow.reporting.rows import RowPolicy, summarise_rows
 
     check = CheckReport(

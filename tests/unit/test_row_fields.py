@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraflow.data import json_reader
-from loraflow.data.chat_formats import read_chat, to_messages
 from loraflow.data.chats import BadRow
-from loraflow.data.readers import read_rows
+from loraflow.data.files import json_reader
+from loraflow.data.files.readers import read_rows
+from loraflow.data.formats.chat_formats import read_chat, to_messages
 from loraflow.failures import BadData
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraflow.data.token_files import TokenRows
+from loraflow.data.tokens.token_files import TokenRows
 from loraflow.training.batches import MAX_LENGTHS, StepDataset, choose_lengths, concatenated_layout
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraflow.data.split import label_values, spread_sample, spread_values
+from loraflow.data.checks.split import label_values, spread_sample, spread_values
 from loraflow.evaluation.score import read_rows, sampled_rows
 from loraflow.execution.deal import compared_rows
 from loraflow.registry.looks import row_key

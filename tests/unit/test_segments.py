@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from loraflow.data import json_reader
 from loraflow.data.chats import BadRow
-from loraflow.data.near import first_equal, is_repeated, may_be_equal
+from loraflow.data.checks.near import first_equal, is_repeated, may_be_equal
+from loraflow.data.files import json_reader
 from loraflow.store import chunk_cache
 
 

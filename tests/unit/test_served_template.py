@@ -8,12 +8,13 @@ from importlib.util import find_spec
 import pytest
 from transformers import AutoTokenizer
 
-from loraflow.data import loss_mask, served_template
 from loraflow.data.chats import without_reasoning
-from loraflow.data.loss_mask import ChatTemplate
-from loraflow.data.served_template import pinned, pinned_date, read_named_template, write_served_template
-from loraflow.data.template import CompiledTemplate
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.templates import served_template
+from loraflow.data.templates.served_template import pinned, pinned_date, read_named_template, write_served_template
+from loraflow.data.templates.template import CompiledTemplate
+from loraflow.data.tokens import loss_mask
+from loraflow.data.tokens.loss_mask import ChatTemplate
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.failures import BadConfig, BadModel
 from tests.conftest import PHI3_TEMPLATE, build_tokenizer
 from tests.in_process_template import InProcessTemplate

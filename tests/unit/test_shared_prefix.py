@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from loraflow.data.loss_mask import ChatTemplate
-from loraflow.data.packing import common_prefix_length
+from loraflow.data.tokens.loss_mask import ChatTemplate
+from loraflow.data.tokens.packing import common_prefix_length
 from loraflow.evaluation.generation import generate_answers
 from loraflow.evaluation.likelihood import answer_losses
 from loraflow.evaluation.prefix_cache import shared_prefix

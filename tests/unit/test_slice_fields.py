@@ -10,8 +10,8 @@ from loraflow.cli.show import _score_lines
 from loraflow.config import load_recipe
 from loraflow.config.data import Data
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data import check
-from loraflow.data.heldout_fields import FILE, MAX_VALUES, NO_VALUE, parse_field_values, write_field_values
+from loraflow.data.checks import check
+from loraflow.data.checks.heldout_fields import FILE, MAX_VALUES, NO_VALUE, parse_field_values, write_field_values
 from loraflow.evaluation.gate import decide
 from loraflow.evaluation.guards import partition_of, power_lines, slice_guards, unscored_parts
 from loraflow.evaluation.power import HeldoutRows, advice

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from loraflow.data import broken_text
+from loraflow.data.checks import broken_text
 from loraflow.evaluation.slices import QUARTERS, slice_scores
 from loraflow.reporting.markdown import slice_lines
 

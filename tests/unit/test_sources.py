@@ -12,12 +12,13 @@ import pytest
 from loraflow.config import Recipe
 from loraflow.config.load import parse_recipe
 from loraflow.config.stage_configs import CheckDatasetConfig, VersionDatasetConfig
-from loraflow.data import check, row_limits, version
-from loraflow.data.check_report import CheckReport
-from loraflow.data.dvc import dvc_md5
-from loraflow.data.readers import read_rows
-from loraflow.data.row_limits import source_lines
-from loraflow.data.version import locate
+from loraflow.data.checks import check, row_limits
+from loraflow.data.checks.check_report import CheckReport
+from loraflow.data.checks.row_limits import source_lines
+from loraflow.data.files.readers import read_rows
+from loraflow.data.versions import version
+from loraflow.data.versions.dvc import dvc_md5
+from loraflow.data.versions.version import locate
 from loraflow.evaluation.values import EvaluationReport
 from loraflow.failures import BadConfig, BadData, DirtyData, LimitExceeded
 from loraflow.job import Inputs, Job, Progress

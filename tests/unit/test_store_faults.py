@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from loraflow.cli import main
-from loraflow.data import tokenizer_config
+from loraflow.data.templates import tokenizer_config
 from loraflow.execution import launcher, worker
 from loraflow.failures import CorruptArtifact, DiskFull, Failure, ReadOnlyStore, StorageError, from_os_error
 from loraflow.registry.cleanup import remove_unused

@@ -108,7 +108,7 @@ def test_a_trial_has_the_fingerprint_of_a_run_with_its_settings(file):
 
 
 def test_trials_look_up_dataset_and_base_once(file, monkeypatch):
-    from loraflow.data import version
+    from loraflow.data.versions import version
 
     calls = []
     locate = version.locate

@@ -8,11 +8,11 @@ from transformers import AutoTokenizer
 
 from loraflow.base import template_check
 from loraflow.base.template_check import check_template
-from loraflow.data import loss_mask
-from loraflow.data.loss_mask import ChatTemplate
-from loraflow.data.rendered_calls import missing_part
-from loraflow.data.served_template import pinned
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.templates.rendered_calls import missing_part
+from loraflow.data.templates.served_template import pinned
+from loraflow.data.tokens import loss_mask
+from loraflow.data.tokens.loss_mask import ChatTemplate
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.failures import BadModel
 from tests.conftest import build_tokenizer
 from tests.in_process_template import InProcessTemplate

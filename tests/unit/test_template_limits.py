@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from loraflow.data.loss_mask import ChatTemplate, name_row
-from loraflow.data.template import CompiledTemplate
-from loraflow.data.template_child import SECONDS
-from loraflow.data.template_process import TemplateProcess
+from loraflow.data.templates.template import CompiledTemplate
+from loraflow.data.templates.template_child import SECONDS
+from loraflow.data.templates.template_process import TemplateProcess
+from loraflow.data.tokens.loss_mask import ChatTemplate, name_row
 from loraflow.failures import BadModel, Killed
 from tests.conftest import PHI3_TEMPLATE, build_tokenizer
 

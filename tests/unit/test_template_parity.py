@@ -9,10 +9,10 @@ from transformers import AutoTokenizer
 from loraflow.adapters import origin
 from loraflow.adapters.merge import run as run_merge
 from loraflow.base.load import stop_ids
-from loraflow.data import tokenization as tokens
-from loraflow.data.loss_mask import ChatTemplate
-from loraflow.data.token_files import TokenRows
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.tokens import tokenization as tokens
+from loraflow.data.tokens.loss_mask import ChatTemplate
+from loraflow.data.tokens.token_files import TokenRows
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.failures import BadModel
 from loraflow.job import Inputs, Progress
 from loraflow.serving.chat import Chat, Sampling

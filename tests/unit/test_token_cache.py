@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from loraflow.config import Recipe
-from loraflow.data import chunk_encoder
-from loraflow.data.chunk_encoder import EncodedRows, key_of_rows, segments
-from loraflow.data.loss_mask import Encoded
-from loraflow.data.token_files import BATCH_ROWS, TokenBatch, batches_of
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.tokens import chunk_encoder
+from loraflow.data.tokens.chunk_encoder import EncodedRows, key_of_rows, segments
+from loraflow.data.tokens.loss_mask import Encoded
+from loraflow.data.tokens.token_files import BATCH_ROWS, TokenBatch, batches_of
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.store import Ref
 from loraflow.store.checkpoints import reset_work_folder
 from loraflow.store.chunk_cache import MAX_ROWS, MEAN_ROWS, ChunkCache, stale_entries

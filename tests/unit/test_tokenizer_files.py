@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from loraflow.base.template_check import check_template, conversations
-from loraflow.data import loss_mask
-from loraflow.data.loss_mask import ChatTemplate
-from loraflow.data.tokenizer_config import RECORD, special_tokens
+from loraflow.data.templates.tokenizer_config import RECORD, special_tokens
+from loraflow.data.tokens import loss_mask
+from loraflow.data.tokens.loss_mask import ChatTemplate
 from loraflow.failures import BadModel
 from tests.conftest import build_tokenizer
 from tests.in_process_template import InProcessTemplate

@@ -10,15 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraflow.config.data import read_tools_file
-from loraflow.data.call_parser import parse_calls
-from loraflow.data.chat_formats import read_chat, to_prompt
 from loraflow.data.chats import BadRow
-from loraflow.data.loss_mask import ChatTemplate, name_row
-from loraflow.data.near import comparable_text, grams, jaccard
-from loraflow.data.readers import read_rows
-from loraflow.data.split import normalized_key, row_id
-from loraflow.data.token_labels import IGNORED
-from loraflow.data.tools import dataset_tools
+from loraflow.data.checks.near import comparable_text, grams, jaccard
+from loraflow.data.checks.split import normalized_key, row_id
+from loraflow.data.files.readers import read_rows
+from loraflow.data.formats.call_parser import parse_calls
+from loraflow.data.formats.chat_formats import read_chat, to_prompt
+from loraflow.data.formats.tools import dataset_tools
+from loraflow.data.tokens.loss_mask import ChatTemplate, name_row
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.evaluation.metric_modules import compute
 from loraflow.failures import BadModel, Failure
 from tests.unit.test_check import run_check

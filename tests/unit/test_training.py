@@ -15,8 +15,8 @@ from transformers import TrainerControl, TrainerState
 from loraflow.config import parse_recipe
 from loraflow.config.stage_configs import FingerprintedTraining
 from loraflow.config.training import BestCheckpoint
-from loraflow.data import tokenization as tokens
-from loraflow.data.token_files import TokenRows
+from loraflow.data.tokens import tokenization as tokens
+from loraflow.data.tokens.token_files import TokenRows
 from loraflow.failures import BadConfig, NonFiniteLoss, Preempted
 from loraflow.hardware.process_group import ProcessGroup
 from loraflow.job import Inputs, Progress

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from loraflow.data import loss_mask
-from loraflow.data.loss_mask import ChatTemplate
-from loraflow.data.token_labels import IGNORED
+from loraflow.data.tokens import loss_mask
+from loraflow.data.tokens.loss_mask import ChatTemplate
+from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.failures import BadModel
 from tests.conftest import build_tokenizer
 from tests.in_process_template import InProcessTemplate

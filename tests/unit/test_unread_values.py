@@ -9,9 +9,9 @@ from click.testing import CliRunner
 
 from loraflow.cli import cli
 from loraflow.config.data_sources import COLUMNS
-from loraflow.data.check_report import CheckReport
-from loraflow.data.readers import read_rows
-from loraflow.data.unread_values import counted, doubtful, questions
+from loraflow.data.answers.unread_values import counted, doubtful, questions
+from loraflow.data.checks.check_report import CheckReport
+from loraflow.data.files.readers import read_rows
 from loraflow.reporting.rows import check_notes
 from tests.unit.test_check import run_check
 

@@ -10,13 +10,13 @@ import tracemalloc
 
 import pytest
 
-from loraflow.data.chat_formats import read_chat, to_prompt
+from loraflow.data.answers.labels import Labels
+from loraflow.data.answers.marks import MarkedFalse
 from loraflow.data.chats import BadRow
-from loraflow.data.guess_columns import guess_columns
-from loraflow.data.labels import Labels
-from loraflow.data.marks import MarkedFalse
-from loraflow.data.published_formats import _TREES
-from loraflow.data.tools import read_tools
+from loraflow.data.files.guess_columns import guess_columns
+from loraflow.data.formats.chat_formats import read_chat, to_prompt
+from loraflow.data.formats.published_formats import _TREES
+from loraflow.data.formats.tools import read_tools
 
 
 def user(text):

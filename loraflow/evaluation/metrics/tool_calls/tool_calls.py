@@ -10,9 +10,9 @@ import json
 import datasets
 import evaluate
 
-from loraflow.data.call_parser import parse_calls
 from loraflow.data.chats import BadRow
-from loraflow.data.tools import fitting_calls
+from loraflow.data.formats.call_parser import parse_calls
+from loraflow.data.formats.tools import fitting_calls
 
 
 def fields(calls):

@@ -1,0 +1,1 @@
+"""Which answers are learned: marks, labels, verdicts and preference pairs of rows."""

@@ -1,0 +1,216 @@
+"""Columns that are not read and may say which answers are wrong: `human_verified: false`, `input_quality: very poor`.
+
+No list of names is complete, so the values are looked at: a column has nothing but true and false, or a word that judges.
+Such a column is a question to the user, and no row is left out by it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
+from typing import Literal
+
+from pydantic import JsonValue
+
+from loraflow.data.answers.judgements import FAILED_RUNS, is_bad_word
+from loraflow.data.answers.labels import FALSE, TRUE, Labels, is_absent, plain
+from loraflow.data.answers.mark_names import CONTAINERS, JUDGEMENTS, LABELS, RUNS, normal_name
+from loraflow.data.cell_values import Unreadable, is_object_text, objects_of, parsed_text
+
+MAX_QUESTIONS = 5
+_MAX_WORD = 30  # characters of a value that is a word
+_OTHER = ""  # any other value
+_DOWN = "-1"  # beside 0 and 1, a vote against the answer
+# Words that judge only in a column that is named so: a size may be half, and a complexity low.
+_DEGREES = frozenset({"low", "very low", "half", "partial", "partly"})
+_SHORT = 3  # letters of codes such as `ko`, which mean wrong or bad in some language
+# Last words of names whose values are about something else than the answer, beside lang…
+_NEUTRAL = frozenset({
+    "id", "ids", "idx", "index", "no", "number", "num", "count", "turn", "turns", "round", "step", "cluster", "seed",
+    "epoch", "fold", "shard", "page", "line", "position", "offset", "locale", "country", "region", "city", "code",
+    "iso", "author", "user", "username", "name", "names", "title", "gender", "sex", "model", "source", "url", "path",
+    "file", "size", "date", "year",
+})  # fmt: skip
+_FLAG = re.compile(r"(?:is|has|was|were|are|should|can|did|does|needs?)_")
+_JUDGING = re.compile(
+    r"(?:^|_)(?:in)?(?:verdict|quality|correct|verif|valid|judg|grade|grading|rating|rated|approv|accept|reject|review|"
+    r"evaluat|assess|helpful|hallucin|factual|accura|annotat|feedback|resolved|solved|checked|"
+    r"(?:pass|passed|passes|fail|failed|good|bad|wrong|right|ok|okay|keep|usable|safe|unsafe|harmful|flag|flagged|check|"
+    r"vote|label|thumbs?|reaction|status|result|outcome|answer|response|human|qa|eval|success|done|complete|completed)(?:_|$))"
+)
+
+# Of these, false in every row is a question too.
+_DONE = re.compile(r"(?:.*_)?(?:success|successful|solved|resolved|(?:test|validation|verification)_result)")
+# Scores of the answer. Others are about something else (toxicity_score), or a high one is bad.
+_SCORE = re.compile(r"(?:final_|answer_|response_)?(?:score|reward)")
+_WORD_PAIRS = LABELS | JUDGEMENTS
+_OF_RUN = re.compile(
+    r"(?:.*_)?(?:status|result|" + "|".join(sorted(RUNS)) + ")"
+)  # `error` and `timeout` judge in these
+_REASON = re.compile(r"(?:^|_)(?:finish|stop)_?reason$")  # why an answer ends
+_CUT_OFF = frozenset({"length", "max tokens"})  # such a reason, as plain() returns it
+
+Told = tuple[tuple[str, str], ...]  # keys, and what their values say: true, false, -1, a word that judges, or nothing
+
+
+def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels | None = None) -> Told:
+    """Return what the keys of a row that are not read say.
+
+    Args:
+        labels: knows the other rows of the file. Two words in a column such as `label` may say right and wrong.
+    """
+    found: list[tuple[str, str]] = []
+    for key in unread:
+        value = row.get(key)
+        if key not in row and isinstance(messages := row.get(key.partition(".")[0]), list):
+            inner = key.partition(".")[2]
+            turns = (item for item in messages if isinstance(item, dict) and not is_absent(item.get(inner)))
+            words = [pair for item in turns for pair in _told(key, inner, item[inner]) if pair[1]]
+            found += dict.fromkeys(words)
+        elif pairs := _told(key, key, value):
+            if labels and pairs == [(key, "false")] and normal_name(key) in LABELS and labels.may_have_marks(key):
+                pairs = [(key, str(value).strip().lower())]
+            found += pairs
+        elif isinstance(value, str) and len(value) <= _MAX_WORD and labels and normal_name(key) in _WORD_PAIRS:
+            found += [(key, " ".join(value.split()))] if labels.are_pair(key) else []
+    return tuple(found)
+
+
+def _told(path: str, key: str, value: JsonValue) -> list[tuple[str, str]]:
+    """Return what a value says, or what the keys of an object such as `metadata` say."""
+    is_object = isinstance(value, dict | list) or is_object_text(value)
+    if is_object and normal_name(key) in CONTAINERS:
+        items = (
+            (f"{path}.{k}", k, v) for members in objects_of(value) for k, v in members.items() if isinstance(k, str)
+        )
+        found = [pair for inner, k, v in items if not is_absent(v) for pair in _told(inner, k, v) or [(inner, _OTHER)]]
+        if found:
+            return list(dict.fromkeys(found))
+    word = _word(key, value)
+    return [(path, word)] if word else []
+
+
+def _word(key: str, value: JsonValue) -> str:
+    kind = _kind_of(key)
+    if kind == "neutral":
+        return _OTHER
+    if isinstance(value, list):  # of several judges
+        words = {_OTHER if isinstance(item, list) else _word(key, item) for item in value}
+        return words.pop() if len(words) == 1 else _OTHER
+    if _REASON.search(normal_name(key)):
+        return value if isinstance(value, str) and plain(value) in _CUT_OFF else _OTHER
+    if isinstance(value, str):
+        if len(value) <= _MAX_WORD and plain(value) in FAILED_RUNS and _OF_RUN.fullmatch(normal_name(key)):
+            return value.strip().lower()
+        return _word_of_text(kind, value) if len(value) <= _MAX_WORD else _OTHER
+    if isinstance(value, bool) or (kind != "other" and isinstance(value, int | float) and value in (0, 1)):
+        return "true" if value else "false"
+    return _DOWN if kind == "judging" and isinstance(value, int | float) and value == -1 else _OTHER
+
+
+@lru_cache(4096)
+def _kind_of(key: str) -> Literal["neutral", "judging", "flag", "other"]:
+    """Return what a name tells of its values: of a flag, 0 and 1 are false and true."""
+    name = normal_name(key)
+    if name.rpartition("_")[2] in _NEUTRAL:
+        return "neutral"
+    if _JUDGING.search(name) or _SCORE.fullmatch(name):
+        return "judging"
+    if name.startswith("lang"):
+        return "neutral"
+    return "flag" if _FLAG.match(name) else "other"
+
+
+@lru_cache(4096)
+def _word_of_text(kind: str, value: str) -> str:
+    text = value.strip().lower()
+    if text in TRUE or text in FALSE:
+        return "true" if text in TRUE else "false"
+    if text in ("0", "1"):
+        return _OTHER if kind == "other" else ("true" if text == "1" else "false")
+    if text == _DOWN:
+        return _DOWN if kind == "judging" else _OTHER
+    is_code = len(text) <= _SHORT and text != "bad"
+    if kind != "judging" and (plain(text) in _DEGREES or is_code):
+        return _OTHER
+    return text if is_bad_word(text) else _OTHER
+
+
+def doubtful(told: Mapping[tuple[str, str], int], unread: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Return the columns that may mark answers: {column: {value: rows}}."""
+    columns: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for (key, word), rows in told.items():
+        columns[key][word] = rows
+    return {
+        key: {word: rows for word, rows in words.items() if word != _OTHER}
+        for key, words in columns.items()
+        if _is_doubtful(key, words, unread.get(key, sum(words.values())))
+    }
+
+
+def _is_doubtful(key: str, words: Mapping[str, int], rows: int) -> bool:
+    flags = {word: count for word, count in words.items() if word in ("true", "false", _DOWN)}
+    if words.keys() - flags.keys() - {_OTHER}:
+        return True
+    is_done = "false" in flags and _DONE.fullmatch(normal_name(key.rpartition(".")[2])) is not None
+    is_whole = sum(flags.values()) >= rows
+    return (is_done and ("true" in flags or is_whole)) or ("true" in flags and len(flags) > 1 and is_whole)
+
+
+def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Return a question for each column of `doubtful`."""
+    lines = []
+    for key, words in list(columns.items())[:MAX_QUESTIONS]:
+        most = sorted(words.items(), key=lambda item: -item[1])[:4]
+        counts = ", ".join(f"{word} in {rows} rows" for word, rows in most)
+        is_flag = words.keys() <= {"true", "false"} and "." not in key
+        way = "write it as is_correct (true or false)"
+        if is_flag:
+            way = (
+                f"set data.columns: {{train: {key}}} to learn where it is true, or {{exclude: {key}}} where it is false"
+            )
+        marks = "say that answers were cut off" if _REASON.search(normal_name(key)) else "mark wrong answers"
+        lines.append(f"does {key} {marks}? ({counts}) It is not read. If so, {way}; else name {key} in data.ignore")
+    if len(columns) > MAX_QUESTIONS:
+        lines.append(
+            f"{len(columns) - MAX_QUESTIONS} more columns like these: {', '.join(list(columns)[MAX_QUESTIONS:])}"
+        )
+    return lines
+
+
+def counted(told: Sequence[Told]) -> Counter[tuple[str, str]]:
+    """Return how often keys said something in several rows."""
+    return Counter(item for row in told for item in row)
+
+
+def without_ignored(row: Mapping[str, JsonValue], ignore: Collection[str]) -> dict[str, JsonValue]:
+    """Return a row or message without the keys of `data.ignore`.
+
+    Args:
+        ignore: the keys. `metadata.quality` is the key `quality` of the object, list of objects or JSON text `metadata`,
+            unless a key has this whole name.
+    """
+    kept = {key: value for key, value in row.items() if key not in ignore}
+    for name in ignore:
+        outer, dot, inner = name.partition(".")
+        if dot and name not in row and outer in kept:
+            kept[outer] = _without_member(kept[outer], inner)
+    return kept
+
+
+def _without_member(value: JsonValue, name: str) -> JsonValue:
+    if isinstance(value, str) and is_object_text(value):
+        try:
+            value = parsed_text(value)
+        except Unreadable:
+            return value
+    if isinstance(value, dict):
+        return without_ignored(value, (name,))
+    if not isinstance(value, list):
+        return value
+    items: list[object] = list(value)
+    if any(isinstance(item, tuple) for item in items):  # a map of Parquet
+        return [item for item in value if not (isinstance(item, tuple) and item[:1] == (name,))]
+    return [_without_member(item, name) for item in value]

@@ -1,0 +1,1 @@
+"""Stages check_dataset, check_general and deal_rows: checks, near-duplicates, the split, and comparisons."""

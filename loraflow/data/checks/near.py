@@ -1,0 +1,322 @@
+"""Find rows with equal keys and near-duplicates: propose pairs, and confirm them by the exact Jaccard index of 5-grams.
+
+Two rows are proposed if a band of their MinHash sketches is equal. With 16 bands of 5 values, a pair with an index of 0.8
+is proposed with a probability of 0.998, and one of 0.9 practically always.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraflow.data.chats import Chat
+from loraflow.data.checks.split import normalize, text_key, to_json, without_call_ids
+from loraflow.failures import MissingExtra
+from loraflow.store.chunk_cache import ChunkCache
+
+THRESHOLD = 0.8  # Jaccard index from which two rows are near-duplicates
+BAND = 5  # MinHash values of a band
+# Equal values of two sketches below which a pair is not compared: four standard deviations below 0.8, that is 0.62.
+MIN_EQUAL = 50
+WINDOW = 64  # rows before a row that are proposed to it in a band: keeps time linear if thousands of rows share a text
+_SIZE = 17  # bytes of a pair that was compared: two keys and the result
+_MAX_KEPT = 250_000  # such pairs: 40 MB of memory. Beyond them, texts are compared again
+_CHUNK = 100_000  # pairs whose sketches are compared together
+
+
+class Sketches:
+    """The sketches of rows, which are added one after another. They take 88 bytes a row: in a temporary file, or in memory.
+
+    Args:
+        folder: where the file is; None for memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._file: IO[bytes] = BytesIO() if folder is None else TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
+        self._keys = array("Q")
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Add rows by their comparable texts."""
+        self.append(sketch(texts), np.fromiter(map(text_key, texts), np.uint64, len(texts)))
+
+    def append(self, sketches: NDArray[np.uint8], keys: NDArray[np.uint64]) -> None:
+        """Add rows by what `sketch` and `text_key` return for their texts."""
+        self._file.write(sketches.data)
+        self._keys.frombytes(keys.tobytes())
+
+    def close(self) -> None:
+        """Delete the sketches."""
+        self._file.close()
+
+    def candidates(self, order: NDArray[np.int64] | None = None) -> Candidates:
+        """Return the pairs that are worth comparing, and forget the sketches.
+
+        Args:
+            order: some or all rows, in another order; the pairs have the positions in it.
+        """
+        self._file.seek(0)
+        sketches = np.frombuffer(self._file.read(), np.uint8).reshape(-1, HASHES)
+        keys = np.frombuffer(self._keys, np.uint64)
+        self._file.close()
+        return Candidates(sketches, keys, np.arange(len(keys)) if order is None else order)
+
+
+class Candidates:
+    """Pairs of rows that are worth comparing.
+
+    Attributes:
+        keys: of the texts [rows].
+        first: for each row [rows], the first row with the same text; its own number if there is none before it.
+        has_before: for each row [rows], whether `before` returns a row.
+        alone: for each row [rows], whether there is neither such a row nor one before it with the same text.
+        unproposed: pairs that share a band and were not proposed, because more than WINDOW rows share it.
+    """
+
+    def __init__(self, sketches: NDArray[np.uint8], keys: NDArray[np.uint64], order: NDArray[np.int64]):
+        self.keys = keys[order]
+        self.first = first_equal(self.keys)
+        self.unproposed = 0
+        unique = np.flatnonzero(self.first == np.arange(len(order)))
+        pairs = self._propose(sketches, order[unique], unique)
+        pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
+        self._earlier = pairs[:, 0]
+        self._starts = np.searchsorted(pairs[:, 1], np.arange(len(order) + 1))
+        self.has_before = np.diff(self._starts) > 0
+        self.alone = (self.first == np.arange(len(order))) & ~self.has_before
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def before(self, row: int) -> list[int]:
+        """Return the rows before this one that may be near it, in ascending order, without rows of equal texts."""
+        found: list[int] = self._earlier[self._starts[row] : self._starts[row + 1]].tolist()
+        return found
+
+    def _propose(self, sketches: NDArray[np.uint8], of: NDArray[np.int64], rows: NDArray[np.int64]) -> np.ndarray:
+        """Return pairs of row numbers [pairs, 2], the smaller one first. The sketch of rows[n] is sketches[of[n]]."""
+        packed = [np.empty(0, np.int64)]
+        for start in range(0, HASHES, BAND):
+            for one, other in self._in_bands(_band(sketches, start)[of]):
+                for begin in range(0, len(one), _CHUNK):
+                    a, b = one[begin : begin + _CHUNK], other[begin : begin + _CHUNK]
+                    near = np.count_nonzero(sketches[of[a]] == sketches[of[b]], axis=1) >= MIN_EQUAL
+                    packed.append(a[near] * len(rows) + b[near])
+            packed = [np.unique(np.concatenate(packed))]
+        one, other = np.divmod(packed[0], max(len(rows), 1))
+        return np.stack((rows[one], rows[other]), axis=1)
+
+    def _in_bands(self, keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield pairs of positions whose keys are equal, at most WINDOW for each position."""
+        order = may_be_equal(keys)
+        order = order[np.argsort(keys[order], kind="stable")]
+        ordered = keys[order]
+        if len(order) == 0:
+            return
+        same = ordered[1:] == ordered[:-1]
+        shared = np.append(same, False) | np.append(False, same)
+        order, ordered = order[shared], ordered[shared]
+        for distance in range(1, WINDOW + 1):
+            equal = ordered[distance:] == ordered[:-distance]
+            if not equal.any():
+                return
+            yield order[:-distance][equal], order[distance:][equal]
+        counts = np.unique(ordered, return_counts=True)[1]
+        left = np.maximum(counts - WINDOW - 1, 0)
+        self.unproposed += int((left * (left + 1) // 2).sum())
+
+
+def _band(sketches: NDArray[np.uint8], start: int) -> NDArray[np.uint64]:
+    """Return BAND values of each sketch [rows], the first of which is at `start`, as a number."""
+    begin = min(start, HASHES - 8)
+    words = np.ascontiguousarray(sketches[:, begin : begin + 8]).view("<u8")[:, 0]
+    return words >> np.uint64(8 * (start - begin)) & np.uint64((1 << 8 * BAND) - 1)
+
+
+class Comparison:
+    """Compare rows by the exact Jaccard index of their 5-grams.
+
+    Args:
+        keys: of the texts [rows].
+        compared: pairs of texts that were compared before.
+    """
+
+    def __init__(
+        self,
+        text_of: Callable[[int], str],
+        keys: Sequence[int] | NDArray[np.uint64] = (),
+        compared: Compared | None = None,
+    ):
+        self._grams = lru_cache(maxsize=64)(lambda row: grams(text_of(row)))
+        self._keys, self._compared = keys, compared
+
+    def index(self, one: int, other: int) -> float:
+        """Return the Jaccard index of two rows."""
+        return jaccard(self._grams(one), self._grams(other))
+
+    def is_near(self, one: int, other: int) -> bool:
+        """Tell whether two rows are near-duplicates."""
+        if self._compared is None:
+            return self.index(one, other) >= THRESHOLD
+        keys = sorted((int(self._keys[one]), int(self._keys[other])))
+        return self._compared.result(keys, lambda: self.index(one, other) >= THRESHOLD)
+
+
+class Compared:
+    """Pairs of texts that were compared, and whether they are near-duplicates. A cache keeps them for the next check.
+
+    Args:
+        cache: of the stage; None keeps nothing.
+    """
+
+    def __init__(self, cache: ChunkCache | None, of_job: bytes):
+        self._cache, self._entry = cache, sha256(b"compared" + of_job).hexdigest()
+        content = b"" if cache is None else cache.read(self._entry) or b""
+        values = (int.from_bytes(content[begin : begin + _SIZE]) for begin in range(0, len(content), _SIZE))
+        self._known = {value >> 1: bool(value & 1) for value in values}
+        self._used: dict[int, bool] = {}
+
+    def result(self, keys: Sequence[int], compare: Callable[[], bool]) -> bool:
+        """Return what `compare` returns for the texts with these two keys."""
+        pair = keys[0] << 64 | keys[1]
+        found = self._known.get(pair)
+        if found is None:
+            found = compare()
+        if self._cache is not None and len(self._used) < _MAX_KEPT:
+            self._used[pair] = found
+        return found
+
+    def keep(self) -> None:
+        """Write the pairs that were used into the cache."""
+        if self._cache is not None and self._used.keys() != self._known.keys():
+            values = ((pair << 1 | found).to_bytes(_SIZE) for pair, found in self._used.items())
+            self._cache.write(self._entry, b"".join(values))
+
+
+GRAM = 5  # characters
+HASHES = 80  # MinHash values of a text; a byte of each is kept
+_SEED = 1
+# Of texts that are sketched together: their arrays stay in a core's cache, which is twice as fast as 1,000,000.
+_BATCH_CHARACTERS = 12_000
+# Odd numbers with mixed bits (from the golden ratio and from MurmurHash3): a gram's hash only decides what is proposed.
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.uint64(0xFF51AFD7ED558CCD)
+
+
+def comparable_text(messages: Chat) -> str:
+    """Return a chat's text without differences of case, white space and Unicode form, and without its system message.
+
+    Datasets often have one long system message for all rows, which would make all rows similar.
+    """
+    parts: list[str] = []
+    for message in messages:
+        if message["role"] != "system":
+            parts.append(message["content"] or "")
+            others = {k: v for k, v in without_call_ids(message).items() if k not in ("role", "content", "tools")}
+            if others:  # such as tool calls; the tools themselves are often the same in all rows
+                parts.append(to_json(others))
+    return normalize(" ".join(parts))
+
+
+def grams(text: str) -> set[str]:
+    """Return the 5-grams of a text. A shorter text is its own gram."""
+    return {text[start : start + GRAM] for start in range(max(1, len(text) - GRAM + 1))}
+
+
+def jaccard(one: set[str], other: set[str]) -> float:
+    """Return the Jaccard index of two sets: the share of their union that is in both."""
+    both = len(one & other)
+    return both / (len(one) + len(other) - both)
+
+
+def sketch(texts: Sequence[str]) -> np.ndarray:
+    """Return the low byte of each MinHash value [texts, HASHES]. The share of equal bytes estimates the Jaccard index.
+
+    Raises:
+        MissingExtra: rensa is not installed.
+    """
+    parts = [np.empty((0, HASHES), np.uint8)]
+    begin = characters = 0
+    for end, text in enumerate(texts, 1):
+        characters += max(len(text), GRAM)
+        if characters >= _BATCH_CHARACTERS or end == len(texts):
+            parts.append(_sketch(texts[begin:end]))
+            begin, characters = end, 0
+    return np.concatenate(parts)
+
+
+def _sketch(texts: Sequence[str]) -> np.ndarray:
+    hashes, offsets = _hashed_grams(texts)
+    matrix = _rensa().RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, HASHES, _SEED)
+    # An array of each row takes a fifth of the time of one numpy array of the lists.
+    values = b"".join([array("I", row).tobytes() for row in matrix.to_rows()])
+    return np.frombuffer(values, np.uint32).astype(np.uint8).reshape(-1, HASHES)
+
+
+def _hashed_grams(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hash of each 5-gram of all texts, and where each text's hashes begin."""
+    padded = [text if len(text) >= GRAM else text.ljust(GRAM, "\0") for text in texts]
+    codes = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+    lengths = np.fromiter(map(len, padded), np.int64, len(padded))
+    ends = np.cumsum(lengths)
+    inside = np.ones(len(codes), bool)
+    for back in range(1, GRAM):  # grams that would reach into the next text
+        inside[ends - back] = False
+    size = len(codes) - GRAM + 1
+    hashes = codes[:size].copy()
+    for offset in range(1, GRAM):
+        hashes *= _FACTOR
+        hashes += codes[offset : offset + size]
+    hashes = hashes[inside[:size]]
+    hashes ^= hashes >> np.uint64(32)
+    hashes *= _MIX
+    hashes ^= hashes >> np.uint64(29)
+    return hashes, np.concatenate(([0], np.cumsum(lengths - GRAM + 1))).astype(np.uint64)
+
+
+def _rensa() -> Any:
+    try:
+        import rensa
+    except ImportError as error:
+        raise MissingExtra(
+            "The search for near-duplicates needs the package rensa.",
+            where="data.near_duplicates",
+            got=str(error),
+            next_step="`pip install rensa`, or set data.near_duplicates: off",
+        ) from error
+    return rensa
+
+
+def may_be_equal(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return the positions whose key may be that of another position, in ascending order.
+
+    All positions with equal keys are among them, and at most a fifth of the others, where keys are random.
+    """
+    bits = np.uint64(len(keys).bit_length() + 2)
+    slots = ((keys * _FACTOR) >> (np.uint64(64) - bits)).astype(np.int64)
+    return np.flatnonzero(np.bincount(slots)[slots] > 1)
+
+
+def first_equal(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return for each position [rows] the first one with the same key: its own number if there is none before it."""
+    first = np.arange(len(keys))
+    some = may_be_equal(keys)
+    _, index, inverse = np.unique(keys[some], return_index=True, return_inverse=True)
+    first[some] = some[index[inverse]]
+    return first
+
+
+def is_repeated(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Tell for each position [rows] whether another one has its key."""
+    first = first_equal(keys)
+    found: NDArray[np.bool_] = first != np.arange(len(keys))
+    found[first[found]] = True
+    return found

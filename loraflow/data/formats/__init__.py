@@ -1,0 +1,1 @@
+"""From a row to a chat: chat formats, parts of messages, tools and their calls."""

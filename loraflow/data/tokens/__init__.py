@@ -1,0 +1,1 @@
+"""Stage tokenize: token ids, labels, packing and their files."""

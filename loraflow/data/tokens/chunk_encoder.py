@@ -1,0 +1,303 @@
+"""Encode a file of chats chunk by chunk, in several processes, with the rows in order.
+
+Encoded rows are entries of a cache, so that appended rows alone are tokenized. An entry is a segment of rows
+(`loraflow/store/chunk_cache.py`). It depends on the chats and marks of its rows, the base's tokenizer and template, and
+`data.loss_on`; not on places, `max_length`, packing, or what happens to long rows.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import mmap
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal, overload
+
+import numpy as np
+from pydantic import JsonValue
+
+from loraflow.config.stage_configs import TokenizeConfig
+from loraflow.data.chats import ChatRecord
+from loraflow.data.templates.answer_spans import IfCut
+from loraflow.data.tokens.loss_mask import ChatTemplate, Encoded, name_row
+from loraflow.data.tokens.token_files import TokenBatch
+from loraflow.data.tokens.token_labels import IGNORED, joined_weights
+from loraflow.data.tokens.token_report import LongRow, long_rows
+from loraflow.failures import Killed
+from loraflow.job import Job
+from loraflow.store.chunk_cache import ChunkCache
+from loraflow.store.chunk_cache import segments as cut
+
+FORMAT = 2  # of the entries; those of version 1 had no key in their hash
+MAX_BYTES = 4_000_000  # of a segment, but for its last row: the arrays of long documents must fit into memory
+_BATCH_CHARACTERS = 1_000_000  # of lines that are read together
+_CONTENT = ', "messages": '  # of a row begins here; what stands before it is its id, set and place
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows as flat arrays, one row after another, before rows are left out or cut."""
+
+    lengths: np.ndarray  # tokens of each row, int32
+    ids: np.ndarray  # int32
+    labels: np.ndarray  # int32
+    weights: np.ndarray | None  # float32, of each token in the loss; None: 1 for all that have a label
+    special: dict[int, str]  # row → the first control token in its text
+    cut: dict[int, int]  # row → answers that the template cuts
+
+    @classmethod
+    def of(cls, rows: Sequence[Encoded]) -> EncodedRows:
+        """Join encoded rows."""
+        none = np.empty(0, np.int32)
+        return cls(
+            np.fromiter((len(row.ids) for row in rows), np.int32, len(rows)),
+            np.concatenate([none, *(row.ids for row in rows)]),
+            np.concatenate([none, *(row.labels for row in rows)]),
+            joined_weights([(row.labels, row.weights) for row in rows]),
+            {number: row.special_in_text for number, row in enumerate(rows) if row.special_in_text},
+            {number: row.not_learned for number, row in enumerate(rows) if row.not_learned},
+        )
+
+    def as_bytes(self) -> bytes:
+        """Return the content of a cache's entry: a line of JSON, and the arrays."""
+        is_small = bool((self.ids < 1 << 16).all())
+        learned = self.labels != IGNORED
+        if not np.array_equal(self.labels[learned], self.ids[learned]):
+            raise AssertionError("a label is neither its token nor IGNORED")
+        head = {
+            "rows": len(self.lengths),
+            "tokens": len(self.ids),
+            "small": is_small,
+            "weighted": self.weights is not None,
+            "special": list(self.special.items()),
+            "cut": list(self.cut.items()),
+        }
+        parts = [self.lengths, self.ids.astype(np.uint16 if is_small else np.int32), np.packbits(learned)]
+        if self.weights is not None:
+            parts.append(self.weights)
+        return json.dumps(head).encode() + b"\n" + b"".join(part.tobytes() for part in parts)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> EncodedRows:
+        """Return what `as_bytes` wrote."""
+        begin = content.index(b"\n") + 1
+        head = json.loads(content[:begin])
+        tokens = head["tokens"]
+
+        def take(dtype: type[np.generic], count: int) -> np.ndarray:
+            nonlocal begin
+            part = np.frombuffer(content, dtype, count, begin)
+            begin += part.nbytes
+            return part
+
+        lengths = take(np.int32, head["rows"])
+        ids = take(np.uint16 if head["small"] else np.int32, tokens).astype(np.int32)
+        learned = np.unpackbits(take(np.uint8, -(-tokens // 8)), count=tokens).astype(bool)
+        weights = take(np.float32, tokens) if head["weighted"] else None
+        labels = np.where(learned, ids, np.int32(IGNORED))
+        return cls(lengths, ids, labels, weights, dict(head["special"]), dict(head["cut"]))
+
+
+def key_of_job(job: Job[TokenizeConfig]) -> bytes:
+    """Return what the entries of a job depend on beside their rows."""
+    base = job.inputs["base"].identity(job.facets.get("base"))
+    values: list[JsonValue] = [FORMAT, job.version, base, job.config.loss_on, job.config.thinking]
+    return json.dumps([*values, *(version(name) for name in ("tokenizers", "transformers"))]).encode()
+
+
+def key_of_rows(of_job: bytes, lines: Iterable[str]) -> str:
+    """Return the key of a segment."""
+    found = hashlib.sha256(of_job)
+    for line in lines:
+        found.update(_content(line))
+    return found.hexdigest()
+
+
+def segments(source: Path) -> Iterator[list[str]]:
+    """Yield the lines of a file of checked rows, cut into segments by their content."""
+    with source.open(encoding="utf-8") as file:
+        batches = iter(lambda: file.readlines(_BATCH_CHARACTERS), [])
+        yield from cut(batches, lambda lines: [_content(line) for line in lines], MAX_BYTES)
+
+
+def _content(line: str) -> bytes:
+    begin = line.find(_CONTENT)
+    return line[max(begin, 0) :].encode()
+
+
+ONE_PROCESS_BYTES = 1_000_000  # a smaller file is encoded in this process
+
+Problem = Literal["special_tokens", "too_long", "nothing_to_learn", "cut_reasoning"]
+
+
+@dataclass(frozen=True)
+class Problems:
+    """How many rows were dropped, truncated or learned in part, by problem, and the first row with each."""
+
+    counts: Counter[Problem] = field(default_factory=Counter)
+    first: dict[Problem, str] = field(default_factory=dict)
+
+    def add(self, problem: Problem, row: str) -> None:
+        """Count a row. `row` is its place in the files, with details."""
+        self.counts[problem] += 1
+        self.first.setdefault(problem, row)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Encoded rows, and the problems of the others."""
+
+    batch: TokenBatch
+    kept: np.ndarray  # whether a row of the file is in the batch, bool
+    problems: Problems
+    lengths: np.ndarray  # tokens of each row of the file, before rows are left out or cut, int32
+    longest: list[LongRow]  # of the same rows
+    is_new: bool = True  # they were not in the cache
+
+
+def encoded_chunks(
+    source: Path,
+    template: ChatTemplate,
+    config: TokenizeConfig,
+    processes: int,
+    cache: ChunkCache | None = None,
+    key: bytes = b"",
+) -> Iterator[Chunk]:
+    """Encode a file's rows in order.
+
+    Args:
+        cache: the cache of encoded rows; None encodes all of them.
+        key: what the cache's entries depend on beside their rows.
+
+    Raises:
+        Killed: a process was killed.
+    """
+    _set_worker_state(template, config, cache, key)
+    chunks = segments(source)
+    if processes == 1 or source.stat().st_size < ONE_PROCESS_BYTES:
+        yield from map(_encode, chunks)
+        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    # A forked process has the tokenizer already. gc.freeze keeps its garbage collector from touching, and so copying,
+    # the parent's memory pages.
+    with ProcessPoolExecutor(processes, get_context("fork"), initializer=gc.freeze) as pool:
+        pending: deque[Future[Chunk]] = deque()
+        try:
+            for lines in chunks:
+                pending.append(pool.submit(_encode, lines))
+                if len(pending) > 4 * processes:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise Killed("A tokenizer process was killed.", where="tokenize", next_step="run again") from error
+
+
+def has_weights(source: Path) -> bool:
+    """Tell whether a file of checked chats has weights other than 0 and 1: a key of rows that stands behind `learned`."""
+    if not source.stat().st_size:
+        return False
+    with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return re.search(rb'"learned": \[[\d, ]*\], "weights": \[', content) is not None
+
+
+# State of a process. Forked processes inherit it, so that the template is neither pickled nor loaded again.
+_template: ChatTemplate
+_config: TokenizeConfig
+_cache: ChunkCache | None
+_key: bytes
+
+
+def _set_worker_state(template: ChatTemplate, config: TokenizeConfig, cache: ChunkCache | None, key: bytes) -> None:
+    global _template, _config, _cache, _key
+    _template, _config, _cache, _key = template, config, cache, key
+
+
+def _encode(lines: list[str]) -> Chunk:
+    if _cache is None:
+        return _chunk(lines, _encoded(lines), is_new=True)
+    key = key_of_rows(_key, lines)
+    content = _cache.read(key)
+    if content is not None:
+        return _chunk(lines, EncodedRows.from_bytes(content), is_new=False)
+    rows = _encoded(lines)
+    _cache.write(key, rows.as_bytes())
+    return _chunk(lines, rows, is_new=True)
+
+
+def _encoded(lines: list[str]) -> EncodedRows:
+    records: list[ChatRecord] = [json.loads(line) for line in lines]
+    if_cut: IfCut = "context" if _config.thinking == "keep" else "error"
+    with name_row([record["place"] for record in records]):
+        learned = [record.get("learned") for record in records]
+        factors = [record.get("weights") for record in records]
+        chats = [record["messages"] for record in records]
+        return EncodedRows.of(_template.encode(chats, _config.loss_on, if_cut, learned, factors))
+
+
+def _chunk(lines: list[str], rows: EncodedRows, *, is_new: bool) -> Chunk:
+    """Leave rows out, or cut them, as the config says."""
+    places, problems = _Places(lines), Problems()
+    ends = np.cumsum(rows.lengths, dtype=np.int64)
+    starts = ends - rows.lengths
+    for number in rows.cut:
+        problems.add("cut_reasoning", places[number])
+    kept = np.ones(len(lines), bool)
+    if _config.special_tokens != "allow":
+        for number, token in rows.special.items():
+            problems.add("special_tokens", f"{places[number]}: {token}")
+            kept[number] = False
+    for number in np.flatnonzero(kept & (rows.lengths > _config.max_length)).tolist():
+        problems.add("too_long", f"{places[number]}: {rows.lengths[number]} tokens")
+        # No stop token is added at the cut: the model would learn to stop in the middle of a sentence.
+        kept[number] = _config.too_long == "truncate"
+    lengths = np.minimum(rows.lengths, _config.max_length)
+    learned = np.concatenate(([0], np.cumsum(rows.labels != IGNORED)))
+    # The first token is never predicted.
+    nothing = kept & (learned[starts + lengths] == learned[np.minimum(starts + 1, starts + lengths)])
+    for number in np.flatnonzero(nothing).tolist():
+        problems.add("nothing_to_learn", places[number])
+    kept &= ~nothing
+    lengths = np.where(kept, lengths, 0).astype(np.int32)
+    is_in = slice(None) if np.array_equal(lengths, rows.lengths) else _of_rows(starts, lengths, rows.lengths)
+    weights = None if rows.weights is None else rows.weights[is_in]
+    batch = TokenBatch(rows.ids[is_in], rows.labels[is_in], lengths[kept], weights)
+    return Chunk(batch, kept, problems, rows.lengths, long_rows(places, rows.lengths.tolist()), is_new)
+
+
+def _of_rows(starts: np.ndarray, lengths: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
+    """Tell for each token whether it is among the first `lengths` tokens of its row."""
+    position = np.arange(int(of_rows.sum())) - np.repeat(starts, of_rows)
+    is_in: np.ndarray = position < np.repeat(lengths, of_rows)
+    return is_in
+
+
+class _Places(Sequence[str]):
+    """The places of rows, which are parsed only where they are needed."""
+
+    def __init__(self, lines: list[str]):
+        self._lines = lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[str]: ...
+    def __getitem__(self, number: int | slice) -> str | list[str]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        record: ChatRecord = json.loads(self._lines[number])
+        return record["place"]
