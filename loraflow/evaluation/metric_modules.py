@@ -287,8 +287,8 @@ def require_unchanged(name: str, expected: str) -> None:
         raise BadConfig(
             f"The metric {name} was edited during the run, so its scores cannot be kept.",
             where=", ".join(map(str, metric_files(find_module(name)))),
-            next_step="run again: the finished stages are cached. A file that the metric itself "
-            "writes does not count if it is opened in the module that names it, or if its name is built at run time",
+            next_step="run again: the finished stages are cached. If the metric writes this file itself, open it in the "
+            "module that names it: then it is no part of the metric",
         )
 
 
