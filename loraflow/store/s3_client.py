@@ -109,7 +109,7 @@ def client_error_failure(error: ClientError, where: str, bucket: str) -> Failure
     )
 
 
-def request_failure(error: BotoCoreError, where: str) -> Failure:
+def request_failure(error: BotoCoreError | OSError, where: str) -> Failure:
     """Return the failure for a request that the client could not send, or that got no answer."""
     from botocore.exceptions import NoCredentialsError, ParamValidationError, PartialCredentialsError
 
