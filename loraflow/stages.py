@@ -42,6 +42,7 @@ class Stage:
     inputs: Mapping[str, Input] = field(default_factory=dict)
     runtime: Callable[[Recipe, RecipeContext], JobRuntime] = JobRuntime.from_recipe
     in_worker: bool = True  # in a worker process; otherwise in the process of the flow
+    worker_imports: tuple[str, ...] = ()  # what its worker imports beside `module`: the fork server imports it before
     uses_gpu: bool = False  # waits for the GPU's lease
     placeable: bool = False  # may run on another work pool (runtime.placement)
     several_devices: bool = False  # shares its work between runtime.devices
@@ -82,13 +83,13 @@ CHECK_DATASET = Stage(
 
 RESOLVE_BASE = Stage(
     name="resolve_base",
-    # 4: the switch for thinking is a variable that the template reads, and is set beside an empty block too
     version=5,  # 5: tokenizers whose class has another normalizer
     module="loraflow.base.resolve",
     config=configs.ResolveBaseConfig,
     runtime=JobRuntime.of_base,
     code=stage_code.RESOLVE_BASE,
     disk_estimate="origin",
+    worker_imports=("transformers.modeling_utils",),
 )
 
 TOKENIZE = Stage(
@@ -105,7 +106,6 @@ TOKENIZE = Stage(
 
 TRAIN = Stage(
     name="train",
-    # 3: longrope: each document has its own angles, whatever the padding of packed rows
     version=4,  # 4: the stock engine's loss is that of the model's own logits, for architectures that trl does not know
     module="loraflow.training.train",
     config=configs.TrainConfig,
@@ -117,6 +117,7 @@ TRAIN = Stage(
     several_devices=True,
     several_nodes=True,
     oom_field="micro_batch",
+    worker_imports=("peft", "loraflow.training.trainer", "loraflow.training.fast_engine"),
 )
 
 TRAIN_GROUP = Stage(
@@ -128,11 +129,11 @@ TRAIN_GROUP = Stage(
     runtime=JobRuntime.of_training,
     code=stage_code.TRAIN_GROUP,
     uses_gpu=True,
+    worker_imports=("peft", "loraflow.training.group_trainer"),
 )
 
 MERGE = Stage(
     name="merge",
-    # 5: trained tokens of a tied head are merged into a head of its own
     version=6,  # 6: the stop tokens of config.json are in generation_config.json
     module="loraflow.adapters.merge",
     config=configs.MergeConfig,
@@ -144,6 +145,7 @@ MERGE = Stage(
     code=stage_code.MERGE,
     placeable=True,
     disk_estimate="base",
+    worker_imports=("loraflow.adapters.merge_folders",),
 )
 
 VERIFY = Stage(
@@ -183,6 +185,7 @@ EVALUATE = Stage(
     placeable=True,
     several_devices=True,
     oom_field="eval_batch_size",
+    worker_imports=("evaluate", "scipy.stats"),
 )
 
 CHECK_GENERAL = Stage(
@@ -207,6 +210,7 @@ SCORE_GENERAL = Stage(
     placeable=True,
     several_devices=True,
     oom_field="eval_batch_size",
+    worker_imports=("scipy.stats",),
 )
 
 STAGES: dict[str, Stage] = {

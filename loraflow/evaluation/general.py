@@ -133,8 +133,8 @@ def _question_table(questions: list[GeneralRow], losses: Losses) -> pd.DataFrame
             "id": [row["id"] for row in questions],
             "prompt": [row["context"] for row in questions],
             "nll": nll,
-            "accuracy": [one for one, _ in right],
-            "accuracy_norm": [one for _, one in right],
+            "accuracy": [by_sum for by_sum, _ in right],
+            "accuracy_norm": [by_length for _, by_length in right],
         }
     )
 

@@ -116,11 +116,11 @@ def _written_in(scope: ast.AST, outer: _Texts, attributes: _Texts) -> Iterator[s
         elif isinstance(node, ast.Call):
             for target in _written_by(node):
                 yield from _texts(target)
-                for one in ast.walk(target):
-                    if isinstance(one, ast.Name):
-                        yield from known.get(one.id, ())
-                    elif isinstance(one, ast.Attribute):
-                        yield from attributes.get(one.attr, known.get(one.attr, ()))
+                for part in ast.walk(target):
+                    if isinstance(part, ast.Name):
+                        yield from known.get(part.id, ())
+                    elif isinstance(part, ast.Attribute):
+                        yield from attributes.get(part.attr, known.get(part.attr, ()))
 
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
@@ -138,7 +138,9 @@ def _assigned(node: ast.AST) -> list[tuple[ast.expr, set[str]]]:
     """Return the targets of an assignment, with the texts in its value."""
     if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
         return []
-    return [(one, _texts(node.value)) for one in (node.targets if isinstance(node, ast.Assign) else [node.target])]
+    return [
+        (target, _texts(node.value)) for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    ]
 
 
 def _written_by(call: ast.Call) -> Iterator[ast.expr]:
@@ -149,7 +151,7 @@ def _written_by(call: ast.Call) -> Iterator[ast.expr]:
     if name == "open":
         modes = [*call.args[:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
         if any(_is_writing_mode(mode) for mode in modes):
-            yield from (one for one in (owner, *call.args[:1]) if one is not None)
+            yield from (file for file in (owner, *call.args[:1]) if file is not None)
     elif name in _WRITING_METHODS and owner is not None:
         yield owner
     elif name in _WRITING_CALLS:
@@ -171,7 +173,7 @@ def _is_writing_mode(node: ast.expr) -> bool:
 
 
 def _texts(node: ast.expr) -> set[str]:
-    return {one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)}
+    return {part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)}
 
 
 def _parse(source: bytes) -> ast.Module:
@@ -285,8 +287,8 @@ def require_unchanged(name: str, expected: str) -> None:
         raise BadConfig(
             f"The metric {name} was edited during the run, so its scores cannot be kept.",
             where=", ".join(map(str, metric_files(find_module(name)))),
-            next_step="run again: the finished stages are cached. A file that the metric itself "
-            "writes does not count if it is opened in the module that names it, or if its name is built at run time",
+            next_step="run again: the finished stages are cached. If the metric writes this file itself, open it in the "
+            "module that names it: then it is no part of the metric",
         )
 
 

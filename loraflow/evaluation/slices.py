@@ -60,7 +60,7 @@ def divide(table: pd.DataFrame, by: str, fields: FieldValues = NO_FIELDS) -> lis
     else:
         names = [fields.get(row, {}).get(by, NO_VALUE) for row in ids]
     return [
-        Part(by, name, frozenset(row for row, one in zip(ids, names, strict=True) if one == name))
+        Part(by, name, frozenset(row for row, part in zip(ids, names, strict=True) if part == name))
         for name in _order(by, names)
     ]
 
@@ -84,7 +84,7 @@ def slice_scores(
     for kind in by:
         for part in divide(first, kind, fields):
             rows = {model: table[table["id"].isin(part.ids)] for model, table in tables.items()}
-            values = {model: _chosen(summarise(one, confidence), metrics) for model, one in rows.items()}
+            values = {model: _chosen(summarise(table, confidence), metrics) for model, table in rows.items()}
             found.append(Slice(by=kind, name=part.name, rows=len(part.ids), values=values))
     return found
 

@@ -30,22 +30,14 @@ from setproctitle import setproctitle
 
 from loraflow.execution.device_group import PARENT
 from loraflow.execution.outcome import PIPE
+from loraflow.stages import STAGES
 
 # Environment: torch counts GPUs without starting CUDA. A process that has started it cannot be forked.
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 # Starts CUDA while it is imported, and peft imports it. The server and its workers do as if it was not installed.
 STARTS_CUDA = "bitsandbytes"
-# What each stage imports, in the order of a run. The server imports it before it forks the worker, or earlier while idle.
-MODULES: dict[str, tuple[str, ...]] = {
-    "resolve_base": ("loraflow.base.resolve", "transformers.modeling_utils"),
-    "tokenize": ("loraflow.data.tokens.tokenization",),
-    "train": ("peft", "loraflow.training.train", "loraflow.training.trainer", "loraflow.training.fast_engine"),
-    "train_group": ("peft", "loraflow.training.train_group", "loraflow.training.group_trainer"),
-    "evaluate": ("loraflow.evaluation.score", "evaluate", "scipy.stats"),
-    "score_general": ("loraflow.evaluation.general", "scipy.stats"),
-    "merge": ("loraflow.adapters.merge", "loraflow.adapters.merge_folders"),
-    "verify": ("loraflow.adapters.verify",),
-}
+# What each stage imports. The server imports it before it forks the worker, or earlier while idle.
+MODULES = {name: (stage.module, *stage.worker_imports) for name, stage in STAGES.items() if stage.in_worker}
 _MAX_MESSAGE = 2**17
 
 

@@ -118,7 +118,7 @@ class LookRecord:
             digest, is_created = self.scored.add(rows)
             is_new = is_new or is_created
             sets, known_rows = self._sets_before(looks, rows, digest, is_new=is_new)
-            following = self._next(looks, sets, rows, error, horizon, promotions, nearly)
+            upcoming = self._next(looks, sets, rows, error, horizon, promotions, nearly)
             look = Look(
                 seq=len(looks) + 1,
                 before=looks[-1].hash if looks else None,
@@ -130,7 +130,7 @@ class LookRecord:
                 error=error,
                 actor=actor,
                 time=now(),
-                **following._asdict(),
+                **upcoming._asdict(),
             )
             if self.store.create_document(self._name(look.seq), json_bytes({**look.stored(), "hash": look.hash})):
                 self.last_seen = LogHead(seq=look.seq, hash=look.hash)
@@ -165,8 +165,8 @@ class LookRecord:
         """
         looks = self.entries()
         sets = self._sets(self._named(looks), self.scored.read(), rows)
-        following = self._next(looks, sets, rows, error, horizon, promotions, nearly)
-        return following.number, following.level
+        upcoming = self._next(looks, sets, rows, error, horizon, promotions, nearly)
+        return upcoming.number, upcoming.level
 
     def scored_keys(self, rows: Set[str]) -> set[str]:
         """Return those of the rows that were scored in a look, or may have been: only the others are fresh.

@@ -66,10 +66,9 @@ class ModelComparison:
 
     models: tuple[Compared, ...]
     pairings: tuple[Pairing, ...]
-    confidence: float
 
 
-def compare_models(store: Store, names: tuple[str, ...], confidence: float = 0.95) -> ModelComparison:
+def compare_models(store: Store, names: tuple[str, ...]) -> ModelComparison:
     """Compare the models of runs, or champions.
 
     Raises:
@@ -88,7 +87,7 @@ def compare_models(store: Store, names: tuple[str, ...], confidence: float = 0.9
                 compare_tables(
                     first.table,
                     other.table,
-                    confidence=confidence,
+                    confidence=_CONFIDENCE,
                     vocabulary=max(first.vocabulary, other.vocabulary),
                     **gate.model_dump(),
                 ),
@@ -96,7 +95,7 @@ def compare_models(store: Store, names: tuple[str, ...], confidence: float = 0.9
                 _digest(first.record) == _digest(other.record),
             )
         )
-    return ModelComparison(models, tuple(pairings), confidence)
+    return ModelComparison(models, tuple(pairings))
 
 
 def _rules(model: Compared) -> _Rules:
@@ -137,6 +136,7 @@ def _digest(record: RunRecord) -> str | None:
     return stage.digest if stage else None
 
 
+_CONFIDENCE = 0.95  # of intervals and bounds
 _SHOWN = 5  # rows of each metric and direction in the terminal
 _NOTE = "The interval says how large the difference is. The gate decides with the bounds."
 _SIGN = "A difference above 0 means that {} is better than A, also for a loss."
@@ -160,7 +160,7 @@ def terminal_lines(comparison: ModelComparison) -> Iterator[str]:
         yield f"{letter} against A on {_rows(pairing)}"
         if pairing.same_model:
             yield "  the same model"
-        table = [["", *_head(letter, comparison.confidence)]]
+        table = [["", *_head(letter)]]
         table += [_cells(difference) for difference in pairing.scores.differences]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:
@@ -186,7 +186,7 @@ def html_page(comparison: ModelComparison) -> str:
     for letter, pairing in zip("BC", comparison.pairings, strict=False):
         body += [f"<h2>{letter} ({escape(pairing.name)}) against A</h2>", f"<p>On {_rows(pairing)}.</p>"]
         body += ["<p>The same model.</p>"] if pairing.same_model else []
-        head = "metric", *_head(letter, comparison.confidence)
+        head = "metric", *_head(letter)
         rows = map(_cells, pairing.scores.differences)
         body += _table(head, ([_text(cell, number=i > 0) for i, cell in enumerate(row)] for row in rows))
         body += [
@@ -239,8 +239,8 @@ def _count(rows: int, kind: str = "") -> str:
     return f"{rows} {kind}{'row' if rows == 1 else 'rows'}"
 
 
-def _head(letter: str, confidence: float) -> tuple[str, ...]:
-    level = f"{100 * confidence:g} %"
+def _head(letter: str) -> tuple[str, ...]:
+    level = f"{100 * _CONFIDENCE:g} %"
     return "A", letter, "difference", f"{level} interval", f"one-sided {level} bounds", "rows better, worse"
 
 

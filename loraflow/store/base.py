@@ -24,7 +24,10 @@ __all__ = ["MANIFEST", "Manifest", "Ref", "Store", "Summary", "read_intact", "re
 
 
 class Store(Protocol):
-    """What stages, flows and the command line need of a store."""
+    """What stages, flows and the command line need of a store.
+
+    A method of a store with `@override` and no docstring does just what is written here.
+    """
 
     uri: str
     scratch: Path  # a local folder for the files of this machine; staging folders are on its disk
@@ -128,7 +131,7 @@ class Store(Protocol):
         """Return the manifest of the stage's newest artifact."""
 
     def newest_payload(self, stage: str, like: Mapping[str, JsonValue]) -> dict[str, JsonValue] | None:
-        """Return the payload of the stage that differs least from `like`, to explain a cache miss."""
+        """Return the payload of the stage that differs least from `like`, to explain a miss; of equal ones, the newest."""
 
     def previous_state(self, stage: str, fingerprint: str) -> PreviousState | None:
         """Return what is left of an artifact that existed and is not found; None if there was none."""

@@ -17,26 +17,29 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from loraflow.failures import BadConfig, Failure, Network
 from loraflow.store.files import BLOCK
 from loraflow.store.s3_client import (
     CONFLICT,
     NOT_FOUND,
-    Body,
-    ListReply,
-    Part,
-    PartsReply,
-    PutReply,
-    S3Client,
-    UploadLine,
     client_error_failure,
     error_code,
     make_client,
     request_failure,
     unreachable_failure,
 )
+
+if TYPE_CHECKING:
+    from botocore.response import StreamingBody
+    from mypy_boto3_s3.type_defs import (
+        CompletedPartTypeDef,
+        MultipartUploadTypeDef,
+        ObjectIdentifierTypeDef,
+        PartTypeDef,
+        PutObjectOutputTypeDef,
+    )
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,7 +83,7 @@ class Bucket:
                 next_step="set runtime.store: s3://bucket/prefix",
             )
         self.name, self.prefix = name, prefix + "/" if prefix else ""
-        self.client: S3Client = make_client()
+        self.client = make_client()
         self._content: dict[str, tuple[str, bytes]] = {}  # small objects that were read: {key: (etag, content)}
         # Report a missing bucket or wrong credentials now, not at the first write.
         self.call("", lambda: self.client.list_objects_v2(Bucket=self.name, Prefix=self.prefix, MaxKeys=1))
@@ -122,7 +125,7 @@ class Bucket:
                     self._content[item.key] = (found.etag, found.data)
         return {item.key: self._content[item.key][1] for item in objects if item.key in self._content}
 
-    def _read(self, body: Body, key: str, size: int | None = None) -> bytes:
+    def _read(self, body: StreamingBody, key: str, size: int | None = None) -> bytes:
         from botocore.exceptions import HTTPClientError, IncompleteReadError, ResponseStreamingError
 
         try:
@@ -132,22 +135,11 @@ class Bucket:
 
     def listing(self, below: str = "") -> Iterator[ObjectInfo]:
         """Yield all objects whose key begins with `below`, ordered by key."""
-        page = self._page(below, None)
-        while True:
+        listed = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=self.prefix + below)
+        for page in self.pages(below, listed):
             for line in page.get("Contents", []):
                 key = line["Key"].removeprefix(self.prefix)
                 yield ObjectInfo(key, line["Size"], line["LastModified"].timestamp(), line["ETag"])
-            if not page.get("IsTruncated"):
-                return
-            page = self._page(below, page["NextContinuationToken"])
-
-    def _page(self, below: str, token: str | None) -> ListReply:
-        prefix = self.prefix + below
-        if token is None:
-            return self.call(below, lambda: self.client.list_objects_v2(Bucket=self.name, Prefix=prefix))
-        return self.call(
-            below, lambda: self.client.list_objects_v2(Bucket=self.name, Prefix=prefix, ContinuationToken=token)
-        )
 
     # writing
 
@@ -175,7 +167,9 @@ class Bucket:
             must_exist=True,
         )
 
-    def _conditional(self, key: str, put: Callable[[dict[str, str]], PutReply], *, must_exist: bool) -> str | None:
+    def _conditional(
+        self, key: str, put: Callable[[dict[str, str]], PutObjectOutputTypeDef], *, must_exist: bool
+    ) -> str | None:
         writer = uuid.uuid4().hex
         for _ in range(8):
             reply = self.call_unless(CONFLICT | NOT_FOUND, key, lambda: put({_WRITER: writer}))
@@ -196,7 +190,7 @@ class Bucket:
             self._delete(keys[start : start + 1000])
 
     def _delete(self, keys: list[str]) -> None:
-        names = [{"Key": self.prefix + key} for key in keys]
+        names: list[ObjectIdentifierTypeDef] = [{"Key": self.prefix + key} for key in keys]
         reply = self.call(
             "", lambda: self.client.delete_objects(Bucket=self.name, Delete={"Objects": names, "Quiet": True})
         )
@@ -231,6 +225,12 @@ class Bucket:
         reply = self.call_unless(frozenset(), key, request)
         assert reply is not None
         return reply
+
+    def pages(self, key: str, replies: Iterable[T]) -> Iterator[T]:
+        """Yield the replies of a paginator of boto3, which sends a request for each of them."""
+        left = iter(replies)
+        while (page := self.call_unless(frozenset(), key, lambda: next(left, None))) is not None:
+            yield page
 
     def call_if_found(self, key: str, request: Callable[[], T]) -> T | None:
         """Send a request; return None if its object or upload does not exist."""
@@ -300,15 +300,15 @@ def upload_file(bucket: Bucket, path: Path, key: str, sha256: str) -> None:
     )
 
 
-def unfinished_uploads(bucket: Bucket, below: str = "") -> list[UploadLine]:
+def unfinished_uploads(bucket: Bucket, below: str = "") -> list[MultipartUploadTypeDef]:
     """Return the multipart uploads that were begun and neither completed nor aborted."""
-    reply = bucket.call(
-        below, lambda: bucket.client.list_multipart_uploads(Bucket=bucket.name, Prefix=bucket.prefix + below)
+    listed = bucket.client.get_paginator("list_multipart_uploads").paginate(
+        Bucket=bucket.name, Prefix=bucket.prefix + below
     )
-    return list(reply.get("Uploads", []))
+    return [upload for page in bucket.pages(below, listed) for upload in page.get("Uploads", [])]
 
 
-def abort_upload(bucket: Bucket, upload: UploadLine) -> None:
+def abort_upload(bucket: Bucket, upload: MultipartUploadTypeDef) -> None:
     """Delete an unfinished upload, whose parts would otherwise be stored and billed."""
     bucket.call_if_found(
         upload["Key"],
@@ -355,9 +355,9 @@ def _upload_in_parts(bucket: Bucket, path: Path, key: str, sha256: str) -> None:
     raise Network("An upload is incomplete.", where=f"{bucket.uri}/{key}", next_step="run again")
 
 
-def _send_parts(bucket: Bucket, path: Path, key: str, upload_id: str) -> list[Part]:
+def _send_parts(bucket: Bucket, path: Path, key: str, upload_id: str) -> list[CompletedPartTypeDef]:
     uploaded = {part["PartNumber"]: part["ETag"] for part in _uploaded_parts(bucket, key, upload_id)}
-    parts: list[Part] = []
+    parts: list[CompletedPartTypeDef] = []
     with path.open("rb") as file:
         for number in range(1, -(-path.stat().st_size // PART_SIZE) + 1):
             data = file.read(PART_SIZE)
@@ -380,20 +380,9 @@ def _send_part(bucket: Bucket, key: str, upload_id: str, number: int, data: byte
     return reply["ETag"]
 
 
-def _uploaded_parts(bucket: Bucket, key: str, upload_id: str) -> Iterator[Part]:
-    page = _parts_page(bucket, key, upload_id, None)
-    while True:
-        yield from page.get("Parts", [])
-        if not page.get("IsTruncated"):
-            return
-        page = _parts_page(bucket, key, upload_id, page["NextPartNumberMarker"])
-
-
-def _parts_page(bucket: Bucket, key: str, upload_id: str, marker: int | None) -> PartsReply:
-    full, client = bucket.prefix + key, bucket.client
-    if marker is None:
-        return bucket.call(key, lambda: client.list_parts(Bucket=bucket.name, Key=full, UploadId=upload_id))
-    return bucket.call(
-        key,
-        lambda: client.list_parts(Bucket=bucket.name, Key=full, UploadId=upload_id, PartNumberMarker=marker),
+def _uploaded_parts(bucket: Bucket, key: str, upload_id: str) -> Iterator[PartTypeDef]:
+    listed = bucket.client.get_paginator("list_parts").paginate(
+        Bucket=bucket.name, Key=bucket.prefix + key, UploadId=upload_id
     )
+    for page in bucket.pages(key, listed):
+        yield from page.get("Parts", [])

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path, PurePosixPath
 
 from pydantic import JsonValue
+from typing_extensions import override
 
 from loraflow import identity
 from loraflow.failures import ReadOnlyStore
@@ -41,6 +42,7 @@ from loraflow.store.artifact import (
     result_problems,
     unreadable_manifest,
 )
+from loraflow.store.base import Store
 from loraflow.store.checkpoints import recompute_digest, reset_work_folder
 from loraflow.store.chunk_cache import stale_entries
 from loraflow.store.files import (
@@ -62,7 +64,7 @@ from loraflow.store.files import (
 from loraflow.store.lock import flock
 
 
-class LocalStore(LocalDocuments):
+class LocalStore(LocalDocuments, Store):
     """Artifacts in a folder. See the package's docstring for its layout."""
 
     def __init__(self, root: str | Path):
@@ -70,8 +72,8 @@ class LocalStore(LocalDocuments):
         self.uri = str(self.root)
         self.scratch = self.root
 
+    @override
     def find(self, stage: str, fingerprint: str) -> Ref | None:
-        """Return the current artifact if its manifest, names and sizes are right, else None."""
         try:
             pointer = self._pointer(stage, fingerprint)
             if pointer is None:
@@ -83,32 +85,24 @@ class LocalStore(LocalDocuments):
             return None
         return None if _check(self._folder(ref), manifest) else manifest.ref(self.uri)
 
+    @override
     def manifest(self, ref: Ref) -> Manifest:
-        """Return an artifact's manifest.
-
-        Raises:
-            CorruptArtifact: it is missing, unreadable, or was changed.
-        """
         try:
             return self._read_manifest(ref)
         except (OSError, ValueError) as error:
             raise_machine_fault(error)
             raise unreadable_manifest(ref, str(self._manifest_file(ref)), error) from error
 
+    @override
     def path(self, ref: Ref) -> Path:
-        """Return the artifact's folder."""
         return self._folder(ref)
 
+    @override
     def location(self, ref: Ref) -> str:
-        """Return the artifact's folder."""
         return str(self._folder(ref))
 
+    @override
     def read(self, ref: Ref, name: str) -> bytes:
-        """Return the content of one file of an artifact.
-
-        Raises:
-            CorruptArtifact: it is missing, or its hash differs from the manifest's.
-        """
         manifest, path = self.manifest(ref), self._folder(ref) / name
         content = path.read_bytes() if path.is_file() else None
         problems = check_content(manifest, name, content)
@@ -116,8 +110,8 @@ class LocalStore(LocalDocuments):
             raise damaged_artifact(ref, self.location(ref), problems)
         return content
 
+    @override
     def check(self, ref: Ref) -> list[str]:
-        """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
         folder = self._folder(ref)
         try:
             return _check(folder, self._read_manifest(ref))
@@ -137,16 +131,16 @@ class LocalStore(LocalDocuments):
         """Hash those files that changed since they were hashed; return the problems, a line each."""
         return self.fetch(ref, memo)
 
+    @override
     def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
-        """Tell whether all files were hashed, were intact, and have not changed since. Nothing is read."""
         return not result_problems(self._check_contents(ref, memo.remembers))
 
     def _check_contents(self, ref: Ref, has_hash: HasHash) -> list[str]:
         problems = self.check(ref)
         return problems or check_folder(self._folder(ref), self._read_manifest(ref), contents=True, has_hash=has_hash)
 
+    @override
     def artifacts(self) -> Iterator[Ref]:
-        """Yield all artifacts that have a manifest, current or not, without their facets."""
         for stage in folders_in(self.root):
             if stage.name in RESERVED_FOLDERS:
                 continue
@@ -155,8 +149,8 @@ class LocalStore(LocalDocuments):
                     fingerprint = folder.parent.name
                     yield Ref(stage=stage.name, fingerprint=fingerprint, digest=folder.name, uri=self.uri)
 
+    @override
     def newest_payload(self, stage: str, like: Mapping[str, JsonValue]) -> dict[str, JsonValue] | None:
-        """Return the payload of the stage that differs least from `like`; of equal ones, the newest."""
         best: tuple[int, float] | None = None
         payload = None
         for path in (self.root / stage).glob(f"*/*/{MANIFEST}"):
@@ -169,8 +163,8 @@ class LocalStore(LocalDocuments):
                 best, payload = rank, candidate
         return payload
 
+    @override
     def newest(self, stage: str) -> Manifest | None:
-        """Return the manifest of the stage's newest artifact."""
         paths = (self.root / stage).glob(f"*/*/{MANIFEST}")
         try:
             path = max(paths, key=lambda path: path.stat().st_mtime, default=None)
@@ -178,21 +172,21 @@ class LocalStore(LocalDocuments):
         except (OSError, ValueError):
             return None
 
+    @override
     def previous_state(self, stage: str, fingerprint: str) -> PreviousState | None:
-        """Return what is left of an artifact that existed and is not found; None if there was none."""
         home = self.root / stage / fingerprint
         if not (home / POINTER).exists():
             return None
         return "damaged" if any(home.glob("*/")) else "removed"
 
+    @override
     def staging(self, stage: str, fingerprint: str) -> Path:
-        """Return a new empty folder for a job to write into."""
         root, name = self.root / "staging", f"{stage}-{identity.short(fingerprint)}"
         with translate_os_errors(str(root / name)):  # an error of a write has no file name
             return staging.create(root, name)
 
+    @override
     def work_folder(self, stage: str, fingerprint: str, recompute_of: Ref | None = None) -> Path:
-        """Return the folder in which an unfinished job stores what a retry resumes from."""
         folder = self.root / "work" / stage / fingerprint
         with translate_os_errors(str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -204,13 +198,13 @@ class LocalStore(LocalDocuments):
         """Do nothing: every machine that has the store has the work folder."""
         return nullcontext()
 
+    @override
     def remove_work_folder(self, stage: str, fingerprint: str) -> None:
-        """Remove a finished job's work folder."""
         shutil.rmtree(self.root / "work" / stage / fingerprint, ignore_errors=True)
 
+    @override
     @contextmanager
     def lock(self, stage: str, fingerprint: str) -> Iterator[None]:
-        """Hold a job's lock; wait until it is free."""
         path = self.root / "locks" / f"{stage}-{identity.short(fingerprint)}.lock"
         with ExitStack() as locks:
             with translate_os_errors(str(path)):
@@ -368,8 +362,8 @@ class LocalStore(LocalDocuments):
                 locks.enter_context(flock(self.root / "locks" / "readers", wait=False))
             yield
 
+    @override
     def committed_at(self, ref: Ref) -> float:
-        """Return when an artifact was committed, in seconds since 1970."""
         return self._folder(ref).stat().st_mtime
 
     def remove(self, ref: Ref) -> None:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 
 from pydantic import JsonValue
+from typing_extensions import override
 
 from loraflow import identity
 from loraflow.failures import Failure
@@ -22,7 +23,6 @@ from loraflow.store.artifact import (
     RESERVED_FOLDERS,
     TELEMETRY,
     Manifest,
-    PreviousState,
     Ref,
     Summary,
     build_manifest,
@@ -32,6 +32,7 @@ from loraflow.store.artifact import (
     damaged_artifact,
     has_hash,
 )
+from loraflow.store.base import Store
 from loraflow.store.bucket import Bucket, ObjectInfo, abort_upload, unfinished_uploads
 from loraflow.store.checkpoint_mirror import CheckpointMirror
 from loraflow.store.chunk_cache import stale_entries
@@ -52,34 +53,16 @@ from loraflow.store.s3_commit import commit_artifact, move_to_quarantine, remove
 log = logging.getLogger(__name__)
 
 
-class S3Store:
+class S3Store(S3Artifacts, Store):
     """Artifacts in a bucket; what a run reads is copied to this machine's cache."""
 
     def __init__(self, uri: str, *, lease_seconds: float = leases.SECONDS):
-        self.bucket = Bucket(uri)
-        self.uri = self.bucket.uri
+        super().__init__(Bucket(uri))
         self.scratch = cache_folder(self.uri)
         self.lease_seconds = lease_seconds
-        self._artifacts = S3Artifacts(self.bucket)
-        self.cache = ArtifactCache(self.scratch, self._artifacts)
+        self.cache = ArtifactCache(self.scratch, self)
 
     # reading
-
-    def find(self, stage: str, fingerprint: str) -> Ref | None:
-        """Return the current artifact if its manifest, names and sizes are right, else None."""
-        return self._artifacts.find(stage, fingerprint)
-
-    def manifest(self, ref: Ref) -> Manifest:
-        """Return an artifact's manifest.
-
-        Raises:
-            CorruptArtifact: it is missing, unreadable, or was changed.
-        """
-        return self._artifacts.manifest(ref)
-
-    def location(self, ref: Ref) -> str:
-        """Return the artifact's uri."""
-        return self._artifacts.location(ref)
 
     def path(self, ref: Ref) -> Path:
         """Return the folder of the artifact's copy on this machine, downloaded if need be.
@@ -100,12 +83,8 @@ class S3Store:
             raise damaged_artifact(ref, where or self.location(ref), problems)
         return folder
 
+    @override
     def read(self, ref: Ref, name: str) -> bytes:
-        """Return the content of one file of an artifact.
-
-        Raises:
-            CorruptArtifact: it is missing in the bucket, or its hash there differs from the manifest's.
-        """
         manifest, cached = self.manifest(ref), self.cache.folder(ref) / name
         if cached.is_file():
             content = cached.read_bytes()
@@ -119,13 +98,9 @@ class S3Store:
             raise damaged_artifact(ref, self.location(ref), problems)
         return found.data
 
-    def check(self, ref: Ref) -> list[str]:
-        """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
-        return self._artifacts.check(ref)
-
     def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Read and hash all of an artifact in the bucket; return the problems, a line each."""
-        return self._artifacts.verify(ref, self.cache.object_memo())
+        return self.hash_objects(ref, self.cache.object_memo())
 
     def fetch(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Download an artifact if need be, and hash the copy; return the problems, a line each.
@@ -145,60 +120,44 @@ class S3Store:
         """
         if self.cache.has(ref) and not self.cache.is_intact(ref, memo.has_hash):
             self.cache.drop(ref)
-        return self._artifacts.verify(ref, self.cache.object_memo(), changed_only=True)
+        return self.hash_objects(ref, self.cache.object_memo(), changed_only=True)
 
     def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
         """Tell whether this machine's copy was hashed, was intact, and has not changed since. Nothing is read."""
         return self.cache.has(ref) and self.cache.is_intact(ref, memo.remembers) and not self.check(ref)
 
-    def artifacts(self) -> Iterator[Ref]:
-        """Yield all artifacts that have a manifest, current or not, without their facets."""
-        return self._artifacts.all()
-
-    def newest(self, stage: str) -> Manifest | None:
-        """Return the manifest of the stage's newest artifact."""
-        return self._artifacts.newest(stage)
-
-    def newest_payload(self, stage: str, like: Mapping[str, JsonValue]) -> dict[str, JsonValue] | None:
-        """Return the payload of the stage that differs least from `like`; of equal ones, the newest."""
-        return self._artifacts.newest_payload(stage, like)
-
-    def previous_state(self, stage: str, fingerprint: str) -> PreviousState | None:
-        """Return what is left of an artifact that existed and is not found; None if there was none."""
-        return self._artifacts.previous_state(stage, fingerprint)
-
     # documents
 
+    @override
     def read_document(self, name: str) -> bytes | None:
-        """Return a document, None if it does not exist."""
         found = self.bucket.get(name)
         return found.data if found else None
 
+    @override
     def create_document(self, name: str, data: bytes) -> bool:
-        """Write a document that does not exist; of several writers one succeeds. Return False if it exists."""
         return self.bucket.create(name, data) is not None
 
+    @override
     def write_document(self, name: str, data: bytes) -> None:
-        """Write or replace a document."""
         self.bucket.put(name, data)
 
+    @override
     def remove_document(self, name: str) -> None:
-        """Delete a document, if it exists."""
         self.bucket.delete([name])
 
+    @override
     def documents(self, prefix: str) -> list[str]:
-        """Return the names of all documents below a prefix, sorted."""
         return sorted(item.key for item in self.bucket.listing(prefix))
 
+    @override
     def read_documents(self, prefix: str, suffix: str = "") -> dict[str, bytes]:
-        """Return all documents below a prefix whose names end with `suffix`, sorted by name."""
         found = (item for item in self.bucket.listing(prefix) if item.key.endswith(suffix))
         return dict(sorted(self.bucket.read(found).items()))
 
     # writing
 
+    @override
     def staging(self, stage: str, fingerprint: str) -> Path:
-        """Return a new empty folder of this machine for a job to write into."""
         return self.cache.staging(stage, fingerprint)
 
     def work_folder(self, stage: str, fingerprint: str, recompute_of: Ref | None = None) -> Path:
@@ -259,7 +218,7 @@ class S3Store:
             shutil.rmtree(pending, ignore_errors=True)
             staged.rename(pending)
             staging.release(staged)
-            return commit_artifact(self._artifacts, self.cache, pending, manifest, replace=replace)
+            return commit_artifact(self, self.cache, pending, manifest, replace=replace)
 
     def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:
         """Finish an interrupted commit of this machine, whose files are still here; None if there is none."""
@@ -275,7 +234,7 @@ class S3Store:
             shutil.rmtree(pending, ignore_errors=True)
             return None
         with translate_os_errors(str(self.scratch)):
-            return commit_artifact(self._artifacts, self.cache, pending, manifest, replace=False)
+            return commit_artifact(self, self.cache, pending, manifest, replace=False)
 
     def quarantine(self, ref: Ref, problems: list[str]) -> str | None:
         """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location.
@@ -285,11 +244,11 @@ class S3Store:
         """
         with self.lock(ref.stage, ref.fingerprint):
             self.cache.drop(ref)
-            if not self._artifacts.keys(ref):
+            if not self.keys(ref):
                 return self.location(ref)  # another worker quarantined it
-            if not self._artifacts.verify(ref, self.cache.object_memo()):
+            if not self.hash_objects(ref, self.cache.object_memo()):
                 return None
-            return move_to_quarantine(self._artifacts, self.cache, ref, problems)
+            return move_to_quarantine(self, self.cache, ref, problems)
 
     # cleanup
 
@@ -302,13 +261,9 @@ class S3Store:
         ):
             yield
 
+    @override
     @contextmanager
     def cleanup_lock(self) -> Iterator[None]:
-        """Block readers while artifacts are removed.
-
-        Raises:
-            LockHeld: there are readers.
-        """
         with (
             flock(self.cache.local_folder("locks") / "readers", wait=False),
             leases.cleanup_lease(self.bucket, self.lease_seconds),
@@ -321,7 +276,7 @@ class S3Store:
 
     def remove(self, ref: Ref) -> None:
         """Delete an artifact, its manifest first: without it the other files are not an artifact."""
-        remove_artifact(self._artifacts, self.cache, ref)
+        remove_artifact(self, self.cache, ref)
 
     def stale_items(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
         """Yield (name, bytes) of unfinished work, quarantined artifacts and unused copies from before a time."""

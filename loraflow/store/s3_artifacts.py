@@ -161,8 +161,8 @@ class S3Artifacts:
             return [manifest_problem(error)]
         return compare_sizes(file_sizes(ref, manifest, listed), manifest)
 
-    def verify(self, ref: Ref, memo: ObjectMemo, *, changed_only: bool = False) -> list[str]:
-        """Read and hash all of an artifact; return the problems, a line each.
+    def hash_objects(self, ref: Ref, memo: ObjectMemo, *, changed_only: bool = False) -> list[str]:
+        """Read and hash all of an artifact's objects; return the problems, a line each.
 
         The hashes are remembered. With `changed_only`, objects that have not changed since they were hashed are not read.
         """
@@ -195,7 +195,7 @@ class S3Artifacts:
         memo.save()
         return found
 
-    def all(self) -> Iterator[Ref]:
+    def artifacts(self) -> Iterator[Ref]:
         """Yield all artifacts that have a manifest, current or not, without their facets."""
         for item in self.bucket.listing():
             if (ref := parse_manifest_key(item.key, self.uri)) is not None:

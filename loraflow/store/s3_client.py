@@ -1,19 +1,18 @@
 """The S3 client: its settings, the calls that the store makes, and the failures that its errors become.
 
 boto3 reads credentials, region and endpoint from the usual sources: AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL_S3,
-~/.aws. It has no types of its own, so `S3Client` names the calls and replies that are used here.
+~/.aws. It has no types of its own: they are those of mypy-boto3-s3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict
+from typing import TYPE_CHECKING
 
 from loraflow.failures import BadConfig, Failure, MissingExtra, Network, ReadOnlyStore
 
 if TYPE_CHECKING:
     from botocore.exceptions import BotoCoreError, ClientError
+    from mypy_boto3_s3 import S3Client
 
 NOT_FOUND = frozenset({"NoSuchKey", "404", "NotFound", "NoSuchUpload"})
 CONFLICT = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
@@ -26,140 +25,6 @@ _WRONG_CREDENTIALS = {
     "TokenRefreshRequired",
 }
 _BUSY = {"SlowDown", "RequestTimeout", "Throttling", "RequestTimeTooSkewed", "BadDigest"}
-
-
-class Body(Protocol):
-    """The content of an object, read from the network."""
-
-    def read(self, amt: int | None = None) -> bytes:
-        """Return the next `amt` bytes, all of the rest by default."""
-
-
-class GetObjectReply(TypedDict):
-    """The reply to GetObject."""
-
-    Body: Body
-    ETag: str
-    LastModified: datetime
-    ResponseMetadata: Mapping[str, Mapping[str, str]]
-
-
-class HeadObjectReply(TypedDict):
-    """The reply to HeadObject."""
-
-    ContentLength: int
-    ETag: str
-    Metadata: Mapping[str, str]
-
-
-class PutReply(TypedDict):
-    """The reply to PutObject and UploadPart."""
-
-    ETag: str
-
-
-class ObjectLine(TypedDict):
-    """A line of a listing."""
-
-    Key: str
-    Size: int
-    LastModified: datetime
-    ETag: str
-
-
-class ListReply(TypedDict):
-    """A page of ListObjectsV2."""
-
-    Contents: NotRequired[Sequence[ObjectLine]]
-    IsTruncated: NotRequired[bool]
-    NextContinuationToken: NotRequired[str]
-
-
-class DeleteReply(TypedDict):
-    """The reply to DeleteObjects."""
-
-    Errors: NotRequired[Sequence[Mapping[str, str]]]
-
-
-class UploadLine(TypedDict):
-    """A multipart upload that was begun and neither completed nor aborted."""
-
-    Key: str
-    UploadId: str
-    Initiated: datetime
-
-
-class UploadsReply(TypedDict):
-    """The reply to ListMultipartUploads."""
-
-    Uploads: NotRequired[Sequence[UploadLine]]
-
-
-class Part(TypedDict):
-    """A part of a multipart upload."""
-
-    PartNumber: int
-    ETag: str
-
-
-class PartsReply(TypedDict):
-    """A page of ListParts."""
-
-    Parts: NotRequired[Sequence[Part]]
-    IsTruncated: NotRequired[bool]
-    NextPartNumberMarker: NotRequired[int]
-
-
-class ClientMeta(Protocol):
-    """What a client says about itself."""
-
-    endpoint_url: str
-
-
-class S3Client(Protocol):
-    """The calls of boto3's client that the store makes, with the arguments that it passes."""
-
-    meta: ClientMeta
-
-    def get_object(self, *, Bucket: str, Key: str) -> GetObjectReply: ...
-
-    def head_object(self, *, Bucket: str, Key: str) -> HeadObjectReply: ...
-
-    def put_object(
-        self,
-        *,
-        Bucket: str,
-        Key: str,
-        Body: bytes,
-        Metadata: Mapping[str, str] = ...,
-        IfNoneMatch: str = ...,
-        IfMatch: str = ...,
-        ChecksumSHA256: str = ...,
-    ) -> PutReply: ...
-
-    def copy(self, *, Bucket: str, Key: str, CopySource: Mapping[str, str]) -> None: ...
-
-    def delete_objects(
-        self, *, Bucket: str, Delete: Mapping[str, bool | Sequence[Mapping[str, str]]]
-    ) -> DeleteReply: ...
-
-    def list_objects_v2(
-        self, *, Bucket: str, Prefix: str, MaxKeys: int = ..., ContinuationToken: str = ...
-    ) -> ListReply: ...
-
-    def create_multipart_upload(self, *, Bucket: str, Key: str, Metadata: Mapping[str, str]) -> Mapping[str, str]: ...
-
-    def upload_part(self, *, Bucket: str, Key: str, UploadId: str, PartNumber: int, Body: bytes) -> PutReply: ...
-
-    def list_parts(self, *, Bucket: str, Key: str, UploadId: str, PartNumberMarker: int = ...) -> PartsReply: ...
-
-    def complete_multipart_upload(
-        self, *, Bucket: str, Key: str, UploadId: str, MultipartUpload: Mapping[str, Sequence[Part]]
-    ) -> PutReply: ...
-
-    def abort_multipart_upload(self, *, Bucket: str, Key: str, UploadId: str) -> None: ...
-
-    def list_multipart_uploads(self, *, Bucket: str, Prefix: str) -> UploadsReply: ...
 
 
 def make_client() -> S3Client:
@@ -182,8 +47,12 @@ def make_client() -> S3Client:
     from botocore.exceptions import BotoCoreError
 
     try:
-        retries = {"mode": "standard", "max_attempts": 5}
-        config = Config(retries=retries, connect_timeout=10, read_timeout=60, max_pool_connections=32)
+        config = Config(
+            retries={"mode": "standard", "max_attempts": 5},
+            connect_timeout=10,
+            read_timeout=60,
+            max_pool_connections=32,
+        )
         # boto3's default session keeps the first credentials that it saw, and is not safe among threads.
         session = boto3.session.Session()
         client: S3Client = session.client("s3", config=config)
@@ -240,7 +109,7 @@ def client_error_failure(error: ClientError, where: str, bucket: str) -> Failure
     )
 
 
-def request_failure(error: BotoCoreError, where: str) -> Failure:
+def request_failure(error: BotoCoreError | OSError, where: str) -> Failure:
     """Return the failure for a request that the client could not send, or that got no answer."""
     from botocore.exceptions import NoCredentialsError, ParamValidationError, PartialCredentialsError
 

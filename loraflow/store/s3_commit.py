@@ -54,11 +54,11 @@ def commit_artifact(
         seen = bucket.get(key)
         current = artifacts.find(ref.stage, ref.fingerprint)
         keeps_current = current is not None and (not replace or current.digest == ref.digest)
-        if current is not None and keeps_current and not artifacts.verify(current, cache.object_memo()):
+        if current is not None and keeps_current and not artifacts.hash_objects(current, cache.object_memo()):
             shutil.rmtree(folder)
             return current
         # Objects of the same digest that are damaged are not used, whatever hash their metadata names.
-        if bucket.get(manifest_key(ref)) and artifacts.verify(ref, cache.object_memo()):
+        if bucket.get(manifest_key(ref)) and artifacts.hash_objects(ref, cache.object_memo()):
             move_to_quarantine(artifacts, cache, ref, [REPLACED])
         _upload_files(artifacts, folder, ref, manifest)
         stored = _write_manifest(artifacts, ref, document)

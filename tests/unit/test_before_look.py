@@ -40,7 +40,7 @@ def test_a_part_of_which_no_row_was_scored_leaves_it_undecided_without_a_look(re
 
 
 @pytest.mark.parametrize(
-    ("columns", "settings", "said"),
+    ("columns", "settings", "message"),
     [
         ({"group": ["a", "b"] * 40}, {}, "held-out rows: 2 independent, and 20 are needed"),
         (
@@ -50,9 +50,9 @@ def test_a_part_of_which_no_row_was_scored_leaves_it_undecided_without_a_look(re
         ),
     ],
 )
-def test_too_few_independent_rows_leave_it_undecided_without_a_look(recipe, monkeypatch, columns, settings, said):
+def test_too_few_independent_rows_leave_it_undecided_without_a_look(recipe, monkeypatch, columns, settings, message):
     decision, looks, _ = decided(recipe, monkeypatch, settings=settings, **columns)
-    assert decision.verdict == "undecided" and not looks and said in decision.budget
+    assert decision.verdict == "undecided" and not looks and message in decision.budget
     assert any("at least 20 independent rows are needed" in reason for reason in decision.reasons)
 
 

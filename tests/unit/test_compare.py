@@ -191,8 +191,10 @@ def test_a_difference_of_capped_losses_says_what_it_is_without_the_cap(tmp_path)
         add_run(store, run, table([True] * 100, token_loss=loss, reference_tokens=3))
     shown = compare(store, A, B, C).output
     assert re.search(r"token_loss +1\.0000 +1\.1900 +-0\.1148", shown), "(20 - 1) / 100, or with at most ln(2^18)"
-    said = "on 100 held-out rows; a row's token_loss counts at most 12.5 in the difference, which is -0.1900 otherwise"
-    assert f"B against A {said}" in shown and shown.count("at most") == 1
+    message = (
+        "on 100 held-out rows; a row's token_loss counts at most 12.5 in the difference, which is -0.1900 otherwise"
+    )
+    assert f"B against A {message}" in shown and shown.count("at most") == 1
 
 
 @pytest.mark.parametrize("vocabulary", [32_064, None])

@@ -75,12 +75,6 @@ def server():
     return psutil.Process(start_worker._server.process.pid)
 
 
-def test_every_stage_that_runs_in_a_worker_has_its_modules_listed():
-    assert set(MODULES) == {name for name, stage in STAGES.items() if stage.in_worker}
-    for name, modules in MODULES.items():
-        assert STAGES[name].module in modules
-
-
 def test_every_listed_module_exists():
     """The server ignores a module that cannot be imported, so a wrong name would only cost time."""
     from importlib.util import find_spec

@@ -93,7 +93,7 @@ def test_the_gate_reads_all_sets_and_the_recipe_names_the_condition(recipe, monk
         base_scores="base", tuned_scores="tuned", champion_scores=None, further_seeds=(), general={}
     )
     found = gate_task._check_behaviour(SimpleNamespace(recipe=load_recipe(recipe, settings), store=None), result)
-    assert [(one.passed, one.total, one.holds) for one in found] == [(1, 2, True)]
+    assert [(check.passed, check.total, check.holds) for check in found] == [(1, 2, True)]
     assert "base 0" in found[0].reason
 
 
@@ -122,16 +122,16 @@ STEADY = BehaviourRule(set="heldout", share=0.5, consistent=True)
 def test_paraphrases_must_get_the_same_answer_and_rows_without_a_paraphrase_do_not_count():
     answers = ["Red", " red\n", "blue", "green", "x", "y", "Caf\u00e9", "Cafe\u0301", "caf\u00e9"]
     groups = ["a", "a", "b", "b", "alone", None, "c", "c", "c"]
-    ours = table(answers).assign(group=groups)
-    (found,) = check_behaviour(ours, {"base": table(["same"] * 9).assign(group=groups)}, {"steady": STEADY})
+    challenger = table(answers).assign(group=groups)
+    (found,) = check_behaviour(challenger, {"base": table(["same"] * 9).assign(group=groups)}, {"steady": STEADY})
     assert (found.passed, found.total, found.holds) == (5, 7, True)
     assert [row.answer for row in found.failed] == ["blue", "green"]
     assert "base 7" in found.reason and "same for all paraphrases" in found.reason
 
 
 def test_one_other_answer_makes_all_paraphrases_of_a_question_fail():
-    ours = table(["red", "red", "blue"]).assign(group=["a", "a", "a"])
-    (found,) = check_behaviour(ours, {}, {"steady": STEADY})
+    challenger = table(["red", "red", "blue"]).assign(group=["a", "a", "a"])
+    (found,) = check_behaviour(challenger, {}, {"steady": STEADY})
     assert (found.passed, found.holds) == (0, False)
 
 

@@ -33,7 +33,7 @@ def recipe(metrics=METRICS, *, is_recorded=False, **gate):
 
 
 @pytest.mark.parametrize(
-    ("gate", "said"),
+    ("gate", "message"),
     [
         ({"primary": "exact_match", "lower_is_better": ["exact_match"]}, "would promote the worse model"),
         ({"lower_is_better": ["brevty"]}, "gate.lower_is_better names brevty"),
@@ -48,8 +48,8 @@ def recipe(metrics=METRICS, *, is_recorded=False, **gate):
         ({"behaviour": {"polite": {"set": "harder", "refuses": True}}}, "there is no set harder; the sets are hard, heldout"),
     ],
 )  # fmt: skip
-def test_a_rule_without_effect_or_in_the_wrong_direction_is_refused(gate, said):
-    with pytest.raises(BadConfig, match=said):
+def test_a_rule_without_effect_or_in_the_wrong_direction_is_refused(gate, message):
+    with pytest.raises(BadConfig, match=message):
         recipe(**gate)
 
 
@@ -92,9 +92,9 @@ def test_all_rules_without_effect_are_named_at_once_each_with_its_line_or_overri
     text = "name: r\nbase: {model: b}\nevaluation: {metrics: [exact_match]}\ngate:\n  primary: exact_match\n  guards:\n    exact_match: 2\n"
     with pytest.raises(BadConfig) as caught:
         parse_recipe(text, "r.yaml", {"gate.min_gain": 3})
-    said = str(caught.value)
-    assert "has 2 problems" in said and "r.yaml:7: gate.guards.exact_match" in said
-    assert "--set gate.min_gain: gate.min_gain: exact_match is between 0 and 1" in said
+    message = str(caught.value)
+    assert "has 2 problems" in message and "r.yaml:7: gate.guards.exact_match" in message
+    assert "--set gate.min_gain: gate.min_gain: exact_match is between 0 and 1" in message
 
 
 NAN = float("nan")

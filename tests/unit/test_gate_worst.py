@@ -21,11 +21,11 @@ def table(scores, metric="field_f1"):
     return pd.DataFrame({"id": ids, "prompt": prompts, "answer": "an | answer", metric: scores})
 
 
-def decided(ours, theirs, limit, metric="field_f1", **others):
+def decided(challenger, other, limit, metric="field_f1", **others):
     rules = {"primary": metric, "min_gain": 0.0, "guards": {}, "confidence": 0.95}
-    tables = {"base": table(theirs, metric)} | {name: table(scores, metric) for name, scores in others.items()}
-    decision = decide(table(ours, metric), tables, **rules)
-    return with_worse_rows(decision, find_worse(table(ours, metric), tables, {metric: limit}))
+    tables = {"base": table(other, metric)} | {name: table(scores, metric) for name, scores in others.items()}
+    decision = decide(table(challenger, metric), tables, **rules)
+    return with_worse_rows(decision, find_worse(table(challenger, metric), tables, {metric: limit}))
 
 
 BETTER, BEFORE = np.full(200, 0.9), np.full(200, 0.5)
@@ -51,21 +51,21 @@ def test_a_share_counts_the_rows_that_are_compared():
 
 
 def test_a_drop_of_exactly_the_bound_counts_despite_rounding():
-    ours, theirs = np.full(200, 0.4), np.full(200, 0.9)
-    assert find_worse(table(ours), {"base": table(theirs)}, {"field_f1": WorseLimit(0.5, rows=0)})[0].count == 200
+    challenger, other = np.full(200, 0.4), np.full(200, 0.9)
+    assert find_worse(table(challenger), {"base": table(other)}, {"field_f1": WorseLimit(0.5, rows=0)})[0].count == 200
 
 
 def test_a_higher_loss_is_worse_and_each_model_is_compared():
-    ours, theirs, champion = np.full(200, 1.0), np.full(200, 2.0), np.full(200, 1.5)
-    ours[7], champion[9] = 9.0, 0.2
-    tables = {"base": table(theirs, "token_loss"), "champion": table(champion, "token_loss")}
-    base, other = find_worse(table(ours, "token_loss"), tables, {"token_loss": WorseLimit(0.5, rows=9)})
-    assert [row.id for row in base.rows] == ["r007"] and [row.id for row in other.rows] == ["r007", "r009"]
+    challenger, other, champion = np.full(200, 1.0), np.full(200, 2.0), np.full(200, 1.5)
+    challenger[7], champion[9] = 9.0, 0.2
+    tables = {"base": table(other, "token_loss"), "champion": table(champion, "token_loss")}
+    worse = find_worse(table(challenger, "token_loss"), tables, {"token_loss": WorseLimit(0.5, rows=9)})
+    assert [[row.id for row in found.rows] for found in worse] == [["r007"], ["r007", "r009"]]
 
 
 def test_rows_are_paired_by_their_ids():
-    ours, theirs = table(with_failures(1)), table(BEFORE).sample(frac=1, random_state=1)
-    found = find_worse(ours, {"base": theirs}, {"field_f1": WorseLimit(0.5, rows=0)})[0]
+    challenger, other = table(with_failures(1)), table(BEFORE).sample(frac=1, random_state=1)
+    found = find_worse(challenger, {"base": other}, {"field_f1": WorseLimit(0.5, rows=0)})[0]
     assert [(row.id, row.score, row.other) for row in found.rows] == [("r000", 0.0, 0.5)]
 
 

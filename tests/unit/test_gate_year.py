@@ -104,7 +104,7 @@ class Project:
 
     def do_rollback(self):
         log = Workspace(load_recipe(self.recipe, self.settings)).log
-        if len([one for one in log.entries() if one.action == "promote"]) > 1 and log.entries()[-1].action == "promote":
+        if sum(entry.action == "promote" for entry in log.entries()) > 1 and log.entries()[-1].action == "promote":
             log.rollback("by hand", "x")
 
     def change(self):
@@ -196,7 +196,7 @@ def test_no_change_of_rows_rules_or_models_gives_more_error_than_the_recipe_says
             scored |= rows
             if share > 0.9:
                 better.add(decision.look)
-            gains = [one for one in decision.comparisons if one.kind == "gain"]
+            gains = [comparison for comparison in decision.comparisons if comparison.kind == "gain"]
             assert gains and all(one.level == look.level for one in gains)
             if decision.verdict == "promote":
                 assert all(one.p_value <= look.level and one.difference > 0 for one in gains)

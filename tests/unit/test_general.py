@@ -199,13 +199,13 @@ def test_a_missing_file_is_refused_with_the_key_of_the_recipe(recipe):
 
 
 @pytest.mark.parametrize(
-    ("outs", "said"), [("outs: []", "evaluation.general names the .dvc file"), (None, "correct evaluation.general")]
+    ("outs", "message"), [("outs: []", "evaluation.general names the .dvc file"), (None, "correct evaluation.general")]
 )
-def test_a_dvc_file_that_pins_nothing_or_is_missing_names_the_key_of_the_recipe(recipe, monkeypatch, outs, said):
+def test_a_dvc_file_that_pins_nothing_or_is_missing_names_the_key_of_the_recipe(recipe, monkeypatch, outs, message):
     monkeypatch.chdir(recipe.parent)
     if outs is not None:
         (recipe.parent / "general.jsonl.dvc").write_text(outs)
-    with pytest.raises(BadData, match=said):
+    with pytest.raises(BadData, match=message):
         _ = Workspace(load_recipe(recipe, {"evaluation.general": "general.jsonl.dvc"})).general
 
 
@@ -221,7 +221,7 @@ def check_file(recipe, source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("g.txt", "g.txt\n  expected: .csv, .db, .json, .jsonl"),
         ("g", "give it the suffix .jsonl"),
@@ -229,9 +229,9 @@ def check_file(recipe, source, tmp_path):
         ("g.jsonl", r"general: .*g.jsonl\n  expected: .*of a type among .csv, .db, .json(.|\n)*no row in g.jsonl"),
     ],
 )
-def test_a_file_of_another_type_or_without_rows_is_named_with_the_types_that_are_read(recipe, tmp_path, name, said):
+def test_a_file_of_another_type_or_without_rows_is_named_with_the_types_that_are_read(recipe, tmp_path, name, message):
     (tmp_path / name).write_bytes(b"\n")
-    with pytest.raises(BadData, match=said):
+    with pytest.raises(BadData, match=message):
         check_file(recipe, tmp_path / name, tmp_path)
 
 
@@ -331,8 +331,8 @@ def rows(loss=2.0, right=N, n=N):
     }
 
 
-def gate(margins, ours, **others):
-    general = general_guards(margins, ours, others)
+def gate(margins, challenger, **others):
+    general = general_guards(margins, challenger, others)
     tables = {name: heldout(0.0) for name in others}
     return decide(
         heldout(1.0), tables, primary="exact_match", min_gain=0.0, guards={}, confidence=0.95, vocabulary=500, general=general

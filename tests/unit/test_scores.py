@@ -101,7 +101,7 @@ def test_a_champion_with_another_tokenizer_costs_no_look(workspace):
 
 
 @pytest.mark.parametrize(
-    ("errors", "said"),
+    ("errors", "message"),
     [
         ([0.025], "at most 2.5% for any"),
         ([0.001], "at most 0.1% for any"),
@@ -110,13 +110,13 @@ def test_a_champion_with_another_tokenizer_costs_no_look(workspace):
         ([0.05, 0.4], "at most 40% for any"),
     ],
 )  # fmt: skip
-def test_the_error_that_is_shown_is_that_of_all_looks_of_the_period(workspace, errors, said):
+def test_the_error_that_is_shown_is_that_of_all_looks_of_the_period(workspace, errors, message):
     base, tuned = scores(workspace, "base", 2.0), scores(workspace, "tuned", 1.99)
     for error in errors:
         rules = workspace.recipe.gate.model_copy(update={"error": error})
         workspace.recipe = workspace.recipe.model_copy(update={"gate": rules})
         decision = decide(workspace, base, tuned)
-    assert said in decision.budget, decision.budget
+    assert message in decision.budget, decision.budget
 
 
 def test_new_rules_and_a_new_champion_are_new_looks(workspace):
