@@ -289,6 +289,7 @@ def test_the_label_of_a_message_in_a_file_is_a_mark_unless_labels_of_messages_ar
 
     assert [row.marked_by for row in read_labels([True, false])] == ["", f"label: {false}"]
     assert all(row.messages and row.unused_keys == ("messages.label",) for row in read_labels([0, 1, 2, 4]))
+    assert [row.messages is None for row in read_labels(["nein", "greeting"])] == [True, False]
     in_columns = {"messages": {"role": ["user", "assistant"], "content": ["q", "a"], "label": [None, false]}}
     (row,) = read(tmp_path, "m.jsonl", json.dumps(in_columns))
     assert row.marked_by == f"label: {false}"

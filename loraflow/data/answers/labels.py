@@ -76,6 +76,11 @@ def judges_badly(value: str) -> bool:
     return _kind(value) == "like_false"
 
 
+def may_be_no(value: JsonValue) -> bool:
+    """Tell whether a label that has a value says no or wrong in words that are not honoured."""
+    return _kind(value) in ("like_false", "no")
+
+
 def is_absent(value: JsonValue) -> bool:
     """Tell whether a mark has no value: null, a blank cell, pandas' NaN."""
     if isinstance(value, float):
@@ -302,7 +307,7 @@ class Labels:
         others = self._column(key).others if self._rows is not None else ()
         self.asked["others", key] = list(others)
         why = f"{key} {repr(value)[:60]} is neither true nor false, as other rows' are"
-        if len(others) == 2 or (others and _kind(value) in ("like_false", "no")):
+        if len(others) == 2 or (others and may_be_no(value)):
             why = f"{key} {repr(value)[:60]} may mark an answer as wrong, but is neither true nor false"
         ways = "write true (the answer is learned) or false (it is not)"
         return f"{why}: {ways}; if it is a class, name {key} in data.ignore"

@@ -23,7 +23,7 @@ from loraflow.data.answers.judgements import (
     verdict,
     word_side,
 )
-from loraflow.data.answers.labels import Labels, as_number, is_absent, judges_badly, label_side
+from loraflow.data.answers.labels import Labels, as_number, is_absent, label_side, may_be_no
 from loraflow.data.answers.mark_names import (
     CONTAINERS,
     EXCLUSIONS,
@@ -193,9 +193,7 @@ def _label(key: str, value: JsonValue, where: str, labels: Labels, beside: Besid
         return None
     if side != "other":
         return Judgement(side, shown((key,), value))
-    if where and not (
-        isinstance(value, str) and judges_badly(value)
-    ):  # an attribute of a message: it is named as not read
+    if where and not may_be_no(value):  # an attribute of a message: it is named as not read
         return None
     raise BadRow(where + labels.problem(key, value))
 
