@@ -263,8 +263,7 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         return hint
     texts = [key for key, value in row.items() if is_transcript(value)]
     if "chosen" in row:
-        columns = "{text: chosen}" if is_transcript(row["chosen"]) else "{completion: chosen} or {messages: chosen}"
-        return f"; for the chosen answers of preference pairs, set data.columns: {columns}"
+        return f"; for the chosen answers of preference pairs, set data.columns: {{{_columns_of_chosen(row)}}}"
     if len(texts) == 1 and not _OF_PAIRS.search(texts[0]) and _is_closed(row[texts[0]]):
         return f"; {texts[0]} has a chat: set data.columns: {{text: {texts[0]}}}"
     if (parts := question_parts(row)) and not row.keys().isdisjoint(("question", "problem", "query")):
@@ -278,6 +277,20 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         return _by_jq(made)
     hint = next((_by_jq(made) for keys, made in _FILTERS.items() if row.keys() >= set(keys.split())), "")
     return hint or _hint_to_unpack(row) or _hint_to_name(row)
+
+
+def _columns_of_chosen(row: Mapping[str, JsonValue]) -> str:
+    """Return the columns that read the chosen answer of a pair, with its question if no column has its usual name."""
+    if isinstance(row["chosen"], list) and len(row["chosen"]) > 1:
+        return "messages: chosen"
+    if is_transcript(row["chosen"]):
+        return "text: chosen"
+    if "prompt" in row or "instruction" in row:
+        return "completion: chosen" if "prompt" in row else "output: chosen"
+    question = next((key for key in ("question", "query", "input") if isinstance(row.get(key), str)), None)
+    if question is None:
+        return "completion: chosen"
+    return f"prompt: {question}, completion: chosen"
 
 
 def _hint_to_unpack(row: Mapping[str, JsonValue]) -> str:
