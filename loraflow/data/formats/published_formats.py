@@ -392,9 +392,9 @@ def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: 
         return ""
     first = _messages_of(history, row)[0]
     role = next(name for name in ROLE_KEYS if name in first)
-    said = next((name for name in CONTENTS if name in first), CONTENTS[0])
+    text = next((name for name in CONTENTS if name in first), CONTENTS[0])
     before, asked, answered = map(_path, keys)
-    turns = f'{{{role}: "user", {said}: {asked}}}, {{{role}: "assistant", {said}: {answered}}}'
+    turns = f'{{{role}: "user", {text}: {asked}}}, {{{role}: "assistant", {text}: {answered}}}'
     return _by_jq(f". + {{messages: ({before} + [{turns}])}} | del({before}, {asked}, {answered})")
 
 
