@@ -155,7 +155,7 @@ def test_a_label_with_one_misspelled_value_is_refused_with_its_line(tmp_path):
     assert rows[2].problem.startswith("label 'Fasle' may mark an answer as wrong")
     rows = read(tmp_path, "b.csv", "prompt,completion,label\nq,a,True\nq,a,False\nq,a,Fasle\n")
     assert rows[1].is_marked_false and rows[2].place == "b.csv:row 3"
-    assert rows[2].problem.startswith("label 'Fasle' is neither true nor false")
+    assert rows[2].problem.startswith("label 'Fasle' may mark an answer as wrong")
     rows = read(
         tmp_path,
         "c.jsonl",

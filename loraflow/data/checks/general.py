@@ -26,7 +26,7 @@ from loraflow.config.stage_configs import CheckGeneralConfig
 from loraflow.data.chats import GENERAL_FILE, BadRow, GeneralRow
 from loraflow.data.checks.split import chat_key, normalize, normalized_key, row_id, to_json
 from loraflow.data.files.readers import READABLE, match_nothing, read_values, readable_files
-from loraflow.data.formats.chat_formats import to_messages
+from loraflow.data.formats.chat_formats import read_chat
 from loraflow.data.versions.version import fetch_dataset, locate_dataset
 from loraflow.failures import BadConfig, BadData
 from loraflow.job import Inputs, Job, Progress
@@ -151,7 +151,7 @@ def _general_row(value: JsonValue, place: str) -> GeneralRow:
         raise BadRow(f"expected an object, got {type(value).__name__}")
     if "choices" in value or "question" in value:
         return _question(value, place)
-    messages = to_messages(value)
+    messages = read_chat(value).messages
     return {"id": row_id(messages), "kind": "chat", "place": place, "messages": messages}
 
 
