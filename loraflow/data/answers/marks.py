@@ -196,8 +196,8 @@ def _label(key: str, value: JsonValue, where: str, labels: Labels, beside: Besid
     if where and not may_be_no(value):  # an attribute of a message: it is named as not read
         return None
     raise BadRow(
-        f"{where}{key} {_shown(value)} may mark an answer as wrong, but is neither true nor false: write true (the answer is "
-        f"learned) or false (it is not); if it is a class, name {key} in data.ignore"
+        f"{where}{key} {_shown(value)} may mark an answer as wrong, but is neither true nor false: write true (the "
+        f"answer is learned) or false (it is not); if it is a class, name {key} in data.ignore"
     )
 
 
