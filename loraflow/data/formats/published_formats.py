@@ -294,11 +294,14 @@ def _columns_of_chosen(row: Mapping[str, JsonValue]) -> str:
 
 
 def _hint_to_unpack(row: Mapping[str, JsonValue]) -> str:
-    """Return how the only chat inside an object becomes the row. Keys beside it, such as marks, are kept."""
+    """Return how the only chat inside an object becomes the row. Keys beside it, such as marks, are kept.
+
+    A key with a single quote cannot be written between those of a shell.
+    """
     inner = [key for key, value in row.items() if isinstance(value, dict) and _has_chat(value)]
     if len(inner) != 1 or _OF_PAIRS.search(inner[0]) or not row.keys().isdisjoint(("request", "response")):
         return ""
-    return _by_jq(f"{_path(inner[0])} + del({_path(inner[0])})") if _is_quotable(inner[0]) else ""
+    return "" if "'" in inner[0] else _by_jq(f"{_path(inner[0])} + del({_path(inner[0])})")
 
 
 def _has_chat(value: Mapping[str, JsonValue]) -> bool:
@@ -388,7 +391,7 @@ def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
 def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: str) -> str:
     """Return the command that writes a question and its answer behind earlier messages; empty if they are no texts."""
     keys = (history, question, answer)
-    if not (isinstance(row[question], str) and isinstance(row[answer], str) and all(map(_is_quotable, keys))):
+    if not (isinstance(row[question], str) and isinstance(row[answer], str)) or "'" in "".join(keys):
         return ""
     first = _messages_of(history, row)[0]
     role = next(name for name in ROLE_KEYS if name in first)
@@ -401,11 +404,6 @@ def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: 
 def _path(key: str) -> str:
     """Return the filter of jq that takes a key."""
     return f".{key}" if re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII) else f".[{json.dumps(key)}]"
-
-
-def _is_quotable(key: str) -> bool:
-    """Tell whether a key can be written between the single quotes of a shell."""
-    return "'" not in key
 
 
 def _keys_of_message(row: Mapping[str, JsonValue]) -> tuple[str | None, str | None, str | None]:
