@@ -71,9 +71,8 @@ VERSION_DATASET = Stage(
 CHECK_DATASET = Stage(
     name="check_dataset",
     # docs/upgrade.md lists what earlier versions of the stages changed.
-    # 15: words such as a status of rejected, and two words of a label, are questions; flags in lists are marks;
-    # `author` and `message` of messages
-    version=15,
+    # 16: a message's label such as nein is refused; `harmful: approved` is no mark; more columns are questions
+    version=16,
     module="loraflow.data.checks.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -190,7 +189,7 @@ EVALUATE = Stage(
 
 CHECK_GENERAL = Stage(
     name="check_general",
-    version=7,  # 7: chats as check_dataset 15 reads them
+    version=8,  # 8: chats as check_dataset 16 reads them
     module="loraflow.data.checks.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},

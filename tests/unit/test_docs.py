@@ -10,7 +10,7 @@ import pytest
 
 from loraflow.cli import COMMANDS
 from loraflow.config.evaluation import SCORES
-from loraflow.data.formats.chat_formats import to_messages
+from loraflow.data.formats.chat_formats import read_chat
 from loraflow.evaluation.metric_modules import BUILT_IN
 from loraflow.execution.plan import STEPS, inputs_of
 
@@ -114,7 +114,7 @@ def test_the_example_rows_of_datasets_are_chats():
     rows = rows_of_table(read("docs/data.md"), "| format | example row |")
     assert len(rows) == 5
     for name, example in rows:
-        messages = to_messages(json.loads(example.strip("`")))
+        messages = read_chat(json.loads(example.strip("`"))).messages
         assert messages[-1]["role"] == "assistant", name
 
 

@@ -196,10 +196,12 @@ def test_a_row_of_the_hub_is_read_as_its_authors_meant_it_or_refused(tmp_path, s
     assert [outcome(row) for row in read(tmp_path, rows)] == expected
 
 
-CHOSEN = "; for the chosen answers of preference pairs, set data.columns: {completion: chosen} or {messages: chosen}"
+CHOSEN = "; for the chosen answers of preference pairs, set data.columns: "
 COLUMNS = "; set data.columns: {prompt: the column of the question, completion: that of the answer}"
 HINTS = {
-    **dict.fromkeys(("Orca-DPO", "distilabel's pairs", "RewardBench"), CHOSEN),
+    "Orca-DPO": CHOSEN + "{prompt: question, completion: chosen}",
+    "distilabel's pairs": CHOSEN + "{prompt: input, completion: chosen}",
+    "RewardBench": CHOSEN + "{completion: chosen}",
     **dict.fromkeys(
         (
             "HelpSteer3", "StackExchange", "TruthfulQA", "DeepMath", "BoolQ", "SciQ", "HellaSwag", "WinoGrande", "Spider", "FLORES",
@@ -220,6 +222,18 @@ def test_pairs_and_other_rows_are_refused_with_the_next_step_if_there_is_one(tmp
     keys = ", ".join(list(NO_CHATS[name])[:8])
     problem = f"expected messages, conversations, instruction/output or prompt/completion; got the keys {keys}{HINTS.get(name, '')}"
     assert row.problem == ("the last message has the role user; expected assistant" if name == "RLVR" else problem)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"prompt": "q"}, {"instruction": "q"}, {"question": "q"}, {"prompt": [user("q")], "chosen": [answer("a")]},
+     {"prompt": "q", "chosen": CHAT}, {"chosen": "\n\nHuman: q\n\nAssistant: a"}],
+)  # fmt: skip
+def test_the_columns_that_are_named_read_the_chosen_answer(tmp_path, keys):
+    (row,) = read(tmp_path, [{"chosen": "a", "rejected": "b", **keys}])
+    columns = dict(pair.split(": ") for pair in row.problem.rpartition("{")[2].removesuffix("}").split(", "))
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns)
+    assert outcome(row) == ["u: q", "a: a"]
 
 
 @pytest.mark.parametrize("text", ["premise", "text", "sentence"])

@@ -155,7 +155,7 @@ def test_a_label_with_one_misspelled_value_is_refused_with_its_line(tmp_path):
     assert rows[2].problem.startswith("label 'Fasle' may mark an answer as wrong")
     rows = read(tmp_path, "b.csv", "prompt,completion,label\nq,a,True\nq,a,False\nq,a,Fasle\n")
     assert rows[1].is_marked_false and rows[2].place == "b.csv:row 3"
-    assert rows[2].problem.startswith("label 'Fasle' is neither true nor false")
+    assert rows[2].problem.startswith("label 'Fasle' may mark an answer as wrong")
     rows = read(
         tmp_path,
         "c.jsonl",
@@ -289,6 +289,7 @@ def test_the_label_of_a_message_in_a_file_is_a_mark_unless_labels_of_messages_ar
 
     assert [row.marked_by for row in read_labels([True, false])] == ["", f"label: {false}"]
     assert all(row.messages and row.unused_keys == ("messages.label",) for row in read_labels([0, 1, 2, 4]))
+    assert [row.messages is None for row in read_labels(["nein", "greeting"])] == [True, False]
     in_columns = {"messages": {"role": ["user", "assistant"], "content": ["q", "a"], "label": [None, false]}}
     (row,) = read(tmp_path, "m.jsonl", json.dumps(in_columns))
     assert row.marked_by == f"label: {false}"

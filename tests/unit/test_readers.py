@@ -8,8 +8,13 @@ import pytest
 from loraflow.data.chats import BadRow
 from loraflow.data.files.guess_columns import columns_of, guess_columns
 from loraflow.data.files.readers import match_files, read_rows
-from loraflow.data.formats.chat_formats import to_messages
+from loraflow.data.formats.chat_formats import read_chat
 from loraflow.failures import BadData
+
+
+def to_messages(row):
+    return read_chat(row).messages
+
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 

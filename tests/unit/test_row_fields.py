@@ -14,8 +14,13 @@ from hypothesis import strategies as st
 from loraflow.data.chats import BadRow
 from loraflow.data.files import json_reader
 from loraflow.data.files.readers import read_rows
-from loraflow.data.formats.chat_formats import read_chat, to_messages
+from loraflow.data.formats.chat_formats import read_chat
 from loraflow.failures import BadData
+
+
+def to_messages(row):
+    return read_chat(row).messages
+
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]

@@ -102,6 +102,18 @@ def test_a_key_of_metadata_is_asked_about_and_one_that_is_read_is_not(tmp_path):
     assert "data.ignore" in line and "data.columns" not in line
 
 
+def test_what_a_judge_says_in_an_object_of_any_name_is_asked_about(tmp_path):
+    rows = read(
+        tmp_path, [{"judge": {"verdict": word, "strict": n > 0}} for n, word in enumerate(("incorrect", "correct"))]
+    )
+    assert doubtful(counted([row.told for row in rows]), {"judge": 2}) == {"judge.verdict": {"incorrect": 1}}
+
+
+def test_no_in_another_language_is_a_question_in_a_column_of_verdicts_with_any_other_words(tmp_path):
+    rows = read(tmp_path, [{"is_correct": word} for word in ("ja", "nein", "vielleicht")])
+    assert doubtful(counted([row.told for row in rows]), {"is_correct": 3}) == {"is_correct": {"nein": 1}}
+
+
 def test_a_key_of_the_messages_of_a_chat_is_asked_about(tmp_path):
     user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     chats = [

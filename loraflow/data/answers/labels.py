@@ -53,7 +53,6 @@ ANSWERS = ("completion", "response", "output", "answer", "messages", "conversati
 
 Side = Literal[True, False, "other"] | None  # what a label says; None: there is no value
 Question = tuple[str, ...]  # about a file
-Answer = bool | str | list[str]
 _Kind = Literal["binary", "true", "false", "like_false", "no", "weak", "number", "score", "other"]
 
 
@@ -74,6 +73,11 @@ def label_side(value: JsonValue) -> Side:
 def judges_badly(value: str) -> bool:
     """Tell whether a text says that an answer is wrong, misspelled or in another language."""
     return _kind(value) == "like_false"
+
+
+def may_be_no(value: JsonValue) -> bool:
+    """Tell whether a label that has a value says no or wrong in words that are not honoured."""
+    return _kind(value) in ("like_false", "no")
 
 
 def is_absent(value: JsonValue) -> bool:
@@ -149,7 +153,7 @@ class _Values:
     """The different labels of a file, as far as they are needed to decide."""
 
     kinds: set[_Kind] = field(default_factory=set)
-    others: dict[str, str] = field(default_factory=dict)  # texts and numbers that say neither true nor false
+    others: set[str] = field(default_factory=set)  # texts and numbers that say neither true nor false
     numbers: set[float] = field(default_factory=set)
     are_answers: bool = True  # each label is its row's answer
     answers: dict[str, str] = field(default_factory=dict)  # label → the answer that all its rows have
@@ -170,7 +174,7 @@ class _Values:
             assert number is not None
             self.numbers.add(number)
         if kind in ("number", "other", "no"):
-            self.others.setdefault(text, repr(value)[:60])
+            self.others.add(text)
 
     def _add_answer(self, label: str, row: dict[str, JsonValue]) -> None:
         if self.are_numbers_of_answers:
@@ -236,7 +240,6 @@ class _Column:
     is_class: bool
     is_pair: bool
     may_have_marks: bool
-    others: tuple[str, ...]
 
 
 class Labels:
@@ -265,7 +268,7 @@ class Labels:
         self.is_training = is_training
         self._found: dict[str, _Column] = {}
         self._facts: dict[tuple[str, ...], bool] = {}
-        self.asked: dict[Question, Answer] = {}
+        self.asked: dict[Question, bool] = {}
 
     def some_row(self, question: tuple[str, ...], holds: Callable[[dict[str, JsonValue]], bool]) -> bool:
         """Tell whether something holds for a row of the file. Without rows, it does not."""
@@ -297,16 +300,6 @@ class Labels:
         self.asked["marks among classes", key] = may_have_marks
         return may_have_marks
 
-    def problem(self, key: str, value: JsonValue) -> str:
-        """Return why a label that is neither true nor false is refused."""
-        others = self._column(key).others if self._rows is not None else ()
-        self.asked["others", key] = list(others)
-        why = f"{key} {repr(value)[:60]} is neither true nor false, as other rows' are"
-        if len(others) == 2 or (others and _kind(value) in ("like_false", "no")):
-            why = f"{key} {repr(value)[:60]} may mark an answer as wrong, but is neither true nor false"
-        ways = "write true (the answer is learned) or false (it is not)"
-        return f"{why}: {ways}; if it is a class, name {key} in data.ignore"
-
     def _column(self, key: str, values_of: Callable[[dict[str, JsonValue]], list[JsonValue]] | None = None) -> _Column:
         if key not in self._found:
             assert self._rows is not None
@@ -318,7 +311,5 @@ class Labels:
                     values.add(value, row)
                 if len(values.others) >= ENOUGH:
                     break
-            self._found[key] = _Column(
-                values.are_classes(), values.is_pair(), values.may_have_marks(), tuple(values.others.values())
-            )
+            self._found[key] = _Column(values.are_classes(), values.is_pair(), values.may_have_marks())
         return self._found[key]

@@ -23,7 +23,7 @@ from loraflow.data.answers.judgements import (
     verdict,
     word_side,
 )
-from loraflow.data.answers.labels import Labels, as_number, is_absent, judges_badly, label_side
+from loraflow.data.answers.labels import Labels, as_number, is_absent, label_side, may_be_no
 from loraflow.data.answers.mark_names import (
     CONTAINERS,
     EXCLUSIONS,
@@ -193,11 +193,12 @@ def _label(key: str, value: JsonValue, where: str, labels: Labels, beside: Besid
         return None
     if side != "other":
         return Judgement(side, shown((key,), value))
-    if where and not (
-        isinstance(value, str) and judges_badly(value)
-    ):  # an attribute of a message: it is named as not read
+    if where and not may_be_no(value):  # an attribute of a message: it is named as not read
         return None
-    raise BadRow(where + labels.problem(key, value))
+    raise BadRow(
+        f"{where}{key} {_shown(value)} may mark an answer as wrong, but is neither true nor false: write true (the "
+        f"answer is learned) or false (it is not); if it is a class, name {key} in data.ignore"
+    )
 
 
 def _of_messages(key: str, beside: Beside, row: dict[str, JsonValue]) -> list[JsonValue]:

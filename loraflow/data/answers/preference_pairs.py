@@ -103,7 +103,7 @@ def answer_texts(
         betters = [names[other] for other, worses in _PAIRS.items() if name in worses and other in names]
         better = next((key for key in betters if isinstance(values[key], str)), None)
         is_opposite = _is_opposite(value, answers)
-        if not is_opposite and (better is None or not _is_word(value)):
+        if not is_opposite and (better is None or not isinstance(label_side(value), bool)):
             continue
         is_answer = is_opposite or plain(value) in map(plain, answers)
         if not is_answer and not labels.some_row(("a pair", worse), partial(_is_pair, worse=worse)):
@@ -119,10 +119,6 @@ def answer_texts(
             )
         found |= {worse, better or worse}
     return found
-
-
-def _is_word(value: str) -> bool:
-    return isinstance(label_side(value), bool)
 
 
 def _is_opposite(value: str, answers: Collection[str]) -> bool:
@@ -221,9 +217,8 @@ def _corrects(value: JsonValue, answer: str, *, is_flag: bool) -> bool:
         return False
     if _DATE.fullmatch(text):
         return not is_flag and _DATE.fullmatch(plain_answer) is not None
-    if isinstance(label_side(text), bool) or judges_badly(
-        text
-    ):  # whether it is right, unless the answer is such a word
+    # Such a word says whether the answer is right, unless the answer is such a word itself.
+    if isinstance(label_side(text), bool) or judges_badly(text):
         first = re.match(r"\w+", plain_answer)
         return not is_flag and first is not None and word_side(first[0]) is not None
     return True

@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from loraflow.data.answers.judgements import FAILED_RUNS, is_bad_word
-from loraflow.data.answers.labels import FALSE, TRUE, Labels, is_absent, plain
+from loraflow.data.answers.labels import FALSE, TRUE, Labels, is_absent, may_be_no, plain
 from loraflow.data.answers.mark_names import CONTAINERS, JUDGEMENTS, LABELS, RUNS, normal_name
 from loraflow.data.cell_values import Unreadable, is_object_text, objects_of, parsed_text
 
@@ -74,16 +74,20 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
                 pairs = [(key, str(value).strip().lower())]
             found += pairs
         elif isinstance(value, str) and len(value) <= _MAX_WORD and labels and normal_name(key) in _WORD_PAIRS:
-            found += [(key, " ".join(value.split()))] if labels.are_pair(key) else []
+            is_asked = (normal_name(key) in JUDGEMENTS and may_be_no(value)) or labels.are_pair(key)
+            found += [(key, " ".join(value.split()))] if is_asked else []
     return tuple(found)
 
 
 def _told(path: str, key: str, value: JsonValue) -> list[tuple[str, str]]:
     """Return what a value says, or what the keys of an object such as `metadata` say."""
-    is_object = isinstance(value, dict | list) or is_object_text(value)
-    if is_object and normal_name(key) in CONTAINERS:
+    is_container = normal_name(key) in CONTAINERS  # of another object, only members whose names judge are looked at
+    if isinstance(value, dict) or (is_container and (isinstance(value, list) or is_object_text(value))):
         items = (
-            (f"{path}.{k}", k, v) for members in objects_of(value) for k, v in members.items() if isinstance(k, str)
+            (f"{path}.{k}", k, v)
+            for members in objects_of(value)
+            for k, v in members.items()
+            if isinstance(k, str) and (is_container or (_kind_of(k) == "judging" and not isinstance(v, dict)))
         )
         found = [pair for inner, k, v in items if not is_absent(v) for pair in _told(inner, k, v) or [(inner, _OTHER)]]
         if found:

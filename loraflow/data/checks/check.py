@@ -205,7 +205,7 @@ def _read(
         and config.near_duplicates != "drop"  # has held out a cluster
         and not (columns.sets[splits["heldout"]] <= 1).any()  # the gate's set
     ):
-        _hold_out_one(table, columns, splits, reading, config)
+        _hold_out_prompt(table, columns, splits, reading, config)
     return splits, columns, clusters
 
 
@@ -314,7 +314,7 @@ def _refuse(number: int, reason: str, problem: str, reading: _Reading) -> None:
     reading.quarantine.add(reason, table.place(number), table.set_read(number), problem, table.raw(number))
 
 
-def _hold_out_one(
+def _hold_out_prompt(
     table: ChatTable, columns: Columns, splits: dict[Split, Rows], reading: _Reading, config: CheckDatasetConfig
 ) -> None:
     """Hold out one prompt (or group) if the seeded hash holds out none, as in a small dataset: the next in its order."""

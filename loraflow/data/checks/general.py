@@ -26,8 +26,8 @@ from loraflow.config.stage_configs import CheckGeneralConfig
 from loraflow.data.chats import GENERAL_FILE, BadRow, GeneralRow
 from loraflow.data.checks.split import chat_key, normalize, normalized_key, row_id, to_json
 from loraflow.data.files.readers import READABLE, match_nothing, read_values, readable_files
-from loraflow.data.formats.chat_formats import to_messages
-from loraflow.data.versions.version import fetch_one, locate_one
+from loraflow.data.formats.chat_formats import read_chat
+from loraflow.data.versions.version import fetch_dataset, locate_dataset
 from loraflow.failures import BadConfig, BadData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -58,7 +58,7 @@ def locate_general(source: str, memo: HashMemo) -> DatasetLocation:
             expected="a file of chats and questions, or its .dvc file",
             next_step="correct evaluation.general",
         )
-    return locate_one(Data(source=source), memo, key="evaluation.general")
+    return locate_dataset(Data(source=source), memo, key="evaluation.general")
 
 
 def run(job: Job[CheckGeneralConfig], inputs: Inputs, out: Path, progress: Progress) -> Summary:
@@ -73,7 +73,7 @@ def run(job: Job[CheckGeneralConfig], inputs: Inputs, out: Path, progress: Progr
     if not isinstance(origin, FolderOrigin | DvcOrigin):
         raise TypeError(f"not the origin of general rows: {origin!r}")
     files.mkdir()
-    fetch_one(origin, job.config.md5 or "", files, HashMemo(None))
+    fetch_dataset(origin, job.config.md5 or "", files, HashMemo(None))
     names = readable_files(files) or match_nothing(files)[:1]  # one of another type is refused when it is read
     rows, problems = _read(files, names)
     problems += _repeated(rows)
@@ -151,7 +151,7 @@ def _general_row(value: JsonValue, place: str) -> GeneralRow:
         raise BadRow(f"expected an object, got {type(value).__name__}")
     if "choices" in value or "question" in value:
         return _question(value, place)
-    messages = to_messages(value)
+    messages = read_chat(value).messages
     return {"id": row_id(messages), "kind": "chat", "place": place, "messages": messages}
 
 

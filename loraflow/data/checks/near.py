@@ -105,14 +105,14 @@ class Candidates:
         """Return pairs of row numbers [pairs, 2], the smaller one first. The sketch of rows[n] is sketches[of[n]]."""
         packed = [np.empty(0, np.int64)]
         for start in range(0, HASHES, BAND):
-            for one, other in self._in_bands(_band(sketches, start)[of]):
-                for begin in range(0, len(one), _CHUNK):
-                    a, b = one[begin : begin + _CHUNK], other[begin : begin + _CHUNK]
+            for first, second in self._in_bands(_band(sketches, start)[of]):
+                for begin in range(0, len(first), _CHUNK):
+                    a, b = first[begin : begin + _CHUNK], second[begin : begin + _CHUNK]
                     near = np.count_nonzero(sketches[of[a]] == sketches[of[b]], axis=1) >= MIN_EQUAL
                     packed.append(a[near] * len(rows) + b[near])
             packed = [np.unique(np.concatenate(packed))]
-        one, other = np.divmod(packed[0], max(len(rows), 1))
-        return np.stack((rows[one], rows[other]), axis=1)
+        first, second = np.divmod(packed[0], max(len(rows), 1))
+        return np.stack((rows[first], rows[second]), axis=1)
 
     def _in_bands(self, keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield pairs of positions whose keys are equal, at most WINDOW for each position."""
@@ -158,16 +158,16 @@ class Comparison:
         self._grams = lru_cache(maxsize=64)(lambda row: grams(text_of(row)))
         self._keys, self._compared = keys, compared
 
-    def index(self, one: int, other: int) -> float:
+    def index(self, row: int, other: int) -> float:
         """Return the Jaccard index of two rows."""
-        return jaccard(self._grams(one), self._grams(other))
+        return jaccard(self._grams(row), self._grams(other))
 
-    def is_near(self, one: int, other: int) -> bool:
+    def is_near(self, row: int, other: int) -> bool:
         """Tell whether two rows are near-duplicates."""
         if self._compared is None:
-            return self.index(one, other) >= THRESHOLD
-        keys = sorted((int(self._keys[one]), int(self._keys[other])))
-        return self._compared.result(keys, lambda: self.index(one, other) >= THRESHOLD)
+            return self.index(row, other) >= THRESHOLD
+        keys = sorted((int(self._keys[row]), int(self._keys[other])))
+        return self._compared.result(keys, lambda: self.index(row, other) >= THRESHOLD)
 
 
 class Compared:
@@ -231,10 +231,10 @@ def grams(text: str) -> set[str]:
     return {text[start : start + GRAM] for start in range(max(1, len(text) - GRAM + 1))}
 
 
-def jaccard(one: set[str], other: set[str]) -> float:
+def jaccard(first: set[str], second: set[str]) -> float:
     """Return the Jaccard index of two sets: the share of their union that is in both."""
-    both = len(one & other)
-    return both / (len(one) + len(other) - both)
+    both = len(first & second)
+    return both / (len(first) + len(second) - both)
 
 
 def sketch(texts: Sequence[str]) -> np.ndarray:

@@ -89,11 +89,11 @@ class Placer:
                 self._join(row, other)
             self._note_placed(row)
 
-    def separate(self, hold_out_one: Callable[[Sequence[str]], str] | None) -> Placement:
+    def separate(self, choose: Callable[[Sequence[str]], str] | None) -> Placement:
         """Give near rows the same side, and leave training rows out that are near to a row of a held-out file.
 
         Args:
-            hold_out_one: chooses the unit that is held out if the hash holds out none; None if files are held out.
+            choose: chooses the unit that is held out if the hash holds out none; None if files are held out.
         """
         rows, followed = self._rows, _Followed(self._rows)
         # A row of a held-out file that cannot be held out is never scored: no row is left out because of it.
@@ -102,7 +102,7 @@ class Placer:
         for row in np.flatnonzero(~self._is_out & (followed.may_follow | ~self._candidates.alone)).tolist():
             if self._place(row, int(rows.sides[row]), followed):
                 followed.add(row)
-        return self._result(self._hold_out_one(hold_out_one))
+        return self._result(self._hold_out_cluster(choose))
 
     def _place(self, row: int, side: int, followed: _Followed) -> bool:
         near = list(self._near(row))
@@ -151,8 +151,8 @@ class Placer:
         self._left_out[row] = (reason, other)
         return False
 
-    def _join(self, one: int, other: int) -> None:
-        roots = sorted((self._root(one), self._root(other)))
+    def _join(self, row: int, other: int) -> None:
+        roots = sorted((self._root(row), self._root(other)))
         self._parent[roots[1]] = roots[0]
 
     def _root(self, row: int) -> int:
@@ -160,7 +160,7 @@ class Placer:
             self._parent[row] = row = int(self._parent[parent])
         return row
 
-    def _hold_out_one(self, choose: Callable[[Sequence[str]], str] | None) -> int:
+    def _hold_out_cluster(self, choose: Callable[[Sequence[str]], str] | None) -> int:
         """Hold out one cluster if the hash held out none; return its number of rows."""
         may = self._rows.may_be_held_out & ~self._is_out
         if choose is None or (may & (self._sides == HELDOUT_SIDE)).any():

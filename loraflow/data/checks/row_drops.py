@@ -129,10 +129,10 @@ def _disputed(prompts: np.ndarray, answers: np.ndarray, learned: np.ndarray) -> 
     order = order[np.lexsort((answers[order], prompts[order]))]
     if len(order) == 0:
         return found
-    ordered, said = prompts[order], answers[order]
+    ordered, ordered_answers = prompts[order], answers[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     ends = np.r_[starts[1:], len(order)]
-    groups = np.repeat(said[starts] != said[ends - 1], ends - starts)
+    groups = np.repeat(ordered_answers[starts] != ordered_answers[ends - 1], ends - starts)
     found[order[groups]] = True
     return found
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.answers.labels import Answer, Question
+from loraflow.data.answers.labels import Question
 from loraflow.data.chats import Chat, Message, with_system
 from loraflow.data.checks.broken_text import has_carriage_return
 from loraflow.data.checks.near import HASHES, comparable_text, sketch
@@ -96,7 +96,7 @@ class RowSegment:
     unread: dict[str, int]
     told: dict[tuple[str, str], int]
     carriage_returns: int
-    asked: dict[Question, Answer]
+    asked: dict[Question, bool]
 
     def __len__(self) -> int:
         return len(self.arrays["ids"])
@@ -170,7 +170,7 @@ class SegmentBuilder:
             self._arrays["numbers"].append(number)
             self._add_chat(row, row.messages)
 
-    def segment(self, asked: dict[Question, Answer]) -> RowSegment:
+    def segment(self, asked: dict[Question, bool]) -> RowSegment:
         """Return the segment. `asked` has the questions about the file that were answered for it."""
         arrays = {name: np.frombuffer(values, np.dtype(values.typecode)) for name, values in self._arrays.items()}
         if self._is_near:

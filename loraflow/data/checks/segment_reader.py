@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from loraflow import stage_code
 from loraflow.config.stage_configs import CheckDatasetConfig
-from loraflow.data.answers.labels import Answer, Labels, Question
+from loraflow.data.answers.labels import Labels, Question
 from loraflow.data.checks.row_segment import RowSegment
 from loraflow.data.checks.rows_file import FileRows, RowItem, RowsFile, contents, read_segment
 from loraflow.data.checks.segment_process import SegmentProcesses, processors
@@ -89,7 +89,7 @@ class SegmentReader:
             Crashed: a process ended by itself.
         """
         of_file = hashlib.sha256(self._of_job + _key_of_file(file)) if self._cache is not None else None
-        labels, answers = file.labels(), dict[Question, Answer]()
+        labels, answers = file.labels(), dict[Question, bool]()
         pending: deque[_Pending] = deque()
         for segment in file.segments():
             key = "" if of_file is None else _key_of_rows(of_file, segment)
@@ -101,7 +101,7 @@ class SegmentReader:
         while pending:
             yield self._finish(pending.popleft(), file, labels, answers)
 
-    def _cached(self, key: str, answers: dict[Question, Answer]) -> RowSegment | None:
+    def _cached(self, key: str, answers: dict[Question, bool]) -> RowSegment | None:
         content = None if self._cache is None else self._cache.read(key)
         if content is None:
             return None
@@ -135,7 +135,7 @@ class SegmentReader:
         return is_done or self._processes is None or len(pending) > 3 * self._processes.count
 
     def _finish(
-        self, pending: _Pending, file: RowsFile, labels: Labels, answers: dict[Question, Answer]
+        self, pending: _Pending, file: RowsFile, labels: Labels, answers: dict[Question, bool]
     ) -> PlacedSegment:
         found, content = pending.found, None
         if isinstance(found, Future):

@@ -13,7 +13,7 @@ from loraflow.data.answers.marks import MarkedFalse
 from loraflow.data.answers.preference_pairs import refuse_corrected
 from loraflow.data.chats import BadRow
 from loraflow.data.files.readers import read_values
-from loraflow.data.formats.chat_formats import has_known_keys, is_bare_chat, read_chat, to_messages
+from loraflow.data.formats.chat_formats import has_known_keys, is_bare_chat, read_chat
 from loraflow.data.formats.published_formats import are_messages, is_history, pair_keys
 from loraflow.data.formats.question_parts import LostPart, is_passage, is_phrase, question_parts
 from loraflow.data.formats.row_fields import objects
@@ -120,7 +120,7 @@ def columns_of(path: Path, name: str) -> dict[str, str]:
     if not rows or not isinstance(rows[0], dict):
         return {}
     try:
-        to_messages(rows[0])
+        read_chat(rows[0])
     except LostPart:
         columns = guess_columns(rows[0], rows[1:])
         return columns if _reads_the_lost_part(columns, rows) else {}
@@ -325,7 +325,7 @@ def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
 
 def _is_chat(column: str, turns: JsonValue) -> bool:
     try:
-        to_messages({column: turns})
+        read_chat({column: turns})
     except BadRow:
         return False
     return True

@@ -138,16 +138,6 @@ def _marked(
     return (learned if has_weights or len(learned) < len(answers) else None), (weights if has_weights else None)
 
 
-def to_messages(row: JsonValue, format_name: str = "auto") -> list[Message]:
-    """Return a row's chat.
-
-    Raises:
-        MarkedFalse: marks exclude every answer of the row.
-        BadRow: the row is not a valid chat.
-    """
-    return read_chat(row, format_name).messages
-
-
 def to_prompt(row: JsonValue, format_name: str = "auto", tools: list[Tool] | None = None) -> list[Message]:
     """Return a row's prompt: its chat without the last answer, whether the row has that answer or not.
 

@@ -263,8 +263,7 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         return hint
     texts = [key for key, value in row.items() if is_transcript(value)]
     if "chosen" in row:
-        columns = "{text: chosen}" if is_transcript(row["chosen"]) else "{completion: chosen} or {messages: chosen}"
-        return f"; for the chosen answers of preference pairs, set data.columns: {columns}"
+        return f"; for the chosen answers of preference pairs, set data.columns: {{{_columns_of_chosen(row)}}}"
     if len(texts) == 1 and not _OF_PAIRS.search(texts[0]) and _is_closed(row[texts[0]]):
         return f"; {texts[0]} has a chat: set data.columns: {{text: {texts[0]}}}"
     if (parts := question_parts(row)) and not row.keys().isdisjoint(("question", "problem", "query")):
@@ -280,12 +279,29 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
     return hint or _hint_to_unpack(row) or _hint_to_name(row)
 
 
+def _columns_of_chosen(row: Mapping[str, JsonValue]) -> str:
+    """Return the columns that read the chosen answer of a pair, with its question if no column has its usual name."""
+    if isinstance(row["chosen"], list) and len(row["chosen"]) > 1:
+        return "messages: chosen"
+    if is_transcript(row["chosen"]):
+        return "text: chosen"
+    if "prompt" in row or "instruction" in row:
+        return "completion: chosen" if "prompt" in row else "output: chosen"
+    question = next((key for key in ("question", "query", "input") if isinstance(row.get(key), str)), None)
+    if question is None:
+        return "completion: chosen"
+    return f"prompt: {question}, completion: chosen"
+
+
 def _hint_to_unpack(row: Mapping[str, JsonValue]) -> str:
-    """Return how the only chat inside an object becomes the row. Keys beside it, such as marks, are kept."""
+    """Return how the only chat inside an object becomes the row. Keys beside it, such as marks, are kept.
+
+    A key with a single quote cannot be written between those of a shell.
+    """
     inner = [key for key, value in row.items() if isinstance(value, dict) and _has_chat(value)]
     if len(inner) != 1 or _OF_PAIRS.search(inner[0]) or not row.keys().isdisjoint(("request", "response")):
         return ""
-    return _by_jq(f"{_path(inner[0])} + del({_path(inner[0])})") if _is_quotable(inner[0]) else ""
+    return "" if "'" in inner[0] else _by_jq(f"{_path(inner[0])} + del({_path(inner[0])})")
 
 
 def _has_chat(value: Mapping[str, JsonValue]) -> bool:
@@ -375,24 +391,19 @@ def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
 def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: str) -> str:
     """Return the command that writes a question and its answer behind earlier messages; empty if they are no texts."""
     keys = (history, question, answer)
-    if not (isinstance(row[question], str) and isinstance(row[answer], str) and all(map(_is_quotable, keys))):
+    if not (isinstance(row[question], str) and isinstance(row[answer], str)) or "'" in "".join(keys):
         return ""
     first = _messages_of(history, row)[0]
     role = next(name for name in ROLE_KEYS if name in first)
-    said = next((name for name in CONTENTS if name in first), CONTENTS[0])
+    text = next((name for name in CONTENTS if name in first), CONTENTS[0])
     before, asked, answered = map(_path, keys)
-    turns = f'{{{role}: "user", {said}: {asked}}}, {{{role}: "assistant", {said}: {answered}}}'
+    turns = f'{{{role}: "user", {text}: {asked}}}, {{{role}: "assistant", {text}: {answered}}}'
     return _by_jq(f". + {{messages: ({before} + [{turns}])}} | del({before}, {asked}, {answered})")
 
 
 def _path(key: str) -> str:
     """Return the filter of jq that takes a key."""
     return f".{key}" if re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII) else f".[{json.dumps(key)}]"
-
-
-def _is_quotable(key: str) -> bool:
-    """Tell whether a key can be written between the single quotes of a shell."""
-    return "'" not in key
 
 
 def _keys_of_message(row: Mapping[str, JsonValue]) -> tuple[str | None, str | None, str | None]:

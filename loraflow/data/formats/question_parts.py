@@ -42,7 +42,7 @@ _CLOSING = "'\"”’»)]"
 _STOPS = (".", "!", "?", "…", "।", "؟")
 _WIDE_STOPS = re.compile(r"[。！？]")
 _LETTERS = frozenset("abcd")
-_ONE_CHOICE = re.compile(r"op[a-d]|options?_?[a-e1-5]|choices?_?[a-e1-5]|ending_?[0-4]")
+_CHOICE = re.compile(r"op[a-d]|options?_?[a-e1-5]|choices?_?[a-e1-5]|ending_?[0-4]")
 
 _LABEL = re.compile(r"\(?(?:[A-Ha-h]|[0-9])[.)]*")
 _QUOTED = re.compile(r"""(?<=['"])[^'"]+(?=['"])""")
@@ -57,7 +57,7 @@ def question_parts(row: Mapping[str, JsonValue]) -> list[str]:
     """Return the keys of a row that hold parts of its question beside the question itself."""
     names = {str(key).lower(): str(key) for key in row}
     found = [key for name, key in names.items() if _is_part(name, row[key])]
-    single = [key for name, key in names.items() if _ONE_CHOICE.fullmatch(name) and _is_text(row[key])]
+    single = [key for name, key in names.items() if _CHOICE.fullmatch(name) and _is_text(row[key])]
     if len(single) > 1:
         found += single
     if names.keys() >= _LETTERS:

@@ -39,11 +39,11 @@ def locate(data: Data, memo: HashMemo) -> DatasetLocation:
         BadData: the dataset does not exist, or its `.dvc` file cannot be read.
     """
     if data.sources:
-        return locate_sources(data.sources, memo, locate_one)
-    return locate_one(data, memo)
+        return locate_sources(data.sources, memo, locate_dataset)
+    return locate_dataset(data, memo)
 
 
-def locate_one(data: Data | DataSource, memo: HashMemo, key: str = "data.source") -> DatasetLocation:
+def locate_dataset(data: Data | DataSource, memo: HashMemo, key: str = "data.source") -> DatasetLocation:
     """Return a single dataset: see `locate`. `key` is the recipe's, for messages."""
     if data.source.endswith(".dvc"):
         pin = dvc.read_pin(data.repo, data.source, data.rev, key)
@@ -104,9 +104,9 @@ def run(job: Job[VersionDatasetConfig], inputs: Inputs, out: Path, progress: Pro
 
                     fetch_remote(part.origin.url, part.md5, files / name / part.path)
                 else:
-                    fetch_one(part.origin, part.md5, target, memo)
+                    fetch_dataset(part.origin, part.md5, target, memo)
     elif isinstance(origin, FolderOrigin | DvcOrigin):
-        fetch_one(origin, md5, files, memo)
+        fetch_dataset(origin, md5, files, memo)
     else:
         raise TypeError(f"not the origin of a dataset: {origin!r}")
     names = sorted(path.relative_to(files).as_posix() for path in files.rglob("*") if path.is_file())
@@ -114,7 +114,7 @@ def run(job: Job[VersionDatasetConfig], inputs: Inputs, out: Path, progress: Pro
     return Summary(figures={"md5": md5, "files": len(names), "bytes": size})
 
 
-def fetch_one(origin: FolderOrigin | DvcOrigin, md5: str, target: Path, memo: HashMemo) -> None:
+def fetch_dataset(origin: FolderOrigin | DvcOrigin, md5: str, target: Path, memo: HashMemo) -> None:
     """Write the files of a single dataset to a folder. It raises what `run` raises."""
     if isinstance(origin, FolderOrigin):
         source = Path(origin.folder)
@@ -127,18 +127,18 @@ def fetch_one(origin: FolderOrigin | DvcOrigin, md5: str, target: Path, memo: Ha
 _Locate = Callable[[DataSource, HashMemo], DatasetLocation]
 
 
-def locate_sources(sources: list[DataSource], memo: HashMemo, locate_one: _Locate) -> DatasetLocation:
+def locate_sources(sources: list[DataSource], memo: HashMemo, locate_dataset: _Locate) -> DatasetLocation:
     """Return a mixture: the md5 over its sources' names and contents, and where to read each of them.
 
     Raises:
-        Failure: as `locate_one`, with the number and name of the source; or a pattern matches no file.
+        Failure: as `locate_dataset`, with the number and name of the source; or a pattern matches no file.
     """
     found: dict[str, list[SourcePart]] = {}
     places: dict[str, str] = {}  # file → the source that has it
     for number, source in enumerate(sources, 1):
         label = f"source {number} ({source.key})"
         try:
-            parts = _parts(source, memo, locate_one)
+            parts = _parts(source, memo, locate_dataset)
         except Failure as failure:
             failure.what = f"{label[0].upper()}{label[1:]}: {failure.what}"
             raise
@@ -185,13 +185,13 @@ def wrong_sources(files: Path, sources: Mapping[str, Mapping[str, str]]) -> list
     ]
 
 
-def _parts(source: DataSource, memo: HashMemo, locate_one: _Locate) -> list[SourcePart]:
+def _parts(source: DataSource, memo: HashMemo, locate_dataset: _Locate) -> list[SourcePart]:
     if source.is_remote:
         from loraflow.data.versions.remote_files import locate_remote
 
         return locate_remote(source)
     if not source.is_pattern or Path(source.source).exists():  # chats[1].jsonl is also a file's name
-        found = locate_one(source, memo)
+        found = locate_dataset(source, memo)
         assert isinstance(found.origin, FolderOrigin | DvcOrigin)
         if isinstance(found.origin, FolderOrigin):
             refuse_unsaved(Path(found.origin.folder))
