@@ -1,4 +1,4 @@
-"""Tests and one-sided bounds for the difference between two models on the same rows.
+"""Tests and one-sided bounds for the difference between two models on the same rows, and the interval of a model's mean.
 
 The gate needs tests that hold at levels such as 0.00007, for few rows, heavy tails and rows in groups. A normal score
 bound or 4,000 bootstrap resamples are not valid there.
@@ -21,7 +21,7 @@ from functools import lru_cache
 import numpy as np
 import scipy
 
-from loraflow.evaluation.intervals import Bounds, Interval, ratio_interval, tango_bound
+from loraflow.evaluation.intervals import SKEWNESS, Bounds, Interval, is_binary, ratio_interval, tango_bound
 
 _NUISANCE_POINTS = 60  # rates of disagreement at which the exact test is evaluated; 200 change no p-value by 1 %
 _FEWEST_DIFFERENT = 4  # groups that differ from the others, so that their spread says something
@@ -92,9 +92,7 @@ class Evidence:
         shows. The ends are infinite if there is no range, and the differences are all equal or too few for a bound.
         """
         level, reach = (1 + confidence) / 2, np.inf if self.reach is None else self.reach
-        has_weight = self.weights > 0
-        each = self.gains[has_weight] / self.weights[has_weight]
-        different = np.count_nonzero(np.abs(each - np.median(each)) > 1e-9 * np.abs(each).max())
+        different = _different(self.gains, self.weights)
         if self.reach is None and (not different or np.isinf(self.lower_bound(level))):
             return Interval(self.estimate, -reach, reach)
         if self.binary or different < _FEWEST_DIFFERENT:
@@ -142,6 +140,54 @@ class Evidence:
         if self.reach is None or self.groups < self.rows:
             p = max(p, _t_p_value(centred, times))
         return p
+
+
+def mean_interval(
+    scores: np.ndarray,
+    confidence: float,
+    weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+    largest: float | None = None,
+) -> Interval:
+    """Return the mean of scores [rows] with its interval.
+
+    If fewer than four groups differ from the others, their spread says little: the ends are then Gaffke's bounds, which
+    hold for any scores between 0 and `largest`. Without a range there is no interval of equal scores.
+
+    Args:
+        weights: the numbers of tokens of the rows.
+        groups: a number for each row; rows with the same number are not independent.
+        largest: the largest possible value of a score that is at least 0, 100 for chrf. The interval is within this
+            range. If every score is 0 or this, the mean is a share of it.
+    """
+    if groups is not None and len(np.unique(groups)) == len(scores):
+        groups = None
+    if largest is None and weights is None and is_binary(scores):
+        largest = 1.0
+    is_plain = weights is None and groups is None
+    if is_plain and largest is not None and is_binary(scores / largest) and scores.min() < scores.max():
+        hits = int(np.count_nonzero(scores))
+        share = scipy.stats.binomtest(hits, len(scores)).proportion_ci(confidence, method="wilson")
+        return Interval(float(scores.mean()), largest * float(share.low), largest * float(share.high))
+    weights = np.ones(len(scores)) if weights is None else weights
+    labels = np.arange(len(scores)) if groups is None else groups
+    sums, weights = np.bincount(labels, weights * scores), np.bincount(labels, weights)
+    value, low, high = ratio_interval(sums, weights, confidence, skewness=SKEWNESS if is_plain else 0.0)
+    if largest is not None and _different(sums, weights) < _FEWEST_DIFFERENT:
+        middle = largest / 2  # scores are at most this far from it
+        found = Evidence(sums - middle * weights, weights, middle, rows=len(scores)).bounds((1 + confidence) / 2)
+        low, high = found.lower + middle, found.upper + middle
+    elif not is_plain and value > 0 and scores.min() >= 0 and np.isfinite(low):
+        low, high = (float(value * np.exp(end / value - 1)) for end in (low, high))
+    if largest is None:
+        return Interval(value, low, high) if low < high else Interval(value, -np.inf, np.inf)
+    return Interval(value, max(low, 0.0), min(high, largest))
+
+
+def _different(sums: np.ndarray, weights: np.ndarray) -> int:
+    """Return how many groups have another mean than most."""
+    each = sums[weights > 0] / weights[weights > 0]
+    return int(np.count_nonzero(np.abs(each - np.median(each)) > 1e-9 * np.abs(each).max()))
 
 
 def _t_p_value(values: np.ndarray, times: int) -> float:
