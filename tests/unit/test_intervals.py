@@ -201,6 +201,8 @@ def test_an_interval_of_equal_graded_scores_allows_for_other_scores_that_no_row_
 def test_equal_scores_without_a_known_range_have_no_interval():
     assert mean_interval(np.full(50, 7.0), 0.95)[1:] == (-np.inf, np.inf)
     assert mean_interval(np.zeros(50), 0.95, np.arange(1.0, 51))[1:] == (-np.inf, np.inf), "losses"
+    table = pd.DataFrame({"id": list("abc"), "brevity": [7.0] * 3, "finish": ["stop"] * 3})
+    assert str(summarise(table, 0.95)["brevity"]) == "7.000 (no interval)"
 
 
 @pytest.mark.parametrize("share", [0.9, 0.95, 0.97, 0.98, 0.99])
