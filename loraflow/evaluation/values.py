@@ -68,7 +68,9 @@ class MetricValue(StoredModel):
 
     def __str__(self) -> str:
         has_interval = math.isfinite(self.low) or math.isfinite(self.high)
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if has_interval else f"{self.value:.3f} (no interval)"
+        return (
+            f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if has_interval else f"{self.value:.3f} (no interval)"
+        )
 
 
 SetScores: TypeAlias = Mapping[str, MetricValue]  # metric → value
