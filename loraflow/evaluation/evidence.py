@@ -21,7 +21,15 @@ from functools import lru_cache
 import numpy as np
 import scipy
 
-from loraflow.evaluation.intervals import SKEWNESS, Bounds, Interval, is_binary, ratio_interval, tango_bound
+from loraflow.evaluation.intervals import (
+    SKEWNESS,
+    Bounds,
+    Interval,
+    is_binary,
+    ratio_interval,
+    tango_bound,
+    tango_score,
+)
 
 _NUISANCE_POINTS = 60  # rates of disagreement at which the exact test is evaluated; 200 change no p-value by 1 %
 _FEWEST_DIFFERENT = 4  # groups that differ from the others, so that their spread says something
@@ -252,7 +260,7 @@ def exact_p_value(wins: int, losses: int, n: int, bound: float, level: float) ->
     It is the largest probability, over the rates of disagreement that are plausible, of a score that is at least as large
     as the one observed; plus the probability that the rate is not among them.
     """
-    observed = float(_score(np.array([wins]), np.array([losses]), n, bound)[0])
+    observed = float(tango_score(np.array([wins]), np.array([losses]), n, bound)[0])
     if observed <= 0:
         return 1.0
     outside = level * _NUISANCE_SHARE
@@ -276,18 +284,8 @@ def _fewest_wins(lost: np.ndarray, n: int, bound: float, score: float) -> np.nda
     low, high = np.zeros_like(lost), n - lost + 1
     while (low < high).any():
         middle = (low + high) // 2
-        reached = _score(np.minimum(middle, n - lost), lost, n, bound) >= score - 1e-9
+        reached = tango_score(np.minimum(middle, n - lost), lost, n, bound) >= score - 1e-9
         open_ = low < high
         high = np.where(open_ & reached, middle, high)
         low = np.where(open_ & ~reached, middle + 1, low)
     return np.where(low > n - lost, n + 1, low)
-
-
-def _score(wins: np.ndarray, losses: np.ndarray, n: int, bound: float) -> np.ndarray:
-    """Return Tango's score of each outcome: (d - bound) over its standard error under the hypothesis d = bound."""
-    b = -wins - losses + (2 * n - wins + losses) * bound
-    c = -losses * bound * (1 - bound)
-    q = (np.sqrt(np.maximum(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
-    variance = np.maximum((2 * q + bound * (1 - bound)) / n, 1e-300)
-    score: np.ndarray = ((wins - losses) / n - bound) / np.sqrt(variance)
-    return score

@@ -79,20 +79,25 @@ def tango_bound(wins: int, losses: int, n: int, confidence: float) -> float:
     The bound is the difference d0 at which z = (d - d0) / sqrt((p - d0²) / n) reaches the quantile, where p, the rate
     of disagreement, is its maximum likelihood estimate under d0. Tango 1998, Statistics in Medicine 17:891.
     """
-    z = float(scipy.special.ndtri(confidence))
-    d = (wins - losses) / n
+    z, d = float(scipy.special.ndtri(confidence)), (wins - losses) / n
 
     def excess(d0: float) -> float:
-        # The rate of losses under d0 solves 2n·q² + b·q + c = 0.
-        b = -wins - losses + (2 * n - wins + losses) * d0
-        c = -losses * d0 * (1 - d0)
-        q = (np.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
-        variance = max((2 * q + d0 * (1 - d0)) / n, 1e-300)
-        return float((d - d0) / np.sqrt(variance) - z)
+        return float(tango_score(wins, losses, n, d0)) - z
 
     if excess(-1 + 1e-12) <= 0:
         return -1.0
     return float(scipy.optimize.brentq(excess, -1 + 1e-12, d, xtol=1e-10)) if d > -1 else -1.0
+
+
+def tango_score(wins: np.ndarray | int, losses: np.ndarray | int, n: int, bound: float) -> np.ndarray:
+    """Return Tango's score of each outcome: (d - bound) over its standard error under the hypothesis d = bound."""
+    # The rate of losses under it solves 2n·q² + b·q + c = 0.
+    b = -wins - losses + (2 * n - wins + losses) * bound
+    c = -losses * bound * (1 - bound)
+    q = (np.sqrt(np.maximum(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
+    variance = np.maximum((2 * q + bound * (1 - bound)) / n, 1e-300)
+    score: np.ndarray = ((wins - losses) / n - bound) / np.sqrt(variance)
+    return score
 
 
 def group_labels(table: pd.DataFrame) -> np.ndarray:
