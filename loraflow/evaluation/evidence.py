@@ -96,8 +96,7 @@ class Evidence:
     def interval(self, confidence: float) -> Interval:
         """Return the estimate with its two-sided interval, which `loraflow compare` shows. The gate does not use it.
 
-        docs/trust.md says how often it covers the difference. Bounds of graded scores also allow for failures that no row
-        shows. The ends are infinite if there is no range, and the differences are all equal or too few for a bound.
+        docs/trust.md says how often it covers. The ends are infinite without a range, if the differences are equal or too few.
         """
         level, reach = (1 + confidence) / 2, np.inf if self.reach is None else self.reach
         different = _different(self.gains, self.weights)
@@ -159,8 +158,8 @@ def mean_interval(
 ) -> Interval:
     """Return the mean of scores [rows] with its interval.
 
-    If fewer than four groups differ from the others, their spread says little: the ends are then Gaffke's bounds, which
-    hold for any scores between 0 and `largest`. Without a range there is no interval of equal scores.
+    If fewer than four groups differ from the others, the ends are Gaffke's bounds, which hold for any scores between 0 and
+    `largest`. Equal scores without a range have no interval.
 
     Args:
         weights: the numbers of tokens of the rows.
