@@ -96,7 +96,7 @@ class Evidence:
     def interval(self, confidence: float) -> Interval:
         """Return the estimate with its two-sided interval, which `loraflow compare` shows. The gate does not use it.
 
-        docs/trust.md says how often it covers. The ends are infinite without a range, if the differences are equal or too few.
+        docs/trust.md says how often it covers. The ends are infinite without a range, if the differences are equal or few.
         """
         level, reach = (1 + confidence) / 2, np.inf if self.reach is None else self.reach
         different = _different(self.gains, self.weights)
