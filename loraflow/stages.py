@@ -175,7 +175,7 @@ DEAL_ROWS = Stage(
 
 EVALUATE = Stage(
     name="evaluate",
-    version=9,  # 9: repetition penalties and shortest answers do not count padding
+    version=10,  # 10: intervals of scores of which few rows differ
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, DEAL_ROWS, part="heldout")},
@@ -200,7 +200,7 @@ CHECK_GENERAL = Stage(
 
 SCORE_GENERAL = Stage(
     name="score_general",
-    version=3,  # intervals count rows with one prompt as one group
+    version=4,  # 4: intervals of scores of which few rows differ
     module="loraflow.evaluation.general",
     config=configs.ScoreGeneralConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "general": _from(CHECK_GENERAL, part="general")},

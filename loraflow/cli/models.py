@@ -38,8 +38,7 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
         return
     for name, metrics in scores.items():
         for metric, score in metrics.items():
-            interval = f"{score.low:.4f}–{score.high:.4f}"
-            click.echo(f"{name:<14} {metric:<14} {score.value:8.4f}  {interval}  ({score.n} rows)")
+            click.echo(f"{name:<14} {metric:<14} {score}  ({score.n} rows)")
     click.echo(f"row by row: {location}/scores.parquet")
 
 

@@ -1,4 +1,4 @@
-"""Tests and one-sided bounds for the difference between two models on the same rows.
+"""Tests and one-sided bounds for the difference between two models on the same rows, and the interval of a model's mean.
 
 The gate needs tests that hold at levels such as 0.00007, for few rows, heavy tails and rows in groups. A normal score
 bound or 4,000 bootstrap resamples are not valid there.
@@ -21,7 +21,15 @@ from functools import lru_cache
 import numpy as np
 import scipy
 
-from loraflow.evaluation.intervals import Bounds, Interval, ratio_interval, tango_bound
+from loraflow.evaluation.intervals import (
+    SKEWNESS,
+    Bounds,
+    Interval,
+    is_binary,
+    ratio_interval,
+    tango_bound,
+    tango_score,
+)
 
 _NUISANCE_POINTS = 60  # rates of disagreement at which the exact test is evaluated; 200 change no p-value by 1 %
 _FEWEST_DIFFERENT = 4  # groups that differ from the others, so that their spread says something
@@ -88,13 +96,10 @@ class Evidence:
     def interval(self, confidence: float) -> Interval:
         """Return the estimate with its two-sided interval, which `loraflow compare` shows. The gate does not use it.
 
-        docs/trust.md says how often it covers the difference. Bounds of graded scores also allow for failures that no row
-        shows. The ends are infinite if there is no range, and the differences are all equal or too few for a bound.
+        docs/trust.md says how often it covers. The ends are infinite without a range, if the differences are equal or few.
         """
         level, reach = (1 + confidence) / 2, np.inf if self.reach is None else self.reach
-        has_weight = self.weights > 0
-        each = self.gains[has_weight] / self.weights[has_weight]
-        different = np.count_nonzero(np.abs(each - np.median(each)) > 1e-9 * np.abs(each).max())
+        different = _different(self.gains, self.weights)
         if self.reach is None and (not different or np.isinf(self.lower_bound(level))):
             return Interval(self.estimate, -reach, reach)
         if self.binary or different < _FEWEST_DIFFERENT:
@@ -142,6 +147,54 @@ class Evidence:
         if self.reach is None or self.groups < self.rows:
             p = max(p, _t_p_value(centred, times))
         return p
+
+
+def mean_interval(
+    scores: np.ndarray,
+    confidence: float,
+    weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+    largest: float | None = None,
+) -> Interval:
+    """Return the mean of scores [rows] with its interval.
+
+    If fewer than four groups differ from the others, the ends are Gaffke's bounds, which hold for any scores between 0 and
+    `largest`. Equal scores without a range have no interval.
+
+    Args:
+        weights: the numbers of tokens of the rows.
+        groups: a number for each row; rows with the same number are not independent.
+        largest: the largest possible value of a score that is at least 0, 100 for chrf. The interval is within this
+            range. If every score is 0 or this, the mean is a share of it.
+    """
+    if groups is not None and len(np.unique(groups)) == len(scores):
+        groups = None
+    if largest is None and weights is None and is_binary(scores):
+        largest = 1.0
+    is_plain = weights is None and groups is None
+    if is_plain and largest is not None and is_binary(scores / largest) and scores.min() < scores.max():
+        hits = int(np.count_nonzero(scores))
+        share = scipy.stats.binomtest(hits, len(scores)).proportion_ci(confidence, method="wilson")
+        return Interval(float(scores.mean()), largest * float(share.low), largest * float(share.high))
+    weights = np.ones(len(scores)) if weights is None else weights
+    labels = np.arange(len(scores)) if groups is None else groups
+    sums, weights = np.bincount(labels, weights * scores), np.bincount(labels, weights)
+    value, low, high = ratio_interval(sums, weights, confidence, skewness=SKEWNESS if is_plain else 0.0)
+    if largest is not None and _different(sums, weights) < _FEWEST_DIFFERENT:
+        middle = largest / 2  # scores are at most this far from it
+        found = Evidence(sums - middle * weights, weights, middle, rows=len(scores)).bounds((1 + confidence) / 2)
+        low, high = found.lower + middle, found.upper + middle
+    elif not is_plain and value > 0 and scores.min() >= 0 and np.isfinite(low):
+        low, high = (float(value * np.exp(end / value - 1)) for end in (low, high))
+    if largest is None:
+        return Interval(value, low, high) if low < high else Interval(value, -np.inf, np.inf)
+    return Interval(value, max(low, 0.0), min(high, largest))
+
+
+def _different(sums: np.ndarray, weights: np.ndarray) -> int:
+    """Return how many groups have another mean than most."""
+    each = sums[weights > 0] / weights[weights > 0]
+    return int(np.count_nonzero(np.abs(each - np.median(each)) > 1e-9 * np.abs(each).max()))
 
 
 def _t_p_value(values: np.ndarray, times: int) -> float:
@@ -206,7 +259,7 @@ def exact_p_value(wins: int, losses: int, n: int, bound: float, level: float) ->
     It is the largest probability, over the rates of disagreement that are plausible, of a score that is at least as large
     as the one observed; plus the probability that the rate is not among them.
     """
-    observed = float(_score(np.array([wins]), np.array([losses]), n, bound)[0])
+    observed = float(tango_score(np.array([wins]), np.array([losses]), n, bound)[0])
     if observed <= 0:
         return 1.0
     outside = level * _NUISANCE_SHARE
@@ -230,18 +283,8 @@ def _fewest_wins(lost: np.ndarray, n: int, bound: float, score: float) -> np.nda
     low, high = np.zeros_like(lost), n - lost + 1
     while (low < high).any():
         middle = (low + high) // 2
-        reached = _score(np.minimum(middle, n - lost), lost, n, bound) >= score - 1e-9
+        reached = tango_score(np.minimum(middle, n - lost), lost, n, bound) >= score - 1e-9
         open_ = low < high
         high = np.where(open_ & reached, middle, high)
         low = np.where(open_ & ~reached, middle + 1, low)
     return np.where(low > n - lost, n + 1, low)
-
-
-def _score(wins: np.ndarray, losses: np.ndarray, n: int, bound: float) -> np.ndarray:
-    """Return Tango's score of each outcome: (d - bound) over its standard error under the hypothesis d = bound."""
-    b = -wins - losses + (2 * n - wins + losses) * bound
-    c = -losses * bound * (1 - bound)
-    q = (np.sqrt(np.maximum(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
-    variance = np.maximum((2 * q + bound * (1 - bound)) / n, 1e-300)
-    score: np.ndarray = ((wins - losses) / n - bound) / np.sqrt(variance)
-    return score

@@ -22,7 +22,8 @@ from loraflow.config.stage_configs import ScoreGeneralConfig
 from loraflow.data.chats import GENERAL_FILE, GeneralRow, read_general
 from loraflow.data.tokens.loss_mask import Encoded
 from loraflow.data.tokens.token_labels import IGNORED
-from loraflow.evaluation.intervals import group_labels, mean_interval
+from loraflow.evaluation.evidence import mean_interval
+from loraflow.evaluation.intervals import group_labels
 from loraflow.evaluation.values import MetricValue, SetScores, scores_to_dict, write_metrics
 from loraflow.failures import BadData
 from loraflow.hardware.device import pick_device

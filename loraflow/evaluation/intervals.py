@@ -3,7 +3,7 @@
 Binary scores use Wilson's interval for a share, and Tango's score bound (1998) for a paired difference: where models
 rarely disagree, the error rate of a percentile bootstrap is four times the nominal rate. All others use the jackknife's
 standard error: graded scores and their paired differences with a correction for skewness, and positive means that are
-weighted by tokens, or of rows in groups, on the scale of their logarithm.
+weighted by tokens, or of rows in groups, on the scale of their logarithm. `evidence.mean_interval` chooses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # The part of Hall's correction. All of it covers 0.99 where 9 of 10 scores are 1 (benchmarks/gate_intervals.py).
-_SKEWNESS = 1 / 3
+SKEWNESS = 1 / 3
 _FEWEST_GROUPS = 1.9  # of equal weight; with fewer, the t quantile says nothing
 
 
@@ -42,60 +42,7 @@ def is_binary(scores: np.ndarray) -> bool:
     return bool(np.isin(scores, (0.0, 1.0)).all())
 
 
-def mean_interval(
-    scores: np.ndarray,
-    confidence: float,
-    weights: np.ndarray | None = None,
-    groups: np.ndarray | None = None,
-    largest: float | None = None,
-) -> Interval:
-    """Return the mean of scores [rows] with its interval.
-
-    Args:
-        weights: the numbers of tokens of the rows.
-        groups: a number for each row; rows with the same number are not independent.
-        largest: the largest possible value of a score that is at least 0, 100 for chrf. The interval is within this
-            range. If every score is 0 or this, the mean is a share of it.
-    """
-    if groups is not None and len(np.unique(groups)) == len(scores):
-        groups = None
-    if largest is None and weights is None and is_binary(scores):
-        largest = 1.0
-    is_plain = weights is None and groups is None
-    if is_plain and largest is not None and is_binary(scores / largest):
-        hits = int(np.count_nonzero(scores))
-        interval = scipy.stats.binomtest(hits, len(scores)).proportion_ci(confidence, method="wilson")
-        return Interval(float(scores.mean()), largest * float(interval.low), largest * float(interval.high))
-    weights = np.ones(len(scores)) if weights is None else weights
-    labels = np.arange(len(scores)) if groups is None else groups
-    sums, weights = np.bincount(labels, weights * scores), np.bincount(labels, weights)
-    value, low, high = ratio_interval(sums, weights, confidence, skewness=_SKEWNESS if is_plain else 0.0)
-    if not is_plain and value > 0 and scores.min() >= 0 and np.isfinite(low):
-        low, high = (float(value * np.exp(end / value - 1)) for end in (low, high))
-    found = Interval(value, low, high)
-    return found if largest is None else within_range(found, weights, confidence, largest)
-
-
-def within_range(found: Interval, weights: np.ndarray, confidence: float, largest: float = 1.0) -> Interval:
-    """Return the part of an interval between 0 and `largest`; Wilson's if each score is one of these.
-
-    No group differs then, so the jackknife finds no error. Rows of a group count as one row, so the interval can be wider
-    than with one wrong row.
-
-    Args:
-        weights: rows [groups].
-    """
-    value, low, high = found
-    if value in (0.0, largest) and high - low <= 1e-9 * largest:
-        groups = float(weights.sum() ** 2 / (weights @ weights))  # of equal weight
-        z2 = float(scipy.special.ndtri((1 + confidence) / 2)) ** 2
-        low, high = value - largest * z2 / (groups + z2), value + largest * z2 / (groups + z2)
-    return Interval(value, max(low, 0.0), min(high, largest))
-
-
-def ratio_interval(
-    sums: np.ndarray, weights: np.ndarray, confidence: float, *, skewness: float = _SKEWNESS
-) -> Interval:
+def ratio_interval(sums: np.ndarray, weights: np.ndarray, confidence: float, *, skewness: float = SKEWNESS) -> Interval:
     """Return the interval of sum(sums) / sum(weights) over independent groups, by leaving out one group after the other.
 
     It is the t interval, with the part `skewness` of what Hall's (1992, JRSS B 54:221) adds to each end. The error is
@@ -132,20 +79,25 @@ def tango_bound(wins: int, losses: int, n: int, confidence: float) -> float:
     The bound is the difference d0 at which z = (d - d0) / sqrt((p - d0²) / n) reaches the quantile, where p, the rate
     of disagreement, is its maximum likelihood estimate under d0. Tango 1998, Statistics in Medicine 17:891.
     """
-    z = float(scipy.special.ndtri(confidence))
-    d = (wins - losses) / n
+    z, d = float(scipy.special.ndtri(confidence)), (wins - losses) / n
 
     def excess(d0: float) -> float:
-        # The rate of losses under d0 solves 2n·q² + b·q + c = 0.
-        b = -wins - losses + (2 * n - wins + losses) * d0
-        c = -losses * d0 * (1 - d0)
-        q = (np.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
-        variance = max((2 * q + d0 * (1 - d0)) / n, 1e-300)
-        return float((d - d0) / np.sqrt(variance) - z)
+        return float(tango_score(wins, losses, n, d0)) - z
 
     if excess(-1 + 1e-12) <= 0:
         return -1.0
     return float(scipy.optimize.brentq(excess, -1 + 1e-12, d, xtol=1e-10)) if d > -1 else -1.0
+
+
+def tango_score(wins: np.ndarray | int, losses: np.ndarray | int, n: int, bound: float) -> np.ndarray:
+    """Return Tango's score of each outcome: (d - bound) over its standard error under the hypothesis d = bound."""
+    # The rate of losses under it solves 2n·q² + b·q + c = 0.
+    b = -wins - losses + (2 * n - wins + losses) * bound
+    c = -losses * bound * (1 - bound)
+    q = (np.sqrt(np.maximum(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
+    variance = np.maximum((2 * q + bound * (1 - bound)) / n, 1e-300)
+    score: np.ndarray = ((wins - losses) / n - bound) / np.sqrt(variance)
+    return score
 
 
 def group_labels(table: pd.DataFrame) -> np.ndarray:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loraflow.evaluation.intervals import Interval, ratio_interval, within_range
+from loraflow.evaluation.intervals import Interval, ratio_interval
 from loraflow.evaluation.values import Confusion
 
 WORST = 10  # labels in the report
@@ -46,7 +46,10 @@ def macro_f1(
     labels = np.arange(len(expected)) if groups is None else groups
     rows = np.bincount(labels).astype(float)
     low, high = ratio_interval(np.bincount(labels, added), rows, confidence)[1:]
-    return within_range(Interval(value, low, high), rows, confidence)
+    if value in (0.0, 1.0) and high - low <= 1e-9:  # no row differs: the bound is that of a share of the groups
+        share = ((1 - confidence) / 2) ** float(rows @ rows / rows.sum() ** 2)
+        low, high = value * share, 1 - (1 - value) * share
+    return Interval(value, max(low, 0.0), min(high, 1.0))
 
 
 def confusions(answers: Sequence[str], references: Sequence[str]) -> tuple[Confusion, ...]:

@@ -67,7 +67,10 @@ class MetricValue(StoredModel):
         return number if math.isfinite(number) else None
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        has_interval = math.isfinite(self.low) or math.isfinite(self.high)
+        return (
+            f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if has_interval else f"{self.value:.3f} (no interval)"
+        )
 
 
 SetScores: TypeAlias = Mapping[str, MetricValue]  # metric → value

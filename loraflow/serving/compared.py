@@ -17,7 +17,7 @@ from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.frozen import StoredModel
 from loraflow.identity import short
 from loraflow.registry.runs import RunRecord, changes, find_named_run, find_run
-from loraflow.reporting.chart import svg
+from loraflow.reporting.chart import sparkline, svg
 from loraflow.reporting.markdown import quote
 from loraflow.serving.models import named_champion
 from loraflow.store import Store, read_table
@@ -138,6 +138,7 @@ def _digest(record: RunRecord) -> str | None:
 
 _CONFIDENCE = 0.95  # of intervals and bounds
 _SHOWN = 5  # rows of each metric and direction in the terminal
+_BARS = 40  # of a curve there
 _NOTE = "The interval says how large the difference is. The gate decides with the bounds."
 _SIGN = "A difference above 0 means that {} is better than A, also for a loss."
 _STYLE = """
@@ -155,6 +156,10 @@ def terminal_lines(comparison: ModelComparison) -> Iterator[str]:
     """Yield the comparison as text."""
     for letter, model in zip("ABC", comparison.models, strict=False):
         yield f"{letter}  {_describe(model)}"
+        losses = [loss for _, loss in model.losses]
+        shown = losses[:: len(losses) // _BARS + 1]
+        if losses:
+            yield f"   training loss {losses[0]:.3f} {sparkline(shown)} {losses[-1]:.3f} at step {model.losses[-1][0]:g}"
     for letter, pairing in zip("BC", comparison.pairings, strict=False):
         yield ""
         yield f"{letter} against A on {_rows(pairing)}"

@@ -78,6 +78,7 @@ def test_the_terminal_shows_scores_differences_settings_and_flipped_rows(store):
     assert line.split()[1:4] == ["0.6000", "0.7500", "+0.1500"] and "20, 5" in line
     assert "learning_rate 0.01 → 0.02" in done.output and "runtime" not in done.output
     assert "exact_match better: r060 0.000 → 1.000" in done.output
+    assert done.output.splitlines()[1] == "   training loss 2.000 █▁ 1.000 at step 2"
 
 
 def test_a_third_model_is_compared_with_the_first_on_the_rows_of_both(store):

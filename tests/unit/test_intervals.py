@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from scipy import optimize, stats
 
-from loraflow.evaluation.evidence import Evidence
-from loraflow.evaluation.intervals import mean_interval, ratio_interval, tango_bound
+from loraflow.evaluation.evidence import Evidence, mean_interval
+from loraflow.evaluation.intervals import ratio_interval, tango_bound
 from loraflow.evaluation.score import summarise
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "gate_intervals.py"
@@ -34,7 +34,7 @@ def test_intervals_of_graded_scores_cover_their_mean(benchmark):
     for name, draw in benchmark.SCORES.items():
         truth = float(np.mean([draw(rng, 100_000).mean() for _ in range(10)]))
         found = [benchmark.covers(benchmark.Sample(draw(rng, 100), truth)) for _ in range(500)]
-        assert 0.93 <= np.mean(found) <= 0.995, name
+        assert np.mean(found) >= 0.93, name
 
 
 @pytest.mark.parametrize(
@@ -129,11 +129,11 @@ def test_without_a_range_an_interval_of_rows_that_differ_is_that_of_the_values()
 
 def test_an_interval_stays_within_the_scores_range():
     assert mean_interval(np.array([0.9, 1, 1]), 0.95).high > 1, "a score of one's own without a range"
-    assert mean_interval(np.array([0.9, 1, 1]), 0.95, largest=1.0).high == 1
-    assert mean_interval(np.array([0, 0, 20.0]), 0.95, largest=100.0).low == 0
-    table = pd.DataFrame(
-        {"id": ["a", "b", "c"], "token_f1": [0.9, 1, 1], "chrf": [90.0, 100, 100], "finish": ["stop"] * 3}
-    )
+    several = np.array([0.3, 0.5, 0.7, 0.9, 1, 1, 1, 1])
+    assert mean_interval(several, 0.95).high > 1 == mean_interval(several, 0.95, largest=1.0).high
+    assert mean_interval(np.array([0.9, 1, 1]), 0.95, largest=1.0).high < 1, "Gaffke's bound"
+    assert 0 <= mean_interval(np.array([0, 0, 20.0]), 0.95, largest=100.0).low < 1
+    table = pd.DataFrame({"id": list("abcdefgh"), "token_f1": several, "chrf": 100 * several, "finish": ["stop"] * 8})
     found = summarise(table, 0.95)
     assert (found["token_f1"].high, found["chrf"].high) == (1.0, 100.0)
 
@@ -175,12 +175,43 @@ def test_the_interval_of_a_mean_is_wilsons_or_weighted():
     assert mean_interval(scores, 0.95, weights)[0] == pytest.approx(11 / 4)
 
 
-def test_a_score_up_to_100_that_is_zero_in_every_row_has_a_share_of_100_as_its_bound():
-    zeros = np.zeros(50)
-    share, of_hundred = mean_interval(zeros, 0.95), mean_interval(zeros, 0.95, largest=100.0)
-    assert of_hundred.high == pytest.approx(100 * share.high) and of_hundred.high > 5
+@pytest.mark.parametrize("largest", [1.0, 100.0])
+@pytest.mark.parametrize("groups", [None, np.arange(50) // 2])
+def test_an_interval_of_scores_that_are_all_0_or_all_as_large_as_possible_is_clopper_and_pearsons(largest, groups):
+    """No bound that holds for scores between 0 and `largest` is closer: they may be a rare success, or a rare failure."""
+    independent = 50 if groups is None else 25
+    for score in (0.0, largest):
+        exact = stats.binomtest(independent if score else 0, independent).proportion_ci(0.95, method="exact")
+        found = mean_interval(np.full(50, score), 0.95, groups=groups, largest=largest)
+        assert found == pytest.approx((score, largest * exact.low, largest * exact.high), rel=5e-3)
+
+
+def test_an_interval_of_equal_graded_scores_allows_for_other_scores_that_no_row_shows():
+    value, low, high = mean_interval(np.full(50, 40.0), 0.95, largest=100.0)
+    weights = np.random.default_rng(3).exponential(size=(200_000, 51))  # Gaffke's, with a row of 0, or of 100
+    drawn = [weights[:, :50].sum(1) * 40 + weights[:, 50] * unseen for unseen in (0, 100)]
+    ends = [np.quantile(mean / weights.sum(1), at) for mean, at in zip(drawn, (0.025, 0.975), strict=True)]
+    assert value == 40 and (low, high) == pytest.approx(ends, abs=0.1) and low < 38 and high > 43
     ones = mean_interval(np.ones(50), 0.95, largest=100.0)
-    assert ones.high == pytest.approx(1.0), "a graded score of 1 in every row is no hit"
+    assert 0.9 < ones.low < 1 and 7 < ones.high < 9, "a graded score of 1 in every row is no hit"
+    nearly = mean_interval(np.array([0.0] * 49 + [1.0]), 0.95, largest=100.0)
+    assert nearly.high > 7, "one row that differs says nothing about larger scores"
+
+
+def test_equal_scores_without_a_known_range_have_no_interval():
+    assert mean_interval(np.full(50, 7.0), 0.95)[1:] == (-np.inf, np.inf)
+    assert mean_interval(np.zeros(50), 0.95, np.arange(1.0, 51))[1:] == (-np.inf, np.inf), "losses"
+    table = pd.DataFrame({"id": list("abc"), "brevity": [7.0] * 3, "finish": ["stop"] * 3})
+    assert str(summarise(table, 0.95)["brevity"]) == "7.000 (no interval)"
+
+
+@pytest.mark.parametrize("share", [0.9, 0.95, 0.97, 0.98, 0.99])
+def test_an_interval_of_graded_scores_of_which_few_differ_covers_their_mean(share):
+    """The t interval with Hall's correction covered 80 to 93 % of these."""
+    rng = np.random.default_rng(4)
+    drawn = np.where(rng.random((300, 100)) < share, 0.0, rng.beta(0.5, 5, (300, 100)))
+    found = [mean_interval(scores, 0.95, largest=1.0) for scores in drawn]
+    assert np.mean([low <= (1 - share) / 11 <= high for _, low, high in found]) >= 0.92
 
 
 def test_an_interval_of_a_weighted_mean_is_the_jackknifes_on_a_logarithmic_scale():
@@ -202,18 +233,9 @@ def test_an_interval_of_rows_in_groups_is_as_wide_as_that_of_the_groups():
     assert often.value == pytest.approx(once.value)
 
 
-@pytest.mark.parametrize(("score", "largest"), [(0.0, None), (1.0, None), (0.0, 100.0), (100.0, 100.0)])
-def test_rows_in_groups_that_all_have_the_lowest_or_highest_score_have_the_interval_of_a_share_of_the_groups(
-    score, largest
-):
-    found = mean_interval(np.full(40, score), 0.95, groups=np.arange(40) // 2, largest=largest)
-    wilson = stats.binomtest(20 if score else 0, 20).proportion_ci(0.95, method="wilson")
-    assert found == pytest.approx((score, wilson.low * (largest or 1), wilson.high * (largest or 1)))
-
-
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.1])
 def test_the_interval_of_a_rare_score_of_rows_in_groups_covers_it(share):
     rng = np.random.default_rng(0)
-    drawn = np.repeat(rng.random((1000, 20)) < share, 2, axis=1).astype(float)  # two equal rows in each group
+    drawn = np.repeat(rng.random((400, 20)) < share, 2, axis=1).astype(float)  # two equal rows in each group
     found = [mean_interval(scores, 0.95, groups=np.arange(40) // 2) for scores in drawn]
     assert np.mean([low <= share <= high for _, low, high in found]) >= 0.925  # 0.25 if no hit had no width
