@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import JsonValue
 
 from loraflow import identity
-from loraflow.failures import ReadOnlyStore
+from loraflow.failures import Failure, ReadOnlyStore
 from loraflow.store import staging
 from loraflow.store.artifact import (
     MANIFEST,
@@ -46,6 +46,7 @@ from loraflow.store.chunk_cache import stale_entries
 from loraflow.store.files import (
     HashMemo,
     LocalDocuments,
+    ask_again,
     files_below,
     folder_size,
     folders_in,
@@ -109,8 +110,12 @@ class LocalStore(LocalDocuments):
         Raises:
             CorruptArtifact: it is missing, or its hash differs from the manifest's.
         """
-        manifest, path = self.manifest(ref), self._folder(ref) / name
-        content = path.read_bytes() if path.is_file() else None
+        manifest = self.manifest(ref)
+        try:
+            content = read_file(self._folder(ref) / name)
+        except OSError as error:  # missing, or not a regular file
+            raise_machine_fault(error)
+            content = None
         problems = check_content(manifest, name, content)
         if problems or content is None:
             raise damaged_artifact(ref, self.location(ref), problems)
@@ -118,12 +123,7 @@ class LocalStore(LocalDocuments):
 
     def check(self, ref: Ref) -> list[str]:
         """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
-        folder = self._folder(ref)
-        try:
-            return _check(folder, self._read_manifest(ref))
-        except (OSError, ValueError) as error:
-            raise_machine_fault(error)
-            return [manifest_problem(error)]
+        return self._check_contents(ref, None)
 
     def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Hash all of an artifact's contents; return the problems, a line each."""
@@ -141,9 +141,12 @@ class LocalStore(LocalDocuments):
         """Tell whether all files were hashed, were intact, and have not changed since. Nothing is read."""
         return not result_problems(self._check_contents(ref, memo.remembers))
 
-    def _check_contents(self, ref: Ref, has_hash: HasHash) -> list[str]:
-        problems = self.check(ref)
-        return problems or check_folder(self._folder(ref), self._read_manifest(ref), contents=True, has_hash=has_hash)
+    def _check_contents(self, ref: Ref, has_hash: HasHash | None) -> list[str]:
+        try:
+            return _check(self._folder(ref), self._read_manifest(ref), has_hash)
+        except (OSError, ValueError) as error:
+            raise_machine_fault(error)
+            return [manifest_problem(error)]
 
     def artifacts(self) -> Iterator[Ref]:
         """Yield all artifacts that have a manifest, current or not, without their facets."""
@@ -151,7 +154,7 @@ class LocalStore(LocalDocuments):
             if stage.name in RESERVED_FOLDERS:
                 continue
             for folder in (folder for home in folders_in(stage) for folder in folders_in(home)):
-                if (folder / MANIFEST).exists():
+                if ask_again((folder / MANIFEST).exists, folder):
                     fingerprint = folder.parent.name
                     yield Ref(stage=stage.name, fingerprint=fingerprint, digest=folder.name, uri=self.uri)
 
@@ -162,7 +165,7 @@ class LocalStore(LocalDocuments):
         for path in (self.root / stage).glob(f"*/*/{MANIFEST}"):
             try:
                 candidate = Manifest.parse(read_file(path)).payload
-            except (OSError, ValueError):
+            except (OSError, ValueError, Failure):
                 continue
             rank = (len(identity.explain(candidate, like)), -path.stat().st_mtime)
             if best is None or rank < best:
@@ -175,7 +178,7 @@ class LocalStore(LocalDocuments):
         try:
             path = max(paths, key=lambda path: path.stat().st_mtime, default=None)
             return Manifest.parse(read_file(path)) if path else None
-        except (OSError, ValueError):
+        except (OSError, ValueError, Failure):
             return None
 
     def previous_state(self, stage: str, fingerprint: str) -> PreviousState | None:
@@ -303,9 +306,7 @@ class LocalStore(LocalDocuments):
             if not (staged / MANIFEST).exists():  # the copy from a bucket may lack it
                 write_atomic(staged / MANIFEST, manifest.document)
             ref = manifest.ref(self.uri)
-            problems = result_problems(check_folder(staged, manifest, contents=True)) or check_consistency(
-                manifest, ref
-            )
+            problems = result_problems(check_folder(staged, manifest)) or check_consistency(manifest, ref)
             if problems:
                 staging.discard(staged)
                 return problems
@@ -370,7 +371,8 @@ class LocalStore(LocalDocuments):
 
     def committed_at(self, ref: Ref) -> float:
         """Return when an artifact was committed, in seconds since 1970."""
-        return self._folder(ref).stat().st_mtime
+        folder = self._folder(ref)
+        return ask_again(folder.stat, folder).st_mtime
 
     def remove(self, ref: Ref) -> None:
         """Delete an artifact, renamed first, so that no reader finds a part of it."""
@@ -432,10 +434,10 @@ class LocalStore(LocalDocuments):
             raise DamagedPointer(f"{POINTER}: {error.strerror}") from error
 
 
-def _check(folder: Path, manifest: Manifest) -> list[str]:
-    """Compare names and sizes with the manifest, without reading contents."""
+def _check(folder: Path, manifest: Manifest, has_hash: HasHash | None = None) -> list[str]:
+    """Compare a folder with its manifest as `check_folder`; what is no file, or cannot be read, is a problem too."""
     try:
-        return check_folder(folder, manifest, contents=False)
+        return check_folder(folder, manifest, has_hash)
     except (OSError, ValueError) as error:
         raise_machine_fault(error)
         return [str(error)]

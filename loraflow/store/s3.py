@@ -267,7 +267,7 @@ class S3Store:
         try:
             manifest = Manifest.parse((pending / MANIFEST).read_bytes())
             ref = manifest.ref(self.uri).model_copy(update={"fingerprint": fingerprint})
-            is_intact = not check_folder(pending, manifest, contents=True) and not check_consistency(manifest, ref)
+            is_intact = not check_folder(pending, manifest) and not check_consistency(manifest, ref)
         except (OSError, ValueError) as error:
             raise_machine_fault(error)
             return None
