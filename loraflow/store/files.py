@@ -203,6 +203,15 @@ def write_atomic(path: Path, data: bytes, mode: int | None = None) -> None:
     fsync_path(path.parent)
 
 
+def replace_file(file: Path, data: bytes) -> None:
+    """Replace a file of a person atomically, with its permissions; a link stays a link. A pipe or device is written to."""
+    if file.exists() and not file.is_file():
+        file.write_bytes(data)
+        return
+    target = file.resolve()
+    write_atomic(target, data, stat.S_IMODE(target.stat().st_mode) if target.exists() else None)
+
+
 def set_default_modes(folder: Path) -> None:
     """Give all files and folders below a folder the modes that new ones get: the umask decides, files are not executable.
 
