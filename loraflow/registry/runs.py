@@ -315,10 +315,8 @@ _MADE_FROM = {"merge": ("adapter", "train"), "evaluate tuned": ("model", "merge"
 def require_consistent(store: Store, record: RunRecord) -> None:
     """Refuse a record whose model was not merged from its adapter, or whose scores are of another model.
 
-    Artifacts that were removed since are not compared.
-
     Raises:
-        CorruptArtifact: the record was changed.
+        CorruptArtifact: the record was changed. Artifacts that were removed since are not compared.
     """
     for label, (name, source) in _MADE_FROM.items():
         made, used = record.stage(label), record.stage(source)
@@ -335,7 +333,7 @@ def require_consistent(store: Store, record: RunRecord) -> None:
                 where=f"{store.uri}/{FOLDER}{record.run}.json",
                 expected=f"{label} of {inputs.get(name)}",
                 got=f"{source} {used.digest}",
-                next_step="restore the file from a backup; `loraflow run` with the recipe writes a new record",
+                next_step="restore the file from a backup, or remove it",
             )
 
 

@@ -53,7 +53,6 @@ def ask_again(read: Callable[[], _T], path: Path) -> _T:
 
     Raises:
         Failure: it failed each time. The file need not be damaged.
-        OSError: any other error, at once.
     """
     for pause in (0.1, 0.1, None):
         try:
@@ -68,10 +67,9 @@ def ask_again(read: Callable[[], _T], path: Path) -> _T:
 
 
 def _machine_fault(error: OSError, path: Path) -> Failure:
-    fault = OSError(error.errno, error.strerror, error.filename or str(path))
-    return from_os_error(fault, str(path)) or Failure(
-        "The system failed.", where=str(path), got=str(error), next_step="check the disk (`dmesg`), then run again"
-    )
+    failure = from_os_error(OSError(error.errno, error.strerror, error.filename or str(path)), str(path))
+    assert failure is not None, error  # there is a sentence for each of MACHINE_FAULTS
+    return failure
 
 
 def raise_machine_fault(error: Exception) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from pydantic import JsonValue
@@ -40,6 +40,7 @@ from loraflow.store.files import (
     folder_size,
     fsync_tree,
     raise_machine_fault,
+    read_file,
     set_default_modes,
     stale_folders,
     translate_os_errors,
@@ -107,8 +108,8 @@ class S3Store:
             CorruptArtifact: it is missing in the bucket, or its hash there differs from the manifest's.
         """
         manifest, cached = self.manifest(ref), self.cache.folder(ref) / name
-        if cached.is_file():
-            content = cached.read_bytes()
+        with suppress(OSError):  # there is no copy
+            content = read_file(cached)
             if not check_content(manifest, name, content):
                 return content
             if not name.startswith(TELEMETRY):  # of which the copy may have another computation's
