@@ -85,11 +85,7 @@ class LocalStore(LocalDocuments):
         return None if _check(self._folder(ref), manifest) else manifest.ref(self.uri)
 
     def manifest(self, ref: Ref) -> Manifest:
-        """Return an artifact's manifest.
-
-        Raises:
-            CorruptArtifact: it is missing, unreadable, or was changed.
-        """
+        """Return an artifact's manifest."""
         try:
             return self._read_manifest(ref)
         except (OSError, ValueError) as error:
@@ -105,11 +101,7 @@ class LocalStore(LocalDocuments):
         return str(self._folder(ref))
 
     def read(self, ref: Ref, name: str) -> bytes:
-        """Return the content of one file of an artifact.
-
-        Raises:
-            CorruptArtifact: it is missing, or its hash differs from the manifest's.
-        """
+        """Return the content of one file of an artifact."""
         manifest = self.manifest(ref)
         try:
             content = read_file(self._folder(ref) / name)
@@ -358,12 +350,7 @@ class LocalStore(LocalDocuments):
 
     @contextmanager
     def cleanup_lock(self) -> Iterator[None]:
-        """Block readers while artifacts are removed.
-
-        Raises:
-            LockHeld: there are readers.
-            ReadOnlyStore: nothing can be removed.
-        """
+        """Block readers while artifacts are removed."""
         with ExitStack() as locks:
             with translate_os_errors(self.uri):
                 locks.enter_context(flock(self.root / "locks" / "readers", wait=False))

@@ -71,11 +71,7 @@ class S3Store:
         return self._artifacts.find(stage, fingerprint)
 
     def manifest(self, ref: Ref) -> Manifest:
-        """Return an artifact's manifest.
-
-        Raises:
-            CorruptArtifact: it is missing, unreadable, or was changed.
-        """
+        """Return an artifact's manifest."""
         return self._artifacts.manifest(ref)
 
     def location(self, ref: Ref) -> str:
@@ -102,11 +98,7 @@ class S3Store:
         return folder
 
     def read(self, ref: Ref, name: str) -> bytes:
-        """Return the content of one file of an artifact.
-
-        Raises:
-            CorruptArtifact: it is missing in the bucket, or its hash there differs from the manifest's.
-        """
+        """Return the content of one file of an artifact."""
         manifest, cached = self.manifest(ref), self.cache.folder(ref) / name
         with suppress(OSError):  # there is no copy
             content = read_file(cached)
@@ -305,11 +297,7 @@ class S3Store:
 
     @contextmanager
     def cleanup_lock(self) -> Iterator[None]:
-        """Block readers while artifacts are removed.
-
-        Raises:
-            LockHeld: there are readers.
-        """
+        """Block readers while artifacts are removed."""
         with (
             flock(self.cache.local_folder("locks") / "readers", wait=False),
             leases.cleanup_lease(self.bucket, self.lease_seconds),
