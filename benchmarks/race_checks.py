@@ -55,16 +55,19 @@ def copy_is_whole(place: Place, outcomes: list[str]) -> Iterator[str]:
     if outcomes[0] != "done":
         yield f"the backup ended with {outcomes[0]}"
         return
-    shutil.rmtree(place.folder / "store")
-    shutil.copytree(place.copy, place.folder / "store")
+    restored = Place(place.folder / "elsewhere")
+    shutil.copytree(place.copy, restored.folder / "store")
+    shutil.rmtree(
+        place.folder / "store", ignore_errors=True
+    )  # nothing may be read from there; a bucket is at another uri
     try:
-        place.run_command(verify, "--deep")
+        restored.run_command(verify, "--deep")
     except Failure as failure:
         yield f"the backup, restored: {failure}"
-    for entry in place.log.active_promotions()[-2:]:
-        if problems := place.store.verify(entry.merged):
+    for entry in restored.log.active_promotions()[-2:]:
+        if problems := restored.store.verify(entry.merged):
             yield f"the backup's model of entry {entry.seq}: {problems}"
-    LookRecord(place.store, MODEL).entries(all_runs=True)
+    LookRecord(restored.store, MODEL).entries(all_runs=True)
 
 
 def copy_is_whole_or_refused(place: Place, outcomes: list[str]) -> Iterator[str]:

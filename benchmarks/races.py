@@ -114,14 +114,7 @@ RACES = (
     Race("write, write, write, write", tuple(write_output(f"process {n}") for n in range(4)), output_is_of_one),
     Race("upgrade, upgrade, read", (upgrade_project, upgrade_project, read_project), files_are_upgraded, make_old_project),
 )  # fmt: skip
-IN_FOLDER = (
-    "back up",
-    "promote and sign",
-    "repair, back up",
-    "sign",
-    "upgrade",
-    "write",
-)  # starts of the names of races that need a folder
+IN_FOLDER = ("upgrade", "write")  # starts of the names of races that need a folder
 
 
 def delay_steps(chance: random.Random, mean: float, *, in_bucket: bool) -> None:

@@ -106,6 +106,10 @@ def run(job, inputs, out, report):
         subprocess.Popen(["sleep", "120"])  # a grandchild
         (work / "pid").write_text(str(os.getpid()))
         time.sleep(120)
+    elif how == "late":  # is asked to stop when only its result is left to write
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (work / "pid").write_text(str(os.getpid()))
+        time.sleep(1.0)
     elif how == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         (work / "pid").write_text(str(os.getpid()))

@@ -25,6 +25,7 @@ from loraflow.config.project import project_name
 from loraflow.data.checks.split import in_share, prompt_key
 from loraflow.data.versions.git import git_or_none
 from loraflow.failures import BadConfig
+from loraflow.store.files import replace_file
 from loraflow.store.lock import LockHeld, flock
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def _extend(file: Path, lines: tuple[str, ...]) -> None:
     text = file.read_bytes().decode(errors="surrogateescape") if file.exists() else ""
     new = with_lines(text, lines)
     if new != text:
-        file.write_bytes(new.encode(errors="surrogateescape"))
+        replace_file(file, new.encode(errors="surrogateescape"))
 
 
 def with_lines(text: str, needed: tuple[str, ...]) -> str:

@@ -16,7 +16,7 @@ from loraflow.registry.champions import choose_intact
 from loraflow.registry.log import HeadChanged, PromotionLog, actor
 from loraflow.registry.looks import LookRecord, LostLooks
 from loraflow.registry.rebuild import how_to_rebuild
-from loraflow.registry.runs import RunRecord, read_run
+from loraflow.registry.runs import RunRecord, read_run, require_consistent
 from loraflow.registry.signature import sign
 from loraflow.serving.models import only_model
 from loraflow.store import Ref, Store, hash_memo, open_store, require_intact_in_store
@@ -142,6 +142,7 @@ def promote(run: str, reason: str, store: str) -> None:
     record = read_run(opened, run)
     if record is None or record.summary is None or record.model is None:
         raise BadConfig("There is no such finished run.", where=run, next_step="`loraflow runs` lists the runs")
+    require_consistent(opened, record)
     log = PromotionLog(opened, record.model)
     with opened.reader_lock():  # a cleanup at the same time could remove the model before the log names it
         head = log.head()

@@ -13,7 +13,7 @@ import click
 from loraflow.cli import quiet_logging
 from loraflow.cli.init import project_lock
 from loraflow.failures import BadConfig
-from loraflow.store.files import write_atomic
+from loraflow.store.files import replace_file
 
 if TYPE_CHECKING:
     from loraflow.config.load import Upgraded
@@ -105,9 +105,7 @@ def _show_difference(file: Path, before: str, after: str) -> None:
 
 
 def _write(file: Path, old: bytes, new: bytes) -> None:
-    """Replace a file atomically, with its permissions; a link stays a link."""
-    target = file.resolve()
-    present = target.read_bytes() if target.exists() else b""
+    present = file.read_bytes() if file.exists() else b""
     if present != old:
         raise BadConfig(f"{file} was changed in the meantime.", where=str(file), next_step="run loraflow upgrade again")
-    write_atomic(target, new, target.stat().st_mode & 0o777 if target.exists() else None)
+    replace_file(file, new)

@@ -58,13 +58,21 @@ def run_in_worker_process(
         os.close(write_end)
         write_end = -1
         log.info("%s %s: worker %d, log %s", job.stage, job.short, process.pid, work / "log.txt")
+        spent = None
         try:
-            code = _follow(process, file, on_progress, ends)
+            _follow(process, file, on_progress, ends)
+        except failures.BudgetSpent as over:
+            spent = over
         finally:
             _end_group(process, job.runtime.grace_seconds)
             for name in LOGS:
                 mask_log(work / name)
-        return read_outcome(file, read_end, code, oom_killed=_oom_kills() > kills_before)
+        try:
+            return read_outcome(file, read_end, process.wait(), oom_killed=_oom_kills() > kills_before)
+        except failures.Failure:
+            if spent is None:
+                raise
+        raise spent  # the worker could not finish within the grace period
     finally:
         os.close(read_end)
         if write_end != -1:
@@ -92,8 +100,8 @@ def _environment(file: JobFile) -> dict[str, str]:
     return env
 
 
-def _follow(process: WorkerProcess, file: JobFile, on_progress: OnProgress | None, ends: float | None) -> int:
-    """Wait for the worker to end, and pass each new line of its progress file to `on_progress`; return its exit status."""
+def _follow(process: WorkerProcess, file: JobFile, on_progress: OnProgress | None, ends: float | None) -> None:
+    """Wait for the worker to end, and pass each new line of its progress file to `on_progress`."""
     progress, clock, runtime = ProgressReader(file.work / "progress.jsonl"), AwakeClock(), file.job.runtime
     stall = StallWatch(process.pid, file.work, *_stall_minutes(file))
     display = _Display(on_progress)
@@ -105,7 +113,7 @@ def _follow(process: WorkerProcess, file: JobFile, on_progress: OnProgress | Non
             display.show(lines)
         limit_log(file.work / "log.txt")
         if code is not None:
-            return code
+            return
         now = clock.seconds()
         stall.check(now)
         if runtime.deadline_minutes is not None and now > runtime.deadline_minutes * 60:

@@ -309,6 +309,34 @@ def find_run(store: Store, merged: Ref) -> RunRecord | None:
     return newest
 
 
+_MADE_FROM = {"merge": ("adapter", "train"), "evaluate tuned": ("model", "merge")}
+
+
+def require_consistent(store: Store, record: RunRecord) -> None:
+    """Refuse a record whose model was not merged from its adapter, or whose scores are of another model.
+
+    Raises:
+        CorruptArtifact: the record was changed. Artifacts that were removed since are not compared.
+    """
+    for label, (name, source) in _MADE_FROM.items():
+        made, used = record.stage(label), record.stage(source)
+        if made is None or used is None:
+            continue
+        try:
+            inputs = store.manifest(made.ref(store)).payload["inputs"]
+            known = {used.digest, *store.manifest(used.ref(store)).facets.values()}
+        except CorruptArtifact:  # whoever uses it says so
+            continue
+        if isinstance(inputs, dict) and inputs.get(name) not in known:
+            raise CorruptArtifact(
+                "A run's record names results that do not belong together.",
+                where=f"{store.uri}/{FOLDER}{record.run}.json",
+                expected=f"{label} of {inputs.get(name)}",
+                got=f"{source} {used.digest}",
+                next_step="restore the file from a backup, or remove it",
+            )
+
+
 def has_model(record: RunRecord, merged: Ref) -> bool:
     """Tell whether a run computed a merged model, or found it in the cache."""
     stage = record.stage("merge")

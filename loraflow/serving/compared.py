@@ -16,7 +16,7 @@ from loraflow.evaluation.values import LARGEST_VOCABULARY, vocabulary_of
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.frozen import StoredModel
 from loraflow.identity import short
-from loraflow.registry.runs import RunRecord, changes, find_named_run, find_run
+from loraflow.registry.runs import RunRecord, changes, find_named_run, find_run, require_consistent
 from loraflow.reporting.chart import sparkline, svg
 from loraflow.reporting.markdown import quote
 from loraflow.serving.models import named_champion
@@ -116,6 +116,7 @@ def _find(store: Store, name: str) -> Compared:
     stage = record.stage("evaluate tuned")
     if stage is None:
         raise BadConfig("This run did not score a model.", where=name, next_step="`loraflow runs` lists the runs")
+    require_consistent(store, record)
     ref = stage.ref(store)
     table = read_table(store, ref)
     losses: tuple[tuple[float, float], ...] = ()

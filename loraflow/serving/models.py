@@ -23,7 +23,7 @@ from loraflow.data.templates.tokenizer_config import further_templates
 from loraflow.failures import BadConfig, BadModel, CorruptArtifact
 from loraflow.registry.log import Entry, PromotionLog, models
 from loraflow.registry.rebuild import how_to_rebuild
-from loraflow.registry.runs import RUN_ID, RunRecord, find_run, read_run
+from loraflow.registry.runs import RUN_ID, RunRecord, find_run, read_run, require_consistent
 from loraflow.store import LocalStore, Ref, Store, hash_memo, open_store, require_intact
 from loraflow.store.base import MANIFEST
 from loraflow.store.files import HashMemo
@@ -129,6 +129,7 @@ def find_model(store: Store, model: str, base: str | None = None, memo: HashMemo
         stage = record.stage("merge") if record else None
         if record is None or stage is None:
             raise BadConfig("This run made no merged model.", where=model, next_step="`loraflow runs` lists the runs")
+        require_consistent(store, record)
         # Other runs may have made the same model with another recipe, so set the run that was named.
         return replace(_of_artifact(store, stage.ref(store), model, given, memo), run=record)
     folder = Path(model).expanduser()

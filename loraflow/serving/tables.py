@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, time, timedelta
@@ -127,9 +127,7 @@ def write_answers(path: Path, questions: Sequence[Question], answers: Sequence[P
     Raises:
         BadData: a column has no type that the file format can hold.
     """
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(fd)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         suffix = path.suffix.lower()
         if suffix == ".parquet":
@@ -138,7 +136,6 @@ def write_answers(path: Path, questions: Sequence[Question], answers: Sequence[P
             _write_csv(temporary, questions, answers, "\t" if suffix == ".tsv" else ",")
         else:
             _write_jsonl(temporary, questions, answers)
-        os.chmod(temporary, 0o666 & ~_umask())
         fsync_path(temporary)
         os.replace(temporary, path)
         fsync_path(path.parent)
@@ -209,9 +206,3 @@ def _column(name: str, questions: Sequence[Question]) -> pa.Array:
             next_step="write .jsonl or .csv",
         ) from error
     return column
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

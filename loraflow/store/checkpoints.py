@@ -10,7 +10,6 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
@@ -68,11 +67,10 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest | None:
     """
     try:
         return parse_checkpoint_manifest(check_document(_name(checkpoint), read_file(checkpoint / COMPLETE)))
-    except ChangedDocument:
+    except (ChangedDocument, StorageError):  # of a failing disk too: an older checkpoint is better than none
         return None
     except OSError as error:
-        with suppress(StorageError):  # an older checkpoint is better than none
-            raise_machine_fault(error)
+        raise_machine_fault(error)
         return None
 
 

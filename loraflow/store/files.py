@@ -13,10 +13,10 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -24,6 +24,7 @@ from loraflow.failures import MACHINE_FAULTS, Failure, from_os_error
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 BLOCK = 4 * 2**20  # bytes that are read or written at a time
 # What `json.dumps` writes. Unlike pydantic's JsonValue, read-only: a dict[str, str] is one too.
 Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | bool | None"
@@ -37,26 +38,38 @@ def hash_file(path: Path, algorithm: str = "sha256") -> str:
     """Return the hex digest of a file's content.
 
     Raises:
-        Failure: the disk or the system failed, also when it was asked again. The file need not be damaged.
+        Failure: see `ask_again`.
     """
-    for last in (False, False, True):
+
+    def read() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+
+    return ask_again(read, path)
+
+
+def ask_again(read: Callable[[], _T], path: Path) -> _T:
+    """Return what a read of a path returns. It is repeated twice if the disk or the system fails.
+
+    Raises:
+        Failure: it failed each time. The file need not be damaged.
+    """
+    for pause in (0.1, 0.1, None):
         try:
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+            return read()
         except OSError as error:
             if error.errno not in MACHINE_FAULTS:
                 raise
-            if last:
+            if pause is None:
                 raise _machine_fault(error, path) from error
-            time.sleep(0.1)
+            time.sleep(pause)
     raise AssertionError("unreachable")
 
 
 def _machine_fault(error: OSError, path: Path) -> Failure:
-    fault = OSError(error.errno, error.strerror, error.filename or str(path))
-    return from_os_error(fault, str(path)) or Failure(
-        "The system failed.", where=str(path), got=str(error), next_step="check the disk (`dmesg`), then run again"
-    )
+    failure = from_os_error(OSError(error.errno, error.strerror, error.filename or str(path)), str(path))
+    assert failure is not None, error  # there is a sentence for each of MACHINE_FAULTS
+    return failure
 
 
 def raise_machine_fault(error: Exception) -> None:
@@ -115,10 +128,15 @@ def read_file(path: Path) -> bytes:
 
     Raises:
         OSError: it cannot be read, or is no regular file: a pipe may never end.
+        Failure: see `ask_again`.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return path.read_bytes()
+
+    def read() -> bytes:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return path.read_bytes()
+
+    return ask_again(read, path)
 
 
 def files_below(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -181,6 +199,15 @@ def write_atomic(path: Path, data: bytes, mode: int | None = None) -> None:
         draft.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+def replace_file(file: Path, data: bytes) -> None:
+    """Replace a file of a person atomically, with its permissions; a link stays a link. A pipe or device is written to."""
+    if file.exists() and not file.is_file():
+        file.write_bytes(data)
+        return
+    target = file.resolve()
+    write_atomic(target, data, stat.S_IMODE(target.stat().st_mode) if target.exists() else None)
 
 
 def set_default_modes(folder: Path) -> None:
@@ -371,7 +398,7 @@ class LocalDocuments:
     def documents(self, prefix: str) -> list[str]:
         """Return the names of all documents below a prefix, sorted."""
         found = (root / name for root, _, names in walk(self.root / prefix) for name in names if name[0] != ".")
-        return sorted(path.relative_to(self.root).as_posix() for path in found if path.is_file())
+        return sorted(path.relative_to(self.root).as_posix() for path in found if ask_again(path.is_file, path))
 
     def read_documents(self, prefix: str, suffix: str = "") -> dict[str, bytes]:
         """Return all documents below a prefix whose names end with `suffix`, sorted by name."""

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from typing_extensions import override
 
 from loraflow import identity
-from loraflow.failures import ReadOnlyStore
+from loraflow.failures import Failure, ReadOnlyStore
 from loraflow.store import staging
 from loraflow.store.artifact import (
     MANIFEST,
@@ -48,6 +48,7 @@ from loraflow.store.chunk_cache import stale_entries
 from loraflow.store.files import (
     HashMemo,
     LocalDocuments,
+    ask_again,
     files_below,
     folder_size,
     folders_in,
@@ -103,8 +104,12 @@ class LocalStore(LocalDocuments, Store):
 
     @override
     def read(self, ref: Ref, name: str) -> bytes:
-        manifest, path = self.manifest(ref), self._folder(ref) / name
-        content = path.read_bytes() if path.is_file() else None
+        manifest = self.manifest(ref)
+        try:
+            content = read_file(self._folder(ref) / name)
+        except OSError as error:  # missing, or not a regular file
+            raise_machine_fault(error)
+            content = None
         problems = check_content(manifest, name, content)
         if problems or content is None:
             raise damaged_artifact(ref, self.location(ref), problems)
@@ -112,12 +117,7 @@ class LocalStore(LocalDocuments, Store):
 
     @override
     def check(self, ref: Ref) -> list[str]:
-        folder = self._folder(ref)
-        try:
-            return _check(folder, self._read_manifest(ref))
-        except (OSError, ValueError) as error:
-            raise_machine_fault(error)
-            return [manifest_problem(error)]
+        return self._check_contents(ref, None)
 
     def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
         """Hash all of an artifact's contents; return the problems, a line each."""
@@ -135,9 +135,12 @@ class LocalStore(LocalDocuments, Store):
     def is_remembered(self, ref: Ref, memo: HashMemo) -> bool:
         return not result_problems(self._check_contents(ref, memo.remembers))
 
-    def _check_contents(self, ref: Ref, has_hash: HasHash) -> list[str]:
-        problems = self.check(ref)
-        return problems or check_folder(self._folder(ref), self._read_manifest(ref), contents=True, has_hash=has_hash)
+    def _check_contents(self, ref: Ref, has_hash: HasHash | None) -> list[str]:
+        try:
+            return _check(self._folder(ref), self._read_manifest(ref), has_hash)
+        except (OSError, ValueError) as error:
+            raise_machine_fault(error)
+            return [manifest_problem(error)]
 
     @override
     def artifacts(self) -> Iterator[Ref]:
@@ -145,7 +148,7 @@ class LocalStore(LocalDocuments, Store):
             if stage.name in RESERVED_FOLDERS:
                 continue
             for folder in (folder for home in folders_in(stage) for folder in folders_in(home)):
-                if (folder / MANIFEST).exists():
+                if ask_again((folder / MANIFEST).exists, folder):
                     fingerprint = folder.parent.name
                     yield Ref(stage=stage.name, fingerprint=fingerprint, digest=folder.name, uri=self.uri)
 
@@ -156,7 +159,7 @@ class LocalStore(LocalDocuments, Store):
         for path in (self.root / stage).glob(f"*/*/{MANIFEST}"):
             try:
                 candidate = Manifest.parse(read_file(path)).payload
-            except (OSError, ValueError):
+            except (OSError, ValueError, Failure):
                 continue
             rank = (len(identity.explain(candidate, like)), -path.stat().st_mtime)
             if best is None or rank < best:
@@ -169,7 +172,7 @@ class LocalStore(LocalDocuments, Store):
         try:
             path = max(paths, key=lambda path: path.stat().st_mtime, default=None)
             return Manifest.parse(read_file(path)) if path else None
-        except (OSError, ValueError):
+        except (OSError, ValueError, Failure):
             return None
 
     @override
@@ -297,9 +300,7 @@ class LocalStore(LocalDocuments, Store):
             if not (staged / MANIFEST).exists():  # the copy from a bucket may lack it
                 write_atomic(staged / MANIFEST, manifest.document)
             ref = manifest.ref(self.uri)
-            problems = result_problems(check_folder(staged, manifest, contents=True)) or check_consistency(
-                manifest, ref
-            )
+            problems = result_problems(check_folder(staged, manifest)) or check_consistency(manifest, ref)
             if problems:
                 staging.discard(staged)
                 return problems
@@ -351,12 +352,7 @@ class LocalStore(LocalDocuments, Store):
 
     @contextmanager
     def cleanup_lock(self) -> Iterator[None]:
-        """Block readers while artifacts are removed.
-
-        Raises:
-            LockHeld: there are readers.
-            ReadOnlyStore: nothing can be removed.
-        """
+        """Block readers while artifacts are removed."""
         with ExitStack() as locks:
             with translate_os_errors(self.uri):
                 locks.enter_context(flock(self.root / "locks" / "readers", wait=False))
@@ -364,7 +360,8 @@ class LocalStore(LocalDocuments, Store):
 
     @override
     def committed_at(self, ref: Ref) -> float:
-        return self._folder(ref).stat().st_mtime
+        folder = self._folder(ref)
+        return ask_again(folder.stat, folder).st_mtime
 
     def remove(self, ref: Ref) -> None:
         """Delete an artifact, renamed first, so that no reader finds a part of it."""
@@ -426,10 +423,10 @@ class LocalStore(LocalDocuments, Store):
             raise DamagedPointer(f"{POINTER}: {error.strerror}") from error
 
 
-def _check(folder: Path, manifest: Manifest) -> list[str]:
-    """Compare names and sizes with the manifest, without reading contents."""
+def _check(folder: Path, manifest: Manifest, has_hash: HasHash | None = None) -> list[str]:
+    """Compare a folder with its manifest as `check_folder`; what is no file, or cannot be read, is a problem too."""
     try:
-        return check_folder(folder, manifest, contents=False)
+        return check_folder(folder, manifest, has_hash)
     except (OSError, ValueError) as error:
         raise_machine_fault(error)
         return [str(error)]

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from pydantic import JsonValue
@@ -41,6 +41,7 @@ from loraflow.store.files import (
     folder_size,
     fsync_tree,
     raise_machine_fault,
+    read_file,
     set_default_modes,
     stale_folders,
     translate_os_errors,
@@ -86,8 +87,8 @@ class S3Store(S3Artifacts, Store):
     @override
     def read(self, ref: Ref, name: str) -> bytes:
         manifest, cached = self.manifest(ref), self.cache.folder(ref) / name
-        if cached.is_file():
-            content = cached.read_bytes()
+        with suppress(OSError):  # there is no copy
+            content = read_file(cached)
             if not check_content(manifest, name, content):
                 return content
             if not name.startswith(TELEMETRY):  # of which the copy may have another computation's
@@ -226,7 +227,7 @@ class S3Store(S3Artifacts, Store):
         try:
             manifest = Manifest.parse((pending / MANIFEST).read_bytes())
             ref = manifest.ref(self.uri).model_copy(update={"fingerprint": fingerprint})
-            is_intact = not check_folder(pending, manifest, contents=True) and not check_consistency(manifest, ref)
+            is_intact = not check_folder(pending, manifest) and not check_consistency(manifest, ref)
         except (OSError, ValueError) as error:
             raise_machine_fault(error)
             return None

@@ -344,7 +344,7 @@ class ArtifactCache:
         folder = self.folder(ref)
         try:
             manifest = Manifest.parse((folder / MANIFEST).read_bytes())
-            problems = result_problems(check_folder(folder, manifest, contents=True, has_hash=has_hash))
+            problems = result_problems(check_folder(folder, manifest, has_hash))
             return not problems and not check_consistency(manifest, ref)
         except (OSError, ValueError) as error:
             raise_machine_fault(error)
@@ -404,7 +404,7 @@ class ArtifactCache:
         try:
             with ThreadPoolExecutor(CONCURRENCY) as pool:
                 list(pool.map(lambda name: retry_network(lambda: download(name)), manifest.files))
-            problems = result_problems(check_folder(folder, manifest, contents=True))
+            problems = result_problems(check_folder(folder, manifest))
             if not problems:
                 write_atomic(folder / MANIFEST, manifest.document)
                 fsync_tree(folder)

@@ -18,6 +18,7 @@ from loraflow.credentials import mask_json
 from loraflow.failures import BadConfig
 from loraflow.registry.runs import RunRecord
 from loraflow.store import Store
+from loraflow.store.files import replace_file
 from loraflow.tracking.tracker import curves
 
 PLOTS = "plots/metrics"
@@ -28,8 +29,10 @@ FILES = {"params": ["params.yaml"], "metrics": ["metrics.json"], "plots": [{PLOT
 def write_dvclive(store: Store, record: RunRecord, folder: Path) -> None:
     """Write `metrics.json`, `params.yaml` and `plots/metrics/**.tsv` of a run that is done, in place of earlier ones."""
     folder.mkdir(exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(_metrics(record), indent=1, ensure_ascii=False) + "\n")
-    (folder / "params.yaml").write_text(yaml.safe_dump(_settings(record), allow_unicode=True, sort_keys=True))
+    metrics = json.dumps(_metrics(record), indent=1, ensure_ascii=False)
+    replace_file(folder / "metrics.json", f"{metrics}\n".encode())
+    params = yaml.safe_dump(_settings(record), allow_unicode=True, sort_keys=True)
+    replace_file(folder / "params.yaml", params.encode())
     shutil.rmtree(folder / PLOTS, ignore_errors=True)
     plots: dict[str, list[str]] = {}
     for point in curves(store, record):

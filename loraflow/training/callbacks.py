@@ -201,13 +201,14 @@ class EarlyStopping(EarlyStoppingCallback):
     transformers would train one more step, and continue if its loss is better: to another model than an uninterrupted run.
     """
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Check the checkpoint's counter.
+    @property
+    def is_over(self) -> bool:
+        """Whether the counter has reached the patience."""
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
 
-        Raises:
-            StoppedEarly: it has reached the patience.
-        """
-        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Raise StoppedEarly if the checkpoint's counter has reached the patience."""
+        if self.is_over:
             raise StoppedEarly
 
 

@@ -19,7 +19,7 @@ from loraflow.config.stage_configs import TrainConfig
 from loraflow.hardware.device import peak_gpu_gib
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
-from loraflow.training.callbacks import StoppedEarly, refuse_non_finite, warn_of_untrained
+from loraflow.training.callbacks import EarlyStopping, StoppedEarly, refuse_non_finite, warn_of_untrained
 from loraflow.training.engine import build_trainer
 from loraflow.training.memory import MemoryParts, StepMemory, explain_out_of_memory, training_parts
 from loraflow.training.setup import TrainingSetup, curves_file, prepare_training
@@ -54,7 +54,9 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
     with explain_out_of_memory(json.dumps(choices), retry_with=built.micro_batch.retry_with()):
         mean_loss = _train(setup, built)
     step = trainer.state.global_step
-    if setup.preemption.has_stopped and step < setup.steps.total:  # else only the adapter is left to write
+    early = (call for call in trainer.callback_handler.callbacks if isinstance(call, EarlyStopping))
+    is_over = step == setup.steps.total or any(call.is_over for call in early)  # only the adapter is left to write
+    if setup.preemption.has_stopped and not is_over:
         setup.preemption.raise_if_requested(step)
     refuse_non_finite(trainer.model, step)
     setup.group.barrier()

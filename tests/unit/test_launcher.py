@@ -10,6 +10,7 @@ import pytest
 
 from loraflow import failures
 from loraflow.execution import launcher as launch
+from loraflow.execution import worker_process
 from loraflow.execution.worker_process import _Display
 from loraflow.stages import STAGES
 from loraflow.store import LocalStore
@@ -107,6 +108,7 @@ LAUNCHER = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent.parent)!r})
 from loraflow.execution import launcher as launch
+from loraflow.execution import worker_process
 from loraflow.store import LocalStore
 from loraflow.stages import STAGES
 from tests.fake_worker import FAKE_STAGE
@@ -201,6 +203,20 @@ def test_the_time_of_a_run_ends_in_a_failure_that_is_not_retried_and_resumes(sto
     with pytest.raises(failures.BudgetSpent):  # the next stage of the same run does not start
         launch.run_job(job("fine", max_hours=1), store, run_started=started - 3600)
     assert launch.run_job(job("fine", max_hours=1), store)
+
+
+def test_a_worker_that_is_done_within_the_grace_period_has_its_result_committed(store, monkeypatch):
+    pid = store.root / "work" / "evaluate" / job("late").fingerprint / "pid"
+    checks = []
+
+    def is_over(submitted, ends):
+        if pid.exists():
+            checks.append(ends)
+            raise failures.BudgetSpent("The run reached its time limit.")
+
+    monkeypatch.setattr(worker_process, "check_budget", is_over)
+    ref = launch.run_job(job("late", max_hours=1, grace_seconds=60.0), store)
+    assert len(checks) == 1 and store.verify(ref) == []
 
 
 def test_a_second_interruption_kills_the_worker_at_once(tmp_path):

@@ -1,7 +1,9 @@
 import errno
+import io
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +25,16 @@ from loraflow.store import (
     staging,
 )
 from loraflow.store.checkpoints import finalize_checkpoint, prune_to_newest_intact
+from loraflow.store.files import replace_file
 from loraflow.store.lock import flock
 from tests.stored_artifacts import FP, PAYLOAD, put
+
+
+def current_umask():
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
 
 REPOSITORY = Path(__file__).absolute().parents[2]
 
@@ -123,6 +133,71 @@ def test_a_lookup_that_the_machine_cannot_answer_is_a_failure_and_no_miss(tmp_pa
             store.find("tokenize", FP)
         assert not isinstance(caught.value, CorruptArtifact) and caught.value.where and caught.value.next_step
     assert store.find("tokenize", FP) == ref
+
+
+READS = {
+    "file of an artifact": ("a.txt", lambda store, ref: store.read(ref, "sub/a.txt")),
+    "content": ("a.txt", lambda store, ref: store.verify(ref)),
+    "manifest": ("manifest.json", lambda store, ref: store.manifest(ref)),
+    "artifacts": ("manifest.json", lambda store, ref: [str(found) for found in store.artifacts()]),
+    "time": (None, lambda store, ref: store.committed_at(ref)),
+    "document": ("x.json", lambda store, ref: store.read_document("runs/x.json")),
+    "documents": ("x.json", lambda store, ref: store.read_documents("runs/")),
+}
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+@pytest.mark.parametrize("reads", READS)
+def test_each_read_of_a_store_is_repeated_and_then_a_failure_with_its_path(tmp_path, monkeypatch, reads, call):
+    store = LocalStore(tmp_path)
+    ref = put(store)
+    store.create_document("runs/x.json", b"{}\n")
+    name, read = READS[reads]
+    name, expected, calls, owner = name or ref.digest, read(store, ref), [], {"stat": os, "open": io}[call]
+    real = getattr(owner, call)
+
+    def fail(path, *arguments, **options):
+        if not isinstance(path, int) and Path(path).name == name:
+            calls.append(path)
+            if len(calls) <= times:
+                raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(owner, call, fail)
+    times = 0
+    assert read(store, ref) == expected
+    if not calls:  # such as the open of a file of which only the age is asked
+        return
+    times, calls[:] = 10**9, []
+    with pytest.raises(StorageError) as caught:
+        read(store, ref)
+    assert name in caught.value.where
+    if call == "open":
+        times, calls[:] = 2, []
+        assert read(store, ref) == expected
+
+
+def test_a_file_of_a_person_is_replaced_as_a_whole_with_its_mode_and_a_link_stays_a_link(tmp_path, monkeypatch):
+    page, link, pipe = tmp_path / "page.html", tmp_path / "link.html", tmp_path / "pipe"
+    replace_file(page, b"old")
+    assert page.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+    page.chmod(0o640)
+    link.symlink_to(page.name)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError):
+            replace_file(link, b"new")
+    assert page.read_bytes() == b"old" and sorted(path.name for path in tmp_path.iterdir()) == [
+        "link.html",
+        "page.html",
+    ]
+    replace_file(link, b"new")
+    assert link.is_symlink() and page.read_bytes() == b"new" and page.stat().st_mode & 0o777 == 0o640
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    replace_file(pipe, b"new")
+    assert os.read(reader, 10) == b"new" and stat.S_ISFIFO(pipe.stat().st_mode)
+    os.close(reader)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])

@@ -279,8 +279,21 @@ def test_a_training_that_stopped_early_is_not_continued_after_an_interruption(
     losses = measured(tmp_path / "a")
     stopped = max(losses)
     assert 1 < stopped < 6 and losses[stopped] > min(losses.values())
-    with pytest.raises(Preempted):
-        run(base, straight[0], tmp_path / "b", StopAt(stopped, tmp_path / "b" / "work"), **settings)
+    asked, _ = run(base, straight[0], tmp_path / "c", StopAt(stopped, tmp_path / "c" / "work"), **settings)
+    assert same(uninterrupted, asked), "it ended by itself in the step in which it was asked to"
+    trained = train._train
+
+    def then_ask(*arguments):
+        trained(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # it goes on to the adapter after the signal
+        patch.setattr(train, "_train", then_ask)
+        patch.setattr(train, "_save_adapter", killed)
+        run(base, straight[0], tmp_path / "b", **settings)
     job = make_job("train", recipe(**settings), {"tokens": REF, "base": REF})
     out, work = tmp_path / "b" / "out", tmp_path / "b" / "work"
     summary = train.run(
@@ -288,15 +301,6 @@ def test_a_training_that_stopped_early_is_not_continued_after_an_interruption(
     )
     assert same(uninterrupted, load_file(out / "adapter" / "adapter_model.safetensors"))
     assert measured(tmp_path / "b") == losses and summary.figures["steps"] == stopped
-    trained = train._train
-
-    def then_ask(*arguments):
-        trained(*arguments)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(train, "_train", then_ask)
-    finished, _ = run(base, straight[0], tmp_path / "c", **settings)
-    assert same(uninterrupted, finished), "it had ended by itself, before it was asked to"
 
 
 BEST = {

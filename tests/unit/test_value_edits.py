@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
+from loraflow import identity
 from loraflow.cli import cli
 from loraflow.execution.repair import find_damage
 from loraflow.failures import CorruptArtifact, Failure
@@ -19,9 +20,11 @@ from loraflow.registry.champions import missing_models
 from loraflow.registry.deals import DealRecord, DealRequest
 from loraflow.registry.looks import LookRecord
 from loraflow.registry.reserve import ReserveRow
-from loraflow.registry.runs import LogHead, Publication, read_runs
+from loraflow.registry.runs import LogHead, Publication, StageRun, read_runs, require_consistent
+from loraflow.serving.compared import compare_models
+from loraflow.serving.models import find_model
 from loraflow.serving.publish import _write_publication, find_publication
-from loraflow.store import LocalStore
+from loraflow.store import LocalStore, Summary
 from tests.promoted_models import add_model, commit, promote, record_run
 
 ROWS = {f"row{i}" for i in range(50)}
@@ -203,3 +206,30 @@ def test_verify_names_a_damaged_record(original, tmp_path, kind, named):
     file.write_bytes(data)
     done = CliRunner().invoke(cli, ["verify", "--store", store.uri])
     assert isinstance(done.exception, CorruptArtifact) and f"damaged  {named}" in done.output
+
+
+@pytest.mark.parametrize("label", ["merge", "train", "evaluate tuned"])
+def test_a_record_that_names_results_of_two_runs_is_refused_although_its_checksum_is_right(original, tmp_path, label):
+    """Otherwise another model than the run's is promoted, with its adapter, or compared by another model's scores."""
+    store = LocalStore(shutil.copytree(original.root, tmp_path / "store"))
+    record = read_runs(store)[0]
+    require_consistent(store, record)
+    others = {ref.stage: ref for ref in store.artifacts() if ref.digest not in {s.digest for s in record.stages}}
+    payload = identity.payload("evaluate", 1, {"model": others["merge"].digest}, {})
+    staged = store.staging("evaluate", identity.fingerprint(payload))
+    (staged / "scores.parquet").write_text("of another model")
+    others["evaluate"] = store.commit(
+        staged, payload=payload, inputs={"model": others["merge"]}, summary=Summary(), provenance={}
+    )
+    ref = others[label.split()[0]]
+    other = StageRun(stage=label, state="computed", fingerprint=ref.fingerprint, digest=ref.digest)
+    stages = [other, *(stage for stage in record.stages if stage.stage != label)]
+    store.write_document(f"runs/{RUN}.json", record.model_copy(update={"stages": stages}).document)
+    promoting = ["promote", RUN, "--reason", "by hand", "--store", store.uri]
+    assert isinstance(CliRunner().invoke(cli, promoting).exception, CorruptArtifact)
+    for use in (lambda: find_model(store, RUN), lambda: compare_models(store, (RUN, RUN))):
+        with pytest.raises(
+            CorruptArtifact if label.startswith("evaluate") else Failure, match="belong together|did not score"
+        ):
+            use()
+    assert len(PromotionLog(store, "tickets").entries()) == len(PromotionLog(original, "tickets").entries())
