@@ -151,12 +151,11 @@ def write_prefect_yaml(
     if recipe is None:
         names = recipe_names(folder)
         recipe = names[0] if names else find_recipe("NAME").stem  # refuses, and says how to make one
-    branch = branch_for_retraining(folder)
     values = {
         "project": project or slug(folder.absolute().name),
         "id": _new_id(folder),
         "recipe": quoted(recipe),
-        "branch": "" if branch == MAIN else f", branch: {quoted(branch)}",
+        "branch": _branch(folder),
     }
     text = TEXT.substitute(values) + (TEAM.substitute(values) if template == "gpu-team" else "")
     with suppress(OSError):  # without it, another id may be written after a clone
@@ -164,6 +163,12 @@ def write_prefect_yaml(
         write_atomic(folder / LAST_ID, f"{values['id']} {folder.absolute()}".encode())
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def _branch(folder: Path) -> str:
+    """Return the parameter that names the branch of retrainings; empty if it is the default."""
+    branch = branch_for_retraining(folder)
+    return "" if branch == MAIN else f", branch: {quoted(branch)}"
 
 
 def _new_id(folder: Path) -> str:
@@ -205,14 +210,15 @@ def quoted(name: str) -> str:
     return name if is_plain else json.dumps(name, ensure_ascii=False)
 
 
-INTRODUCTION = (
-    "prefect.yaml   unchanged: it is your own file, without a deployment of loraflow. "
-    "To start runs from Prefect's UI, {}:"
-)
+FIRST = "it is your own file, without a deployment of loraflow. To start runs from Prefect's UI"
+FURTHER = "the form of its deployments starts this recipe too. To retrain it on a schedule"
 
 
 def deployment_to_add(folder: Path, recipe: str) -> str | None:
-    """Return what to add to a project's own `prefect.yaml`; None if it has a flow of loraflow, or cannot be read."""
+    """Return what to add to a `prefect.yaml` that is there: a form, or the recipe's schedule if there is a flow of loraflow.
+
+    None if a deployment names the recipe, or the file cannot be read.
+    """
     try:
         text = (folder / FILE).read_text(encoding="utf-8-sig")
         document = load_plain(text)
@@ -221,17 +227,23 @@ def deployment_to_add(folder: Path, recipe: str) -> str | None:
     if not isinstance(document, dict):
         return None
     entries = document.get("deployments")
-    if not isinstance(entries, list | None) or "loraflow.flows." in str(entries):
+    if not isinstance(entries, list | None) or f"'recipe': {recipe!r}" in str(entries):
         return None
+    is_further = "loraflow.flows." in str(entries)
     project = slug(folder.absolute().name)
     name = str(document["name"]) if document.get("name") not in (None, "") else project
+    variables = ", job_variables: *environment" if "&environment\n" in text else ""
     entry = [
-        f"name: {project}",
-        "entrypoint: loraflow.flows.finetune.finetune",
-        f"work_pool: {{name: {quoted(_first_pool(entries or []) or project)}}}",
-        f"parameters: {{recipe: {quoted(recipe)}}}",
+        f"name: {f'{slug(name)}-{slug(recipe)}-nightly' if is_further else project}",
+        f"entrypoint: loraflow.flows.{'retrain.retrain' if is_further else 'finetune.finetune'}",
+        f"work_pool: {{name: {quoted(_first_pool(entries or []) or project)}{variables}}}",
+        f"parameters: {{recipe: {quoted(recipe)}{_branch(folder) if is_further else ''}}}",
         f"pull: [{{loraflow.flows.server.project.enter: {{project: {quoted(name)}}}}}]",
     ]
+    if is_further:
+        entry += ["tags: [loraflow, heartbeat]"] if variables else []  # the variables set the frequency of heartbeats
+        entry += ["concurrency_limit: {limit: 1, collision_strategy: ENQUEUE}"]
+        entry += ['schedules: [{slug: nightly, cron: "0 2 * * *", timezone: UTC}]']
     indent = _indent(text)
     if not entries:
         is_there = "deployments" in document
@@ -244,7 +256,7 @@ def deployment_to_add(folder: Path, recipe: str) -> str | None:
     if document.get("name") in (None, ""):
         lines.append(f"name: {quoted(name)}" + ("  # instead of the empty name" if "name" in document else ""))
         todo += ", with the name of the project"
-    return "\n".join([INTRODUCTION.format(todo), *lines])
+    return "\n".join([f"prefect.yaml   unchanged: {FURTHER if is_further else FIRST}, {todo}:", *lines])
 
 
 def _item(entry: list[str], indent: int) -> list[str]:

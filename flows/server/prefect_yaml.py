@@ -318,7 +318,9 @@ def _problems(what: str, where: str, error: ValidationError, place: Place) -> Ba
 
 
 def _message(problem: ErrorDetails, place: Place) -> str:
-    """Return pydantic's message; of a key that is not allowed, it does not say why."""
+    """Return pydantic's message, or what to write where it does not say that."""
+    if problem["loc"] == ("work_pool",) and isinstance(problem["input"], str):
+        return f"expected {{name: {problem['input']}}}"
     if problem["type"] != "extra_forbidden":
         return problem["msg"].removeprefix("Value error, ")
     *section, key = problem["loc"]

@@ -159,10 +159,10 @@ def _fail_run(run_id: UUID, failure: BadConfig) -> None:
 
 
 def refuse_outdated(run_id: UUID) -> None:
-    """Refuse a run whose deployment another version of loraflow created, if its flow or its parameters do not fit here.
+    """Refuse a run with unknown parameters, or of another version's deployment that does not fit here.
 
     Raises:
-        BadConfig: the flow does not exist any more, or its parameters have changed.
+        BadConfig: the flow does not exist any more, its parameters have changed, or the run's have unknown names.
     """
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ParameterBindError, ParameterTypeError, SignatureMismatchError
@@ -189,15 +189,19 @@ def refuse_outdated(run_id: UUID) -> None:
         flow.validate_parameters(run.parameters)
     except (ParameterBindError, ParameterTypeError, SignatureMismatchError) as error:
         changes = _changed_parameters(deployment, parameter_schema(flow).model_dump())
-        if not changes:  # the value is wrong in both versions, and the flow itself reports it
-            return
-        raise BadConfig(
-            "The deployment was created by another version of loraflow than this worker's.",
-            where=f"{flow.name}/{deployment.name}",
-            expected=changes,
-            got=str(error),
-            next_step=DEPLOY_AGAIN,
-        ) from error
+        where = f"{flow.name}/{deployment.name}"
+        if changes:
+            problem = "The deployment was created by another version of loraflow than this worker's."
+            raise BadConfig(problem, where=where, expected=changes, got=str(error), next_step=DEPLOY_AGAIN) from error
+        if isinstance(
+            error, SignatureMismatchError
+        ):  # the server accepts them, and Prefect reports only an exit status
+            problem, next_step = (
+                "The run has parameters that its flow does not have.",
+                "start it with the names of the form",
+            )
+            raise BadConfig(problem, where=where, got=str(error), next_step=next_step) from error
+        # another value is wrong in both versions, and the flow itself reports it
 
 
 def _changed_parameters(deployment: DeploymentResponse, schema: Mapping[str, JsonValue]) -> str:

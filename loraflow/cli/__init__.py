@@ -323,6 +323,8 @@ def usage_hint(error: click.ClickException) -> str:
         return ""
     if isinstance(error.param, click.Option):
         return f"  {error.param.opts[0]}  {error.param.help}" if error.param.help else ""
+    if error.param.metavar == "OUT":
+        return "  OUT is a new file for the answers, such as answers.jsonl"
     if error.param.name != "recipe":
         return ""
     from loraflow.config.recipe_text import recipe_names

@@ -38,12 +38,11 @@ def read_prefect_yaml(file: Path) -> object:
 
 def unreadable(file: Path, error: Exception) -> BadConfig:
     """Return the refusal of a project's file that cannot be read as text."""
-    return BadConfig(
-        f"{file.name} cannot be read.",
-        where=str(file),
-        got=str(error),
-        next_step="correct its permissions, or save it as UTF-8",
-    )
+    line = ""
+    if isinstance(error, UnicodeDecodeError):
+        line = f":{error.object[: error.start].count(10) + 1}"
+    next_step = "save it as UTF-8" if line else "correct its permissions"
+    return BadConfig(f"{file.name} cannot be read.", where=f"{file}{line}", got=str(error), next_step=next_step)
 
 
 def project_name(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from textwrap import TextWrapper
 
 from pydantic import JsonValue
 
@@ -61,7 +62,10 @@ def learned_lines(learned: Learned, *, image: bool) -> Iterator[str]:
         yield from _lengths(lengths, image=image)
     for number, row in enumerate(learned.report.samples):
         if not number:
-            yield from ("Training rows, drawn at random, as the model reads them. What is learned is in ⟦ ⟧:", "")
+            yield from (
+                "Training rows, drawn at random, as the model reads them. What is learned is in ⟦ ⟧; ↪ continues a line:",
+                "",
+            )
         yield from _sample(row)
 
 
@@ -92,10 +96,15 @@ def _lengths(lengths: Lengths, *, image: bool) -> Iterator[str]:
     yield ""
 
 
+# Prefect's page shows 66 characters of a block's line; the learned answer often begins after them.
+WRAPPED = TextWrapper(64, expand_tabs=False, replace_whitespace=False, drop_whitespace=False, break_on_hyphens=False)
+
+
 def _sample(row: SampleRow) -> Iterator[str]:
     text = "".join(itertools.starmap(marked, row.parts)) + (
         f"\n[{row.more_parts} more parts]" if row.more_parts else ""
     )
+    text = "\n".join("\n↪ ".join(WRAPPED.wrap(line)) for line in text.split("\n"))
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)  # a text may hold code blocks itself
     yield f"{row.place}: {row.tokens:,} tokens, {row.learned_tokens:,} learned" + (

@@ -78,6 +78,15 @@ def test_an_invalid_value_of_the_same_version_is_validated_by_the_flow(deployed,
     project.refuse_outdated(wrong.id)
 
 
+def test_a_parameter_that_the_flow_does_not_have_is_named(deployed, client):
+    """Prefect's server accepts it, and its engine would end with "Process exited with status code: 1"."""
+    run = deployed(unchanged, recipe="quickstart")
+    wrong = client.create_flow_run_from_deployment(run.deployment_id, parameters={"learning_rate": 3e-4})
+    with pytest.raises(BadConfig, match="parameters that its flow does not have") as caught:
+        project.refuse_outdated(wrong.id)
+    assert "learning_rate" in caught.value.got
+
+
 def test_a_missing_flow_is_named_with_the_command_that_updates_the_deployment(deployed):
     run = deployed(unchanged, entrypoint="loraflow.flows.old_name.finetune", recipe="quickstart")
     with pytest.raises(BadConfig, match="does not exist in this worker's version") as caught:

@@ -35,7 +35,10 @@ def child_with(process: subprocess.Popen, word: str) -> list[psutil.Process]:
 
 
 def ended(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # also when it ends between two questions
+        return True
 
 
 def own_modules(folder: Path) -> None:

@@ -182,3 +182,25 @@ def test_an_init_that_fails_leaves_the_objects_that_the_cache_had(folder, monkey
     assert done.exception.errno == 28, done.output
     assert len(in_cache) == 3, "the known file, the new one, and the list of both"
     assert kept() == before and sh("git", "ls-files", "--stage", cwd=folder) == index
+
+
+@pytest.mark.parametrize(
+    ("remote", "ignored", "pushed"), [("remote", "", False), ("remote", "/.dvc/remote", True), ("elsewhere", "", True)]
+)
+def test_init_does_not_push_ones_chats_into_the_git_repository(folder, quick_dvc, remote, ignored, pushed):
+    """As in a clone of loraflow, whose remote is a folder of the repository."""
+    sh("git", "init", "-q", cwd=folder)
+    run_dvc("init", cwd=folder)
+    run_dvc(
+        "remote",
+        "add",
+        "-d",
+        "inside",
+        f".dvc/{remote}" if remote == "remote" else str(folder.parent / "there"),
+        cwd=folder,
+    )
+    Path(".gitignore").write_text(ignored + "\n")
+    done = call_init()
+    assert done.exception is None, done.output
+    objects = list((folder / ".dvc/remote").rglob("*.dir")) + list((folder.parent / "there").rglob("*.dir"))
+    assert bool(objects) == pushed and ("not pushed" in done.output) != pushed

@@ -100,6 +100,14 @@ def test_the_report_says_how_much_is_learned_and_marks_it_in_samples():
     assert "a.jsonl:1: 9 tokens, 4 learned\n\n````\nask ⟦```py\n1\n```⟧⟦x⟧×0.5\n````" in text
 
 
+def test_a_long_line_of_a_sample_is_continued_without_losing_a_character():
+    words = "why is the kettle  that I ordered\tlast week not here\n\n" + "x" * 150 + " 漢字" * 40
+    sample = SampleRow(place="a:1", tokens=9, learned_tokens=4, parts=[(words, 0.0), ("the answer", 1.0)])
+    block = shown(samples=[sample]).split("```")[1].strip("\n")
+    assert max(map(len, block.split("\n"))) <= 66
+    assert block.replace("\n↪ ", "") == f"{words}⟦the answer⟧"
+
+
 def test_a_report_of_an_earlier_tokenize_has_the_shares_alone():
     text = "\n".join(learned_lines(Learned(FIGURES, TokenReport()), image=False))
     assert "345 of 900" in text and "###" not in text and "⟦" not in text

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from loraflow.failures import BadConfig
-from loraflow.flows.server.new_prefect_yaml import deployment_to_add
+from loraflow.flows.server.new_prefect_yaml import deployment_to_add, write_prefect_yaml
 from loraflow.flows.server.prefect_yaml import read_all
 
 MINE = "- name: mine\n  entrypoint: own.py:nothing\n  work_pool: {name: theirs}\n"
@@ -71,6 +71,24 @@ def test_an_entry_for_a_list_in_brackets_is_in_braces(folder):
     assert added_to(folder, f"name: p\ndeployments: [{mine}, {lines}]\n").work_pool.name == "theirs"
 
 
+@pytest.mark.parametrize("template", ["local", "gpu-team"])
+def test_a_further_recipe_of_a_project_gets_a_schedule_of_its_own(folder, template):
+    file = write_prefect_yaml(folder, "tiny", template, "shop")
+    (folder / "configs" / "b_2.yaml").write_text("name: b_2\n")
+    assert deployment_to_add(folder, "tiny") is None
+    todo, lines = deployment_to_add(folder, "b_2").split("\n", 1)
+    assert "retrain it on a schedule" in todo and "at the end of its `deployments`" in todo
+    text = file.read_text()
+    end = text.index("\n# Who is notified") if template == "gpu-team" else len(text)
+    file.write_text(f"{text[:end]}{lines}\n{text[end:]}")
+    specs = {spec.name: spec for spec in read_all(file)[0]}
+    own, first = specs["shop-b-2-nightly"], specs["shop-nightly"]
+    assert own.parameters["recipe"] == "b_2" and own.schedules[0].cron == "0 2 * * *"
+    for part in ("flow_name", "work_pool", "project", "concurrency_limit", "tags"):
+        assert getattr(own, part) == getattr(first, part), part
+    assert deployment_to_add(folder, "b_2") is None
+
+
 def test_a_file_whose_deployments_are_no_list_gets_no_advice(folder):
     (folder / "prefect.yaml").write_text("deployments: 3\n")
     assert deployment_to_add(folder, "tiny") is None
@@ -86,3 +104,10 @@ def test_the_empty_form_of_prefect_init_alone_is_no_deployment(folder):
     assert "deployments[1]" in error.value.where and "name" in error.value.got, (
         "an entrypoint without a name is a mistake"
     )
+
+
+def test_a_file_in_another_encoding_is_refused_with_its_line(folder):
+    (folder / "prefect.yaml").write_bytes("name: theirs\n# café\n".encode("latin-1"))
+    with pytest.raises(BadConfig, match="cannot be read") as error:
+        read_all(folder / "prefect.yaml")
+    assert error.value.where.endswith("prefect.yaml:2") and error.value.next_step == "save it as UTF-8"

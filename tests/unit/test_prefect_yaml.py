@@ -139,7 +139,7 @@ def test_queue_version_limit_tags_and_pause_are_applied(specs):
         ({"schedules": [{"cron": "0 2 * * *", "anchor_date": "2026-01-01T00:00:00Z"}]}, "anchor_date"),
         ({"schedules": [{"cron": "0 2 * * *", "slug": "a"}, {"cron": "0 3 * * *", "slug": "a"}]}, "slug a"),
         ({"schedules": [{"cron": "0 2 * * *", "timzone": "UTC"}]}, "schedules.0.timzone"),
-        ({"work_pool": "local"}, "work_pool"),
+        ({"work_pool": "local"}, "work_pool: expected {name: local}"),
         ({"work_pool": None}, "work_pool"),
         ({"work_pool": {"name": "local", "queue": "high"}}, "work_pool.queue"),
         ({"concurrency_limit": {"limit": 1, "collision_strategy": "WAIT"}}, "concurrency_limit.collision_strategy"),

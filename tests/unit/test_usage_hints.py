@@ -37,6 +37,10 @@ def test_a_missing_recipe_says_which_there_are_or_how_to_make_one(folder, monkey
     assert "Recipes here: r0, r1, r2, r3, r4, r5, r6, r7, and 2 more" in said(["plan"], monkeypatch, capsys)
 
 
+def test_a_missing_file_for_answers_says_what_it_is(monkeypatch, capsys):
+    assert "OUT is a new file for the answers" in said(["predict", "champion", "in.jsonl"], monkeypatch, capsys)
+
+
 def test_another_wrong_call_says_what_click_says(monkeypatch, capsys):
     assert said(["runs", "--nothing"], monkeypatch, capsys).count("\n") <= 4
 
