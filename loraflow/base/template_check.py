@@ -22,7 +22,7 @@ from loraflow.data.loss_mask import ChatTemplate
 from loraflow.data.rendered_calls import without_tools
 from loraflow.data.template import MARKERS, TODAY
 from loraflow.data.token_labels import IGNORED
-from loraflow.data.tokenizer_config import RECORD, TRAINING_TEMPLATE, special_tokens
+from loraflow.data.tokenizer_config import FILE, RECORD, TRAINING_TEMPLATE, special_tokens
 from loraflow.failures import BadModel
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
     """Compare a base's rendered chats, ids and special tokens with transformers'.
 
     Special tokens that do not follow from the tokenizer's files are recorded beside them (RECORD). If transformers
-    tokenizes differently from tokenizer.json, because of the tokenizer's class, its own tokenizer is saved instead.
+    tokenizes differently from tokenizer.json, or has other special tokens, its own tokenizer is saved instead.
 
     Raises:
         BadModel: transformers cannot open the tokenizer, or the two differ; or the template has no chat that can be learned.
@@ -104,10 +104,20 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
             json.dumps(expected, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     choose_pad_token(open_tokenizer(folder, trust=trust), folder)  # refuses a tokenizer without one
+    if tokenizer.split_special_tokens:
+        raise BadModel(
+            "The tokenizer splits special tokens into pieces of text, so no token would end an answer.",
+            where=str(folder / FILE),
+            expected="split_special_tokens: false",
+            got="split_special_tokens: true",
+            next_step=f"remove split_special_tokens from {FILE}",
+        )
     template = ChatTemplate(folder)
     chats = _accepted(template, tokenizer)
-    if _first_difference(template, tokenizer, chats) is not None:
-        log.warning("The tokenizer's class changes tokenizer.json: the tokenizer is saved as transformers uses it.")
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if special != set(template.special) or _first_difference(template, tokenizer, chats) is not None:
+        # It may name a token as eos_token that is not special in tokenizer.json.
+        log.warning("transformers changes tokenizer.json when it opens it: the tokenizer is saved as transformers uses it.")
         save_tokenizer(tokenizer, folder, trust=trust)
         template, tokenizer = ChatTemplate(folder), open_tokenizer(folder, trust=trust)
         if (difference := _first_difference(template, tokenizer, chats)) is not None:
