@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import shutil
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -231,12 +232,18 @@ def _changed_settings(base: Path, merged: Path) -> dict[str, dict[str, JsonValue
 
 def _write_stop_ids(out: Path) -> None:
     """Add the stop ids of template and config.json to the generation config: otherwise generation does not stop there."""
-    if template_hash(out) is None or not (out / "tokenizer.json").exists():
+    if template_hash(out) is None:
         return
+    from loraflow.base.model_files import copy_model
     from loraflow.data.loss_mask import ChatTemplate, eos_ids, vocabulary_of
 
     try:
-        needed = ChatTemplate(out).stop_ids()
+        with tempfile.TemporaryDirectory(prefix="loraflow-tokenizer-") as name:
+            folder = out
+            if not (out / "tokenizer.json").exists():  # of sentencepiece's form, for instance
+                folder = Path(name)
+                copy_model(out, folder, trust=False, with_weights=False)
+            needed = ChatTemplate(folder).stop_ids()
     except BadModel as error:  # training refuses such a template, but the merged weights are usable
         log.warning("The tokens that end an answer are unknown, so generation_config.json stays as it is: %s", error)
         return
