@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from loraflow.base import hub
-from loraflow.base.architecture import ignored_windows, read_config
+from loraflow.base.architecture import class_of_another_type, ignored_windows, read_config
 from loraflow.base.model_files import copy_model, model_files, save_tokenizer
 from loraflow.base.stored_weights import INDEX, PICKLES, refuse_pickles
 from loraflow.base.usable import refuse_code_elsewhere, refuse_unusable_folder, require_base_name
@@ -190,12 +190,20 @@ def _bundled(model: str) -> Path:
 def _copy(folder: Path, out: Path, config: ResolveBaseConfig) -> Figures:
     copy_model(folder, out, trust=config.trust_remote_code)
     if not config.trust_remote_code:
-        _warn_of_ignored_windows(out)
+        _warn_of_config(out)
     return {"files": len(list(out.iterdir()))}
 
 
-def _warn_of_ignored_windows(folder: Path) -> None:
-    if ignored := ignored_windows(read_config(folder)):
+def _warn_of_config(folder: Path) -> None:
+    config = read_config(folder)
+    if other := class_of_another_type(config):
+        log.warning(
+            "config.json of the base has model_type %s, which decides what is trained, and the class %s of another type in "
+            "architectures, which vLLM would serve: correct one of them",
+            config.model_type,
+            other,
+        )
+    if ignored := ignored_windows(config):
         log.warning(
             "config.json of the base has %s, which its architecture does not have. The model is trained without a window, "
             "but transformers generates answers with it: if prompts and answers are longer, remove it from config.json",

@@ -197,7 +197,7 @@ def test_a_window_that_the_architecture_does_not_have_is_a_warning_if_answers_fo
     values = {**COMMON, **LLAMA, **STRAY.get(name, OWN.get(name))}
     folder = folder_with({key: value for key, value in values.items() if value is not None}, tmp_path)
     resolve._folder_of(FolderOrigin(folder=str(folder)), trust=False)  # is not refused
-    resolve._warn_of_ignored_windows(folder)
+    resolve._warn_of_config(folder)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 4}
@@ -209,3 +209,18 @@ def test_a_window_that_the_architecture_does_not_have_is_a_warning_if_answers_fo
         follows = True
     assert (name in STRAY and name != "only full layers") is follows
     assert ("generates answers with it" in caplog.text) is follows
+
+
+@pytest.mark.parametrize(
+    ("classes", "is_named"),
+    [
+        (["MistralForCausalLM"], True),
+        (["LlamaForCausalLM"], False),
+        (["LLaMAForCausalLM"], False),  # of early conversions
+    ],
+)
+def test_a_class_of_another_model_type_is_named_because_a_server_may_use_it(classes, is_named, tmp_path, caplog):
+    """transformers trains the class of model_type."""
+    folder = folder_with({**LLAMA, "architectures": classes}, tmp_path)
+    resolve._warn_of_config(folder)
+    assert ("MistralForCausalLM of another type" in caplog.text) is is_named
