@@ -107,6 +107,9 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
         figures = _from_gguf(Path(origin.gguf), out, config)
     elif isinstance(origin, FolderOrigin | HubOrigin):
         folder = _folder_of(origin, config.trust_remote_code)
+        if isinstance(origin, HubOrigin):
+            _check_tokenizer(folder, job)
+            folder = hub.download(origin.hub, origin.commit, trust=config.trust_remote_code)  # it can take an hour
         figures = _repack(folder, out, config) if config.repack else _copy(folder, out, config)
     else:
         raise TypeError(f"a base model has no origin such as {origin!r}")
@@ -153,6 +156,7 @@ def _content(folder: Path, trust: bool, memo: HashMemo) -> dict[str, str]:
 
 
 def _folder_of(origin: FolderOrigin | HubOrigin, trust: bool) -> Path:
+    """Return the folder of a base's files; of a hub model, without its weights."""
     if isinstance(origin, FolderOrigin):
         refuse_unusable_folder(Path(origin.folder), trust=trust, known_to_transformers=True)
         folder = Path(origin.folder)
@@ -162,9 +166,15 @@ def _folder_of(origin: FolderOrigin | HubOrigin, trust: bool) -> Path:
         refuse_unusable_folder(folder, trust=trust)  # by the files beside config.json: an adapter, hf_quant_config.json
     if trust:
         refuse_code_elsewhere(folder)
-    if isinstance(origin, HubOrigin):  # the weights last: they can take an hour
-        folder = hub.download(origin.hub, origin.commit, trust=trust)
     return folder
+
+
+def _check_tokenizer(folder: Path, job: Job[ResolveBaseConfig]) -> None:
+    """Check a hub model's template and tokens before its weights are downloaded."""
+    trust = job.config.trust_remote_code
+    with TemporaryDirectory() as name, named_in_failures(copy := Path(name), _name_of(job.runtime.origin)):
+        copy_model(folder, copy, trust=trust, with_weights=False)
+        prepare_tokenizer(copy, job.runtime.chat_template, no_thinking=job.config.thinking == "empty", trust=trust)
 
 
 def _bundled(model: str) -> Path:
@@ -371,7 +381,7 @@ def describe_files(folder: Path, *, weights: bool = True) -> list[str]:
     Raises:
         BadModel: resolve_base would refuse the base, for the same reason.
     """
-    from loraflow.base.template_check import conversations
+    from loraflow.base.template_check import conversations, refused_parts
     from loraflow.data.loss_mask import ChatTemplate, eos_ids, vocabulary_of
 
     files, lines = [path.name for path in folder.iterdir()], []
@@ -398,8 +408,11 @@ def describe_files(folder: Path, *, weights: bool = True) -> list[str]:
             if stop not in beyond
         )
         inserted = template.inserted()
+        rendered = [chat for chat in conversations() if refused_parts(template, {"": chat}) == []]
+        refused = refused_parts(template)
     lines += [
-        f"  template: {len(conversations())} conversations are rendered and tokenized as transformers does it",
+        f"  template: {len(rendered)} conversations are rendered and tokenized as transformers does it",
+        *(f"  the template refuses chats with {part}: such rows end the run before training" for part in refused),
         f"  answers end at {names}",
     ]
     if beyond:

@@ -88,6 +88,18 @@ def conversations() -> list[Chat]:
     return [*plain, _WITH_TOOLS, _WITH_TOOLS[:2]]
 
 
+def refused_parts(template: ChatTemplate, chats: Mapping[str, Chat] | None = None) -> list[str]:
+    """Return the names of those chats that a template refuses; by default, of parts that many templates do not take."""
+    default = {"a system message": _conversation(1, system=True), "tools": _WITH_TOOLS}
+    found = []
+    for part, chat in (chats or default).items():
+        try:
+            template.render([chat])
+        except BadModel:
+            found.append(part)
+    return found
+
+
 def check_template(folder: Path, *, trust: bool = False) -> None:
     """Compare a base's rendered chats, ids and special tokens with transformers'.
 

@@ -1,15 +1,19 @@
 """A base that cannot be trained is refused by its config.json, with one sentence and what to do, before anything heavy."""
 
 import json
+import shutil
 
 import pytest
 
 from loraflow.base import hub, resolve
 from loraflow.base.usable import refuse_unusable
-from loraflow.config.locations import FolderOrigin, HubOrigin
+from loraflow.config import parse_recipe
+from loraflow.config.locations import BaseLocation, FolderOrigin, HubOrigin
 from loraflow.config.recipe import Base
 from loraflow.failures import BadModel
+from loraflow.job import Inputs, Progress
 from loraflow.store.files import HashMemo
+from tests.job_factory import Outside, make_job
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 BAD = {
@@ -79,6 +83,24 @@ def test_files_beside_the_configuration_refuse_a_hub_model_before_its_weights_ar
     monkeypatch.setattr(hub, "download", download)
     with pytest.raises(BadModel, match=says):
         resolve._folder_of(HubOrigin(hub="org/name", commit="0" * 40), trust=True)
+
+
+def test_the_template_of_a_hub_model_is_refused_before_its_weights_are_downloaded(tmp_path, quick_phi3, monkeypatch):
+    folder = folder_with(json.loads((quick_phi3 / "config.json").read_text()), tmp_path / "hub")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(quick_phi3 / name, folder / name)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+    def download(*_, trust, with_weights=True):
+        assert not with_weights, "the weights were downloaded"
+        return folder
+
+    monkeypatch.setattr(hub, "download_config", lambda *_: folder)
+    monkeypatch.setattr(hub, "download", download)
+    location = BaseLocation(source={}, origin=HubOrigin(hub="org/name", commit="0" * 40))
+    job = make_job("resolve_base", parse_recipe("name: t\nbase: {model: org/name}\n"), {}, Outside(base=location))
+    with pytest.raises(BadModel, match="does not end an answer with a control token"):
+        resolve.run(job, Inputs({}), tmp_path / "out", Progress())
 
 
 @pytest.mark.parametrize(
