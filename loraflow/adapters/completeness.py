@@ -128,7 +128,7 @@ def _refuse_other_prefix(adapter: Path, missing: list[str], unexpected: list[str
 def _name_unknown_settings(adapter: Path, config: AdapterConfig) -> None:
     """Log a warning for settings that the installed peft does not know, and so leaves out of what it computes.
 
-    They are a newer peft's, or of another program: nothing tells whether they change the adapter's product.
+    Nothing tells whether they change the adapter's product.
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 

@@ -91,9 +91,7 @@ def merge(
             seconds.
 
     Raises:
-        BadModel: weights are a pickle, damaged or not finite; the base's files do not fit its config.json; the adapter
-            belongs to another base or chat template; a tensor has no counterpart in the base; the tokenizer has more tokens
-            than the embeddings have rows.
+        BadModel: weights are a pickle, damaged or not finite; or adapter, base, tokenizer and template do not fit.
     """
     config, entries = _check_inputs(base, adapter, base_digest, trust=trust, checked=checked)
     started = time.perf_counter()
@@ -215,8 +213,7 @@ def _copy_other_files(base: Path, adapter: Path, out: Path, dtype: str | None) -
 def _changed_settings(base: Path, merged: Path) -> dict[str, dict[str, JsonValue]]:
     """Return what a merge changed in config.json: the vocabulary, and whether one weight is embeddings and head.
 
-    Returns:
-        new values by section of the file; the section "" is the file itself.
+    The new values are by section of the file; the section "" is the file itself.
     """
     before, after = (json.loads(file.read_text(encoding="utf-8")) for file in (base / "config.json", merged))
     unties = after.get("tie_word_embeddings") is False and _is_tied(base, model_entries(base))

@@ -208,8 +208,8 @@ def _warn_of_config(folder: Path) -> None:
     config = read_config(folder)
     if other := class_of_another_type(config):
         log.warning(
-            "config.json of the base has model_type %s, which decides what is trained, and the class %s of another type in "
-            "architectures, which vLLM would serve: correct one of them",
+            "config.json of the base has model_type %s, which is trained, and in architectures %s of another type, "
+            "which vLLM would serve: correct one of them",
             config.model_type,
             other,
         )
@@ -257,16 +257,12 @@ def bundled_settings(model: str) -> Iterator[Path]:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Let transformers parse each GGUF file once inside the block, in place of once each for tokenizer, config and weights.
-
-    transformers also builds the table of tensor names again for each module of the model. Inside the block, the results of
-    both functions of gguf are cached.
-    """
+    """Cache what gguf parses: transformers parses a file for tokenizer, config and weights, and names for each module."""
     import gguf
     import numpy as np
 
     class Reader(gguf.GGUFReader):
-        """gguf's reader, with the file as a plain array: parsing takes millions of slices, and a memmap's are slow."""
+        """A reader of a plain array: parsing takes millions of slices, and a memmap's are slow."""
 
         data = property(lambda self: self._data, lambda self, value: setattr(self, "_data", np.asarray(value)))
 
@@ -278,7 +274,7 @@ def _parsed_once() -> Iterator[None]:
 
 
 def _unpacked() -> dict[str, object]:
-    """Return the option that unpacks a GGUF file's weights: with its GPU kernels, transformers 5.23 keeps them packed."""
+    """Return the option that unpacks a GGUF file's weights, which transformers 5.23 keeps packed for its GPU kernels."""
     import transformers
 
     config = getattr(transformers, "GgufConfig", None)
@@ -286,10 +282,7 @@ def _unpacked() -> dict[str, object]:
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
-    """Let a model that was read from a GGUF file be saved: its weights are plain float32 numbers now.
-
-    transformers 5.23 keeps the reader of the file with the model, and refuses to save it.
-    """
+    """Let a model that was read from a GGUF file be saved: transformers 5.23 keeps the file's reader, and refuses it."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -381,7 +374,7 @@ def describe_files(folder: Path, *, weights: bool = True) -> list[str]:
     Raises:
         BadModel: resolve_base would refuse the base, for the same reason.
     """
-    from loraflow.base.template_check import conversations, refused_parts
+    from loraflow.base.template_check import conversations, refused_parts, renders
     from loraflow.data.loss_mask import ChatTemplate, eos_ids, vocabulary_of
 
     files, lines = [path.name for path in folder.iterdir()], []
@@ -402,16 +395,12 @@ def describe_files(folder: Path, *, weights: bool = True) -> list[str]:
         stops = sorted(template.stop_ids() | eos_ids(out))
         rows = vocabulary_of(out)
         beyond = [] if rows is None else [stop for stop in stops if stop >= rows]
-        names = ", ".join(
-            f"{template.tokenizer.id_to_token(stop) or 'an id without a token'} ({stop})"
-            for stop in stops
-            if stop not in beyond
-        )
+        named = [stop for stop in stops if stop not in beyond]
+        names = ", ".join(f"{template.tokenizer.id_to_token(i) or 'an id without a token'} ({i})" for i in named)
         inserted = template.inserted()
-        rendered = [chat for chat in conversations() if refused_parts(template, {"": chat}) == []]
-        refused = refused_parts(template)
+        rendered, refused = sum(renders(template, chat) for chat in conversations()), refused_parts(template)
     lines += [
-        f"  template: {len(rendered)} conversations are rendered and tokenized as transformers does it",
+        f"  template: {rendered} conversations are rendered and tokenized as transformers does it",
         *(f"  the template refuses chats with {part}: such rows end the run before training" for part in refused),
         f"  answers end at {names}",
     ]

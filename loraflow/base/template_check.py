@@ -88,16 +88,19 @@ def conversations() -> list[Chat]:
     return [*plain, _WITH_TOOLS, _WITH_TOOLS[:2]]
 
 
-def refused_parts(template: ChatTemplate, chats: Mapping[str, Chat] | None = None) -> list[str]:
-    """Return the names of those chats that a template refuses; by default, of parts that many templates do not take."""
-    default = {"a system message": _conversation(1, system=True), "tools": _WITH_TOOLS}
-    found = []
-    for part, chat in (chats or default).items():
-        try:
-            template.render([chat])
-        except BadModel:
-            found.append(part)
-    return found
+def renders(template: ChatTemplate, chat: Chat) -> bool:
+    """Tell whether a template renders a chat, and raises no error for it."""
+    try:
+        template.render([chat])
+    except BadModel:
+        return False
+    return True
+
+
+def refused_parts(template: ChatTemplate) -> list[str]:
+    """Return the parts of chats that a template raises an error for."""
+    chats = {"a system message": _conversation(1, system=True), "tools": _WITH_TOOLS}
+    return [part for part, chat in chats.items() if not renders(template, chat)]
 
 
 def check_template(folder: Path, *, trust: bool = False) -> None:
@@ -118,9 +121,8 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
     choose_pad_token(open_tokenizer(folder, trust=trust), folder)  # refuses a tokenizer without one
     if tokenizer.split_special_tokens:
         raise BadModel(
-            "The tokenizer splits special tokens into pieces of text, so no token would end an answer.",
+            "The tokenizer splits special tokens, so no token would end an answer.",
             where=str(folder / FILE),
-            expected="split_special_tokens: false",
             got="split_special_tokens: true",
             next_step=f"remove split_special_tokens from {FILE}",
         )
@@ -128,8 +130,8 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
     chats = _accepted(template, tokenizer)
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     if special != set(template.special) or _first_difference(template, tokenizer, chats) is not None:
-        # It may name a token as eos_token that is not special in tokenizer.json.
-        log.warning("transformers changes tokenizer.json when it opens it: the tokenizer is saved as transformers uses it.")
+        # A token that is named as eos_token may not be special in tokenizer.json.
+        log.warning("transformers changes tokenizer.json: the tokenizer is saved as transformers uses it.")
         save_tokenizer(tokenizer, folder, trust=trust)
         template, tokenizer = ChatTemplate(folder), open_tokenizer(folder, trust=trust)
         if (difference := _first_difference(template, tokenizer, chats)) is not None:

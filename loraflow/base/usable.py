@@ -16,12 +16,9 @@ from loraflow.failures import BadModel
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _OTHER_TASKS = {
     "ForSequenceClassification": "a classification or reward model",
-    "ForTokenClassification": "a model that labels tokens",
-    "ForQuestionAnswering": "a model that marks answers in a text",
     "RewardModel": "a reward model",
     "ForMaskedLM": "an encoder",
     "ForPreTraining": "an encoder",
-    "ForMultipleChoice": "a model that chooses among answers",
     "EncoderModel": "an encoder",
 }
 _WHERE = "base.model"

@@ -116,7 +116,9 @@ def test_doctor_names_chats_that_the_template_refuses(role, rendered, part, tmp_
     assert result.exit_code == 0, result.exception
     assert f"template: {rendered} conversations are rendered" in result.output
     refused = [line for line in result.output.splitlines() if "the template refuses" in line]
-    assert refused == ([] if part is None else [f"  the template refuses chats with {part}: such rows end the run before training"])
+    assert refused == (
+        [] if part is None else [f"  the template refuses chats with {part}: such rows end the run before training"]
+    )
 
 
 def test_doctor_says_that_a_folder_without_a_tokenizer_was_not_checked(tmp_path):

@@ -22,7 +22,7 @@ BAD = {
     "embeddings": ({"model_type": "qwen3", "architectures": ["Qwen3Model"]}, "without a head", "choose a model"),
     "reward": ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "reward model", "choose a model"),
     "own reward": ({"model_type": "internlm2", "architectures": ["InternLM2ForRewardModel"], "auto_map": {"AutoModel": "m.M"}}, "reward model", "trust_remote_code"),
-    "labels": ({"model_type": "qwen2", "architectures": ["Qwen2ForTokenClassification"]}, "labels tokens", "choose a model"),
+    "labels": ({"model_type": "qwen2", "architectures": ["Qwen2ForTokenClassification"]}, "without a head", "choose a model"),
     "t5": ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder-decoder", "choose a model"),
     "gptq": ({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized already", "name the original"),
     "awq": ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "quantized already", "name the original"),
