@@ -119,7 +119,7 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
             json.dumps(expected, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     choose_pad_token(open_tokenizer(folder, trust=trust), folder)  # refuses a tokenizer without one
-    if tokenizer.split_special_tokens:
+    if getattr(tokenizer, "split_special_tokens", False):
         raise BadModel(
             "The tokenizer splits special tokens, so no token would end an answer.",
             where=str(folder / FILE),
@@ -128,9 +128,10 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
         )
     template = ChatTemplate(folder)
     chats = _accepted(template, tokenizer)
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if special != set(template.special) or _first_difference(template, tokenizer, chats) is not None:
-        # A token that is named as eos_token may not be special in tokenizer.json.
+    # tokenizer_config.json may name such a token as eos_token.
+    not_special = [i for i, token in template.tokenizer.get_added_tokens_decoder().items() if not token.special]
+    texts = {tokenizer.decode(not_special, skip_special_tokens=skips) for skips in (False, True)}
+    if len(texts) > 1 or _first_difference(template, tokenizer, chats) is not None:
         log.warning("transformers changes tokenizer.json: the tokenizer is saved as transformers uses it.")
         save_tokenizer(tokenizer, folder, trust=trust)
         template, tokenizer = ChatTemplate(folder), open_tokenizer(folder, trust=trust)
