@@ -108,7 +108,7 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
     elif isinstance(origin, FolderOrigin | HubOrigin):
         folder = _folder_of(origin, config.trust_remote_code)
         if isinstance(origin, HubOrigin):
-            _check_tokenizer(folder, job)
+            _check_tokenizer(folder, origin.hub, job)
             folder = hub.download(origin.hub, origin.commit, trust=config.trust_remote_code)  # it can take an hour
         figures = _repack(folder, out, config) if config.repack else _copy(folder, out, config)
     else:
@@ -169,10 +169,10 @@ def _folder_of(origin: FolderOrigin | HubOrigin, trust: bool) -> Path:
     return folder
 
 
-def _check_tokenizer(folder: Path, job: Job[ResolveBaseConfig]) -> None:
+def _check_tokenizer(folder: Path, name: str, job: Job[ResolveBaseConfig]) -> None:
     """Check a hub model's template and tokens before its weights are downloaded."""
     trust = job.config.trust_remote_code
-    with TemporaryDirectory() as name, named_in_failures(copy := Path(name), _name_of(job.runtime.origin)):
+    with TemporaryDirectory() as temporary, named_in_failures(copy := Path(temporary), name):
         copy_model(folder, copy, trust=trust, with_weights=False)
         prepare_tokenizer(copy, job.runtime.chat_template, no_thinking=job.config.thinking == "empty", trust=trust)
 

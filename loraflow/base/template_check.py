@@ -69,6 +69,11 @@ _WITH_TOOLS: Chat = [
     {"role": "assistant", "content": "Yes, a little."},
 ]
 
+_WITH_REASONING: Chat = [
+    {"role": "user", "content": "Is 7 prime?"},
+    {"role": "assistant", "reasoning_content": "No number divides it.", "content": "Yes."},
+]
+
 
 def _conversation(turns: int, *, system: bool = False) -> Chat:
     chat: list[Message] = [{"role": "system", "content": "Be brief."}] if system else []
@@ -81,11 +86,11 @@ def _conversation(turns: int, *, system: bool = False) -> Chat:
 
 
 def conversations() -> list[Chat]:
-    """Return the conversations that are compared: of one, two and five turns, with and without a system message; and one
-    with tools, which a template may refuse or leave out.
+    """Return the conversations that are compared: of one, two and five turns, with and without a system message; and with
+    tools and reasoning, which a template may refuse or leave out.
     """
     plain = [_conversation(turns, system=system) for system in (False, True) for turns in (1, 2, 5)]
-    return [*plain, _WITH_TOOLS, _WITH_TOOLS[:2]]
+    return [*plain, _WITH_TOOLS, _WITH_TOOLS[:2], _WITH_REASONING]
 
 
 def renders(template: ChatTemplate, chat: Chat) -> bool:
@@ -128,7 +133,7 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
         )
     template = ChatTemplate(folder)
     chats = _accepted(template, tokenizer)
-    # tokenizer_config.json may name such a token as eos_token.
+    # added_tokens_decoder of tokenizer_config.json may say otherwise.
     not_special = [i for i, token in template.tokenizer.get_added_tokens_decoder().items() if not token.special]
     texts = {tokenizer.decode(not_special, skip_special_tokens=skips) for skips in (False, True)}
     if len(texts) > 1 or _first_difference(template, tokenizer, chats) is not None:

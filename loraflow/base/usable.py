@@ -153,7 +153,8 @@ def refuse_unusable(config: Mapping[str, JsonValue], *, trust: bool) -> None:
     """
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        named = quantization if isinstance(quantization, dict) else {}
+        method = named.get("quant_method") or named.get("quant_algo")
         raise BadModel(
             "The base is quantized already, and an adapter cannot be merged into quantized weights.",
             where=_WHERE,

@@ -103,7 +103,7 @@ def test_doctor_checks_the_template_and_tokens_of_real_files_and_changes_none(ph
 
 
 @pytest.mark.parametrize(
-    ("role", "rendered", "part"), [("system", 5, "a system message"), ("tool", 7, "tools"), ("none", 8, None)]
+    ("role", "rendered", "part"), [("system", 6, "a system message"), ("tool", 8, "tools"), ("none", 9, None)]
 )
 def test_doctor_names_chats_that_the_template_refuses(role, rendered, part, tmp_path, quick_phi3):
     base = shutil.copytree(quick_phi3, tmp_path / "base")
