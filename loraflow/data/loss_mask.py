@@ -82,10 +82,10 @@ class ChatTemplate:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.template, named = read_template(folder), special_tokens(folder)
-        for token in self.tokenizer.get_added_tokens_decoder().values():
-            if token.content in named.values() and not token.special:  # as transformers does it
-                token.special = True
-                self.tokenizer.add_special_tokens([token])
+        for added in self.tokenizer.get_added_tokens_decoder().values():
+            if added.content in named.values() and not added.special:  # as transformers does it
+                added.special = True
+                self.tokenizer.add_special_tokens([added])
         self._renderer = template_process(self.template, named)
         self._renderer.compile()  # refuses a template that is not valid
         self.alignment: ByteAlignment | None  # None: use the tokenizer's own for every row
