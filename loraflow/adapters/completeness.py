@@ -45,6 +45,7 @@ _SAVED_WITH_EMBEDDINGS = (
 _WRAPPERS = (
     PREFIX, "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.", "language_model.", "model.",
 )  # fmt: skip
+_SAMPLER = ".lora_monteclora_sampler."  # MonteCLoRA's noise in training; peft does not load it to answer
 _ADAPTER_NAME = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 _FUSED = {part: whole for whole, parts in SPLIT.items() for part in parts}  # q_proj → qkv_proj
 
@@ -59,7 +60,8 @@ def check_complete(adapter: Path, config: AdapterConfig, model: PreTrainedModel)
         BadModel: a tensor is missing, unexpected or of another shape; there is none; or peft cannot apply the
             configuration to this base.
     """
-    found = {saved_name(entry.name): entry.shape for entry in read_entries(adapter / WEIGHTS)}
+    entries = (entry for entry in read_entries(adapter / WEIGHTS) if _SAMPLER not in entry.name)
+    found = {saved_name(entry.name): entry.shape for entry in entries}
     if not found:
         raise BadModel(
             "The adapter does not fit the base.",
@@ -126,7 +128,7 @@ def _refuse_other_prefix(adapter: Path, missing: list[str], unexpected: list[str
 def _name_unknown_settings(adapter: Path, config: AdapterConfig) -> None:
     """Log a warning for settings that the installed peft does not know, and so leaves out of what it computes.
 
-    They are a newer peft's, or of another program: nothing tells whether they change the adapter's product.
+    Nothing tells whether they change the adapter's product.
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 

@@ -49,8 +49,7 @@ def convert(
     """Write an adapter as PEFT's folder for this base.
 
     Args:
-        source: a PEFT adapter's folder, or a file of loralib's `lora_state_dict`. A file of `torch.save` is read by
-            torch's `weights_only` reader, which builds tensors and refuses everything else.
+        source: a PEFT adapter's folder, or a file of loralib's `lora_state_dict`.
         base: folder of the model that the adapter is to fit; its weights are not read.
         lora_alpha: alpha of a loralib checkpoint, which does not contain it.
         enable_lora: the adapted blocks of fused modules in a loralib checkpoint, if not all blocks are adapted.

@@ -63,10 +63,9 @@ def merge_trained_in_nf4(
 ) -> MergeFigures:
     """Merge an adapter that was trained on a base in NF4, either into the original base or into the dequantized base.
 
-    The adapter also learned to correct quantization errors. In the original base, which has no such errors, this correction
-    is slightly wrong. In the dequantized base it is right, but the dequantized weights are less accurate. `merge.onto: auto`
-    computes both merges and uses the one with the smaller KL divergence from the trained model, measured on training rows:
-    only the gate may use held-out rows.
+    The adapter also learned to correct quantization errors, which the original base does not have. The dequantized base has
+    them, but is less accurate. `merge.onto: auto` computes both merges and uses the one with the smaller KL divergence from
+    the trained model, measured on training rows: only the gate may use held-out rows.
 
     Args:
         shards: tokenized training rows; needed where `config.onto` is auto.

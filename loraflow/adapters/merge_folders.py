@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import shutil
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -90,9 +91,7 @@ def merge(
             seconds.
 
     Raises:
-        BadModel: weights are a pickle, damaged or not finite; the base's files do not fit its config.json; the adapter
-            belongs to another base or chat template; a tensor has no counterpart in the base; the tokenizer has more tokens
-            than the embeddings have rows.
+        BadModel: weights are a pickle, damaged or not finite; or adapter, base, tokenizer and template do not fit.
     """
     config, entries = _check_inputs(base, adapter, base_digest, trust=trust, checked=checked)
     started = time.perf_counter()
@@ -214,8 +213,7 @@ def _copy_other_files(base: Path, adapter: Path, out: Path, dtype: str | None) -
 def _changed_settings(base: Path, merged: Path) -> dict[str, dict[str, JsonValue]]:
     """Return what a merge changed in config.json: the vocabulary, and whether one weight is embeddings and head.
 
-    Returns:
-        new values by section of the file; the section "" is the file itself.
+    The new values are by section of the file; the section "" is the file itself.
     """
     before, after = (json.loads(file.read_text(encoding="utf-8")) for file in (base / "config.json", merged))
     unties = after.get("tie_word_embeddings") is False and _is_tied(base, model_entries(base))
@@ -231,12 +229,18 @@ def _changed_settings(base: Path, merged: Path) -> dict[str, dict[str, JsonValue
 
 def _write_stop_ids(out: Path) -> None:
     """Add the stop ids of template and config.json to the generation config: otherwise generation does not stop there."""
-    if template_hash(out) is None or not (out / "tokenizer.json").exists():
+    if template_hash(out) is None:
         return
+    from loraflow.base.model_files import copy_model
     from loraflow.data.tokens.loss_mask import ChatTemplate, eos_ids, vocabulary_of
 
     try:
-        needed = ChatTemplate(out).stop_ids()
+        with tempfile.TemporaryDirectory(prefix="loraflow-tokenizer-") as name:
+            folder = out
+            if not (out / "tokenizer.json").exists():  # of sentencepiece's form, for instance
+                folder = Path(name)
+                copy_model(out, folder, trust=False, with_weights=False)
+            needed = ChatTemplate(folder).stop_ids()
     except BadModel as error:  # training refuses such a template, but the merged weights are usable
         log.warning("The tokens that end an answer are unknown, so generation_config.json stays as it is: %s", error)
         return

@@ -144,9 +144,6 @@ def _check_all_loaded(wrapped: PeftModel, adapter: Path, embeddings: set[str]) -
     """Check that every tensor of the adapter was loaded, and return the number of adapted modules.
 
     peft neither reports a tensor that the file lacks, which keeps its initial value, nor an entry that fits no tensor.
-
-    Args:
-        embeddings: names of the embeddings and the head, which peft loads, too, and saves only if it is asked to.
     """
     from peft import get_peft_model_state_dict, load_peft_weights
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -73,6 +73,19 @@ def ignored_windows(config: PreTrainedConfig) -> list[str]:
     return [key for key in found if getattr(text, key) is not None and not is_full]
 
 
+def class_of_another_type(config: PreTrainedConfig) -> str:
+    """Return the class in `architectures` that transformers has for other model types only; "" without one."""
+    from transformers.models.auto import modeling_auto as auto
+
+    classes = {
+        *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items(),
+        *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items(),
+    }
+    of_others = {name for kind, name in classes if kind != config.model_type}
+    of_others -= {name for kind, name in classes if kind == config.model_type}
+    return next((name for name in config.architectures or () if name in of_others), "")
+
+
 def _scales(
     config: PreTrainedConfig, keys: tuple[str, ...] = LOGIT_SCALES, *, ignored: bool = False
 ) -> dict[str, float]:

@@ -132,10 +132,7 @@ def download(model: str, commit: str, *, trust: bool, with_weights: bool = True)
 def _refuse_damaged(file: Path) -> None:
     """Hash a file of a snapshot: the hub's library does not look again at what it has downloaded once.
 
-    The base's fingerprint is its commit. Where the cache has no links (on Windows), nothing says what the files should be.
-
-    Args:
-        file: a link to a file that is named by its content.
+    The file is a link to one that is named by its content, except on Windows.
     """
     blob = file.resolve()
     if not _BLOB.fullmatch(blob.name):

@@ -48,8 +48,7 @@ def load_model(
 
     Args:
         dtype: bfloat16, float16 or float32. It is set while loading: a later `.to()` would round the rotary buffers.
-        double_quantization: None loads plain weights; otherwise weights are quantized to NF4, and True quantizes
-            their constants too.
+        double_quantization: None loads plain weights; otherwise they are quantized to NF4, and for True their constants.
         attention: transformers' name of the attention implementation; the default is the runtime's.
         weights_device: the device that holds the weights, if it is not the device that computes.
 

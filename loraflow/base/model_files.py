@@ -75,8 +75,7 @@ def _tokenizer_sources(folder: Path) -> list[str]:
 def copy_model(folder: Path, out: Path, *, trust: bool, with_weights: bool = True) -> None:
     """Copy a model's files unchanged. Weights are hard links where the file system allows it.
 
-    Files of weights that transformers does not load are left out. Which of them a hub snapshot has depends on earlier
-    downloads, so they would make the artifact of a commit depend on the cache.
+    Files of weights that transformers does not load are left out: which of them a hub snapshot has depends on the cache.
 
     Args:
         trust: the model's own code may run, so it is copied too.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from loraflow.base import hub
-from loraflow.base.architecture import ignored_windows, read_config
+from loraflow.base.architecture import class_of_another_type, ignored_windows, read_config
 from loraflow.base.model_files import copy_model, model_files, save_tokenizer
 from loraflow.base.stored_weights import INDEX, PICKLES, refuse_pickles
 from loraflow.base.usable import refuse_code_elsewhere, refuse_unusable_folder, require_base_name
@@ -107,6 +107,9 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
         figures = _from_gguf(Path(origin.gguf), out, config)
     elif isinstance(origin, FolderOrigin | HubOrigin):
         folder = _folder_of(origin, config.trust_remote_code)
+        if isinstance(origin, HubOrigin):
+            _check_tokenizer(folder, origin.hub, job)
+            folder = hub.download(origin.hub, origin.commit, trust=config.trust_remote_code)  # it can take an hour
         figures = _repack(folder, out, config) if config.repack else _copy(folder, out, config)
     else:
         raise TypeError(f"a base model has no origin such as {origin!r}")
@@ -153,6 +156,7 @@ def _content(folder: Path, trust: bool, memo: HashMemo) -> dict[str, str]:
 
 
 def _folder_of(origin: FolderOrigin | HubOrigin, trust: bool) -> Path:
+    """Return the folder of a base's files; of a hub model, without its weights."""
     if isinstance(origin, FolderOrigin):
         refuse_unusable_folder(Path(origin.folder), trust=trust, known_to_transformers=True)
         folder = Path(origin.folder)
@@ -162,9 +166,15 @@ def _folder_of(origin: FolderOrigin | HubOrigin, trust: bool) -> Path:
         refuse_unusable_folder(folder, trust=trust)  # by the files beside config.json: an adapter, hf_quant_config.json
     if trust:
         refuse_code_elsewhere(folder)
-    if isinstance(origin, HubOrigin):  # the weights last: they can take an hour
-        folder = hub.download(origin.hub, origin.commit, trust=trust)
     return folder
+
+
+def _check_tokenizer(folder: Path, name: str, job: Job[ResolveBaseConfig]) -> None:
+    """Check a hub model's template and tokens before its weights are downloaded."""
+    trust = job.config.trust_remote_code
+    with TemporaryDirectory() as temporary, named_in_failures(copy := Path(temporary), name):
+        copy_model(folder, copy, trust=trust, with_weights=False)
+        prepare_tokenizer(copy, job.runtime.chat_template, no_thinking=job.config.thinking == "empty", trust=trust)
 
 
 def _bundled(model: str) -> Path:
@@ -190,12 +200,20 @@ def _bundled(model: str) -> Path:
 def _copy(folder: Path, out: Path, config: ResolveBaseConfig) -> Figures:
     copy_model(folder, out, trust=config.trust_remote_code)
     if not config.trust_remote_code:
-        _warn_of_ignored_windows(out)
+        _warn_of_config(out)
     return {"files": len(list(out.iterdir()))}
 
 
-def _warn_of_ignored_windows(folder: Path) -> None:
-    if ignored := ignored_windows(read_config(folder)):
+def _warn_of_config(folder: Path) -> None:
+    config = read_config(folder)
+    if other := class_of_another_type(config):
+        log.warning(
+            "config.json of the base has model_type %s, which is trained, and in architectures %s of another type, "
+            "which vLLM would serve: correct one of them",
+            config.model_type,
+            other,
+        )
+    if ignored := ignored_windows(config):
         log.warning(
             "config.json of the base has %s, which its architecture does not have. The model is trained without a window, "
             "but transformers generates answers with it: if prompts and answers are longer, remove it from config.json",
@@ -239,16 +257,12 @@ def bundled_settings(model: str) -> Iterator[Path]:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Let transformers parse each GGUF file once inside the block, in place of once each for tokenizer, config and weights.
-
-    transformers also builds the table of tensor names again for each module of the model. Inside the block, the results of
-    both functions of gguf are cached.
-    """
+    """Cache what gguf parses: transformers parses a file for tokenizer, config and weights, and names for each module."""
     import gguf
     import numpy as np
 
     class Reader(gguf.GGUFReader):
-        """gguf's reader, with the file as a plain array: parsing takes millions of slices, and a memmap's are slow."""
+        """A reader of a plain array: parsing takes millions of slices, and a memmap's are slow."""
 
         data = property(lambda self: self._data, lambda self, value: setattr(self, "_data", np.asarray(value)))
 
@@ -260,7 +274,7 @@ def _parsed_once() -> Iterator[None]:
 
 
 def _unpacked() -> dict[str, object]:
-    """Return the option that unpacks a GGUF file's weights: with its GPU kernels, transformers 5.23 keeps them packed."""
+    """Return the option that unpacks a GGUF file's weights, which transformers 5.23 keeps packed for its GPU kernels."""
     import transformers
 
     config = getattr(transformers, "GgufConfig", None)
@@ -268,10 +282,7 @@ def _unpacked() -> dict[str, object]:
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
-    """Let a model that was read from a GGUF file be saved: its weights are plain float32 numbers now.
-
-    transformers 5.23 keeps the reader of the file with the model, and refuses to save it.
-    """
+    """Let a model that was read from a GGUF file be saved: transformers 5.23 keeps the file's reader, and refuses it."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -363,7 +374,7 @@ def describe_files(folder: Path, *, weights: bool = True) -> list[str]:
     Raises:
         BadModel: resolve_base would refuse the base, for the same reason.
     """
-    from loraflow.base.template_check import conversations
+    from loraflow.base.template_check import conversations, refused_parts, renders
     from loraflow.data.tokens.loss_mask import ChatTemplate, eos_ids, vocabulary_of
 
     files, lines = [path.name for path in folder.iterdir()], []
@@ -384,14 +395,13 @@ def describe_files(folder: Path, *, weights: bool = True) -> list[str]:
         stops = sorted(template.stop_ids() | eos_ids(out))
         rows = vocabulary_of(out)
         beyond = [] if rows is None else [stop for stop in stops if stop >= rows]
-        names = ", ".join(
-            f"{template.tokenizer.id_to_token(stop) or 'an id without a token'} ({stop})"
-            for stop in stops
-            if stop not in beyond
-        )
+        named = [stop for stop in stops if stop not in beyond]
+        names = ", ".join(f"{template.tokenizer.id_to_token(i) or 'an id without a token'} ({i})" for i in named)
         inserted = template.inserted()
+        rendered, refused = sum(renders(template, chat) for chat in conversations()), refused_parts(template)
     lines += [
-        f"  template: {len(conversations())} conversations are rendered and tokenized as transformers does it",
+        f"  template: {rendered} conversations are rendered and tokenized as transformers does it",
+        *(f"  the template refuses chats with {part}: such rows end the run before training" for part in refused),
         f"  answers end at {names}",
     ]
     if beyond:

@@ -147,8 +147,7 @@ def _check_index(index: Path, entries: list[TensorEntry]) -> None:
 def _not_loaded(folder: Path, names: list[str]) -> set[str]:
     """Return those of the names which the model surely does not load: tied weights, and buffers that it computes.
 
-    Weights of a model that only code of its own can open count as loaded, and so do names that nothing is known of:
-    transformers may convert them.
+    Names that nothing is known of count as loaded: transformers may convert them.
     """
 
     try:

@@ -20,7 +20,7 @@ from loraflow.base.model_files import SAMPLES, open_tokenizer, save_tokenizer
 from loraflow.data.chats import Chat, Message
 from loraflow.data.templates.rendered_calls import without_tools
 from loraflow.data.templates.template import MARKERS, TODAY
-from loraflow.data.templates.tokenizer_config import RECORD, TRAINING_TEMPLATE, special_tokens
+from loraflow.data.templates.tokenizer_config import FILE, RECORD, TRAINING_TEMPLATE, special_tokens
 from loraflow.data.tokens.loss_mask import ChatTemplate
 from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.failures import BadModel
@@ -69,6 +69,11 @@ _WITH_TOOLS: Chat = [
     {"role": "assistant", "content": "Yes, a little."},
 ]
 
+_WITH_REASONING: Chat = [
+    {"role": "user", "content": "Is 7 prime?"},
+    {"role": "assistant", "reasoning_content": "No number divides it.", "content": "Yes."},
+]
+
 
 def _conversation(turns: int, *, system: bool = False) -> Chat:
     chat: list[Message] = [{"role": "system", "content": "Be brief."}] if system else []
@@ -81,18 +86,33 @@ def _conversation(turns: int, *, system: bool = False) -> Chat:
 
 
 def conversations() -> list[Chat]:
-    """Return the conversations that are compared: of one, two and five turns, with and without a system message; and one
-    with tools, which a template may refuse or leave out.
+    """Return the conversations that are compared: of one, two and five turns, with and without a system message; and with
+    tools and reasoning, which a template may refuse or leave out.
     """
     plain = [_conversation(turns, system=system) for system in (False, True) for turns in (1, 2, 5)]
-    return [*plain, _WITH_TOOLS, _WITH_TOOLS[:2]]
+    return [*plain, _WITH_TOOLS, _WITH_TOOLS[:2], _WITH_REASONING]
+
+
+def renders(template: ChatTemplate, chat: Chat) -> bool:
+    """Tell whether a template renders a chat, and raises no error for it."""
+    try:
+        template.render([chat])
+    except BadModel:
+        return False
+    return True
+
+
+def refused_parts(template: ChatTemplate) -> list[str]:
+    """Return the parts of chats that a template raises an error for."""
+    chats = {"a system message": _conversation(1, system=True), "tools": _WITH_TOOLS}
+    return [part for part, chat in chats.items() if not renders(template, chat)]
 
 
 def check_template(folder: Path, *, trust: bool = False) -> None:
     """Compare a base's rendered chats, ids and special tokens with transformers'.
 
     Special tokens that do not follow from the tokenizer's files are recorded beside them (RECORD). If transformers
-    tokenizes differently from tokenizer.json, because of the tokenizer's class, its own tokenizer is saved instead.
+    tokenizes differently from tokenizer.json, or has other special tokens, its own tokenizer is saved instead.
 
     Raises:
         BadModel: transformers cannot open the tokenizer, or the two differ; or the template has no chat that can be learned.
@@ -104,10 +124,20 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
             json.dumps(expected, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     choose_pad_token(open_tokenizer(folder, trust=trust), folder)  # refuses a tokenizer without one
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise BadModel(
+            "The tokenizer splits special tokens, so no token would end an answer.",
+            where=str(folder / FILE),
+            got="split_special_tokens: true",
+            next_step=f"remove split_special_tokens from {FILE}",
+        )
     template = ChatTemplate(folder)
     chats = _accepted(template, tokenizer)
-    if _first_difference(template, tokenizer, chats) is not None:
-        log.warning("The tokenizer's class changes tokenizer.json: the tokenizer is saved as transformers uses it.")
+    # added_tokens_decoder of tokenizer_config.json may say otherwise.
+    not_special = [i for i, token in template.tokenizer.get_added_tokens_decoder().items() if not token.special]
+    texts = {tokenizer.decode(not_special, skip_special_tokens=skips) for skips in (False, True)}
+    if len(texts) > 1 or _first_difference(template, tokenizer, chats) is not None:
+        log.warning("transformers changes tokenizer.json: the tokenizer is saved as transformers uses it.")
         save_tokenizer(tokenizer, folder, trust=trust)
         template, tokenizer = ChatTemplate(folder), open_tokenizer(folder, trust=trust)
         if (difference := _first_difference(template, tokenizer, chats)) is not None:

@@ -16,12 +16,9 @@ from loraflow.failures import BadModel
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _OTHER_TASKS = {
     "ForSequenceClassification": "a classification or reward model",
-    "ForTokenClassification": "a model that labels tokens",
-    "ForQuestionAnswering": "a model that marks answers in a text",
     "RewardModel": "a reward model",
     "ForMaskedLM": "an encoder",
     "ForPreTraining": "an encoder",
-    "ForMultipleChoice": "a model that chooses among answers",
     "EncoderModel": "an encoder",
 }
 _WHERE = "base.model"
@@ -156,7 +153,8 @@ def refuse_unusable(config: Mapping[str, JsonValue], *, trust: bool) -> None:
     """
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        named = quantization if isinstance(quantization, dict) else {}
+        method = named.get("quant_method") or named.get("quant_algo")
         raise BadModel(
             "The base is quantized already, and an adapter cannot be merged into quantized weights.",
             where=_WHERE,

@@ -61,15 +61,15 @@ def check_fits_config(folder: Path, *, trust: bool = False) -> list[str]:
     transformers opens the model on torch's meta device: it reads names and shapes only, and converts names of older files.
 
     Args:
-        trust: run Python code that comes with the model. Such code may not run without memory for weights; then only the
-            types of the weights are checked here, and the training checks their names and shapes, when it loads them.
+        trust: run Python code that comes with the model. If it does not run without memory for weights, only their types are
+            checked here, and their names and shapes by the training.
 
     Returns:
         the names of weights that the model does not use, sorted, such as those of layers beyond `num_hidden_layers`.
 
     Raises:
-        BadModel: a weight is missing, which transformers would fill with random numbers, or has another shape, or is
-            quantized; or the config says that two weights are one, and the files have them with different values.
+        BadModel: a weight is missing, which transformers would fill with random numbers, has another shape, or is quantized;
+            or tied weights have different values.
     """
     try:
         model, report = _open_without_weights(folder, trust=trust)
@@ -184,8 +184,8 @@ def _refuse_quantized(folder: Path, unused: Set[str], model: PreTrainedModel | N
     """Refuse weights in integers or 8 bits. Without a quantization_config, transformers takes them for the weights.
 
     Args:
-        unused: names that the model does not load: masks of older transformers have a byte for each value.
-        model: the model on the meta device; None refuses weights of 8 bits or less only.
+        unused: names that the model does not load, such as masks of bytes.
+        model: on the meta device; None refuses weights of 8 bits or less only.
     """
     tensors = {} if model is None else model.state_dict()
     floating = {name for name, tensor in tensors.items() if tensor.is_floating_point()}
@@ -263,9 +263,6 @@ def _refuse_two_values(folder: Path, tied: Mapping[str, str]) -> None:
     """Refuse weights that are one weight by the config, but are stored with different values.
 
     transformers 5 trains them as two, and a server that follows the config serves them as one.
-
-    Args:
-        tied: names of such weights → the name of the weight that they are.
     """
     import torch
 

@@ -43,8 +43,7 @@ def generate_answers(
     """Return an answer for each prompt, given as token ids.
 
     Finished batches are appended to `done_file`, so that a retry resumes after them. In a group, each device computes
-    whole batches: rounding depends on which rows share a batch, so the answers equal those of a single device. Each
-    device appends to its own file, and a retry reads all files.
+    whole batches, so the answers equal those of a single device, and appends to its own file; a retry reads all files.
 
     Args:
         model: the model, in evaluation mode.

@@ -81,12 +81,10 @@ class PredictOptions(BaseModel):
     """How the rows of a file are read and answered.
 
     Attributes:
-        sampling: how tokens are chosen.
         format_name: the chat format of the rows; auto looks at their keys.
         column: the column that holds the question, instead of a chat format.
         system: a message to put before chats that have none.
         dtype: float32, as in evaluation, makes answers independent of the batch.
-        device: auto, cpu or cuda.
         batch_size: rows in memory at a time; halved when a GPU runs out of memory.
         tools: the tools of rows that have none of their own, as in `data.tools`.
     """
@@ -349,10 +347,8 @@ def _prompts(
 class _Sampler:
     """A stand-in for a model whose `generate` samples.
 
-    `generate_answers` asks a model for greedy answers. This class overrides only `generate` and `forward`, and passes
-    every other attribute on to the model (`__getattr__`), so that batching, prefix sharing and resuming need no second
-    implementation for sampling. The random numbers of a batch are seeded by the seed and the batch's prompts: a resumed
-    run draws the same ones.
+    `generate_answers` asks a model for greedy answers. This class overrides only `generate` and `forward`. The random
+    numbers of a batch are seeded by the seed and the batch's prompts: a resumed run draws the same ones.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModelForCausalLM, sampling: Sampling):

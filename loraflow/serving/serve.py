@@ -147,8 +147,7 @@ def _refuse_taken(host: str, port: int) -> None:
 def _hub_cache(folder: Path, name: str) -> Path:
     """Return a hub cache that contains this model only: links to its files, and a generation config with all its stop ids.
 
-    A server stops only at the ids in generation_config.json, and would not stop where the template ends answers with
-    another token. It is a hub cache, because `transformers serve` lists the models of a cache in /v1/models, not a folder.
+    A server stops only at the ids in generation_config.json, and /v1/models lists the models of a hub cache, not a folder.
     """
     from loraflow.base.load import stop_ids
 

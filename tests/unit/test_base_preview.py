@@ -102,6 +102,25 @@ def test_doctor_checks_the_template_and_tokens_of_real_files_and_changes_none(ph
     assert content_of(phi3) == before
 
 
+@pytest.mark.parametrize(
+    ("role", "rendered", "part"), [("system", 6, "a system message"), ("tool", 8, "tools"), ("none", 9, None)]
+)
+def test_doctor_names_chats_that_the_template_refuses(role, rendered, part, tmp_path, quick_phi3):
+    base = shutil.copytree(quick_phi3, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m['role'] == '" + role + "' %}{{ raise_exception('not supported') }}{% endif %}"
+        "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    result = CliRunner().invoke(cli, ["doctor", "--base", str(base)])
+    assert result.exit_code == 0, result.exception
+    assert f"template: {rendered} conversations are rendered" in result.output
+    refused = [line for line in result.output.splitlines() if "the template refuses" in line]
+    assert refused == (
+        [] if part is None else [f"  the template refuses chats with {part}: such rows end the run before training"]
+    )
+
+
 def test_doctor_says_that_a_folder_without_a_tokenizer_was_not_checked(tmp_path):
     result = CliRunner().invoke(cli, ["doctor", "--base", str(save_tiny("llama", tmp_path / "llama"))])
     assert result.exit_code == 0 and "not checked: template, tokens and stop tokens" in result.output

@@ -166,6 +166,22 @@ def test_adapters_that_are_not_lora_answer_as_in_peft_and_are_not_merged_or_conv
     assert "does not know these settings" not in caplog.text
 
 
+def test_monteclora_is_merged_and_answers_as_in_peft(tmp_path, quick_phi3):
+    """Its file also has the parameters of noise that it adds in training, which peft does not load to answer."""
+    config = pytest.importorskip("peft.tuners.lora.config")
+    if not hasattr(config, "MontecloraConfig"):
+        pytest.skip("this peft has no MonteCLoRA")
+    adapter = make_adapter(quick_phi3, tmp_path / "adapter", monteclora_config=config.MontecloraConfig())
+    assert any("monteclora_sampler" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    (tmp_path / "out").mkdir()
+    merge(quick_phi3, adapter, tmp_path / "out")
+    assert_same(read(tmp_path / "out"), by_peft(quick_phi3, adapter))
+    ours = load(Model("x", quick_phi3, unmerged_adapter=adapter, base=quick_phi3), "float32").model
+    theirs, ids = PeftModel.from_pretrained(load_plain(quick_phi3), str(adapter)).eval(), torch.arange(3, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
 def test_embeddings_saved_beside_an_adapter_of_a_tied_base_are_merged_as_in_peft(tmp_path):
     """`save_embedding_layers=True`: the file has the head too, which the base's files do not have."""
     base = build_phi3(tmp_path / "base", dtype="float32", tie_word_embeddings=True)

@@ -219,3 +219,26 @@ def test_a_merged_model_stops_only_where_answers_end(tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(BadModel, match="not a JSON object"):
         stop_ids(tmp_path)
+
+
+def test_a_merged_model_whose_tokenizer_has_another_form_stops_where_answers_end(tmp_path):
+    """transformers converts sentencepiece's files as it converts these, with a package that tests do not have."""
+    from transformers import AutoTokenizer
+
+    from loraflow.adapters.merge_folders import _write_stop_ids
+
+    build_tokenizer(tmp_path)
+    parts = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps(parts["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in parts["model"]["merges"]))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    added = {str(token.pop("id")): token for token in parts["added_tokens"]}
+    config |= {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
+    before = sorted(path.name for path in tmp_path.iterdir())
+    _write_stop_ids(tmp_path)
+    end = AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("<|end|>")
+    assert end in json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

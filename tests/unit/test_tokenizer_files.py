@@ -84,8 +84,8 @@ def folder_with(built, tmp_path, monkeypatch):
 def require_transformers_ids(folder):
     tokenizer, template = AutoTokenizer.from_pretrained(folder), ChatTemplate(folder)
     for chat in conversations():
-        if any("tools" in message for message in chat):
-            continue  # these templates have no tools
+        if any(message.keys() & {"tools", "reasoning_content"} for message in chat):
+            continue  # these templates have neither
         (encoded,) = template.encode([chat], "assistant")
         assert encoded.ids.tolist() == tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
         served = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -162,6 +162,40 @@ def test_a_tokenizer_whose_class_has_another_normalizer_is_saved_as_transformers
     assert after("ﬁ ½")["input_ids"] == before("ﬁ ½")["input_ids"]
     assert ChatTemplate(folder).tokenizer.encode("ﬁ ½").ids == after("ﬁ ½")["input_ids"]
     require_transformers_ids(folder)
+
+
+@pytest.mark.parametrize("where", ["eos_token", "added_tokens_decoder"])
+def test_a_stop_token_that_tokenizer_json_does_not_call_special_is_special_where_it_is_for_transformers(
+    folder_with, where
+):
+    """Several published models have `special: false` for the token that their tokenizer_config.json names as eos_token."""
+    folder = folder_with({}, None)
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    (token,) = (token for token in parts["added_tokens"] if token["content"] == "<|end|>")
+    token["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(parts))
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("eos_token", "'<|end|>'"))
+    assert ChatTemplate(folder).special.count("<|end|>") == 0
+    with pytest.raises(BadModel, match="does not end an answer with a control token") as caught:
+        check_template(folder)
+    assert "eos_token" in caught.value.next_step
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    named = {where: "<|end|>" if where == "eos_token" else {str(token["id"]): {**token, "special": True}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **named}))
+    if where == "eos_token":  # a folder that was not resolved, such as a merged model of another program
+        assert ChatTemplate(folder).stop_ids() == {token["id"]}
+    check_template(folder)
+    assert ChatTemplate(folder).stop_ids() == {token["id"]}
+    plain = AutoTokenizer.from_pretrained(folder)
+    assert plain.decode([token["id"]], skip_special_tokens=True) == ""
+    assert ChatTemplate(folder).tokenizer.decode([token["id"]], skip_special_tokens=True) == ""
+    require_transformers_ids(folder)
+
+
+def test_a_tokenizer_that_splits_special_tokens_is_refused_with_the_key(folder_with):
+    with pytest.raises(BadModel, match="splits special tokens") as caught:
+        check_template(folder_with({"split_special_tokens": True}, None))
+    assert caught.value.next_step == "remove split_special_tokens from tokenizer_config.json"
 
 
 def test_a_tokenizer_that_transformers_cannot_open_is_refused(folder_with):

@@ -1,15 +1,19 @@
 """A base that cannot be trained is refused by its config.json, with one sentence and what to do, before anything heavy."""
 
 import json
+import shutil
 
 import pytest
 
 from loraflow.base import hub, resolve
 from loraflow.base.usable import refuse_unusable
-from loraflow.config.locations import FolderOrigin, HubOrigin
+from loraflow.config import parse_recipe
+from loraflow.config.locations import BaseLocation, FolderOrigin, HubOrigin
 from loraflow.config.recipe import Base
 from loraflow.failures import BadModel
+from loraflow.job import Inputs, Progress
 from loraflow.store.files import HashMemo
+from tests.job_factory import Outside, make_job
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 BAD = {
@@ -18,7 +22,7 @@ BAD = {
     "embeddings": ({"model_type": "qwen3", "architectures": ["Qwen3Model"]}, "without a head", "choose a model"),
     "reward": ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "reward model", "choose a model"),
     "own reward": ({"model_type": "internlm2", "architectures": ["InternLM2ForRewardModel"], "auto_map": {"AutoModel": "m.M"}}, "reward model", "trust_remote_code"),
-    "labels": ({"model_type": "qwen2", "architectures": ["Qwen2ForTokenClassification"]}, "labels tokens", "choose a model"),
+    "labels": ({"model_type": "qwen2", "architectures": ["Qwen2ForTokenClassification"]}, "without a head", "choose a model"),
     "t5": ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder-decoder", "choose a model"),
     "gptq": ({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized already", "name the original"),
     "awq": ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "quantized already", "name the original"),
@@ -79,6 +83,24 @@ def test_files_beside_the_configuration_refuse_a_hub_model_before_its_weights_ar
     monkeypatch.setattr(hub, "download", download)
     with pytest.raises(BadModel, match=says):
         resolve._folder_of(HubOrigin(hub="org/name", commit="0" * 40), trust=True)
+
+
+def test_the_template_of_a_hub_model_is_refused_before_its_weights_are_downloaded(tmp_path, quick_phi3, monkeypatch):
+    folder = folder_with(json.loads((quick_phi3 / "config.json").read_text()), tmp_path / "hub")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(quick_phi3 / name, folder / name)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+    def download(*_, trust, with_weights=True):
+        assert not with_weights, "the weights were downloaded"
+        return folder
+
+    monkeypatch.setattr(hub, "download_config", lambda *_: folder)
+    monkeypatch.setattr(hub, "download", download)
+    location = BaseLocation(source={}, origin=HubOrigin(hub="org/name", commit="0" * 40))
+    job = make_job("resolve_base", parse_recipe("name: t\nbase: {model: org/name}\n"), {}, Outside(base=location))
+    with pytest.raises(BadModel, match="does not end an answer with a control token"):
+        resolve.run(job, Inputs({}), tmp_path / "out", Progress())
 
 
 @pytest.mark.parametrize(
@@ -197,7 +219,7 @@ def test_a_window_that_the_architecture_does_not_have_is_a_warning_if_answers_fo
     values = {**COMMON, **LLAMA, **STRAY.get(name, OWN.get(name))}
     folder = folder_with({key: value for key, value in values.items() if value is not None}, tmp_path)
     resolve._folder_of(FolderOrigin(folder=str(folder)), trust=False)  # is not refused
-    resolve._warn_of_ignored_windows(folder)
+    resolve._warn_of_config(folder)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 4}
@@ -209,3 +231,18 @@ def test_a_window_that_the_architecture_does_not_have_is_a_warning_if_answers_fo
         follows = True
     assert (name in STRAY and name != "only full layers") is follows
     assert ("generates answers with it" in caplog.text) is follows
+
+
+@pytest.mark.parametrize(
+    ("classes", "is_named"),
+    [
+        (["MistralForCausalLM"], True),
+        (["LlamaForCausalLM"], False),
+        (["LLaMAForCausalLM"], False),  # of early conversions
+    ],
+)
+def test_a_class_of_another_model_type_is_named_because_a_server_may_use_it(classes, is_named, tmp_path, caplog):
+    """transformers trains the class of model_type."""
+    folder = folder_with({**LLAMA, "architectures": classes}, tmp_path)
+    resolve._warn_of_config(folder)
+    assert ("MistralForCausalLM of another type" in caplog.text) is is_named

@@ -267,7 +267,10 @@ def refuse_prompt(text: str, head: str, turn: AnswerTurn) -> NoReturn:
 def refuse_open(following: str, turn: AnswerTurn) -> NoReturn:
     """Refuse an answer that no control token ends."""
     what = "The chat template does not end an answer with a control token, so the model would not learn to stop."
-    way = "choose an instruct model, or add the stop token to its chat template"
+    way = (
+        "choose an instruct model, or add the stop token to its chat template. If it is there, name it as eos_token in "
+    )
+    way += "tokenizer_config.json: tokenizer.json does not call it special"
     raise _failure(what, turn.chat, way, got=repr(following))
 
 

@@ -81,8 +81,12 @@ class ChatTemplate:
         self.tokenizer = read_tokenizer(folder)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.template = read_template(folder)
-        self._renderer = template_process(self.template, special_tokens(folder))
+        self.template, named = read_template(folder), special_tokens(folder)
+        for added in self.tokenizer.get_added_tokens_decoder().values():
+            if added.content in named.values() and not added.special:  # as transformers does it
+                added.special = True
+                self.tokenizer.add_special_tokens([added])
+        self._renderer = template_process(self.template, named)
         self._renderer.compile()  # refuses a template that is not valid
         self.alignment: ByteAlignment | None  # None: use the tokenizer's own for every row
         try:
@@ -100,7 +104,7 @@ class ChatTemplate:
         self._marking: TemplateProcess | None = None  # another template that marks the answers
         if (folder / TRAINING_TEMPLATE).exists():
             marking = (folder / TRAINING_TEMPLATE).read_text(encoding="utf-8")
-            self._marking = template_process(marking, special_tokens(folder))
+            self._marking = template_process(marking, named)
         self._eos = eos_ids(folder) if eos is None else eos
         ends = {token for i in self._eos if (token := self.tokenizer.id_to_token(i)) is not None}
         self._answers = AnswerFinder(self._renderer, self.template, self.special, self._marking, ends)
