@@ -18,7 +18,6 @@ from loraflow.adapters.lora_updates import (
     LoraUpdate,
     block_diagonal,
     block_sizes,
-    convolution,
 )
 from loraflow.adapters.peft_folder import read_peft, refuse_unconvertible, write_peft
 from loraflow.adapters.tokenizer_files import copy_tokenizer_files
@@ -179,8 +178,6 @@ def _update(
     weight = base.shapes.get(f"{module}.weight")
     if weight is None or down.ndim != 2 or up.ndim != 2:
         raise _unfit(module, list(weight) if weight else "a weight of this name in the base", down, up)
-    if len(weight) == 4:
-        return LoraUpdate(*convolution(down, up, weight), settings.lora_alpha / (down.shape[0] // weight[2]), "conv")
     if len(weight) != 2:
         raise _unfit(module, list(weight), down, up)
     rows, columns = base.weight_shape(module)

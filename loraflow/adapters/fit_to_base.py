@@ -105,8 +105,6 @@ def _missing(name: str, parent: str, base: BaseShapes) -> BadModel:
 
 
 def _check_shape(name: str, update: LoraUpdate, base: BaseShapes) -> None:
-    if update.kind == "conv":
-        return
     got = (update.up.shape[0], update.down.shape[1])
     if got != base.weight_shape(name):
         raise BadModel(

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
-from loraflow.failures import BadModel
-
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
@@ -15,12 +13,12 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."  # before a module's name in PEFT's files
 Bias = Literal["none", "all", "lora_only"]
-Kind = Literal["linear", "embedding", "conv"]
+Kind = Literal["linear", "embedding"]
 
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """The update of one module: A [r, in] and B [out, r]; a convolution's have the kernel's axes too."""
+    """The update of one module: A [r, in] and B [out, r]."""
 
     down: torch.Tensor  # A
     up: torch.Tensor  # B
@@ -66,33 +64,6 @@ def block_diagonal(up: torch.Tensor, sizes: Sequence[int], enabled: Sequence[boo
             source_row, column = source_row + size, column + rank
         row += size
     return whole
-
-
-def convolution(down: torch.Tensor, up: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a Conv2d's A [r·k², in, k, k] and B [out, r·k², 1, 1] from loralib's [r·k, in·k] and [out·k, r·k].
-
-    loralib reads B·A's rows in the order of the kernel's memory: k rows make one output's kernel. So each of them is an
-    update of rank r·k of one k-th of it.
-
-    Args:
-        shape: the kernel's shape, [out, in, k, k].
-
-    Raises:
-        BadModel: a convolution in groups, whose kernels share rows.
-    """
-    out, inner, k, _ = shape
-    if up.shape[0] != out * k or down.shape[1] != inner * k:
-        raise BadModel(
-            "A loralib convolution in groups has no PEFT form.",
-            expected=f"A [·, {inner * k}], B [{out * k}, ·]",
-            got=f"A {list(down.shape)}, B {list(up.shape)}",
-            next_step="merge it where it was trained",
-        )
-    rank = down.shape[0]
-    kernels = down.new_zeros(k, rank, k, inner * k)
-    for part in range(k):
-        kernels[part, :, part] = down
-    return kernels.view(k * rank, inner, k, k), up.view(out, k, rank).reshape(out, k * rank, 1, 1)
 
 
 # Name of the fused module → the names of its blocks, and of the modules that hold them in a split checkpoint.

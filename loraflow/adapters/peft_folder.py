@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _SUFFIXES: dict[Kind, tuple[str, str]] = {
     "linear": (".lora_A.weight", ".lora_B.weight"),
-    "conv": (".lora_A.weight", ".lora_B.weight"),
     "embedding": (".lora_embedding_A", ".lora_embedding_B"),
 }
 _NOT_CONVERTED = ("modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias", "fan_in_fan_out")

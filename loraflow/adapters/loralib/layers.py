@@ -209,36 +209,6 @@ class Embedding(MergeableLayer, loralib.Embedding):
         return (result + F.linear(rows, self.lora_B) * self.scaling).to(result.dtype)
 
 
-class Conv2d(MergeableLayer, loralib.Conv2d):
-    """`nn.Conv2d` with a square kernel plus ΔW. Its weight and bias are the layer's own, `x.weight` and `x.bias`.
-
-    loralib 0.1.2 has them at `x.conv`, so its own functions miss the bias, and a pretrained state finds no weight.
-    """
-
-    bias: nn.Parameter | None
-
-    def wrap(self, module: nn.Module) -> None:
-        """See `MergeableLayer`."""
-        assert isinstance(module, nn.Conv2d)
-        del self.conv
-        self.pretrained = (module,)  # in a tuple, so that its parameters are not counted twice
-        super().wrap(module)
-
-    def delta(self) -> torch.Tensor:
-        """See `MergeableLayer`."""
-        return (self.lora_B @ self.lora_A).view(self.weight.shape)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the convolution with W plus that of dropout(x) with ΔW; loralib omits the dropout."""
-        convolve = self.pretrained[0]._conv_forward
-        result: torch.Tensor = convolve(x, self.weight, self.bias)
-        if self.merged:
-            return result
-        # ΔW is as large as the kernel, which is small compared to the convolution's output.
-        update: torch.Tensor = convolve(self.lora_dropout(x).to(self.lora_A.dtype), self.delta() * self.scaling, None)
-        return (result + update).to(result.dtype)
-
-
 class _CommonOptions(TypedDict):
     r: int
     lora_alpha: int  # loralib's annotation; any number works
@@ -283,21 +253,12 @@ def wrap_module(
             scale_grad_by_freq=module.scale_grad_by_freq,
             **common,
         )
-    elif type(module) is nn.Conv2d and len(set(module.kernel_size)) == 1:
-        layer = Conv2d(  # type: ignore[no-untyped-call]
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size[0],
-            groups=module.groups,
-            lora_dropout=lora_dropout,
-            **common,
-        )
     elif type(module) is nn.Linear or isinstance(module, Conv1D):
         layer = _linear_layer(module, lora_dropout, sizes, enable_lora, common)
     else:
         raise BadConfig(
             f"loralib has no layer for a {type(module).__name__}.",
-            expected="Linear, Conv1D (GPT-2's), Embedding, or Conv2d with a square kernel",
+            expected="Linear, Conv1D (GPT-2's) or Embedding",
             got=str(module)[:200],
             next_step="leave it out of peft_config.target_modules",
         )

@@ -11,7 +11,7 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from loraflow.adapters.lora_updates import Adapter, Bias, LoraUpdate, block_diagonal, convolution
+from loraflow.adapters.lora_updates import Adapter, Bias, LoraUpdate, block_diagonal
 from loraflow.adapters.loralib import layers
 from loraflow.adapters.loralib.layers import MergeableLayer
 from loraflow.adapters.loralib.swap import Settings, swap
@@ -130,11 +130,7 @@ def load(model: nn.Module, state: Mapping[str, torch.Tensor], bias: Bias = "none
 
 
 def to_adapter(model: nn.Module, bias: Bias = "none") -> Adapter:
-    """Return the updates of all loralib layers, and the biases that `bias` trained.
-
-    Raises:
-        BadModel: a convolution in groups, which PEFT cannot express.
-    """
+    """Return the updates of all loralib layers, and the biases that `bias` trained."""
     updates: dict[str, LoraUpdate] = {}
     transposed = False
     for name, layer in model.named_modules():
@@ -150,8 +146,6 @@ def _update_of(layer: MergeableLayer) -> LoraUpdate:
     down, up = layer.lora_A.detach(), layer.lora_B.detach()
     if isinstance(layer, layers.MergedLinear):
         return LoraUpdate(down, block_diagonal(up, layer.sizes, layer.enable_lora), layer.scaling)
-    if isinstance(layer, layers.Conv2d):
-        return LoraUpdate(*convolution(down, up, tuple(layer.weight.shape)), layer.scaling, "conv")
     return LoraUpdate(down, up, layer.scaling, "embedding" if isinstance(layer, layers.Embedding) else "linear")
 
 
