@@ -19,7 +19,7 @@ import torch
 import triton
 from measure import print_row
 
-from loraflow.training import slope_kernel
+from loraflow.training import triton_kernels
 
 RANK, PAD = 16, 64
 SHAPES = {"qkv": (3072, 9216), "o": (3072, 3072), "gate_up": (3072, 16384), "down": (8192, 3072)}
@@ -66,10 +66,10 @@ def cases_of_linear(tokens: int, into: int, out: int) -> dict[str, tuple[Callabl
     def concatenated_backward() -> torch.Tensor:
         return dy_wide[:, : out + RANK] @ wide[: out + RANK, :into]
 
-    block_tokens = slope_kernel.tokens_of_a_program(dy, RANK)
+    block_tokens = triton_kernels.tokens_of_a_program(dy, RANK)
 
     def in_one_kernel() -> tuple[torch.Tensor, torch.Tensor]:
-        return slope_kernel.products(dy, up, h, block_tokens) if block_tokens else (dy @ up, dy.t() @ h)
+        return triton_kernels.products(dy, up, h, block_tokens) if block_tokens else (dy @ up, dy.t() @ h)
 
     fused = in_one_kernel()
     return {

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraflow.adapters import safetensors_files as files
 from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.completeness import saved_name
 from loraflow.adapters.lora_updates import PREFIX
@@ -14,6 +13,7 @@ from loraflow.adapters.nf4 import Nf4
 from loraflow.base.stored_weights import TensorEntry, read_entries
 from loraflow.failures import BadModel
 
+SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # bytes of the floating types that a merge touches
 # Settings that the merge from disk to disk does not support; adapters with one of them are merged by peft.
 _NEEDS_PEFT = ("lora_bias", "fan_in_fan_out", "trainable_token_indices", "use_qalora", "target_parameters", "arrow_config",
                "alora_invocation_tokens", "layer_replication", "use_bdlora", "megatron_config")  # fmt: skip
@@ -117,11 +117,11 @@ def check_types(entries: list[TensorEntry], plan: MergePlan) -> None:
     """
     changed = plan.updates.keys() | plan.replaced.keys()
     for entry in entries:
-        if entry.name in changed and entry.dtype not in files.SIZES:
+        if entry.name in changed and entry.dtype not in SIZES:
             raise BadModel(
                 "A weight of the base has a type that cannot be merged.",
                 where=f"{entry.file}: {entry.name}",
-                expected=", ".join(files.SIZES),
+                expected=", ".join(SIZES),
                 got=entry.dtype,
                 next_step="name the original model, in one of these types",
             )

@@ -6,22 +6,22 @@ For LoRA with fp32 adapters the result has the same bits as `peft.merge_and_unlo
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
+import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraflow.adapters import safetensors_files as files
-from loraflow.adapters.merge_plan import MatrixUpdate, MergePlan, check_types
-from loraflow.adapters.safetensors_files import PlannedTensor
-from loraflow.base.stored_weights import TensorEntry, model_entries
+from loraflow.adapters.merge_plan import SIZES, MatrixUpdate, MergePlan, check_types
+from loraflow.base.stored_weights import HeaderEntry, TensorEntry, model_entries
 from loraflow.base.weight_checks import is_finite, unused_weights
 from loraflow.failures import BadModel
 from loraflow.job import Progress
@@ -59,7 +59,7 @@ def merge_streaming(
 
     entries = model_entries(base)
     check_types(entries, plan)
-    shards = _name_shards(files.plan_files(entries, files.DTYPES[dtype] if dtype else None, max_bytes))
+    shards = _name_shards(plan_files(entries, DTYPES[dtype] if dtype else None, max_bytes))
     folder = out if progress.work is None else progress.work / "shards"
     folder.mkdir(exist_ok=True)
     threads_before = torch.get_num_threads()
@@ -112,7 +112,7 @@ def _write_shard(
 ) -> None:
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        start = files.write_header(fd, planned)
+        start = write_header(fd, planned)
         running = [pool.submit(writer.write, tensor, fd, start + tensor.offset) for tensor in planned]
         for done, future in enumerate(running, 1):
             future.result()
@@ -199,7 +199,7 @@ class TensorWriter:
         nf4 = self._plan.nf4 if name in self._plan.quantized else None
         if update is None and nf4 is None and planned.dtype == source.dtype:
             self._refuse_non_finite(source)
-            files.copy_range(self._fds[source.file], target, source.size, source.offset, offset)
+            copy_range(self._fds[source.file], target, source.size, source.offset, offset)
             return
         factors = None if update is None else self._factors(update)
         if nf4 is None:
@@ -215,8 +215,8 @@ class TensorWriter:
             merged = merged.to(self._dtypes[planned.dtype])
             if not is_finite(merged) and not self._is_unused(name):
                 raise _not_finite(name, merged)
-            files.write_all(target, _bytes_of(merged), offset)
-            offset += merged.numel() * files.SIZES[planned.dtype]
+            write_all(target, _bytes_of(merged), offset)
+            offset += merged.numel() * SIZES[planned.dtype]
             row += len(merged)
 
     def _blocks(self, source: TensorEntry, *, in_scratch: bool = True) -> Iterator[torch.Tensor]:
@@ -224,11 +224,11 @@ class TensorWriter:
         import torch
 
         rows, columns = (source.shape[0], math.prod(source.shape[1:])) if source.shape else (1, 1)
-        row_size = columns * files.SIZES[source.dtype]
+        row_size = columns * SIZES[source.dtype]
         for first, count in _cut(rows):
             size = count * row_size
             raw = self._scratch.bytes(size) if in_scratch else memoryview(bytearray(size))
-            files.read_all(self._fds[source.file], raw, source.offset + first * row_size)
+            read_all(self._fds[source.file], raw, source.offset + first * row_size)
             yield torch.frombuffer(raw, dtype=self._dtypes[source.dtype]).view(count, columns)
 
     def _refuse_non_finite(self, source: TensorEntry) -> None:
@@ -240,7 +240,7 @@ class TensorWriter:
             return
         for start in range(0, source.size, CHECKED_BYTES):  # a mixture's experts can be one tensor of many gigabytes
             raw = self._scratch.bytes(min(CHECKED_BYTES, source.size - start))
-            files.read_all(self._fds[source.file], raw, source.offset + start)
+            read_all(self._fds[source.file], raw, source.offset + start)
             if not is_finite(torch.frombuffer(raw, dtype=dtype)) and not self._is_unused(source.name):
                 raise BadModel(
                     "A weight of the base is not finite, and the adapter does not change it.",
@@ -265,7 +265,7 @@ class TensorWriter:
         import torch
 
         raw = bytearray(entry.size)
-        files.read_all(self._fds[entry.file], memoryview(raw), entry.offset)
+        read_all(self._fds[entry.file], memoryview(raw), entry.offset)
         return torch.frombuffer(raw, dtype=self._dtypes[entry.dtype]).view(entry.shape).float()
 
 
@@ -330,3 +330,91 @@ def _add_update(block: torch.Tensor, factors: _Factors, rows: slice, scratch: _S
         torch.mm(up, down, out=total)
         total.mul_(scale).add_(block)
     block.copy_(total)
+
+
+# The format of safetensors files: 8 bytes little-endian length of the header, the header (JSON), the tensors' bytes.
+# https://github.com/huggingface/safetensors#format
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of a new file; `offset` counts bytes from the end of the header."""
+
+    source: TensorEntry
+    dtype: str
+    offset: int
+    size: int
+
+
+def plan_files(entries: Iterable[TensorEntry], dtype: str | None, max_bytes: int) -> list[list[PlannedTensor]]:
+    """Distribute tensors over new files, in their order.
+
+    Args:
+        dtype: BF16, F16 or F32, which floating-point tensors are cast to; None leaves their dtypes unchanged.
+        max_bytes: the largest size of a file; a larger tensor has a file of its own.
+    """
+    files: list[list[PlannedTensor]] = []
+    offset = 0
+    for entry in entries:
+        cast = dtype if dtype and entry.dtype in SIZES else entry.dtype
+        size = entry.size if cast == entry.dtype else entry.size // SIZES[entry.dtype] * SIZES[cast]
+        if not files or (offset + size > max_bytes and files[-1]):
+            files.append([])
+            offset = 0
+        files[-1].append(PlannedTensor(entry, cast, offset, size))
+        offset += size
+    return files
+
+
+def write_header(fd: int, planned: list[PlannedTensor]) -> int:
+    """Write a new file's header, extend the file to its final length, and return the offset of its first tensor."""
+    tensors: dict[str, HeaderEntry] = {
+        tensor.source.name: {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.source.shape),
+            "data_offsets": [tensor.offset, tensor.offset + tensor.size],
+        }
+        for tensor in planned
+    }
+    raw = json.dumps({"__metadata__": {"format": "pt"}, **tensors}, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # tensors begin at a multiple of eight bytes
+    start = 8 + len(raw)
+    os.truncate(fd, start + sum(tensor.size for tensor in planned))
+    write_all(fd, struct.pack("<Q", len(raw)) + raw, 0)
+    return start
+
+
+def read_all(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill a buffer with a file's bytes from an offset on."""
+    while buffer:
+        got = os.preadv(fd, [buffer], offset)
+        if got == 0:
+            raise EOFError(f"the file ends {len(buffer)} bytes early")
+        buffer, offset = buffer[got:], offset + got
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of a buffer to a file at an offset."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def copy_range(source: int, target: int, size: int, source_offset: int, target_offset: int) -> None:
+    """Copy bytes between files inside the kernel, or through a buffer if the kernel cannot."""
+    while size:
+        try:
+            done = os.copy_file_range(source, target, min(size, 2**30), source_offset, target_offset)
+        except (OSError, AttributeError) as error:  # AttributeError: macOS has no such call
+            if getattr(error, "errno", None) == errno.ENOSPC:  # copying through a buffer would not help
+                raise
+            buffer = memoryview(bytearray(min(size, 8 * 2**20)))
+            read_all(source, buffer, source_offset)
+            write_all(target, buffer, target_offset)
+            done = len(buffer)
+        if done == 0:
+            raise EOFError("a file of weights ends early")
+        size, source_offset, target_offset = size - done, source_offset + done, target_offset + done

@@ -138,15 +138,15 @@ def slope_kernel_or_none() -> ModuleType | None:
     if torch.cuda.get_device_capability() != (9, 0):
         return None
     try:
-        from loraflow.training import slope_kernel
+        from loraflow.training import triton_kernels
 
         ones = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
-        slope_kernel.products(ones, ones[:, :16].contiguous(), ones[:, :16].contiguous(), 64)
+        triton_kernels.products(ones, ones[:, :16].contiguous(), ones[:, :16].contiguous(), 64)
     except Exception as error:
         reason = first_line(error)
         log.warning("the adapter's gradients are computed without their Triton kernel, which takes longer: %s", reason)
         return None
-    return slope_kernel
+    return triton_kernels
 
 
 @slope_products.register_fake

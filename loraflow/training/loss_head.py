@@ -110,7 +110,7 @@ def gpu_kernel() -> Kernel | None:
     Triton builds its launcher with a C compiler when the first kernel starts; small images have none.
     """
     try:
-        from loraflow.training.loss_kernel import nll_and_slope_in_place
+        from loraflow.training.triton_kernels import nll_and_slope_in_place
 
         nll_and_slope_in_place(torch.zeros(1, 8, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda"), None)
     except Exception as error:

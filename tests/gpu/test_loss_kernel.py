@@ -13,7 +13,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [7, 4096, 32064, 128256, 151936])
 def test_loss_and_slope_are_those_of_cross_entropy(dtype, vocabulary):
-    from loraflow.training.loss_kernel import nll_and_slope_in_place
+    from loraflow.training.triton_kernels import nll_and_slope_in_place
 
     torch.manual_seed(vocabulary)
     logits = (torch.randn(50, vocabulary, device="cuda") * 4).to(dtype)
@@ -32,7 +32,7 @@ def test_loss_and_slope_are_those_of_cross_entropy(dtype, vocabulary):
 
 
 def test_forbidden_tokens_have_no_slope_and_a_forbidden_target_an_infinite_loss():
-    from loraflow.training.loss_kernel import nll_and_slope_in_place
+    from loraflow.training.triton_kernels import nll_and_slope_in_place
 
     logits = torch.randn(3, 5000, device="cuda")
     logits[:, 100:] = float("-inf")
@@ -44,7 +44,7 @@ def test_forbidden_tokens_have_no_slope_and_a_forbidden_target_an_infinite_loss(
 
 
 def test_a_logit_that_is_no_number_makes_the_loss_no_number():
-    from loraflow.training.loss_kernel import nll_and_slope_in_place
+    from loraflow.training.triton_kernels import nll_and_slope_in_place
 
     logits = torch.zeros(2, 9000, device="cuda")
     logits[1, 8999] = float("nan")

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("rank", [1, 8, 16])
 @pytest.mark.parametrize("tokens, out", [(16384, 9216), (16384, 4096), (5000, 16384), (4096, 8200)])
 def test_both_products_are_those_of_torch(dtype, rank, tokens, out):
-    from loraflow.training.slope_kernel import tokens_of_a_program
+    from loraflow.training.triton_kernels import tokens_of_a_program
 
     torch.manual_seed(out)
     dy = (torch.randn(tokens, out, device="cuda") / 8).to(dtype)
@@ -70,7 +70,7 @@ def test_a_layer_has_the_gradients_of_torchs_products(compiled, monkeypatch):
 
 @pytest.mark.parametrize("tokens, out, rank", [(100, 9216, 16), (16384, 1024, 16), (16384, 9216, 64)])
 def test_few_tokens_narrow_layers_and_large_ranks_use_torch(tokens, out, rank):
-    from loraflow.training.slope_kernel import tokens_of_a_program
+    from loraflow.training.triton_kernels import tokens_of_a_program
 
     dy = torch.randn(tokens, out, device="cuda", dtype=torch.bfloat16)
     up, h = torch.randn_like(dy[:1]).expand(rank, out).t().contiguous(), torch.randn_like(dy[:, :rank])

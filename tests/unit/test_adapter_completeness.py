@@ -11,7 +11,7 @@ from loraflow.adapters.convert import convert
 from loraflow.adapters.merge_folders import merge
 from loraflow.adapters.validation import check_adapter
 from loraflow.base.usable import refuse_unusable_folder
-from loraflow.cli.os_errors import from_system
+from loraflow.cli import from_system
 from loraflow.failures import BadConfig, BadModel
 from loraflow.serving.models import Model, find_model, load
 from loraflow.serving.publish import package

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loraflow.cli.os_errors import from_system
+from loraflow.cli import from_system
 from loraflow.failures import DiskFull, Network
 from tests.unit.test_recipe_file import recipe  # noqa: F401
 

@@ -9,8 +9,7 @@ import importlib.util, pkgutil, sys, loraflow
 # modules that need a package of an extra, or of torch's build for GPUs
 extras = {
     "loraflow.tracking.mlflow_tracker": "mlflow",
-    "loraflow.training.loss_kernel": "triton",
-    "loraflow.training.slope_kernel": "triton",
+    "loraflow.training.triton_kernels": "triton",
 }
 left_out = {name for name, package in extras.items() if importlib.util.find_spec(package) is None}
 for module in pkgutil.walk_packages(loraflow.__path__, "loraflow."):

@@ -1,7 +1,10 @@
-"""The two products of a LoRA layer's backward pass that read the output's gradient, in one Triton kernel that reads it once.
+"""Triton kernels of the training on a GPU: the loss with its gradient, and two products of a LoRA layer's backward pass.
 
-For a wide layer these products take as long as reading `dy` does. torch's two products read it twice.
-`benchmarks/lora_products.py` compares both ways.
+With torch's operations, the loss and its gradient pass over fp32 copies of the logits about ten times; with a vocabulary of
+128,256 that was a tenth of a step. The kernel reads the logits twice and writes the gradient over them.
+
+The two products both read the output's gradient. The kernel reads it once, torch twice; for a wide layer that
+is most of their time (`benchmarks/lora_products.py`).
 """
 
 from __future__ import annotations
@@ -11,10 +14,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LOSS_BLOCK, LOSS_WARPS = 4096, 8
 COLUMNS, STEP, WARPS, STAGES = 512, 64, 8, 3  # measured on an H100 with rank 16 and 16,384 tokens
 LEAST_COLUMNS = 4096  # a narrower layer gains nothing
 LARGEST_RANK = 16  # with 64, torch's products are faster
 LEAST_PROGRAMS = 2 * 132  # two for each multiprocessor of an H100
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _softmax_slope(  # type: ignore[no-untyped-def]
+    logits, targets, weights, sums, stride, vocabulary, weighted: tl.constexpr, block: tl.constexpr
+):
+    """Write log-sum-exp of one row to `sums`, and (softmax - one-hot) * weight over the row."""
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * stride
+    lanes = tl.arange(0, block)
+    high = tl.full([block], -3e38, tl.float32)  # finite, so that a logit of -inf is not subtracted from itself
+    total = tl.zeros([block], tl.float32)
+    for at in range(0, vocabulary, block):
+        inside = at + lanes < vocabulary
+        x = tl.load(start + at + lanes, mask=inside, other=-3e38).to(tl.float32)
+        higher = tl.maximum(high, x)
+        total = total * tl.exp(high - higher) + tl.where(inside, tl.exp(x - higher), 0.0)
+        high = higher
+    highest = tl.max(high, 0)
+    log_sum = highest + tl.log(tl.sum(total * tl.exp(high - highest), 0))
+    tl.store(sums + row, log_sum)
+    target = tl.load(targets + row)
+    factor = tl.load(weights + row) if weighted else 1.0
+    for at in range(0, vocabulary, block):
+        inside = at + lanes < vocabulary
+        x = tl.load(start + at + lanes, mask=inside, other=-3e38).to(tl.float32)
+        slope = tl.exp(x - log_sum) - tl.where(at + lanes == target, 1.0, 0.0)
+        tl.store(start + at + lanes, (slope * factor).to(logits.dtype.element_ty), mask=inside)
+
+
+def nll_and_slope_in_place(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return -log p of each target [n] in fp32, and its derivative with respect to its logits, written over them.
+
+    Args:
+        logits: [n, vocabulary] on a GPU, rows contiguous.
+        targets: [n], int64.
+        weights: the weight of each target [n], fp32; None is 1.
+    """
+    chosen = logits.gather(1, targets[:, None]).float().squeeze(1)  # before the kernel overwrites them
+    sums = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    with torch.cuda.device(logits.device):
+        _softmax_slope[(len(logits),)](
+            logits, targets, sums if weights is None else weights, sums, logits.stride(0), logits.shape[1],
+            weighted=weights is not None, block=LOSS_BLOCK, num_warps=LOSS_WARPS,
+        )  # fmt: skip
+    losses = sums - chosen
+    return losses if weights is None else losses * weights, logits
 
 
 def tokens_of_a_program(dy: Tensor, rank: int) -> int:
