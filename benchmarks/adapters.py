@@ -75,7 +75,7 @@ def line_of(name: str, settings: Mapping[str, JsonValue], base: Path, shards: Pa
 def refused_row() -> tuple[str, ...]:
     """Return LoftQ's row: the error for a recipe with LoftQ on a plain base."""
     from loraflow.failures import BadConfig
-    from tests.unit.test_training import recipe
+    from tests.unit.training.test_training import recipe
 
     settings = {"peft_config__init_lora_weights": "loftq"}
     try:
@@ -96,7 +96,7 @@ def main() -> None:
     """Write the rows of the variants on the command line, by default of all."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from tests.conftest import build_phi3
-    from tests.unit.test_training import tokenize
+    from tests.unit.training.test_training import tokenize
     from tests.variants import VARIANTS
 
     names = sys.argv[1:] or list(VARIANTS)

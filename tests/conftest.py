@@ -38,7 +38,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "the other flows" if "/flows/" in file and "finetune" not in file else file
+            return "the other flows" if file.startswith("tests/flows/") and "finetune" not in file else file
 
     return ByFile(config, log)
 

@@ -12,7 +12,7 @@ from typing import TypeVarTuple
 
 Ts = TypeVarTuple("Ts")
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.unit.test_training", "loraflow.training.trainer", "loraflow.adapters.loralib.model",
+_FORKS.set_forkserver_preload(["tests.unit.training.test_training", "loraflow.training.trainer", "loraflow.adapters.loralib.model",
                                "loraflow.adapters.variants", "loraflow.adapters.merge_folders", "loraflow.serving.predict", "peft"])  # fmt: skip
 
 

@@ -26,7 +26,7 @@ VALIDATED = {
     "training_config__eval_steps": 6,
 }
 ALL = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-# name → settings in addition to the tiny recipe of tests/unit/test_training.py
+# name → settings in addition to the tiny recipe of tests/unit/training/test_training.py
 VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "rank and alpha patterns": {"peft_config__rank_pattern": {"qkv_proj": 8}, "peft_config__alpha_pattern": {"down_proj": 5.0}},
@@ -65,7 +65,7 @@ class KillAt(Progress):
 
 
 def _killed(base: Path, shards: Path, folder: Path, settings: dict[str, Any]) -> None:
-    from tests.unit.test_training import run
+    from tests.unit.training.test_training import run
 
     run(base, shards, folder, KillAt(3, folder / "work"), **settings)
 
@@ -93,7 +93,7 @@ def train_and_resume(
     settings: dict[str, Any], base: Path, shards: Path, folder: Path
 ) -> tuple[Path, dict[int, float], float]:
     """Return the adapter, the losses, and the largest difference to a run that was killed and resumed."""
-    from tests.unit.test_training import run
+    from tests.unit.training.test_training import run
 
     adapter, losses = run(base, shards, folder / "straight", **settings)
     code = run_in_fork(_killed, base, shards, folder / "killed", settings)
@@ -179,7 +179,7 @@ def evaluate(folder: Path) -> float:
     from loraflow.evaluation import score
     from loraflow.job import Inputs
     from tests.job_factory import make_job
-    from tests.unit.test_training import REF, recipe
+    from tests.unit.training.test_training import REF, recipe
 
     rows, out = folder / "rows", folder / "scores"
     rows.mkdir()

@@ -105,7 +105,7 @@ def estimated_tokens(text: str) -> int:
 
     English words have one token for about three letters. Digits, punctuation and line breaks have one each, and other
     letters one for each byte of UTF-8 beyond the first: SmolLM2's tokenizer needs 0.8 tokens for a Russian letter, 1.8 for
-    a Chinese one and 3 for an emoji. The counts of that tokenizer are in tests/unit/test_init_settings.py.
+    a Chinese one and 3 for an emoji. The counts of that tokenizer are in tests/unit/cli/test_init_settings.py.
     """
     letters = sum(character.isascii() and (character.isalpha() or character == " ") for character in text)
     ascii_ = sum(character.isascii() for character in text)

@@ -22,7 +22,7 @@ from loraflow.training.loss_head import head_loss
 from loraflow.training.preview import Support
 from tests.families.test_matrix import EXPERTS, SETTINGS, build
 from tests.families.tiny import FAMILIES, family_config
-from tests.unit.test_training import build_phi3, recipe, run, tokenize
+from tests.unit.training.test_training import build_phi3, recipe, run, tokenize
 
 LEAKS = {"gpt-oss"}  # packed: refused before the first step, tests/families/test_documents.py
 LENGTHS = (13, 2, 21, 9)

@@ -24,8 +24,8 @@ from loraflow.training import attention, engine
 from loraflow.training.collation import concatenated, packed, padded
 from tests.families.test_cells import documents
 from tests.families.tiny import family_config
-from tests.unit import test_training
-from tests.unit.test_training import build_phi3, chat, run, tokenize
+from tests.unit.training import test_training
+from tests.unit.training.test_training import build_phi3, chat, run, tokenize
 
 SWITCH = 16
 ROPE = {

@@ -17,7 +17,7 @@ from loraflow.adapters.validation import check_adapter
 from loraflow.store.checkpoints import FOLDER
 from tests.conftest import WORDS
 from tests.families.tiny import FAMILIES, family_config
-from tests.unit.test_training import build_phi3, run, tokenize
+from tests.unit.training.test_training import build_phi3, run, tokenize
 from tests.variants import _documents, _loss, _validation_loss
 
 STEPS = 4

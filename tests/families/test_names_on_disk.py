@@ -17,7 +17,7 @@ from loraflow.config.lora import PeftConfig
 from tests.conftest import build_tokenizer
 from tests.families.test_matrix import EXPERTS
 from tests.families.tiny import FAMILIES, family_config
-from tests.unit.test_base import resolve_base
+from tests.unit.base.test_base import resolve_base
 
 VOCABULARY = 507  # of the tiny tokenizer
 

@@ -8,7 +8,7 @@ import torch
 
 from loraflow.failures import BadConfig, BadModel
 from tests.families.tiny import OPTIONS, tiny_model
-from tests.unit.test_training import build_phi3, run, tokenize
+from tests.unit.training.test_training import build_phi3, run, tokenize
 
 PACKED = {"training_config__packing": True}
 TARGETS = {"training_config__max_steps": 2}

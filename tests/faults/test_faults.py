@@ -20,7 +20,7 @@ from tests.crash import Crash, crash_at
 from tests.fake_jobs import FAKE, job
 from tests.fake_worker import FAKE_STAGE
 from tests.job_factory import make_job
-from tests.unit.test_training import REF, recipe
+from tests.unit.training.test_training import REF, recipe
 
 PAYLOAD = identity.payload("tokenize", 1, {}, {"x": 1})
 NAME = ("tokenize", identity.fingerprint(PAYLOAD))

@@ -1,6 +1,6 @@
 """The payloads that a recipe's jobs are fingerprinted from, for every recipe in configs/ and for variants of them.
 
-A changed payload changes a fingerprint, and every user's store recomputes. `tests/unit/test_identity.py` compares them
+A changed payload changes a fingerprint, and every user's store recomputes. `tests/unit/execution/test_identity.py` compares them
 with payloads.json, which was recorded before the code was reorganised in November 2026.
 """
 

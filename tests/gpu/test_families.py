@@ -17,7 +17,7 @@ from loraflow.training.document_check import refuse_leaking_documents  # noqa: E
 from tests.families.test_documents import LENGTHS, documents, each_alone, families  # noqa: E402
 from tests.families.test_training import base_of  # noqa: E402
 from tests.families.tiny import tiny_model  # noqa: E402
-from tests.unit.test_training import build_phi3, run, tokenize  # noqa: E402
+from tests.unit.training.test_training import build_phi3, run, tokenize  # noqa: E402
 
 
 @pytest.mark.parametrize("family", families(FAST))

@@ -18,7 +18,7 @@ from loraflow.failures import BadConfig  # noqa: E402
 from loraflow.training.preview import Support  # noqa: E402
 from tests.families.test_matrix import EXPERTS, SETTINGS, STEPS, build  # noqa: E402
 from tests.families.tiny import FAMILIES, family_config  # noqa: E402
-from tests.unit.test_training import build_phi3, run, tokenize  # noqa: E402
+from tests.unit.training.test_training import build_phi3, run, tokenize  # noqa: E402
 from tests.variants import _documents, _validation_loss  # noqa: E402
 
 MIXED = {"base__dtype": "bfloat16", "training_config__bf16": True, "runtime__compile": "off"}

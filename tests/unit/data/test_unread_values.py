@@ -1,0 +1,203 @@
+"""Columns that are not read and may say which answers are wrong are a question, and the recipe can answer it."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from loraflow.cli import cli
+from loraflow.config.data_sources import COLUMNS
+from loraflow.data.answers.unread_values import counted, doubtful, questions
+from loraflow.data.checks.check_report import CheckReport
+from loraflow.data.files.readers import read_rows
+from loraflow.reporting.rows import check_notes
+from tests.unit.data.test_check import run_check
+
+PAIR = {"prompt": "q", "completion": "a"}
+
+
+def read(folder, rows, columns=None, ignore=()):
+    (folder / "t.jsonl").write_text(
+        "".join(json.dumps({**PAIR, "prompt": f"q{n}", **row}) + "\n" for n, row in enumerate(rows))
+    )
+    return list(read_rows(folder, ["t.jsonl"], "auto", columns or {}, ignore=ignore))
+
+
+def asked(folder, key, values):
+    rows = read(folder, [{key: value} for value in values])
+    unread = {key: sum(key in row.unused_keys for row in rows)}
+    return doubtful(counted([row.told for row in rows]), unread)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([True, False, True], {"true": 2, "false": 1}),
+        (["yes", "no"], {"true": 1, "false": 1}),
+        ([0, 1, 1, None, ""], {"true": 2, "false": 1}),
+        (["1", "0"], {"true": 1, "false": 1}),
+        (["good", "very poor", "average"], {"very poor": 1}),
+        (["safe", "unsafe"], {"unsafe": 1}),
+        ([True, True], None),
+        ([0, 1, 2], None),
+        (["yes", "no", "maybe"], None),
+        ([0.5, 1], None),
+        (["a text that is wrong", "b"], None),
+    ],
+)
+def test_a_column_of_true_and_false_or_with_a_word_that_judges_is_a_question(tmp_path, values, expected):
+    assert asked(tmp_path, "human_verdicts", values) == ({"human_verdicts": expected} if expected else {})
+
+
+@pytest.mark.parametrize("values", [["yes", "no", "n/a"], [True, False, "unknown"]], ids=str)
+def test_one_value_that_is_no_flag_does_not_hide_that_a_row_is_not_solved(tmp_path, values):
+    assert list(asked(tmp_path, "resolved", values)) == ["resolved"]
+
+
+@pytest.mark.parametrize("key", ["task_success", "is_resolved", "problem_solved", "run_successful"])
+def test_false_in_every_row_is_a_question_where_it_says_that_the_answer_failed(tmp_path, key):
+    assert asked(tmp_path, key, [False, "no"]) == {key: {"false": 2}}
+    assert (
+        asked(tmp_path, key, [True, "yes"])
+        == asked(tmp_path, key, [0, 5, 7])
+        == asked(tmp_path, "flagged", [False])
+        == {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("lang", ["ko", "en"]), ("language_code", ["mal", "eng"]), ("language", ["false", "true"]), ("author", ["sai", "nguyen"]),
+        ("name", ["galt", "fel"]), ("tag", ["ko", "mal"]), ("complexity", ["low", "high"]), ("size", ["half", "full"]),
+        ("context_window", ["partial", "full"]), ("turn", [0, 1]), ("cluster_id", ["0", "1"]), ("speaker", [0, 1]), ("gender", ["n", "y"]),
+    ],
+)  # fmt: skip
+def test_codes_numbers_and_sizes_are_no_question(tmp_path, key, values):
+    assert asked(tmp_path, key, values) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "word"),
+    [
+        ("input_quality", ["low", "high"], "low"), ("human_check", ["partial", "full"], "partial"), ("is_checked", [0, 1], "false"),
+        ("isDone", ["0", "1"], "false"), ("qa", ["mal", "bien"], "mal"), ("tag", ["bad", "x"], "bad"), ("checked", [0, 1], "false"),
+    ],
+)  # fmt: skip
+def test_words_and_numbers_of_columns_that_judge_are_a_question(tmp_path, key, values, word):
+    assert asked(tmp_path, key, values)[key][word] == 1
+
+
+def test_a_key_of_metadata_is_asked_about_and_one_that_is_read_is_not(tmp_path):
+    rows = read(tmp_path, [{"metadata": {"checked": n % 2 == 0, "id": n}, "is_correct": n > 0} for n in range(4)])
+    columns = doubtful(counted([row.told for row in rows]), {"metadata": 3})
+    assert columns == {"metadata.checked": {"false": 2, "true": 1}}
+    (tmp_path / "t.jsonl").write_text(json.dumps({**PAIR, "metadata": {"checked": True, "kept": False}}))
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", ignore=["metadata.checked"])
+    assert row.told == (("metadata.kept", "false"),)
+    (line,) = questions(columns)
+    assert line.startswith("does metadata.checked mark wrong answers? (false in 2 rows, true in 1 rows)")
+    assert "data.ignore" in line and "data.columns" not in line
+
+
+def test_what_a_judge_says_in_an_object_of_any_name_is_asked_about(tmp_path):
+    rows = read(
+        tmp_path, [{"judge": {"verdict": word, "strict": n > 0}} for n, word in enumerate(("incorrect", "correct"))]
+    )
+    assert doubtful(counted([row.told for row in rows]), {"judge": 2}) == {"judge.verdict": {"incorrect": 1}}
+
+
+def test_no_in_another_language_is_a_question_in_a_column_of_verdicts_with_any_other_words(tmp_path):
+    rows = read(tmp_path, [{"is_correct": word} for word in ("ja", "nein", "vielleicht")])
+    assert doubtful(counted([row.told for row in rows]), {"is_correct": 3}) == {"is_correct": {"nein": 1}}
+
+
+def test_a_key_of_the_messages_of_a_chat_is_asked_about(tmp_path):
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    chats = [
+        {"chat": [{"role": "user", "content": "q", "toxic": True}, {"role": "assistant", "content": "a", "toxic": toxic, "turn": 1}]}
+        for toxic in (True, False)
+    ]  # fmt: skip
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    rows = list(read_rows(tmp_path, ["t.jsonl"], "auto", {"messages": "chat"}))
+    assert doubtful(counted([row.told for row in rows]), {"chat.toxic": 2, "chat.turn": 2}) == {
+        "chat.toxic": {"true": 2, "false": 1}
+    }
+    said = [{**user, "toxic": True}, {**answer, "toxic": False}, user, {**answer, "toxic": True}]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto")
+    assert doubtful(counted([row.told]), {"messages.toxic": 1}) == {"messages.toxic": {"true": 1, "false": 1}}
+
+
+def test_at_most_five_columns_are_asked_about_in_full():
+    lines = questions({f"c{n}": {"true": 1, "false": 1} for n in range(8)})
+    assert len(lines) == 6 and lines[-1] == "3 more columns like these: c5, c6, c7"
+
+
+@pytest.mark.parametrize(("key", "expected"), [("train", [True, False, True]), ("exclude", [False, True, True])])
+def test_the_columns_that_a_question_names_answer_it(tmp_path, key, expected):
+    assert key in COLUMNS and f"{key}: checked" in questions({"checked": {"true": 1, "false": 1}})[0]
+    rows = read(tmp_path, [{"checked": True}, {"checked": "no"}, {}], {key: "checked"})
+    assert [row.messages is not None for row in rows] == expected
+    assert {row.marked_by for row in rows if row.is_marked_false} == {
+        "checked: no" if key == "train" else "checked: True"
+    }
+    assert all(row.unused_keys == () for row in rows)
+
+
+def test_a_run_and_data_check_ask(tmp_path):
+    (tmp_path / "data").mkdir()
+    read(tmp_path / "data", [{"checked": n % 3 > 0, "completion": f"a\r\nb{n}"} for n in range(30)])
+    report = run_check(tmp_path / "data", tmp_path / "out")
+    assert report["doubtful"] == {"checked": {"true": 20, "false": 10}} and report["counts"]["carriage_returns"] == 30
+    notes = check_notes(CheckReport.model_validate(report))
+    assert any(note.startswith("does checked mark wrong answers?") for note in notes)
+    assert "30 rows have carriage returns in their texts; the training keeps them" in notes
+    done = CliRunner().invoke(cli, ["data", "check", str(tmp_path / "data")])
+    assert "question  does checked mark wrong answers? (true in 20 rows, false in 10 rows)" in done.output
+    assert "30 rows have carriage returns" in done.output
+    done = CliRunner().invoke(cli, ["data", "check", str(tmp_path / "data"), "--ignore", "checked", "--json"])
+    document = json.loads(done.output)
+    assert "doubtful" not in document and document["unread"] == {}
+
+
+def test_ignore_belongs_to_a_file_and_not_to_a_recipe(tmp_path):
+    (tmp_path / "r.yaml").write_text("model:\n")
+    done = CliRunner().invoke(cli, ["data", "check", str(tmp_path / "r.yaml"), "--ignore", "x"])
+    assert done.exit_code != 0 and "--ignore and a recipe exclude each other" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "inner", [{"quality": "bad", "id": 1}, json.dumps({"quality": "bad", "id": 1}), [{"quality": "bad"}]]
+)
+def test_a_key_inside_an_object_is_ignored_alone(tmp_path, inner):
+    marked = {"metadata": inner, "extra": {"train": False}}
+    assert [row.messages is None for row in read(tmp_path, [{"metadata": inner}])] == [True]
+    assert [row.problem for row in read(tmp_path, [{"metadata": inner}], ignore=["metadata.quality"])] == [None]
+    (row,) = read(tmp_path, [marked], ignore=["metadata.quality"])
+    assert row.is_marked_false and row.marked_by == "extra.train: False"
+
+
+def test_a_key_inside_a_map_of_parquet_and_inside_a_message_is_ignored(tmp_path):
+    kind = pa.map_(pa.string(), pa.string())
+    table = {"prompt": ["q"], "completion": ["a"], "metadata": pa.array([[("quality", "bad"), ("id", "1")]], kind)}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    (row,) = read_rows(tmp_path, ["t.parquet"], "auto")
+    assert row.messages is None
+    (row,) = read_rows(tmp_path, ["t.parquet"], "auto", ignore=["metadata.quality"])
+    assert row.messages
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "metadata": {"train": False}}]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": chat}))
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", ignore=["metadata.train"])
+    assert row.messages and row.learned is None
+
+
+def test_lines_in_cells_end_as_everywhere(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b'prompt,completion\r\n"one\r\ntwo","three\rfour"\r\n')
+    (row,) = read_rows(tmp_path, ["t.csv"], "auto")
+    assert [message["content"] for message in row.messages] == ["one\ntwo", "three\nfour"]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "one\r\ntwo", "completion": "a"}))
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto")
+    assert row.messages[0]["content"] == "one\r\ntwo", "JSON says which characters it means"
