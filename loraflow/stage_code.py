@@ -164,6 +164,7 @@ TRAIN_GROUP = (
 MERGE = (
     "loraflow.adapters.merge",
     "loraflow.adapters.merge_folders",
+    "loraflow.base.model_files",
     "loraflow.adapters.adapter_config",
     "loraflow.adapters.validation",
     "loraflow.adapters.origin",
