@@ -133,7 +133,7 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
         )
     template = ChatTemplate(folder)
     chats = _accepted(template, tokenizer)
-    # added_tokens_decoder of tokenizer_config.json may say otherwise.
+    # A token that is special only in tokenizer_config.json is one for transformers; the opposite decodes the same.
     not_special = [i for i, token in template.tokenizer.get_added_tokens_decoder().items() if not token.special]
     texts = {tokenizer.decode(not_special, skip_special_tokens=skips) for skips in (False, True)}
     if len(texts) > 1 or _first_difference(template, tokenizer, chats) is not None:

@@ -136,6 +136,14 @@ def special_tokens(folder: Path) -> dict[str, str]:
     return found
 
 
+def marked_special(folder: Path) -> set[str]:
+    """Return the tokens that added_tokens_decoder of tokenizer_config.json calls special, and transformers with it."""
+    if not (folder / FILE).exists():
+        return set()
+    entries = (TokenizerConfig.read(folder).added_tokens_decoder or {}).values()
+    return {str(entry.get("content")) for entry in entries if isinstance(entry, dict) and entry.get("special") is True}
+
+
 def _object(file: Path) -> dict[str, JsonValue]:
     try:
         with file.open("rb") as opened:

@@ -32,7 +32,13 @@ from loraflow.data.templates.rendered_calls import (
     refuse_other_text,
 )
 from loraflow.data.templates.template_process import TemplateProcess, template_process
-from loraflow.data.templates.tokenizer_config import TRAINING_TEMPLATE, read_template, read_tokenizer, special_tokens
+from loraflow.data.templates.tokenizer_config import (
+    TRAINING_TEMPLATE,
+    marked_special,
+    read_template,
+    read_tokenizer,
+    special_tokens,
+)
 from loraflow.data.tokens.token_labels import (
     IGNORED,
     labels_of_spans,
@@ -82,8 +88,9 @@ class ChatTemplate:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.template, named = read_template(folder), special_tokens(folder)
+        special = {*named.values(), *marked_special(folder)}
         for added in self.tokenizer.get_added_tokens_decoder().values():
-            if added.content in named.values() and not added.special:  # as transformers does it
+            if added.content in special and not added.special:  # as transformers does it
                 added.special = True
                 self.tokenizer.add_special_tokens([added])
         self._renderer = template_process(self.template, named)

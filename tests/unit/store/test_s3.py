@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from loraflow import identity
 from loraflow.failures import BadConfig, CorruptArtifact, Failure, MissingExtra, Network, ReadOnlyStore
 from loraflow.registry import PromotionLog
 from loraflow.registry.cleanup import remove_unused
-from loraflow.store import LocalStore, Summary, bucket, open_store
+from loraflow.store import LocalStore, Store, Summary, bucket, open_store
 from loraflow.store.lease import lease
 from loraflow.store.lock import LockHeld
 from loraflow.store.s3 import S3Store
@@ -409,3 +410,35 @@ def test_a_bucket_is_opened_once_for_the_same_settings(bucket_uri, monkeypatch, 
     assert open_store(bucket_uri) is store and proxy.requests == []
     monkeypatch.setenv("LORAFLOW_CACHE", "/somewhere/else")
     assert open_store(bucket_uri).scratch != store.scratch
+
+
+def test_listings_of_several_pages_are_read_to_their_end():
+    boto3 = pytest.importorskip("boto3")
+    from botocore.stub import Stubber  # SeaweedFS answers 1,105 uploads in one page, so a stub gives the pages
+
+    of_bucket = bucket.Bucket.__new__(bucket.Bucket)
+    of_bucket.uri, of_bucket.name, of_bucket.prefix = "s3://b/p", "b", "p/"
+    of_bucket.client = boto3.client("s3", region_name="x", aws_access_key_id="x", aws_secret_access_key="x")
+    with Stubber(of_bucket.client) as stub:
+        object_ = {"Size": 1, "LastModified": datetime(2026, 11, 28), "ETag": "e"}
+        first = {"Contents": [{"Key": "p/a", **object_}], "IsTruncated": True, "NextContinuationToken": "t"}
+        stub.add_response("list_objects_v2", first, {"Bucket": "b", "Prefix": "p/"})
+        second = {"Contents": [{"Key": "p/b", **object_}], "IsTruncated": False}
+        stub.add_response("list_objects_v2", second, {"Bucket": "b", "Prefix": "p/", "ContinuationToken": "t"})
+        assert [item.key for item in of_bucket.listing()] == ["a", "b"]
+        upload = {"Uploads": [{"Key": "p/a", "UploadId": "1"}], "IsTruncated": True}
+        stub.add_response("list_multipart_uploads", {**upload, "NextKeyMarker": "k", "NextUploadIdMarker": "u"})
+        stub.add_response(
+            "list_multipart_uploads", {"Uploads": [{"Key": "p/b", "UploadId": "2"}], "IsTruncated": False}
+        )
+        assert [item["UploadId"] for item in bucket.unfinished_uploads(of_bucket)] == ["1", "2"]
+        stub.add_response("list_parts", {"Parts": [{"PartNumber": 1}], "IsTruncated": True, "NextPartNumberMarker": 1})
+        stub.add_response("list_parts", {"Parts": [{"PartNumber": 2}], "IsTruncated": False})
+        assert [part["PartNumber"] for part in bucket._uploaded_parts(of_bucket, "a", "1")] == [1, 2]
+
+
+@pytest.mark.parametrize("store", [LocalStore, S3Store])
+def test_a_store_has_each_method_of_the_interface_itself(store):
+    names = [name for name, value in vars(Store).items() if callable(value) and not name.startswith("_")]
+    assert len(names) > 20
+    assert [name for name in names if getattr(store, name).__qualname__.startswith("Store.")] == []
