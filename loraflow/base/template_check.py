@@ -19,7 +19,7 @@ from loraflow.base.load import choose_pad_token
 from loraflow.base.model_files import SAMPLES, open_tokenizer, save_tokenizer
 from loraflow.data.chats import Chat, Message
 from loraflow.data.templates.rendered_calls import without_tools
-from loraflow.data.templates.template import MARKERS, TODAY
+from loraflow.data.templates.template import MARKERS, TODAY, aliased
 from loraflow.data.templates.tokenizer_config import FILE, RECORD, TRAINING_TEMPLATE, special_tokens
 from loraflow.data.tokens.loss_mask import ChatTemplate
 from loraflow.data.tokens.token_labels import IGNORED
@@ -176,7 +176,7 @@ def _rendered_by_transformers(
     from jinja2.exceptions import TemplateError
 
     tools = chat[0].get("tools")
-    messages = without_tools(chat)
+    messages = [aliased(message) for message in without_tools(chat)]  # transformers 5.17 adds no second name itself
     try:
         text = tokenizer.apply_chat_template(
             cast("list[dict[str, str]]", _in_parts(messages) if in_parts else messages),
@@ -294,6 +294,6 @@ def _ends(marked: Sequence[bool] | np.ndarray) -> list[int]:
     return [int(at) for at in np.flatnonzero(padded[:-1] & ~padded[1:])]
 
 
-def _in_parts(chat: Chat) -> list[dict[str, object]]:
+def _in_parts(chat: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
     """Return messages whose texts are lists of parts: some templates of vision models read texts only there."""
     return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]

@@ -69,7 +69,7 @@ class CompiledTemplate:
         """Return the variables of a template. A chat's tools are in its first message."""
         if self._takes_parts is None:
             self._takes_parts = self._reads_parts_only()
-        messages = [_aliased(message) for message in chat]
+        messages = [aliased(message) for message in chat]
         if self._takes_parts:
             messages = [_in_parts(message) for message in messages]
         tools = messages[0].pop("tools", None) if messages else None
@@ -93,7 +93,7 @@ def _in_parts(message: Mapping[str, object]) -> dict[str, object]:
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
-def _aliased(message: Message) -> dict[str, object]:
+def aliased(message: Message) -> dict[str, object]:
     """Return a copy of a message. As in transformers, reasoning has a second name, which gpt-oss's template reads."""
     if "reasoning_content" in message:
         return {"thinking": message["reasoning_content"], **message}
