@@ -389,8 +389,8 @@ def _is_bad(name: str, value: JsonValue) -> bool | None:
         word = plain(value) if isinstance(value, str) else ""
         return True if _UNSAFE.fullmatch(word) else False if _SAFE.fullmatch(word) else None
     side = label_side(value)
-    if name in TRUE_IS_BAD:  # `harmful: approved` is a moderator's decision
-        side = as_number(value) == 1 if as_number(value) in (0, 1) else None
+    if name in TRUE_IS_BAD and isinstance(value, str) and plain(value) in ("approved", "accepted", "chosen"):
+        return None  # a moderator's decision
     is_bad_side = name in TRUE_IS_BAD or (name in JUDGEMENTS and name not in GOOD)
     return side is is_bad_side if isinstance(side, bool) else None
 

@@ -23,7 +23,7 @@ from loraflow.data.answers.judgements import (
     verdict,
     word_side,
 )
-from loraflow.data.answers.labels import Labels, as_number, is_absent, label_side, may_be_no
+from loraflow.data.answers.labels import Labels, as_number, is_absent, judges_badly, label_side, may_be_no
 from loraflow.data.answers.mark_names import (
     CONTAINERS,
     EXCLUSIONS,
@@ -193,8 +193,11 @@ def _label(key: str, value: JsonValue, where: str, labels: Labels, beside: Besid
         return None
     if side != "other":
         return Judgement(side, shown((key,), value))
-    if where and not may_be_no(value):  # an attribute of a message: it is named as not read
-        return None
+    is_false = isinstance(value, str) and judges_badly(value)
+    if where and not is_false:  # `nein` and -1 are attributes as well, unless other messages' labels say right
+        may_be_false = may_be_no(value) or as_number(value) == -1
+        if not (may_be_false and labels.some_row(("true", path), partial(_says_right, key, beside))):
+            return None  # it is named as not read
     raise BadRow(
         f"{where}{key} {_shown(value)} may mark an answer as wrong, but is neither true nor false: write true (the "
         f"answer is learned) or false (it is not); if it is a class, name {key} in data.ignore"
@@ -206,6 +209,10 @@ def _of_messages(key: str, beside: Beside, row: dict[str, JsonValue]) -> list[Js
     role_key, role = beside.role
     turns = [turn for turn in _objects_in([row.get(beside.column)]) if turn.get(role_key, role) == role]
     return [item[key] for item in (*turns, *_objects_in(v for turn in turns for v in turn.values())) if key in item]
+
+
+def _says_right(key: str, beside: Beside, row: dict[str, JsonValue]) -> bool:
+    return any(label_side(value) is True for value in _of_messages(key, beside, row))
 
 
 def _objects_in(values: Iterable[JsonValue]) -> list[dict[str, JsonValue]]:

@@ -20,6 +20,7 @@ from loraflow.data.answers.mark_names import CONTAINERS, JUDGEMENTS, LABELS, RUN
 from loraflow.data.cell_values import Unreadable, is_object_text, objects_of, parsed_text
 
 MAX_QUESTIONS = 5
+_MAX_NAMES = 20  # of further columns
 _MAX_WORD = 30  # characters of a value that is a word
 _OTHER = ""  # any other value
 _DOWN = "-1"  # beside 0 and 1, a vote against the answer
@@ -81,8 +82,9 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
 
 def _told(path: str, key: str, value: JsonValue) -> list[tuple[str, str]]:
     """Return what a value says, or what the keys of an object such as `metadata` say."""
-    is_container = normal_name(key) in CONTAINERS  # of another object, only members whose names judge are looked at
-    if isinstance(value, dict) or (is_container and (isinstance(value, list) or is_object_text(value))):
+    is_container = normal_name(key) in CONTAINERS  # of a judge's object, only members whose names judge are looked at
+    is_judge = isinstance(value, dict) and (_kind_of(key) == "judging" or normal_name(key) == "critique")
+    if is_judge or (is_container and (isinstance(value, dict | list) or is_object_text(value))):
         items = (
             (f"{path}.{k}", k, v)
             for members in objects_of(value)
@@ -177,10 +179,9 @@ def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
             )
         marks = "say that answers were cut off" if _REASON.search(normal_name(key)) else "mark wrong answers"
         lines.append(f"does {key} {marks}? ({counts}) It is not read. If so, {way}; else name {key} in data.ignore")
-    if len(columns) > MAX_QUESTIONS:
-        lines.append(
-            f"{len(columns) - MAX_QUESTIONS} more columns like these: {', '.join(list(columns)[MAX_QUESTIONS:])}"
-        )
+    if more := list(columns)[MAX_QUESTIONS:]:
+        rest = f" and {len(more) - _MAX_NAMES} more" if len(more) > _MAX_NAMES else ""
+        lines.append(f"{len(more)} more columns like these: {', '.join(more[:_MAX_NAMES])}{rest}")
     return lines
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import JsonValue
 
 from loraflow.data.answers.marks import MarkedFalse, excludes
-from loraflow.data.cell_values import parsed_list, strict_json
+from loraflow.data.cell_values import is_chat_as_text, parsed_list, strict_json
 from loraflow.data.chats import BadRow, Message
 from loraflow.data.formats.question_parts import question_parts
 from loraflow.data.formats.row_fields import (
@@ -247,6 +247,7 @@ _ANSWER = re.compile(
 _NO_TEXT = re.compile(
     r"(?:^|[-_. ])(?:u?u?id|idx|index|url|path|file|source|split|subset|lang|language|date|model|name)$", re.IGNORECASE
 )
+_QUESTIONS = ("prompt", "instruction", "question", "problem", "query", "input")
 # The key of a chat's id in a row that is one message of it
 _CHAT_ID = re.compile("(conv|conversation|dialog|dialogue|session|thread|chat)_?id", re.IGNORECASE)
 
@@ -263,11 +264,11 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         return hint
     texts = [key for key, value in row.items() if is_transcript(value)]
     if "chosen" in row:
-        return f"; for the chosen answers of preference pairs, set data.columns: {{{_columns_of_chosen(row)}}}"
+        return _hint_to_read_chosen(row)
     if len(texts) == 1 and not _OF_PAIRS.search(texts[0]) and _is_closed(row[texts[0]]):
         return f"; {texts[0]} has a chat: set data.columns: {{text: {texts[0]}}}"
-    if (parts := question_parts(row)) and not row.keys().isdisjoint(("question", "problem", "query")):
-        return f"; {parts[0]} is a part of the question: write a prompt that has it"
+    if hint := _hint_to_write_parts(row):
+        return hint
     if (found := split_chat(row.get("text"))) and found[0].ends:
         return "; text is a chat that a template has rendered: write its messages as {role, content}"
     translation = row.get("translation")
@@ -279,18 +280,38 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
     return hint or _hint_to_unpack(row) or _hint_to_name(row)
 
 
-def _columns_of_chosen(row: Mapping[str, JsonValue]) -> str:
-    """Return the columns that read the chosen answer of a pair, with its question if no column has its usual name."""
-    if isinstance(row["chosen"], list) and len(row["chosen"]) > 1:
-        return "messages: chosen"
-    if is_transcript(row["chosen"]):
-        return "text: chosen"
-    if "prompt" in row or "instruction" in row:
-        return "completion: chosen" if "prompt" in row else "output: chosen"
-    question = next((key for key in ("question", "query", "input") if isinstance(row.get(key), str)), None)
-    if question is None:
-        return "completion: chosen"
-    return f"prompt: {question}, completion: chosen"
+def _hint_to_read_chosen(row: Mapping[str, JsonValue]) -> str:
+    """Return how the chosen answer of a pair is read with its question; empty if nothing is known."""
+    chosen = row["chosen"]
+    turns = objects(parsed_list(chosen, "chosen") if is_chat_as_text(chosen) else chosen) or objects([chosen]) or [{}]
+    role, text = (next((key for key in keys if key in turns[0]), "") for keys in (ROLE_KEYS, CONTENTS))
+    is_answer = bool(text) and normal_role(turns[0].get(role)) == ASSISTANT and turns in (chosen, [chosen])
+    question = next((k for k in _QUESTIONS if objects(row.get(k)) or (isinstance(row.get(k), str) and row[k])), "")
+    before = objects(row.get(question))
+    if role and not is_answer and len(turns) > 1:
+        columns = "messages: chosen"
+    elif is_transcript(chosen):
+        columns = "text: chosen"
+    elif hint := _hint_to_write_parts(row):
+        return hint
+    elif (isinstance(chosen, str) and not role) or (is_answer and before and role in before[0] and chosen == turns):
+        columns = "output: chosen" if question == "instruction" and not before else "completion: chosen"
+        if question != "prompt" and "output" not in columns:
+            columns = f"prompt: {question or 'the column of the question'}, {columns}"
+    elif is_answer and question and role in (before or turns)[0]:
+        asked = f".{question}" if before else f'[{{{role}: "user", {text}: .{question}}}]'
+        answer = ".chosen" if isinstance(chosen, list) else "[.chosen]"
+        return _by_jq(f". + {{messages: ({asked} + {answer})}} | del(.{question}, .chosen, .rejected)")
+    else:
+        return ""
+    return f"; for the chosen answers of preference pairs, set data.columns: {{{columns}}}"
+
+
+def _hint_to_write_parts(row: Mapping[str, JsonValue]) -> str:
+    parts = question_parts(row)
+    if not parts or row.keys().isdisjoint(_QUESTIONS[1:]):
+        return ""
+    return f"; {parts[0]} is a part of the question: write a prompt that has it"
 
 
 def _hint_to_unpack(row: Mapping[str, JsonValue]) -> str:

@@ -226,14 +226,50 @@ def test_pairs_and_other_rows_are_refused_with_the_next_step_if_there_is_one(tmp
 
 @pytest.mark.parametrize(
     "keys",
-    [{"prompt": "q"}, {"instruction": "q"}, {"question": "q"}, {"prompt": [user("q")], "chosen": [answer("a")]},
-     {"prompt": "q", "chosen": CHAT}, {"chosen": "\n\nHuman: q\n\nAssistant: a"}],
+    [{"prompt": "q"}, {"instruction": "q"}, {"question": "q"}, {"problem": "q"}, {"prompt": "", "query": "q"},
+     {"prompt": [user("q")], "chosen": [answer("a")]}, {"instruction": [user("q")]}, {"prompt": "q", "chosen": CHAT},
+     {"prompt": "q", "chosen": json.dumps(CHAT)}, {"question": "q", "choices": ["x", "y"], "chosen": [user("q x y"), answer("x")]},
+     {"chosen": "\n\nHuman: q\n\nAssistant: a"}],
 )  # fmt: skip
 def test_the_columns_that_are_named_read_the_chosen_answer(tmp_path, keys):
     (row,) = read(tmp_path, [{"chosen": "a", "rejected": "b", **keys}])
     columns = dict(pair.split(": ") for pair in row.problem.rpartition("{")[2].removesuffix("}").split(", "))
     (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns)
-    assert outcome(row) == ["u: q", "a: a"]
+    assert outcome(row) == (["u: q x y", "a: x"] if "choices" in keys else QA)
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+@pytest.mark.parametrize("question", [{"prompt": "q"}, {"problem": "q"}, {"instruction": [user("q")]}])
+@pytest.mark.parametrize("chosen", [answer("a"), [answer("a")], [gpt("a")]])
+def test_a_chosen_message_is_put_behind_its_question(tmp_path, question, chosen):
+    row = {**question, "chosen": chosen, "rejected": "b", "quality": "good"}
+    (refused,) = read(tmp_path, [row])
+    if found := re.search(r"jq -c '(.*)' IN", refused.problem):
+        made = subprocess.run(["jq", "-c", found[1]], input=json.dumps(row), capture_output=True, text=True, check=True)
+        (row,) = read(tmp_path, [json.loads(made.stdout)])
+        assert "quality" in row.unused_keys
+    elif "columns: " in refused.problem:
+        (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", {"prompt": "instruction", "completion": "chosen"})
+        assert refused.problem.endswith("{prompt: instruction, completion: chosen}")
+    else:  # one has from and value, the other has role and content
+        assert chosen == [gpt("a")] and "instruction" in question
+        return
+    assert outcome(row) == QA
+
+
+@pytest.mark.parametrize(
+    "keys, hint",
+    [
+        ({"question": "q", "choices": ["x", "y"]}, "; choices is a part of the question: write a prompt that has it"),
+        ({"question": "q", "chosen": {"text": "a", "score": 1}}, ""),
+        ({"question": "q", "chosen": ["a", "b"]}, ""),
+        ({"question": "q", "chosen": json.dumps([answer("a")])}, ""),
+    ],
+)
+def test_pairs_that_no_columns_read_name_none(tmp_path, keys, hint):
+    row = {"chosen": "a", "rejected": "b", **keys}
+    (refused,) = read(tmp_path, [row])
+    assert refused.problem.endswith(f"got the keys {', '.join(row)}{hint}")
 
 
 @pytest.mark.parametrize("text", ["premise", "text", "sentence"])
