@@ -46,10 +46,10 @@ _ROLE_LABEL = re.compile(
 
 
 def read_pairs(fields: RowFields, column: str, value: JsonValue) -> list[Turn] | None:
-    """Read a chat that is a list of {input, output} (Capybara, xtuner), or of texts in turn (LIMA); None if it is neither.
+    """Read a list of {input, output} (Capybara, xtuner), or of texts in turn (LIMA); None if it is neither.
 
     Raises:
-        BadRow: a list of texts ends with a question or has labels of roles, or a pair is malformed.
+        BadRow: texts end with a question or have labels of roles, or a pair is malformed.
     """
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         if label := next((found[0].strip() for text in value if (found := _ROLE_LABEL.match(str(text)))), ""):
@@ -73,7 +73,7 @@ def read_pairs(fields: RowFields, column: str, value: JsonValue) -> list[Turn] |
 
 
 def pair_keys(pair: RawRow) -> tuple[str, str] | None:
-    """Return the keys of a question and its answer in an object of a chat; None if it is a message or something else."""
+    """Return the keys of a question and its answer in an object of a chat; None without."""
     if pair.keys() & {"role", "from"}:
         return None
     return next((keys for keys in _PAIRS if pair.keys() >= set(keys)), None)
@@ -93,7 +93,7 @@ def pairs_with_answer(value: JsonValue) -> list[JsonValue] | None:
 
 
 def is_tree(row: Mapping[str, JsonValue]) -> bool:
-    """Tell whether a row is a tree of messages: its prompt is a message with replies, or it is such a message itself."""
+    """Tell whether a row, or its prompt, is a message with replies."""
     prompt = row.get("prompt", row)
     return isinstance(prompt, dict) and isinstance(prompt.get("replies"), list)
 
@@ -136,7 +136,7 @@ def _excluded_by(message: RawRow) -> str:
 
 
 def _order(reply: tuple[int, RawRow]) -> tuple[bool, bool, float, int]:
-    """Return the place of a reply among its siblings: rank 0 is the best. A question without an answer is the last."""
+    """Return the order of a reply: rank 0 first, a question without an answer last."""
     number, message = reply
     rank = message.get("rank")
     has_rank = isinstance(rank, int | float) and rank == rank  # NaN is no rank
@@ -253,7 +253,7 @@ _CHAT_ID = re.compile("(conv|conversation|dialog|dialogue|session|thread|chat)_?
 
 
 def conversion_hint(row: Mapping[str, JsonValue]) -> str:
-    """Return how a row is made a chat, for the end of a message; empty if nothing is known about its keys."""
+    """Return how a row is made a chat, for the end of a message; empty if that is unknown."""
     if row.keys() >= {"message_id", "parent_id", "text"}:
         return "; these are the messages of trees, one in a row" + _by_jq(_TREES, "-cs").replace("chats", "trees")
     if all(keys := _keys_of_message(row)):
@@ -284,24 +284,19 @@ def _hint_to_read_chosen(row: Mapping[str, JsonValue]) -> str:
     """Return how the chosen answer of a pair is read with its question; empty if nothing is known."""
     chosen = row["chosen"]
     turns = objects(parsed_list(chosen, "chosen") if is_chat_as_text(chosen) else chosen) or objects([chosen]) or [{}]
-    role, text = (next((key for key in keys if key in turns[0]), "") for keys in (ROLE_KEYS, CONTENTS))
-    is_answer = bool(text) and normal_role(turns[0].get(role)) == ASSISTANT and turns in (chosen, [chosen])
-    question = next((k for k in _QUESTIONS if objects(row.get(k)) or (isinstance(row.get(k), str) and row[k])), "")
-    before = objects(row.get(question))
-    if role and not is_answer and len(turns) > 1:
+    role = normal_role(turns[0].get("role", turns[0].get("from")))
+    question = next((key for key in _QUESTIONS if row.get(key)), "")
+    asked = objects(row.get(question))
+    if len(turns) > 1 and role in ("user", "system"):
         columns = "messages: chosen"
     elif is_transcript(chosen):
         columns = "text: chosen"
     elif hint := _hint_to_write_parts(row):
         return hint
-    elif (isinstance(chosen, str) and not role) or (is_answer and before and role in before[0] and chosen == turns):
-        columns = "output: chosen" if question == "instruction" and not before else "completion: chosen"
-        if question != "prompt" and "output" not in columns:
-            columns = f"prompt: {question or 'the column of the question'}, {columns}"
-    elif is_answer and question and role in (before or turns)[0]:
-        asked = f".{question}" if before else f'[{{{role}: "user", {text}: .{question}}}]'
-        answer = ".chosen" if isinstance(chosen, list) else "[.chosen]"
-        return _by_jq(f". + {{messages: ({asked} + {answer})}} | del(.{question}, .chosen, .rejected)")
+    elif (isinstance(chosen, str) and not role) or (asked and turns == chosen and "role" in asked[0].keys() & turns[0].keys()):
+        columns = f"prompt: {question or 'the column of the question'}, completion: chosen".removeprefix("prompt: prompt, ")
+        if question == "instruction" and not asked:
+            columns = "output: chosen"
     else:
         return ""
     return f"; for the chosen answers of preference pairs, set data.columns: {{{columns}}}"
@@ -338,7 +333,7 @@ def _has_chat(value: Mapping[str, JsonValue]) -> bool:
 
 
 def _hint_to_name(row: Mapping[str, JsonValue]) -> str:
-    """Return the columns that read a row with texts, or a text and the number of its class."""
+    """Return the columns that read texts, or a text and the number of its class."""
     texts = [
         key
         for key, value in row.items()
@@ -391,7 +386,7 @@ def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], u
 
 
 def _messages_of(key: str, row: Mapping[str, JsonValue]) -> list[dict[str, JsonValue]]:
-    """Return the messages in a column `context` or `contexts`; empty for another column or value."""
+    """Return the messages in a column `context` or `contexts`, if any."""
     value = row[key]
     turns = objects(value) if key.lower() in ("context", "contexts") and isinstance(value, list) else None
     roles = [normal_role(next((turn[name] for name in ROLE_KEYS if name in turn), None)) for turn in turns or ()]
@@ -399,7 +394,7 @@ def _messages_of(key: str, row: Mapping[str, JsonValue]) -> list[dict[str, JsonV
 
 
 def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
-    """Return how messages in `context` are joined with the question and answer beside it; empty without them."""
+    """Return how messages in `context` are joined with the question and answer beside it, if any."""
     names = {key.lower(): key for key in row if isinstance(row[key], str)}
     question = next(
         (names[name] for name in ("question", "query", "prompt", "problem", "input") if name in names), None
@@ -410,7 +405,7 @@ def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
 
 
 def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: str) -> str:
-    """Return the command that writes a question and its answer behind earlier messages; empty if they are no texts."""
+    """Return how texts of a question and its answer are written behind earlier messages."""
     keys = (history, question, answer)
     if not (isinstance(row[question], str) and isinstance(row[answer], str)) or "'" in "".join(keys):
         return ""
@@ -428,7 +423,7 @@ def _path(key: str) -> str:
 
 
 def _keys_of_message(row: Mapping[str, JsonValue]) -> tuple[str | None, str | None, str | None]:
-    """Return the keys of the chat's id, a known role and the text of a row that may be one message; None for no key."""
+    """Return the keys of the chat's id, a known role and the text of a row that may be one message."""
     return (
         next((key for key in row if _CHAT_ID.fullmatch(key)), None),
         next((key for key in ROLE_KEYS if normal_role(row.get(key)) in ("user", ASSISTANT, "system", TOOL)), None),
