@@ -57,11 +57,7 @@ Told = tuple[tuple[str, str], ...]  # keys, and what their values say: true, fal
 
 
 def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels | None = None) -> Told:
-    """Return what the keys of a row that are not read say.
-
-    Args:
-        labels: knows the other rows of the file. Two words in a column such as `label` may say right and wrong.
-    """
+    """Return what the keys of a row that are not read say; `labels` knows the other rows."""
     found: list[tuple[str, str]] = []
     for key in unread:
         value = row.get(key)
@@ -82,7 +78,7 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
 
 def _told(path: str, key: str, value: JsonValue) -> list[tuple[str, str]]:
     """Return what a value says, or what the keys of an object such as `metadata` say."""
-    is_container = normal_name(key) in CONTAINERS  # of a judge's object, only members whose names judge are looked at
+    is_container = normal_name(key) in CONTAINERS  # of a judge's object, only keys that judge are looked at
     is_judge = isinstance(value, dict) and (_kind_of(key) == "judging" or normal_name(key) == "critique")
     if is_judge or (is_container and (isinstance(value, dict | list) or is_object_text(value))):
         items = (
@@ -118,7 +114,7 @@ def _word(key: str, value: JsonValue) -> str:
 
 @lru_cache(4096)
 def _kind_of(key: str) -> Literal["neutral", "judging", "flag", "other"]:
-    """Return what a name tells of its values: of a flag, 0 and 1 are false and true."""
+    """Return what a name tells of its values: a flag's 0 and 1 are false and true."""
     name = normal_name(key)
     if name.rpartition("_")[2] in _NEUTRAL:
         return "neutral"
@@ -186,7 +182,7 @@ def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def counted(told: Sequence[Told]) -> Counter[tuple[str, str]]:
-    """Return how often keys said something in several rows."""
+    """Return how often keys said something."""
     return Counter(item for row in told for item in row)
 
 
@@ -194,8 +190,7 @@ def without_ignored(row: Mapping[str, JsonValue], ignore: Collection[str]) -> di
     """Return a row or message without the keys of `data.ignore`.
 
     Args:
-        ignore: the keys. `metadata.quality` is the key `quality` of the object, list of objects or JSON text `metadata`,
-            unless a key has this whole name.
+        ignore: the keys. `metadata.quality` is that of the object, list or JSON text `metadata`, unless a key is so named.
     """
     kept = {key: value for key, value in row.items() if key not in ignore}
     for name in ignore:

@@ -80,7 +80,7 @@ def pair_keys(pair: RawRow) -> tuple[str, str] | None:
 
 
 def pairs_with_answer(value: JsonValue) -> list[JsonValue] | None:
-    """Return pairs, or texts in turn, with a dummy for the last answer, whether it is there or not; else None."""
+    """Return pairs, or texts in turn, with a dummy for the last answer, if any; None for others."""
     if not isinstance(value, list) or not value:
         return None
     if all(isinstance(item, str) for item in value):
@@ -99,7 +99,7 @@ def is_tree(row: Mapping[str, JsonValue]) -> bool:
 
 
 def read_tree(fields: RowFields) -> list[Turn]:
-    """Read the best-ranked path of an OpenAssistant tree. Messages that are deleted or were not accepted are not followed.
+    """Read the best-ranked path of an OpenAssistant tree, without messages that are deleted or were not accepted.
 
     Raises:
         MarkedFalse: the tree is not ready for export, or its question was not accepted.
@@ -129,7 +129,7 @@ def read_tree(fields: RowFields) -> list[Turn]:
 
 
 def _excluded_by(message: RawRow) -> str:
-    """Return the mark of a message of a tree by which it is not followed; empty without."""
+    """Return the mark by which a message of a tree is not followed, if any."""
     return next(
         (f"prompt.{key}: {message[key]}" for key in ("deleted", "review_result") if excludes(key, message.get(key))), ""
     )
@@ -286,17 +286,20 @@ def _hint_to_read_chosen(row: Mapping[str, JsonValue]) -> str:
     turns = objects(parsed_list(chosen, "chosen") if is_chat_as_text(chosen) else chosen) or objects([chosen]) or [{}]
     role = normal_role(turns[0].get("role", turns[0].get("from")))
     question = next((key for key in _QUESTIONS if row.get(key)), "")
-    asked = objects(row.get(question))
+    asked = objects(row.get(question)) or [{}]
+    are_lists = turns == chosen and "role" in turns[0] and "role" in asked[0]
     if len(turns) > 1 and role in ("user", "system"):
         columns = "messages: chosen"
     elif is_transcript(chosen):
         columns = "text: chosen"
     elif hint := _hint_to_write_parts(row):
         return hint
-    elif (isinstance(chosen, str) and not role) or (asked and turns == chosen and "role" in asked[0].keys() & turns[0].keys()):
-        columns = f"prompt: {question or 'the column of the question'}, completion: chosen".removeprefix("prompt: prompt, ")
-        if question == "instruction" and not asked:
+    elif are_lists or (isinstance(chosen, str) and not role):
+        columns = "completion: chosen"
+        if question == "instruction" and asked == [{}]:
             columns = "output: chosen"
+        elif question != "prompt":
+            columns = f"prompt: {question or 'the column of the question'}, {columns}"
     else:
         return ""
     return f"; for the chosen answers of preference pairs, set data.columns: {{{columns}}}"
@@ -348,7 +351,7 @@ def _hint_to_name(row: Mapping[str, JsonValue]) -> str:
 
 
 def _is_closed(text: JsonValue) -> bool:
-    """Tell whether a text with labels does not end with one that has no message."""
+    """Tell whether the last label of a text has a message."""
     found = split_chat(text)
     if found is None:
         return False
@@ -432,7 +435,7 @@ def _keys_of_message(row: Mapping[str, JsonValue]) -> tuple[str | None, str | No
 
 
 def are_messages(rows: Sequence[Mapping[str, JsonValue]]) -> bool:
-    """Tell whether each row is one message of a chat: an id is repeated, and an assistant speaks."""
+    """Tell whether rows are messages of chats: an id is repeated, and an assistant speaks."""
     chat, role, content = _keys_of_message(rows[0])
     ids = [str(row.get(chat or "")) for row in rows]
     is_answered = any(normal_role(row.get(role or "")) == ASSISTANT for row in rows)

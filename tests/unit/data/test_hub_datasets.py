@@ -238,25 +238,6 @@ def test_the_columns_that_are_named_read_the_chosen_answer(tmp_path, keys):
     assert outcome(row) == (["u: q x y", "a: x"] if "choices" in keys else QA)
 
 
-@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
-@pytest.mark.parametrize("question", [{"prompt": "q"}, {"problem": "q"}, {"instruction": [user("q")]}])
-@pytest.mark.parametrize("chosen", [answer("a"), [answer("a")], [gpt("a")]])
-def test_a_chosen_message_is_put_behind_its_question(tmp_path, question, chosen):
-    row = {**question, "chosen": chosen, "rejected": "b", "quality": "good"}
-    (refused,) = read(tmp_path, [row])
-    if found := re.search(r"jq -c '(.*)' IN", refused.problem):
-        made = subprocess.run(["jq", "-c", found[1]], input=json.dumps(row), capture_output=True, text=True, check=True)
-        (row,) = read(tmp_path, [json.loads(made.stdout)])
-        assert "quality" in row.unused_keys
-    elif "columns: " in refused.problem:
-        (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", {"prompt": "instruction", "completion": "chosen"})
-        assert refused.problem.endswith("{prompt: instruction, completion: chosen}")
-    else:  # one has from and value, the other has role and content
-        assert chosen == [gpt("a")] and "instruction" in question
-        return
-    assert outcome(row) == QA
-
-
 @pytest.mark.parametrize(
     "keys, hint",
     [
@@ -264,6 +245,9 @@ def test_a_chosen_message_is_put_behind_its_question(tmp_path, question, chosen)
         ({"question": "q", "chosen": {"text": "a", "score": 1}}, ""),
         ({"question": "q", "chosen": ["a", "b"]}, ""),
         ({"question": "q", "chosen": json.dumps([answer("a")])}, ""),
+        ({"prompt": "q", "chosen": [answer("a")]}, ""),
+        ({"prompt": "q", "chosen": answer("a")}, ""),
+        ({"prompt": [user("q")], "chosen": [gpt("a")]}, ""),
     ],
 )
 def test_pairs_that_no_columns_read_name_none(tmp_path, keys, hint):
