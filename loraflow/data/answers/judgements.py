@@ -157,8 +157,8 @@ def word_side(text: str) -> bool | None:
 def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
     """Return what a judgement says about an answer; None if it is none: a text, a number of votes, or the answers' class.
 
-    A third value in a column of true and false, such as `is_correct: falsch` or `solution_is_valid: Incomplete`, is unclear.
-    So is `correct: 0` beside a single number above 1 in the column; beside several, it is a count, or that of a choice.
+    A third value in a column of true and false, such as `is_correct: falsch`, is unclear. So is `correct: 0`
+    beside a single number above 1 in the column; beside several, it is a count, or that of a choice.
 
     Args:
         name: the key's normal name.
@@ -398,8 +398,8 @@ def _is_bad(name: str, value: JsonValue) -> bool | None:
 def _is_class(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> bool:
     """Tell whether a value is the class of the row, because its answer names it, as those of graders and moderators do.
 
-    An answer that begins with "incorrect" or "unsafe" is a grade or a class. "No" and other words may be the wrong answer
-    to a question, so they count only if the answer of each row of the file names the row's value.
+    An answer that begins with "incorrect" or "unsafe" is a class. "No" and other words may be the wrong answer to a
+    question, so they count only if the answer of each row names the row's value.
 
     Args:
         name: of the judgement, such as `correctness` or `is_safe`.

@@ -195,7 +195,9 @@ def _label(key: str, value: JsonValue, where: str, labels: Labels, beside: Besid
         return Judgement(side, shown((key,), value))
     if where and not (isinstance(value, str) and judges_badly(value)):
         may_be_false = may_be_no(value) or as_number(value) == -1
-        if not (may_be_false and labels.some_row(("true", path), partial(_says_right, key, beside))):
+        if not may_be_false or not labels.some_row(
+            ("true", path), lambda row: True in map(label_side, _of_messages(key, beside, row))
+        ):
             return None  # an attribute of a message: it is named as not read
     raise BadRow(
         f"{where}{key} {_shown(value)} may mark an answer as wrong, but is neither true nor false: write true (the "
@@ -204,14 +206,10 @@ def _label(key: str, value: JsonValue, where: str, labels: Labels, beside: Besid
 
 
 def _of_messages(key: str, beside: Beside, row: dict[str, JsonValue]) -> list[JsonValue]:
-    """Return the values of a key in a row's messages with the same role, and in their parts; pairs have no role."""
+    """Return the values of a key in a row's messages with the same role, and in their parts."""
     role_key, role = beside.role
     turns = [turn for turn in _objects_in([row.get(beside.column)]) if turn.get(role_key, role) == role]
     return [item[key] for item in (*turns, *_objects_in(v for turn in turns for v in turn.values())) if key in item]
-
-
-def _says_right(key: str, beside: Beside, row: dict[str, JsonValue]) -> bool:
-    return any(label_side(value) is True for value in _of_messages(key, beside, row))
 
 
 def _objects_in(values: Iterable[JsonValue]) -> list[dict[str, JsonValue]]:

@@ -42,7 +42,7 @@ _JUDGING = re.compile(
     r"vote|label|thumbs?|reaction|status|result|outcome|answer|response|human|qa|eval|success|done|complete|completed)(?:_|$))"
 )
 
-# Of these, false in every row is a question too.
+# Of these, only false is a question too.
 _DONE = re.compile(r"(?:.*_)?(?:success|successful|solved|resolved|(?:test|validation|verification)_result)")
 # Scores of the answer. Others are about something else (toxicity_score), or a high one is bad.
 _SCORE = re.compile(r"(?:final_|answer_|response_)?(?:score|reward)")
@@ -77,7 +77,7 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
 
 
 def _told(path: str, key: str, value: JsonValue) -> list[tuple[str, str]]:
-    """Return what a value says, or what the keys of an object such as `metadata` say."""
+    """Return what a value says, or the keys of an object such as `metadata`."""
     is_container = normal_name(key) in CONTAINERS  # of a judge's object, only keys that judge are looked at
     is_judge = isinstance(value, dict) and (_kind_of(key) == "judging" or normal_name(key) == "critique")
     if is_judge or (is_container and (isinstance(value, dict | list) or is_object_text(value))):

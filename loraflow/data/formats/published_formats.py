@@ -365,13 +365,13 @@ def is_history(name: str) -> bool:
 
 
 def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], used: Mapping[str, str]) -> None:
-    """Refuse a row whose `context` has messages that are neither read nor in the chat.
+    """Refuse a row whose `context` has messages that are not in the chat.
 
     Args:
         used: the keys that were read: loraflow's name → the row's column.
 
     Raises:
-        BadRow: it has. The answer would be learned without them.
+        BadRow: it has.
     """
     question = next((used[key] for key in ("prompt", "instruction") if key in used), None)
     answer = next((used[key] for key in ("completion", "output", "response") if key in used), None)
