@@ -157,8 +157,8 @@ def word_side(text: str) -> bool | None:
 def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
     """Return what a judgement says about an answer; None if it is none: a text, a number of votes, or the answers' class.
 
-    A third value in a column of true and false, such as `is_correct: falsch` or `solution_is_valid: Incomplete`, is unclear.
-    So is `correct: 0` beside a single number above 1 in the column; beside several, it is a count, or that of a choice.
+    A third value in a column of true and false, such as `is_correct: falsch`, is unclear. So is `correct: 0`
+    beside a single number above 1 in the column; beside several, it is a count, or that of a choice.
 
     Args:
         name: the key's normal name.
@@ -205,8 +205,8 @@ _NAMES = OPINIONS | STATES | RECORD_STATES
 def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
     """Return what an opinion such as `answer_quality: bad` says about an answer; None if it says nothing.
 
-    It leaves the answer out if the key names the answer. Otherwise a word such as `quality: bad` is unclear. It is a class,
-    and a question to the user, beside two other values that judge nothing, or if the answer has the word.
+    It leaves the answer out if the key names the answer. Otherwise a word such as `quality: bad` is unclear, or a class:
+    beside two other values that judge nothing, or if the answer has the word.
     """
     inner, is_direct = opinion_name(name)
     if inner in SAFETY:
@@ -247,7 +247,7 @@ def _is_wrong(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside
 
 
 def _is_poor(name: str, value: JsonValue) -> bool:
-    """Tell whether an opinion says that the answer is poor, or that it failed; `low` only of a key that names the answer."""
+    """Tell whether an opinion says that the answer is poor or failed; `low` only if the key names the answer."""
     is_direct = opinion_name(name)[1]
     if not is_direct and name not in OPINIONS:
         return False
@@ -258,7 +258,7 @@ def _is_poor(name: str, value: JsonValue) -> bool:
 
 
 def _has_others(here: tuple[str, ...], value: JsonValue, beside: Beside) -> bool:
-    """Tell whether a column has two values that judge nothing, such as medium and paid; beside -1, one other number."""
+    """Tell whether a column has two values that judge nothing; beside -1, one other number."""
     is_number, others = as_number(value) == -1, set[str]()
 
     def holds(row: dict[str, JsonValue]) -> bool:
@@ -270,7 +270,7 @@ def _has_others(here: tuple[str, ...], value: JsonValue, beside: Beside) -> bool
 
 
 def _judges_nothing(value: JsonValue) -> bool:
-    """Tell whether a value is none of the words and numbers of judgements, such as medium or paid."""
+    """Tell whether a value is no word or number of judgements, such as medium or paid."""
     if is_absent(value) or isinstance(value, dict | list) or as_number(value) in (-1, 0, 1):
         return False
     return not isinstance(value, str) or word_side(value) is None
@@ -315,7 +315,7 @@ def _is_trained_on(name: str, value: JsonValue) -> bool | None:
 
 
 def rejected_of_pair(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
-    """Return that an answer is the rejected one of its pair, if a column says chosen of some rows and rejected of others."""
+    """Return that an answer is the rejected one of its pair, if a column says chosen of other rows."""
     if not isinstance(value, str) or plain(value) != "rejected":
         return None
     if not beside.some_row(("chosen", *here), lambda row: any(map(_is_chosen, values_at(row, here)))):
@@ -384,13 +384,13 @@ def _unsafe(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
 
 
 def _is_bad(name: str, value: JsonValue) -> bool | None:
-    """Tell whether a judgement says unsafe or wrong; None if it says neither this nor the opposite."""
+    """Tell whether a judgement says unsafe or wrong; None if it says neither."""
     if name == HARM_LABEL:
         word = plain(value) if isinstance(value, str) else ""
         return True if _UNSAFE.fullmatch(word) else False if _SAFE.fullmatch(word) else None
     side = label_side(value)
-    if name in TRUE_IS_BAD:  # `harmful: approved` is a moderator's decision
-        side = as_number(value) == 1 if as_number(value) in (0, 1) else None
+    if name in TRUE_IS_BAD and isinstance(value, str) and plain(value) in ("approved", "accepted", "chosen"):
+        return None  # a moderator's decision
     is_bad_side = name in TRUE_IS_BAD or (name in JUDGEMENTS and name not in GOOD)
     return side is is_bad_side if isinstance(side, bool) else None
 
@@ -398,8 +398,8 @@ def _is_bad(name: str, value: JsonValue) -> bool | None:
 def _is_class(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> bool:
     """Tell whether a value is the class of the row, because its answer names it, as those of graders and moderators do.
 
-    An answer that begins with "incorrect" or "unsafe" is a grade or a class. "No" and other words may be the wrong answer
-    to a question, so they count only if the answer of each row of the file names the row's value.
+    An answer that begins with "incorrect" or "unsafe" is a class. "No" and other words may be the wrong answer to a
+    question, so they count only if the answer of each row names the row's value.
 
     Args:
         name: of the judgement, such as `correctness` or `is_safe`.
@@ -412,7 +412,7 @@ def _is_class(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside
 
 
 def _is_named(name: str, value: JsonValue, answers: Iterable[str]) -> bool:
-    """Tell whether an answer is a value, begins with a word for it, or is about a grade or safety and has such a word."""
+    """Tell whether an answer is a value, begins with it, or is about a grade or safety and has its word."""
     if _is_answer(value, answers):
         return True
     bad, good = (_UNSAFE, _SAFE) if name in SAFETY else (_WRONG_CLASSES, _RIGHT)

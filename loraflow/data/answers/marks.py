@@ -23,7 +23,7 @@ from loraflow.data.answers.judgements import (
     verdict,
     word_side,
 )
-from loraflow.data.answers.labels import Labels, as_number, is_absent, label_side, may_be_no
+from loraflow.data.answers.labels import Labels, as_number, is_absent, judges_badly, label_side, may_be_no
 from loraflow.data.answers.mark_names import (
     CONTAINERS,
     EXCLUSIONS,
@@ -95,7 +95,7 @@ def answer_weight(
             Of a message: the column that has it.
         answers: the texts of the row's or message's answers.
         row: the row, with the columns that are read.
-        role: of a message: its key and value. Its label is compared with those of messages with the same role.
+        role: of a message: its key and value.
 
     Raises:
         BadRow: a mark is unclear, or a weight is not between 0 and 10.
@@ -183,7 +183,7 @@ def _mark(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside
 
 
 def _label(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside) -> Judgement | None:
-    """Return what a label says; None if it is a class, by the labels of the file's rows or of their messages."""
+    """Return what a label says; None if it is a class."""
     side = label_side(value)
     path, of_messages = key, None
     if where:
@@ -193,8 +193,12 @@ def _label(key: str, value: JsonValue, where: str, labels: Labels, beside: Besid
         return None
     if side != "other":
         return Judgement(side, shown((key,), value))
-    if where and not may_be_no(value):  # an attribute of a message: it is named as not read
-        return None
+    if where and not (isinstance(value, str) and judges_badly(value)):
+        may_be_false = may_be_no(value) or as_number(value) == -1
+        if not may_be_false or not labels.some_row(
+            ("true", path), lambda row: True in map(label_side, _of_messages(key, beside, row))
+        ):
+            return None  # an attribute of a message: it is named as not read
     raise BadRow(
         f"{where}{key} {_shown(value)} may mark an answer as wrong, but is neither true nor false: write true (the "
         f"answer is learned) or false (it is not); if it is a class, name {key} in data.ignore"
@@ -202,7 +206,7 @@ def _label(key: str, value: JsonValue, where: str, labels: Labels, beside: Besid
 
 
 def _of_messages(key: str, beside: Beside, row: dict[str, JsonValue]) -> list[JsonValue]:
-    """Return the values of a key in a row's messages with the same role, and in their parts; pairs have no role."""
+    """Return the values of a key in a row's messages with the same role, and in their parts."""
     role_key, role = beside.role
     turns = [turn for turn in _objects_in([row.get(beside.column)]) if turn.get(role_key, role) == role]
     return [item[key] for item in (*turns, *_objects_in(v for turn in turns for v in turn.values())) if key in item]
@@ -257,10 +261,9 @@ _COMPLETE = frozenset(
 
 
 def judged_generation(row: Mapping[str, JsonValue], answers: Collection[str]) -> Judgement | None:
-    """Return what lists beside a row's generations say about the generation that is its answer; None if they say nothing.
+    """Return what lists beside a row's generations say about the one that is its answer; None if they say nothing.
 
-    An answer that is not complete is left out. So is a generation that a list such as `correctness_math_verify` says is
-    wrong, unless another of these lists says that it is right.
+    It is left out if it is not complete, or wrong by a list such as `correctness_math_verify` and right by none.
     """
     if row.keys().isdisjoint(_GENERATIONS):
         return None
@@ -279,7 +282,7 @@ def judged_generation(row: Mapping[str, JsonValue], answers: Collection[str]) ->
 
 
 def _judged(row: Mapping[str, JsonValue], length: int, numbers: list[int]) -> Iterator[tuple[str, bool]]:
-    """Yield the key of each list that judges one of the generations with these numbers, and whether they are bad."""
+    """Yield the key of each list that judges generations with these numbers, and whether they are bad."""
     for key, values in row.items():
         if not isinstance(key, str) or not isinstance(values, list) or len(values) != length:
             continue
@@ -328,7 +331,7 @@ def _of_objects(key: str, name: str, here: tuple[str, ...], value: JsonValue, be
 
 
 def _is_beside_texts(flags: list[JsonValue], beside: Beside) -> bool:
-    """Tell whether flags are those of the texts of another list, such as choices, and not of several judges."""
+    """Tell whether flags are those of another list's texts, such as choices, and not of judges."""
     lists = (value for value in beside.row.values() if isinstance(value, list) and len(value) == len(flags) > 1)
     return any(isinstance(value[0], str) for value in lists)
 
@@ -376,7 +379,7 @@ def _strictest(found: Iterable[Judgement | None]) -> Judgement | None:
 
 
 def _agreed(found: list[Judgement | None]) -> Judgement | None:
-    """Return what a list says: it excludes the answer only if all items that judge agree; a mix says nothing."""
+    """Return what a list says: nothing, unless all items that judge agree."""
     has_both = len({item.is_learned is True for item in found if item is not None}) > 1
     return None if has_both else _strictest(found)
 

@@ -20,6 +20,7 @@ from loraflow.data.answers.mark_names import CONTAINERS, JUDGEMENTS, LABELS, RUN
 from loraflow.data.cell_values import Unreadable, is_object_text, objects_of, parsed_text
 
 MAX_QUESTIONS = 5
+_MAX_NAMES = 20  # of further columns
 _MAX_WORD = 30  # characters of a value that is a word
 _OTHER = ""  # any other value
 _DOWN = "-1"  # beside 0 and 1, a vote against the answer
@@ -41,7 +42,7 @@ _JUDGING = re.compile(
     r"vote|label|thumbs?|reaction|status|result|outcome|answer|response|human|qa|eval|success|done|complete|completed)(?:_|$))"
 )
 
-# Of these, false in every row is a question too.
+# Of these, only false is a question too.
 _DONE = re.compile(r"(?:.*_)?(?:success|successful|solved|resolved|(?:test|validation|verification)_result)")
 # Scores of the answer. Others are about something else (toxicity_score), or a high one is bad.
 _SCORE = re.compile(r"(?:final_|answer_|response_)?(?:score|reward)")
@@ -56,11 +57,7 @@ Told = tuple[tuple[str, str], ...]  # keys, and what their values say: true, fal
 
 
 def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels | None = None) -> Told:
-    """Return what the keys of a row that are not read say.
-
-    Args:
-        labels: knows the other rows of the file. Two words in a column such as `label` may say right and wrong.
-    """
+    """Return what the keys of a row that are not read say; `labels` knows the other rows."""
     found: list[tuple[str, str]] = []
     for key in unread:
         value = row.get(key)
@@ -80,9 +77,10 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
 
 
 def _told(path: str, key: str, value: JsonValue) -> list[tuple[str, str]]:
-    """Return what a value says, or what the keys of an object such as `metadata` say."""
-    is_container = normal_name(key) in CONTAINERS  # of another object, only members whose names judge are looked at
-    if isinstance(value, dict) or (is_container and (isinstance(value, list) or is_object_text(value))):
+    """Return what a value says, or the keys of an object such as `metadata`."""
+    is_container = normal_name(key) in CONTAINERS  # of a judge's object, only keys that judge are looked at
+    is_judge = isinstance(value, dict) and (_kind_of(key) == "judging" or normal_name(key) == "critique")
+    if is_judge or (is_container and (isinstance(value, dict | list) or is_object_text(value))):
         items = (
             (f"{path}.{k}", k, v)
             for members in objects_of(value)
@@ -116,7 +114,7 @@ def _word(key: str, value: JsonValue) -> str:
 
 @lru_cache(4096)
 def _kind_of(key: str) -> Literal["neutral", "judging", "flag", "other"]:
-    """Return what a name tells of its values: of a flag, 0 and 1 are false and true."""
+    """Return what a name tells of its values: a flag's 0 and 1 are false and true."""
     name = normal_name(key)
     if name.rpartition("_")[2] in _NEUTRAL:
         return "neutral"
@@ -177,15 +175,14 @@ def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
             )
         marks = "say that answers were cut off" if _REASON.search(normal_name(key)) else "mark wrong answers"
         lines.append(f"does {key} {marks}? ({counts}) It is not read. If so, {way}; else name {key} in data.ignore")
-    if len(columns) > MAX_QUESTIONS:
-        lines.append(
-            f"{len(columns) - MAX_QUESTIONS} more columns like these: {', '.join(list(columns)[MAX_QUESTIONS:])}"
-        )
+    if more := list(columns)[MAX_QUESTIONS:]:
+        rest = f" and {len(more) - _MAX_NAMES} more" if len(more) > _MAX_NAMES else ""
+        lines.append(f"{len(more)} more columns like these: {', '.join(more[:_MAX_NAMES])}{rest}")
     return lines
 
 
 def counted(told: Sequence[Told]) -> Counter[tuple[str, str]]:
-    """Return how often keys said something in several rows."""
+    """Return how often keys said something."""
     return Counter(item for row in told for item in row)
 
 
@@ -193,8 +190,7 @@ def without_ignored(row: Mapping[str, JsonValue], ignore: Collection[str]) -> di
     """Return a row or message without the keys of `data.ignore`.
 
     Args:
-        ignore: the keys. `metadata.quality` is the key `quality` of the object, list of objects or JSON text `metadata`,
-            unless a key has this whole name.
+        ignore: the keys. `metadata.quality` is that of the object, list or JSON text `metadata`, unless a key is so named.
     """
     kept = {key: value for key, value in row.items() if key not in ignore}
     for name in ignore:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import JsonValue
 
 from loraflow.data.answers.marks import MarkedFalse, excludes
-from loraflow.data.cell_values import parsed_list, strict_json
+from loraflow.data.cell_values import is_chat_as_text, parsed_list, strict_json
 from loraflow.data.chats import BadRow, Message
 from loraflow.data.formats.question_parts import question_parts
 from loraflow.data.formats.row_fields import (
@@ -46,10 +46,10 @@ _ROLE_LABEL = re.compile(
 
 
 def read_pairs(fields: RowFields, column: str, value: JsonValue) -> list[Turn] | None:
-    """Read a chat that is a list of {input, output} (Capybara, xtuner), or of texts in turn (LIMA); None if it is neither.
+    """Read a list of {input, output} (Capybara, xtuner), or of texts in turn (LIMA); None if it is neither.
 
     Raises:
-        BadRow: a list of texts ends with a question or has labels of roles, or a pair is malformed.
+        BadRow: texts end with a question or have labels of roles, or a pair is malformed.
     """
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         if label := next((found[0].strip() for text in value if (found := _ROLE_LABEL.match(str(text)))), ""):
@@ -73,14 +73,14 @@ def read_pairs(fields: RowFields, column: str, value: JsonValue) -> list[Turn] |
 
 
 def pair_keys(pair: RawRow) -> tuple[str, str] | None:
-    """Return the keys of a question and its answer in an object of a chat; None if it is a message or something else."""
+    """Return the keys of a question and its answer in an object of a chat; None without."""
     if pair.keys() & {"role", "from"}:
         return None
     return next((keys for keys in _PAIRS if pair.keys() >= set(keys)), None)
 
 
 def pairs_with_answer(value: JsonValue) -> list[JsonValue] | None:
-    """Return pairs, or texts in turn, with a dummy for the last answer, whether it is there or not; else None."""
+    """Return pairs, or texts in turn, with a dummy for the last answer, if any; None for others."""
     if not isinstance(value, list) or not value:
         return None
     if all(isinstance(item, str) for item in value):
@@ -93,13 +93,13 @@ def pairs_with_answer(value: JsonValue) -> list[JsonValue] | None:
 
 
 def is_tree(row: Mapping[str, JsonValue]) -> bool:
-    """Tell whether a row is a tree of messages: its prompt is a message with replies, or it is such a message itself."""
+    """Tell whether a row, or its prompt, is a message with replies."""
     prompt = row.get("prompt", row)
     return isinstance(prompt, dict) and isinstance(prompt.get("replies"), list)
 
 
 def read_tree(fields: RowFields) -> list[Turn]:
-    """Read the best-ranked path of an OpenAssistant tree. Messages that are deleted or were not accepted are not followed.
+    """Read the best-ranked path of an OpenAssistant tree, without messages that are deleted or were not accepted.
 
     Raises:
         MarkedFalse: the tree is not ready for export, or its question was not accepted.
@@ -129,14 +129,14 @@ def read_tree(fields: RowFields) -> list[Turn]:
 
 
 def _excluded_by(message: RawRow) -> str:
-    """Return the mark of a message of a tree by which it is not followed; empty without."""
+    """Return the mark by which a message of a tree is not followed, if any."""
     return next(
         (f"prompt.{key}: {message[key]}" for key in ("deleted", "review_result") if excludes(key, message.get(key))), ""
     )
 
 
 def _order(reply: tuple[int, RawRow]) -> tuple[bool, bool, float, int]:
-    """Return the place of a reply among its siblings: rank 0 is the best. A question without an answer is the last."""
+    """Return the order of a reply: rank 0 first, a question without an answer last."""
     number, message = reply
     rank = message.get("rank")
     has_rank = isinstance(rank, int | float) and rank == rank  # NaN is no rank
@@ -247,12 +247,13 @@ _ANSWER = re.compile(
 _NO_TEXT = re.compile(
     r"(?:^|[-_. ])(?:u?u?id|idx|index|url|path|file|source|split|subset|lang|language|date|model|name)$", re.IGNORECASE
 )
+_QUESTIONS = ("prompt", "instruction", "question", "problem", "query", "input")
 # The key of a chat's id in a row that is one message of it
 _CHAT_ID = re.compile("(conv|conversation|dialog|dialogue|session|thread|chat)_?id", re.IGNORECASE)
 
 
 def conversion_hint(row: Mapping[str, JsonValue]) -> str:
-    """Return how a row is made a chat, for the end of a message; empty if nothing is known about its keys."""
+    """Return how a row is made a chat, for the end of a message; empty if that is unknown."""
     if row.keys() >= {"message_id", "parent_id", "text"}:
         return "; these are the messages of trees, one in a row" + _by_jq(_TREES, "-cs").replace("chats", "trees")
     if all(keys := _keys_of_message(row)):
@@ -263,11 +264,11 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         return hint
     texts = [key for key, value in row.items() if is_transcript(value)]
     if "chosen" in row:
-        return f"; for the chosen answers of preference pairs, set data.columns: {{{_columns_of_chosen(row)}}}"
+        return _hint_to_read_chosen(row)
     if len(texts) == 1 and not _OF_PAIRS.search(texts[0]) and _is_closed(row[texts[0]]):
         return f"; {texts[0]} has a chat: set data.columns: {{text: {texts[0]}}}"
-    if (parts := question_parts(row)) and not row.keys().isdisjoint(("question", "problem", "query")):
-        return f"; {parts[0]} is a part of the question: write a prompt that has it"
+    if hint := _hint_to_write_parts(row):
+        return hint
     if (found := split_chat(row.get("text"))) and found[0].ends:
         return "; text is a chat that a template has rendered: write its messages as {role, content}"
     translation = row.get("translation")
@@ -279,18 +280,36 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
     return hint or _hint_to_unpack(row) or _hint_to_name(row)
 
 
-def _columns_of_chosen(row: Mapping[str, JsonValue]) -> str:
-    """Return the columns that read the chosen answer of a pair, with its question if no column has its usual name."""
-    if isinstance(row["chosen"], list) and len(row["chosen"]) > 1:
-        return "messages: chosen"
-    if is_transcript(row["chosen"]):
-        return "text: chosen"
-    if "prompt" in row or "instruction" in row:
-        return "completion: chosen" if "prompt" in row else "output: chosen"
-    question = next((key for key in ("question", "query", "input") if isinstance(row.get(key), str)), None)
-    if question is None:
-        return "completion: chosen"
-    return f"prompt: {question}, completion: chosen"
+def _hint_to_read_chosen(row: Mapping[str, JsonValue]) -> str:
+    """Return how the chosen answer of a pair is read with its question; empty if nothing is known."""
+    chosen = row["chosen"]
+    turns = objects(parsed_list(chosen, "chosen") if is_chat_as_text(chosen) else chosen) or objects([chosen]) or [{}]
+    role = normal_role(turns[0].get("role", turns[0].get("from")))
+    question = next((key for key in _QUESTIONS if row.get(key)), "")
+    asked = objects(row.get(question)) or [{}]
+    are_lists = turns == chosen and "role" in turns[0] and "role" in asked[0]
+    if len(turns) > 1 and role in ("user", "system"):
+        columns = "messages: chosen"
+    elif is_transcript(chosen):
+        columns = "text: chosen"
+    elif hint := _hint_to_write_parts(row):
+        return hint
+    elif are_lists or (isinstance(chosen, str) and not role):
+        columns = "completion: chosen"
+        if question == "instruction" and asked == [{}]:
+            columns = "output: chosen"
+        elif question != "prompt":
+            columns = f"prompt: {question or 'the column of the question'}, {columns}"
+    else:
+        return ""
+    return f"; for the chosen answers of preference pairs, set data.columns: {{{columns}}}"
+
+
+def _hint_to_write_parts(row: Mapping[str, JsonValue]) -> str:
+    parts = question_parts(row)
+    if not parts or row.keys().isdisjoint(_QUESTIONS[1:]):
+        return ""
+    return f"; {parts[0]} is a part of the question: write a prompt that has it"
 
 
 def _hint_to_unpack(row: Mapping[str, JsonValue]) -> str:
@@ -317,7 +336,7 @@ def _has_chat(value: Mapping[str, JsonValue]) -> bool:
 
 
 def _hint_to_name(row: Mapping[str, JsonValue]) -> str:
-    """Return the columns that read a row with texts, or a text and the number of its class."""
+    """Return the columns that read texts, or a text and the number of its class."""
     texts = [
         key
         for key, value in row.items()
@@ -332,7 +351,7 @@ def _hint_to_name(row: Mapping[str, JsonValue]) -> str:
 
 
 def _is_closed(text: JsonValue) -> bool:
-    """Tell whether a text with labels does not end with one that has no message."""
+    """Tell whether the last label of a text has a message."""
     found = split_chat(text)
     if found is None:
         return False
@@ -346,13 +365,13 @@ def is_history(name: str) -> bool:
 
 
 def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], used: Mapping[str, str]) -> None:
-    """Refuse a row whose `context` has messages that are neither read nor in the chat.
+    """Refuse a row whose `context` has messages that are not in the chat.
 
     Args:
         used: the keys that were read: loraflow's name → the row's column.
 
     Raises:
-        BadRow: it has. The answer would be learned without them.
+        BadRow: it has.
     """
     question = next((used[key] for key in ("prompt", "instruction") if key in used), None)
     answer = next((used[key] for key in ("completion", "output", "response") if key in used), None)
@@ -370,7 +389,7 @@ def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], u
 
 
 def _messages_of(key: str, row: Mapping[str, JsonValue]) -> list[dict[str, JsonValue]]:
-    """Return the messages in a column `context` or `contexts`; empty for another column or value."""
+    """Return the messages in a column `context` or `contexts`, if any."""
     value = row[key]
     turns = objects(value) if key.lower() in ("context", "contexts") and isinstance(value, list) else None
     roles = [normal_role(next((turn[name] for name in ROLE_KEYS if name in turn), None)) for turn in turns or ()]
@@ -378,7 +397,7 @@ def _messages_of(key: str, row: Mapping[str, JsonValue]) -> list[dict[str, JsonV
 
 
 def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
-    """Return how messages in `context` are joined with the question and answer beside it; empty without them."""
+    """Return how messages in `context` are joined with the question and answer beside it, if any."""
     names = {key.lower(): key for key in row if isinstance(row[key], str)}
     question = next(
         (names[name] for name in ("question", "query", "prompt", "problem", "input") if name in names), None
@@ -389,7 +408,7 @@ def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
 
 
 def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: str) -> str:
-    """Return the command that writes a question and its answer behind earlier messages; empty if they are no texts."""
+    """Return how texts of a question and its answer are written behind earlier messages."""
     keys = (history, question, answer)
     if not (isinstance(row[question], str) and isinstance(row[answer], str)) or "'" in "".join(keys):
         return ""
@@ -407,7 +426,7 @@ def _path(key: str) -> str:
 
 
 def _keys_of_message(row: Mapping[str, JsonValue]) -> tuple[str | None, str | None, str | None]:
-    """Return the keys of the chat's id, a known role and the text of a row that may be one message; None for no key."""
+    """Return the keys of the chat's id, a known role and the text of a row that may be one message."""
     return (
         next((key for key in row if _CHAT_ID.fullmatch(key)), None),
         next((key for key in ROLE_KEYS if normal_role(row.get(key)) in ("user", ASSISTANT, "system", TOOL)), None),
@@ -416,7 +435,7 @@ def _keys_of_message(row: Mapping[str, JsonValue]) -> tuple[str | None, str | No
 
 
 def are_messages(rows: Sequence[Mapping[str, JsonValue]]) -> bool:
-    """Tell whether each row is one message of a chat: an id is repeated, and an assistant speaks."""
+    """Tell whether rows are messages of chats: an id is repeated, and an assistant speaks."""
     chat, role, content = _keys_of_message(rows[0])
     ids = [str(row.get(chat or "")) for row in rows]
     is_answered = any(normal_role(row.get(role or "")) == ASSISTANT for row in rows)

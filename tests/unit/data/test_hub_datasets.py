@@ -226,14 +226,34 @@ def test_pairs_and_other_rows_are_refused_with_the_next_step_if_there_is_one(tmp
 
 @pytest.mark.parametrize(
     "keys",
-    [{"prompt": "q"}, {"instruction": "q"}, {"question": "q"}, {"prompt": [user("q")], "chosen": [answer("a")]},
-     {"prompt": "q", "chosen": CHAT}, {"chosen": "\n\nHuman: q\n\nAssistant: a"}],
+    [{"prompt": "q"}, {"instruction": "q"}, {"question": "q"}, {"problem": "q"}, {"prompt": "", "query": "q"},
+     {"prompt": [user("q")], "chosen": [answer("a")]}, {"instruction": [user("q")]}, {"prompt": "q", "chosen": CHAT},
+     {"prompt": "q", "chosen": json.dumps(CHAT)}, {"question": "q", "choices": ["x", "y"], "chosen": [user("q x y"), answer("x")]},
+     {"chosen": "\n\nHuman: q\n\nAssistant: a"}],
 )  # fmt: skip
 def test_the_columns_that_are_named_read_the_chosen_answer(tmp_path, keys):
     (row,) = read(tmp_path, [{"chosen": "a", "rejected": "b", **keys}])
     columns = dict(pair.split(": ") for pair in row.problem.rpartition("{")[2].removesuffix("}").split(", "))
     (row,) = read_rows(tmp_path, ["t.jsonl"], "auto", columns)
-    assert outcome(row) == ["u: q", "a: a"]
+    assert outcome(row) == (["u: q x y", "a: x"] if "choices" in keys else QA)
+
+
+@pytest.mark.parametrize(
+    "keys, hint",
+    [
+        ({"question": "q", "choices": ["x", "y"]}, "; choices is a part of the question: write a prompt that has it"),
+        ({"question": "q", "chosen": {"text": "a", "score": 1}}, ""),
+        ({"question": "q", "chosen": ["a", "b"]}, ""),
+        ({"question": "q", "chosen": json.dumps([answer("a")])}, ""),
+        ({"prompt": "q", "chosen": [answer("a")]}, ""),
+        ({"prompt": "q", "chosen": answer("a")}, ""),
+        ({"prompt": [user("q")], "chosen": [gpt("a")]}, ""),
+    ],
+)
+def test_pairs_that_no_columns_read_name_none(tmp_path, keys, hint):
+    row = {"chosen": "a", "rejected": "b", **keys}
+    (refused,) = read(tmp_path, [row])
+    assert refused.problem.endswith(f"got the keys {', '.join(row)}{hint}")
 
 
 @pytest.mark.parametrize("text", ["premise", "text", "sentence"])

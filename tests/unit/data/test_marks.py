@@ -289,7 +289,10 @@ def test_the_label_of_a_message_in_a_file_is_a_mark_unless_labels_of_messages_ar
 
     assert [row.marked_by for row in read_labels([True, false])] == ["", f"label: {false}"]
     assert all(row.messages and row.unused_keys == ("messages.label",) for row in read_labels([0, 1, 2, 4]))
-    assert [row.messages is None for row in read_labels(["nein", "greeting"])] == [True, False]
+    assert all(row.messages for row in read_labels(["nope", "greeting", "nie"])), "acts and codes of languages"
+    for unclear in ("nein", -1):
+        assert [row.messages is None for row in read_labels([True, unclear])] == [False, True]
+    assert all(row.messages for row in read_labels([True, 0.3, "maybe"])), "other attributes"
     in_columns = {"messages": {"role": ["user", "assistant"], "content": ["q", "a"], "label": [None, false]}}
     (row,) = read(tmp_path, "m.jsonl", json.dumps(in_columns))
     assert row.marked_by == f"label: {false}"

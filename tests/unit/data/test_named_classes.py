@@ -75,9 +75,8 @@ def test_true_of_harmful_says_what_false_says_of_safe(tmp_path):
         words = ("unsafe", "safe")
         assert outcomes(tmp_path, rows_of("is_harmful", zip(words, values, strict=True))) == [LEARNED, LEARNED]
     assert outcomes(tmp_path, rows_of("is_safe", [("a", 0), ("b", 3)])) == [LEARNED, LEARNED], "a score"
-    assert outcomes(tmp_path, rows_of("harmful", [("a", "approved"), ("b", "maybe")])) == [LEARNED, LEARNED], (
-        "a decision"
-    )
+    decided = [("a", "approved"), ("b", "correct"), ("c", "maybe")]
+    assert outcomes(tmp_path, rows_of("harmful", decided)) == [LEARNED, REFUSED, LEARNED], "a decision; a judgement"
 
 
 NOT_DONE = ["review", "evaluation", "annotation", "feedback", "quality_check", "rating", "verdict", "assessment"]

@@ -102,11 +102,26 @@ def test_a_key_of_metadata_is_asked_about_and_one_that_is_read_is_not(tmp_path):
     assert "data.ignore" in line and "data.columns" not in line
 
 
-def test_what_a_judge_says_in_an_object_of_any_name_is_asked_about(tmp_path):
-    rows = read(
-        tmp_path, [{"judge": {"verdict": word, "strict": n > 0}} for n, word in enumerate(("incorrect", "correct"))]
-    )
-    assert doubtful(counted([row.told for row in rows]), {"judge": 2}) == {"judge.verdict": {"incorrect": 1}}
+@pytest.mark.parametrize("judge", ["judge", "grader", "critique", "llm_judgement"])
+def test_what_a_judge_says_in_its_object_is_asked_about(tmp_path, judge):
+    words = ("incorrect", "correct")
+    rows = read(tmp_path, [{judge: {"verdict": word, "strict": n > 0}} for n, word in enumerate(words)])
+    assert doubtful(counted([row.told for row in rows]), {judge: 2}) == {f"{judge}.verdict": {"incorrect": 1}}
+
+
+@pytest.mark.parametrize(
+    "key, member", [("order", "status"), ("payment", "result"), ("ticket", "resolved"), ("u17", "review")]
+)
+def test_an_object_that_is_no_judges_is_not_asked_about(tmp_path, key, member):
+    rows = read(tmp_path, [{key: {member: word}} for word in ("rejected", "failed", False, True)])
+    assert doubtful(counted([row.told for row in rows]), {key: 4}) == {}
+
+
+def test_a_dictionary_with_data_as_keys_makes_no_long_line(tmp_path):
+    rows = read(tmp_path, [{"metadata": {f"is_valid_{n}": flag for n in range(5000)}} for flag in (True, False)])
+    *_, line = questions(doubtful(counted([row.told for row in rows]), {"metadata": 2}))
+    assert line.startswith("4995 more columns like these: metadata.is_valid_") and line.endswith(" and 4975 more")
+    assert line.count("metadata.") == 20
 
 
 def test_no_in_another_language_is_a_question_in_a_column_of_verdicts_with_any_other_words(tmp_path):
