@@ -49,6 +49,7 @@ from loraflow.store.files import (
     HashMemo,
     LocalDocuments,
     ask_again,
+    file_type,
     files_below,
     folder_size,
     folders_in,
@@ -148,7 +149,7 @@ class LocalStore(LocalDocuments, Store):
             if stage.name in RESERVED_FOLDERS:
                 continue
             for folder in (folder for home in folders_in(stage) for folder in folders_in(home)):
-                if ask_again((folder / MANIFEST).exists, folder):
+                if file_type(folder / MANIFEST):
                     fingerprint = folder.parent.name
                     yield Ref(stage=stage.name, fingerprint=fingerprint, digest=folder.name, uri=self.uri)
 
@@ -178,7 +179,7 @@ class LocalStore(LocalDocuments, Store):
     @override
     def previous_state(self, stage: str, fingerprint: str) -> PreviousState | None:
         home = self.root / stage / fingerprint
-        if not (home / POINTER).exists():
+        if not file_type(home / POINTER):
             return None
         return "damaged" if any(home.glob("*/")) else "removed"
 
