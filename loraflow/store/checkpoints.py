@@ -170,7 +170,7 @@ def remove_incomplete(folder: Path) -> None:
 def recompute_digest(work: Path) -> str | None:
     """Return the digest of the artifact that a work folder's job recomputes; None for a first computation."""
     mark = work / RECOMPUTE_MARK
-    return mark.read_bytes().decode(errors="replace") if mark.exists() else None  # damaged, it is another digest
+    return mark.read_bytes().decode(errors="replace") if file_type(mark) else None  # damaged, it is another digest
 
 
 def reset_work_folder(work: Path, digest: str | None) -> None:

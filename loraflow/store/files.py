@@ -12,7 +12,6 @@ import secrets
 import shutil
 import stat
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import UnsupportedOperation
@@ -69,14 +68,10 @@ def ask_again(read: Callable[[], _T], path: Path) -> _T:
 
 
 def _machine_fault(error: OSError) -> Failure:
-    where = str(error.filename or "")
-    is_denied = isinstance(error, PermissionError)
-    known = None if is_denied else from_os_error(error, where)
-    return known or (Failure if is_denied else StorageError)(
-        "A file of the store cannot be read.",
-        where=where,
-        got=error.strerror or type(error).__name__,
-        next_step=f"{'correct the permissions of' if is_denied else 'check'} the file and its folders, then run again",
+    file = str(error.filename)
+    # With the file as the place, a missing permission would be taken for that of a store that cannot be written.
+    return from_os_error(error, f"{file}/") or StorageError(
+        "A file cannot be read.", where=file, got=str(error.strerror), next_step="check its disk, then run again"
     )
 
 
@@ -98,7 +93,7 @@ def file_type(path: Path) -> int:
     """Return the `stat.S_IFMT` of a path, 0 if it does not exist. `Path.exists` of Python 3.14 is False for any error.
 
     Raises:
-        Failure: the disk or the system fails.
+        Failure: see `ask_again`.
     """
     try:
         return stat.S_IFMT(ask_again(path.stat, path).st_mode)
@@ -219,9 +214,7 @@ def write_atomic(path: Path, data: bytes, mode: int | None = None) -> None:
 
 
 def replace_file(file: Path, data: bytes) -> None:
-    """Replace a file of a person atomically, with its permissions; a link stays a link.
-
-    What cannot be replaced, such as a pipe or a file in a folder that is read-only, is written in place.
+    """Replace a file of a person atomically, with its permissions; a link stays a link. Else write it in place.
 
     Raises:
         OSError: it cannot be written, for example because it is read-only.
@@ -407,7 +400,7 @@ class LocalDocuments:
         with translate_os_errors(self.uri):
             path = self.root / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f".draft-{uuid.uuid4().hex[:8]}")
+            draft = path.with_name(f".draft-{secrets.token_hex(4)}")
             try:
                 write_atomic(draft, data)
                 os.link(draft, path)
