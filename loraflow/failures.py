@@ -305,7 +305,7 @@ def of_machine(failure: Failure) -> Failure:
     cause = failure.__cause__
     if isinstance(cause, OSError) and cause.errno in MACHINE_FAULTS and isinstance(failure, BadData | BadModel):
         found = from_os_error(cause, failure.where) or failure
-        if cause.errno == errno.EIO:  # the file is not of the store, so no run recomputes it
+        if cause.errno in DISK_FAULTS:  # the file is not of the store, so no run recomputes it
             found.next_step = f"check the disk (`dmesg`); if only this file is damaged: {failure.next_step}"
         return found
     return failure
@@ -390,7 +390,11 @@ _SENTENCES: dict[int, tuple[type[Failure], str, str]] = {
     errno.ENOTDIR: (Failure, "A part of the path is a file and not a folder.", "correct the path, or remove the file"),
     errno.EISDIR: (Failure, "A folder exists where a file is expected.", "correct the path, or remove the folder"),
 }
+# Errors of a disk, which may never read the file again. macOS lacks two of them.
+DISK_FAULTS = frozenset(getattr(errno, name, errno.EIO) for name in ("EIO", "EBADMSG", "EREMOTEIO", "EUCLEAN"))
+_SENTENCES |= dict.fromkeys(DISK_FAULTS, _SENTENCES[errno.EIO])
 # Errors that say nothing about the file: it may be intact, and is not to be taken for missing or damaged.
-MACHINE_FAULTS = frozenset({
-    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOLCK,
-})  # fmt: skip
+MACHINE_FAULTS = DISK_FAULTS | {
+    errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOLCK,
+    errno.ENOMEM,
+}  # fmt: skip

@@ -23,7 +23,7 @@ import click
 
 from loraflow import __version__
 from loraflow.credentials import protect_output
-from loraflow.failures import BadConfig, Failure, Network, from_os_error, of_machine
+from loraflow.failures import DISK_FAULTS, BadConfig, Failure, Network, from_os_error, of_machine
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -194,7 +194,7 @@ def from_system(error: OSError) -> Failure | None:
         where += f" → {error.filename2}"
     if isinstance(error, socket.gaierror) or error.errno in _NETWORK:
         return Network("A remote service did not answer.", where=where, got=error.strerror, next_step="try again")
-    if error.errno not in _SENTENCES and (known := from_os_error(error, where)) is not None:
+    if error.errno not in DISK_FAULTS.union(_SENTENCES) and (known := from_os_error(error, where)) is not None:
         return known
     what, step = _SENTENCES.get(error.errno, (_FILE, "check the file and its disk, then run the command again"))
     if error.errno == errno.ENOENT and not where:

@@ -17,7 +17,6 @@ from loraflow.failures import BadConfig, CorruptArtifact, Failure
 from loraflow.identity import short
 from loraflow.registry.runs import PREFECT_ID, RUN_ID, RunRecord, StageRun, find_named_run, read_report
 from loraflow.store import Manifest, Ref, Store, open_store
-from loraflow.store.files import replace_file
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -323,7 +322,7 @@ def compare(models: tuple[str, ...], html: str | None, store: str, as_json: bool
 
     comparison = compare_models(open_store(store), models)
     if html is not None:
-        replace_file(Path(html), html_page(comparison).encode())
+        Path(html).write_text(html_page(comparison), encoding="utf-8")
     if as_json:
         click.echo(to_json({"models": models, "against_first": comparison.pairings}, inf_nan_mode="null"))
         return

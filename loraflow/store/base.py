@@ -103,7 +103,8 @@ class Store(Protocol):
         """Turn a staging folder into an artifact and return its ref.
 
         The write is atomic: after a crash the old state or the new one is there. The first committed digest of a
-        fingerprint stays current while it is intact, unless `replace` is set; then its ref is returned.
+        fingerprint stays current while it is intact, so that two workers whose results differ in the last bits agree;
+        then its ref is returned. `replace` is for an artifact that is recomputed with `--force`.
         """
 
     def resume_commit(self, stage: str, fingerprint: str) -> Ref | None:

@@ -15,9 +15,10 @@ from typing import TypedDict
 
 from pydantic import JsonValue
 
-from loraflow.failures import StorageError
+from loraflow.failures import DISK_FAULTS, StorageError
 from loraflow.store.checksum import ChangedDocument, add_checksum, check_document
 from loraflow.store.files import (
+    file_type,
     files_below,
     fsync_tree,
     hash_file,
@@ -63,15 +64,23 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest | None:
     """Read a checkpoint's manifest; return None if it is missing, damaged or of another job, or the disk cannot read it.
 
     Raises:
-        Failure: the process has too many open files, or may not read it. The checkpoint may be intact.
+        Failure: the system or a network failed, or the permission is missing. The checkpoint may be intact.
     """
     try:
         return parse_checkpoint_manifest(check_document(_name(checkpoint), read_file(checkpoint / COMPLETE)))
-    except (ChangedDocument, StorageError):  # of a failing disk too: an older checkpoint is better than none
+    except ChangedDocument:
         return None
-    except OSError as error:
+    except (OSError, StorageError) as error:
+        _raise_unless_lost(error)
+        return None
+
+
+def _raise_unless_lost(error: OSError | StorageError) -> None:
+    """Do nothing if a file is missing, or on a failing disk: an older checkpoint is better than none."""
+    if isinstance(error, OSError):
         raise_machine_fault(error)
-        return None
+    elif not (isinstance(error.__cause__, OSError) and error.__cause__.errno in DISK_FAULTS):
+        raise error
 
 
 def parse_checkpoint_manifest(data: bytes) -> CheckpointManifest | None:
@@ -96,7 +105,8 @@ def is_intact(checkpoint: Path) -> bool:
     found = read_checkpoint_manifest(checkpoint)
     try:
         return found is not None and all(hash_file(checkpoint / name) == sha for name, sha in found["files"].items())
-    except (OSError, StorageError):  # an older checkpoint is better than none
+    except (OSError, StorageError) as error:
+        _raise_unless_lost(error)
         return False
 
 
@@ -152,7 +162,7 @@ def prune_to_newest_intact(folder: Path) -> Path | None:
 def remove_incomplete(folder: Path) -> None:
     """Remove the checkpoints without a manifest, which were cut off. No process may be writing a checkpoint."""
     for path in folder.glob("checkpoint-*"):
-        if step_of(path.name) is not None and not (path / COMPLETE).exists():
+        if step_of(path.name) is not None and not file_type(path / COMPLETE):
             log.warning("%s is removed: it is incomplete", path.name)
             shutil.rmtree(path, ignore_errors=True)
 
@@ -160,7 +170,7 @@ def remove_incomplete(folder: Path) -> None:
 def recompute_digest(work: Path) -> str | None:
     """Return the digest of the artifact that a work folder's job recomputes; None for a first computation."""
     mark = work / RECOMPUTE_MARK
-    return mark.read_bytes().decode(errors="replace") if mark.exists() else None  # damaged, it is another digest
+    return mark.read_bytes().decode(errors="replace") if file_type(mark) else None  # damaged, it is another digest
 
 
 def reset_work_folder(work: Path, digest: str | None) -> None:

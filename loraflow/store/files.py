@@ -12,15 +12,15 @@ import secrets
 import shutil
 import stat
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import UnsupportedOperation
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias, TypeVar
 
 from pydantic import TypeAdapter
 
-from loraflow.failures import MACHINE_FAULTS, Failure, from_os_error
+from loraflow.failures import MACHINE_FAULTS, Failure, StorageError, from_os_error
 
 log = logging.getLogger(__name__)
 
@@ -58,37 +58,48 @@ def ask_again(read: Callable[[], _T], path: Path) -> _T:
         try:
             return read()
         except OSError as error:
+            error.filename = error.filename or str(path)  # an error of `read` has none
             if error.errno not in MACHINE_FAULTS:
                 raise
             if pause is None:
-                raise _machine_fault(error, path) from error
+                raise _machine_fault(error) from error
             time.sleep(pause)
     raise AssertionError("unreachable")
 
 
-def _machine_fault(error: OSError, path: Path) -> Failure:
-    failure = from_os_error(OSError(error.errno, error.strerror, error.filename or str(path)), str(path))
-    assert failure is not None, error  # there is a sentence for each of MACHINE_FAULTS
-    return failure
+def _machine_fault(error: OSError) -> Failure:
+    file = str(error.filename)
+    # With the file as the place, a missing permission would be taken for that of a store that cannot be written.
+    return from_os_error(error, f"{file}/") or StorageError(
+        "A file cannot be read.", where=file, got=str(error.strerror), next_step="check its disk, then run again"
+    )
+
+
+# What the read of a damaged artifact may raise, beside what `read_file` raises for a pipe.
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def raise_machine_fault(error: Exception) -> None:
     """Raise a failure if an error says nothing about the file, which may be intact; else do nothing.
 
     Raises:
-        Failure: the error is one of `MACHINE_FAULTS`, or the permission to read the file is missing.
+        Failure: an OSError, unless the file is missing or no regular file.
     """
-    if not isinstance(error, OSError):
-        return
-    if error.errno in MACHINE_FAULTS:
-        raise _machine_fault(error, Path(error.filename or "")) from error
-    if isinstance(error, PermissionError):
-        raise Failure(
-            "A file of the store cannot be read.",
-            where=str(error.filename or ""),
-            got=error.strerror or type(error).__name__,
-            next_step="correct the permissions of the file and its folders, then run again",
-        ) from error
+    if isinstance(error, OSError) and not isinstance(error, ValueError) and error.errno not in _DAMAGE:
+        raise _machine_fault(error) from error
+
+
+def file_type(path: Path) -> int:
+    """Return the `stat.S_IFMT` of a path, 0 if it does not exist. `Path.exists` of Python 3.14 is False for any error.
+
+    Raises:
+        Failure: see `ask_again`.
+    """
+    try:
+        return stat.S_IFMT(ask_again(path.stat, path).st_mode)
+    except OSError as error:
+        raise_machine_fault(error)
+        return 0
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -98,7 +109,7 @@ def folders_in(folder: Path) -> list[Path]:
         Failure: the folder exists and cannot be listed; `Path.glob` would take it for an empty one.
     """
     try:
-        return sorted(path for path in folder.iterdir() if path.is_dir())
+        return sorted(path for path in folder.iterdir() if file_type(path) == stat.S_IFDIR)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -115,7 +126,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
     def refuse(error: OSError) -> None:
         if error.errno in MACHINE_FAULTS:
-            raise _machine_fault(error, folder) from error
+            raise _machine_fault(error) from error
         if not isinstance(error, FileNotFoundError):
             raise error
 
@@ -127,13 +138,14 @@ def read_file(path: Path) -> bytes:
     """Return a file's content.
 
     Raises:
-        OSError: it cannot be read, or is no regular file: a pipe may never end.
+        OSError: it cannot be read.
+        UnsupportedOperation: it is no regular file: a pipe may never end.
         Failure: see `ask_again`.
     """
 
     def read() -> bytes:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+            raise UnsupportedOperation(errno.EINVAL, "not a regular file", str(path))
         return path.read_bytes()
 
     return ask_again(read, path)
@@ -202,12 +214,27 @@ def write_atomic(path: Path, data: bytes, mode: int | None = None) -> None:
 
 
 def replace_file(file: Path, data: bytes) -> None:
-    """Replace a file of a person atomically, with its permissions; a link stays a link. A pipe or device is written to."""
-    if file.exists() and not file.is_file():
+    """Replace a file of a person atomically, with its permissions; a link stays a link. Else write it in place.
+
+    Raises:
+        OSError: it cannot be written, for example because it is read-only.
+    """
+    mode = None
+    try:
+        mode = file.stat().st_mode
+        if not stat.S_ISREG(mode):
+            file.write_bytes(data)
+            return
+        os.close(os.open(file, os.O_WRONLY))
+    except FileNotFoundError:
+        pass
+    try:
+        write_atomic(Path(os.path.realpath(file)), data, mode and stat.S_IMODE(mode))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.ENOENT):
+            error.filename = str(file)
+            raise
         file.write_bytes(data)
-        return
-    target = file.resolve()
-    write_atomic(target, data, stat.S_IMODE(target.stat().st_mode) if target.exists() else None)
 
 
 def set_default_modes(folder: Path) -> None:
@@ -373,7 +400,7 @@ class LocalDocuments:
         with translate_os_errors(self.uri):
             path = self.root / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f".draft-{uuid.uuid4().hex[:8]}")
+            draft = path.with_name(f".draft-{secrets.token_hex(4)}")
             try:
                 write_atomic(draft, data)
                 os.link(draft, path)
@@ -398,7 +425,7 @@ class LocalDocuments:
     def documents(self, prefix: str) -> list[str]:
         """Return the names of all documents below a prefix, sorted."""
         found = (root / name for root, _, names in walk(self.root / prefix) for name in names if name[0] != ".")
-        return sorted(path.relative_to(self.root).as_posix() for path in found if ask_again(path.is_file, path))
+        return sorted(path.relative_to(self.root).as_posix() for path in found if file_type(path) == stat.S_IFREG)
 
     def read_documents(self, prefix: str, suffix: str = "") -> dict[str, bytes]:
         """Return all documents below a prefix whose names end with `suffix`, sorted by name."""

@@ -49,6 +49,7 @@ from loraflow.store.files import (
     HashMemo,
     LocalDocuments,
     ask_again,
+    file_type,
     files_below,
     folder_size,
     folders_in,
@@ -81,10 +82,10 @@ class LocalStore(LocalDocuments, Store):
                 return None
             ref = Ref(stage=stage, fingerprint=fingerprint, digest=pointer.digest, uri=self.uri)
             manifest = parse_manifest(read_file(self._manifest_file(ref)), ref, pointer)
+            return None if check_folder(self._folder(ref), manifest, None) else manifest.ref(self.uri)
         except (OSError, ValueError) as error:
             raise_machine_fault(error)
             return None
-        return None if _check(self._folder(ref), manifest) else manifest.ref(self.uri)
 
     @override
     def manifest(self, ref: Ref) -> Manifest:
@@ -119,16 +120,16 @@ class LocalStore(LocalDocuments, Store):
     def check(self, ref: Ref) -> list[str]:
         return self._check_contents(ref, None)
 
+    @override
     def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
-        """Hash all of an artifact's contents; return the problems, a line each."""
         return self._check_contents(ref, (lambda path, sha256: memo.rehash(path) == sha256) if memo else has_hash)
 
+    @override
     def fetch(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
-        """Hash an artifact's contents, which are on this machine already; return the problems, a line each."""
         return self._check_contents(ref, memo.has_hash if memo else has_hash)
 
+    @override
     def check_changed(self, ref: Ref, memo: HashMemo) -> list[str]:
-        """Hash those files that changed since they were hashed; return the problems, a line each."""
         return self.fetch(ref, memo)
 
     @override
@@ -136,11 +137,13 @@ class LocalStore(LocalDocuments, Store):
         return not result_problems(self._check_contents(ref, memo.remembers))
 
     def _check_contents(self, ref: Ref, has_hash: HasHash | None) -> list[str]:
+        manifest = None
         try:
-            return _check(self._folder(ref), self._read_manifest(ref), has_hash)
-        except (OSError, ValueError) as error:
+            manifest = self._read_manifest(ref)
+            return check_folder(self._folder(ref), manifest, has_hash)
+        except (OSError, ValueError) as error:  # the file is missing, or no file
             raise_machine_fault(error)
-            return [manifest_problem(error)]
+            return [str(error) if manifest else manifest_problem(error)]
 
     @override
     def artifacts(self) -> Iterator[Ref]:
@@ -148,7 +151,7 @@ class LocalStore(LocalDocuments, Store):
             if stage.name in RESERVED_FOLDERS:
                 continue
             for folder in (folder for home in folders_in(stage) for folder in folders_in(home)):
-                if ask_again((folder / MANIFEST).exists, folder):
+                if file_type(folder / MANIFEST):
                     fingerprint = folder.parent.name
                     yield Ref(stage=stage.name, fingerprint=fingerprint, digest=folder.name, uri=self.uri)
 
@@ -178,7 +181,7 @@ class LocalStore(LocalDocuments, Store):
     @override
     def previous_state(self, stage: str, fingerprint: str) -> PreviousState | None:
         home = self.root / stage / fingerprint
-        if not (home / POINTER).exists():
+        if not file_type(home / POINTER):
             return None
         return "damaged" if any(home.glob("*/")) else "removed"
 
@@ -238,11 +241,7 @@ class LocalStore(LocalDocuments, Store):
         provenance: Mapping[str, JsonValue],
         replace: bool = False,
     ) -> Ref:
-        """Hash and flush the files, write the manifest, rename the folder into place, replace the pointer.
-
-        The first committed digest of a fingerprint stays current while it is intact: two workers that computed the same
-        job with different last bits agree afterwards. `replace` is for an artifact that is recomputed with `--force`.
-        """
+        """Hash and flush the files, write the manifest, rename the folder into place, replace the pointer."""
         with translate_os_errors(self.uri):
             set_default_modes(staged)
             manifest = build_manifest(staged, payload, inputs, summary, provenance)
@@ -328,12 +327,8 @@ class LocalStore(LocalDocuments, Store):
         """Return None: a commit in a folder is a rename, which leaves nothing to finish."""
         return None
 
+    @override
     def quarantine(self, ref: Ref, problems: list[str]) -> str | None:
-        """Move a damaged artifact to the quarantine (`set-aside/`), with its problems; return its new location.
-
-        None if it is intact by now: while the caller hashed it, another process may have moved the damaged one away, and
-        committed it again.
-        """
         with translate_os_errors(self.uri):
             if not self.verify(ref):
                 return None
@@ -350,9 +345,9 @@ class LocalStore(LocalDocuments, Store):
         write_atomic(self.root / name, document)
         return target
 
+    @override
     @contextmanager
     def cleanup_lock(self) -> Iterator[None]:
-        """Block readers while artifacts are removed."""
         with ExitStack() as locks:
             with translate_os_errors(self.uri):
                 locks.enter_context(flock(self.root / "locks" / "readers", wait=False))
@@ -421,12 +416,3 @@ class LocalStore(LocalDocuments, Store):
         except OSError as error:
             raise_machine_fault(error)
             raise DamagedPointer(f"{POINTER}: {error.strerror}") from error
-
-
-def _check(folder: Path, manifest: Manifest, has_hash: HasHash | None = None) -> list[str]:
-    """Compare a folder with its manifest as `check_folder`; what is no file, or cannot be read, is a problem too."""
-    try:
-        return check_folder(folder, manifest, has_hash)
-    except (OSError, ValueError) as error:
-        raise_machine_fault(error)
-        return [str(error)]

@@ -225,7 +225,7 @@ class S3Store(S3Artifacts, Store):
         """Finish an interrupted commit of this machine, whose files are still here; None if there is none."""
         pending = self.scratch / "pending" / stage / fingerprint
         try:
-            manifest = Manifest.parse((pending / MANIFEST).read_bytes())
+            manifest = Manifest.parse(read_file(pending / MANIFEST))
             ref = manifest.ref(self.uri).model_copy(update={"fingerprint": fingerprint})
             is_intact = not check_folder(pending, manifest) and not check_consistency(manifest, ref)
         except (OSError, ValueError) as error:

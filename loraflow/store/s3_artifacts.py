@@ -40,7 +40,15 @@ from loraflow.store.artifact import (
     unreadable_manifest,
 )
 from loraflow.store.bucket import CONCURRENCY, Bucket, ObjectInfo, retry_network
-from loraflow.store.files import fsync_tree, is_inside, raise_machine_fault, translate_os_errors, write_atomic
+from loraflow.store.files import (
+    file_type,
+    fsync_tree,
+    is_inside,
+    raise_machine_fault,
+    read_file,
+    translate_os_errors,
+    write_atomic,
+)
 from loraflow.store.lock import flock
 
 log = logging.getLogger(__name__)
@@ -337,13 +345,13 @@ class ArtifactCache:
 
     def has(self, ref: Ref) -> bool:
         """Tell whether there is a complete copy. Its contents are not hashed."""
-        return (self.folder(ref) / MANIFEST).exists()
+        return bool(file_type(self.folder(ref) / MANIFEST))
 
     def is_intact(self, ref: Ref, has_hash: HasHash = has_hash) -> bool:
         """Hash a copy; tell whether it matches its manifest."""
         folder = self.folder(ref)
         try:
-            manifest = Manifest.parse((folder / MANIFEST).read_bytes())
+            manifest = Manifest.parse(read_file(folder / MANIFEST))
             problems = result_problems(check_folder(folder, manifest, has_hash))
             return not problems and not check_consistency(manifest, ref)
         except (OSError, ValueError) as error:

@@ -115,7 +115,7 @@ FAULTS = (
     Fault(18, "No inode, no file descriptor", "store, commands", "EMFILE, ENFILE and others, by number",
           "one sentence with the limit to raise; no checkpoint is removed for it",
           ("unit/store/test_store_faults.py::test_each_error_of_the_system_is_one_sentence_with_a_next_step",
-           "unit/store/test_store_faults.py::test_a_checkpoint_is_not_removed_because_too_many_files_are_open",
+           "unit/store/test_store_faults.py::test_a_checkpoint_is_not_removed_because_the_system_fails",
            "unit/cli/test_cli_errors.py::test_every_error_of_the_system_is_a_failure_with_its_file")),
     Fault(19, "Truncated artifact", "all readers", "files truncated, deleted and changed",
           "a miss or a damaged input: quarantined, recomputed with the same digest, at most five times in a run",

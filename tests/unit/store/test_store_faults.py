@@ -6,6 +6,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ from loraflow.store import (
     Ref,
     Summary,
     open_store,
+    read_intact,
     require_intact,
     staging,
 )
@@ -200,6 +203,65 @@ def test_a_file_of_a_person_is_replaced_as_a_whole_with_its_mode_and_a_link_stay
     os.close(reader)
 
 
+@contextmanager
+def without_root():
+    """Give up the right of root to write everywhere, and yield a folder of this user."""
+    with tempfile.TemporaryDirectory() as folder:
+        if os.geteuid() == 0:
+            os.chown(folder, 65534, 65534)
+            os.seteuid(65534)
+            try:
+                yield Path(folder)
+            finally:
+                os.seteuid(0)
+        else:
+            yield Path(folder)
+
+
+def test_a_file_that_is_read_only_is_not_replaced_and_one_in_a_read_only_folder_is_written_in_place():
+    with without_root() as folder:
+        (folder / "cache").mkdir()
+        page, cached, link = folder / "page", folder / "cache" / "0123", folder / "link"
+        for file in (page, cached):
+            file.write_bytes(b"old")
+            file.chmod(0o444)
+        link.symlink_to(cached)  # as DVC links a file to its cache
+        for file in (page, link):
+            with pytest.raises(PermissionError) as caught:
+                replace_file(file, b"new")
+            assert caught.value.filename == str(file) and file.read_bytes() == b"old"
+        cached.chmod(0o644)
+        (folder / "cache").chmod(0o555)
+        replace_file(link, b"new")
+        assert link.is_symlink() and cached.read_bytes() == b"new"
+        with pytest.raises(PermissionError) as caught:
+            replace_file(folder / "cache" / "other", b"new")
+        assert caught.value.filename == str(folder / "cache" / "other"), "not the name of a draft"
+        (folder / "cache").chmod(0o755)
+
+
+def test_a_link_in_a_circle_and_a_missing_folder_are_errors_with_the_name_that_was_given(tmp_path):
+    circle, missing = tmp_path / "circle", tmp_path / "missing" / "page"
+    circle.symlink_to(circle.name)
+    for file, number in ((circle, errno.ELOOP), (missing, errno.ENOENT), (tmp_path, errno.EISDIR)):
+        with pytest.raises(OSError) as caught:
+            replace_file(file, b"new")
+        assert (caught.value.errno, caught.value.filename) == (number, str(file))
+
+
+def test_a_file_that_is_a_mount_point_is_written_in_place(tmp_path, monkeypatch):
+    """As a container has a single file of its host: a rename over it is EBUSY."""
+    page = tmp_path / "page"
+    page.write_bytes(b"old")
+
+    def busy(*_):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(os, "replace", busy)
+    replace_file(page, b"new")
+    assert page.read_bytes() == b"new" and list(tmp_path.iterdir()) == [page]
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
 def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, monkeypatch, number):
     """`Path.glob` of Python 3.13 skips it: verify, gc, backup and the promotion log would see less than there is."""
@@ -222,20 +284,31 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, 
                 list(store.artifacts()) if name == FP else store.documents("registry/")
 
 
-def test_a_checkpoint_is_not_removed_because_too_many_files_are_open(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSYS])
+@pytest.mark.parametrize("call", ["open", "read_bytes"])
+def test_a_checkpoint_is_not_removed_because_the_system_fails(tmp_path, monkeypatch, number, call):
     checkpoint = tmp_path / "checkpoint-5"
     checkpoint.mkdir()
     (checkpoint / "weights").write_text("w")
     finalize_checkpoint(checkpoint)
 
-    def fail(path):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+    real = getattr(Path, call)
+
+    def fail(path, *arguments, **options):
+        if call == "open" and path.name != "weights":
+            return real(path, *arguments, **options)
+        raise OSError(number, os.strerror(number), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", fail)
-        with pytest.raises(Failure, match="too many open files"):
+        patch.setattr(Path, call, fail)
+        with pytest.raises(Failure) as caught:
             prune_to_newest_intact(tmp_path)
+    assert Path(caught.value.where).parent == checkpoint
     assert prune_to_newest_intact(tmp_path) == checkpoint
+    with monkeypatch.context() as patch:  # of a failing disk, an older checkpoint is better than none
+        number = errno.EIO
+        patch.setattr(Path, call, fail)
+        assert prune_to_newest_intact(tmp_path) is None
 
 
 def test_a_copy_to_a_full_disk_names_the_disk_that_is_full_and_not_the_file_that_is_copied(tmp_path, monkeypatch):
@@ -296,7 +369,11 @@ def test_each_error_of_the_system_is_one_sentence_with_a_next_step(tmp_path, mon
             pass
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE])
+OF_SYSTEM = [errno.EIO, errno.EMFILE, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT, errno.EBADMSG]  # asked again
+OTHERS = [errno.ENOSYS, errno.EINVAL, errno.ENXIO, errno.ECONNRESET, errno.EACCES]
+
+
+@pytest.mark.parametrize("number", OF_SYSTEM + OTHERS)
 def test_a_fault_of_the_machine_is_not_taken_for_a_damaged_artifact(tmp_path, monkeypatch, number):
     store = LocalStore(tmp_path)
     ref, opened, asked = put(store), Path.open, []
@@ -312,8 +389,72 @@ def test_a_fault_of_the_machine_is_not_taken_for_a_damaged_artifact(tmp_path, mo
         with pytest.raises(Failure) as caught:
             require_intact(store, ref)
     assert not isinstance(caught.value, CorruptArtifact) and "a.txt" in caught.value.where
-    assert len(asked) == 3, "it is asked again first"
+    assert caught.value.got and caught.value.next_step
+    assert len(asked) == (3 if number in OF_SYSTEM else 1), "it is asked again first"
     assert store.verify(ref) == [] and not (tmp_path / "set-aside").exists()
+
+
+@pytest.mark.parametrize("number", OF_SYSTEM + OTHERS)
+@pytest.mark.parametrize("name", ["a.txt", "manifest.json", "current.json"])
+def test_a_read_that_fails_midway_says_which_file_and_leaves_the_artifact(tmp_path, monkeypatch, number, name):
+    """The error of a `read` has no file name, unlike one of an `open`."""
+    store = LocalStore(tmp_path)
+    ref, real = put(store), Path.read_bytes
+
+    def fail(path):
+        if path.name == name:
+            raise OSError(number, os.strerror(number))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(Failure) as caught:
+            read_intact(store, ref, "sub/a.txt")
+    assert not isinstance(caught.value, CorruptArtifact) and caught.value.where.endswith(name)
+    assert store.find("tokenize", FP) == ref and not (tmp_path / "set-aside").exists()
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "circle", "below a file"])
+@pytest.mark.parametrize("check", [lambda store, ref: read_intact(store, ref, "sub/a.txt"), require_intact])
+def test_what_is_no_file_in_an_artifact_is_damage_and_is_quarantined(tmp_path, kind, check):
+    store = LocalStore(tmp_path)
+    ref = put(store)
+    file = store.path(ref) / "sub" / "a.txt"
+    file.unlink()
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "circle":
+        file.symlink_to(file.name)
+    elif kind == "below a file":
+        shutil.rmtree(file.parent)
+        file.parent.write_text("x")
+    with pytest.raises(CorruptArtifact):
+        check(store, ref)
+    assert store.find("tokenize", FP) is None and any((tmp_path / "set-aside").glob("tokenize-*/"))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT, errno.ENOSYS])
+def test_a_path_that_cannot_be_asked_for_is_not_taken_for_missing(tmp_path, monkeypatch, number):
+    """As `Path.exists`, `is_file` and `is_dir` of Python 3.14 do, which are False for any error."""
+    store = LocalStore(tmp_path)
+    put(store)
+    store.create_document("runs/x.json", b"{}\n")
+    real = Path.stat
+
+    def fail(path, **options):
+        if path.name in ("manifest.json", "x.json"):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", fail)
+    for name in ("exists", "is_file", "is_dir"):
+        monkeypatch.setattr(Path, name, lambda path, name=name: getattr(os.path, name.replace("_", ""))(path))
+    for ask in (lambda: list(store.artifacts()), lambda: store.documents("runs/")):
+        with pytest.raises(Failure) as caught:
+            ask()
+        assert caught.value.where.endswith(".json")
 
 
 def test_a_folder_that_cannot_be_listed_is_not_committed_as_empty(tmp_path, monkeypatch):
