@@ -158,11 +158,11 @@ def mean_interval(
 ) -> Interval:
     """Return the mean of scores [rows] with its interval.
 
-    If fewer than four groups differ from the others, the ends are Gaffke's bounds, which hold for any scores between 0 and
-    `largest`. Equal scores without a range have no interval.
+    If fewer than four groups differ from the others, the ends are the gate's bounds. Equal scores without a range have no
+    interval.
 
     Args:
-        weights: the numbers of tokens of the rows.
+        weights: the numbers of tokens of the rows; the scores are losses.
         groups: a number for each row; rows with the same number are not independent.
         largest: the largest possible value of a score that is at least 0, 100 for chrf. The interval is within this
             range. If every score is 0 or this, the mean is a share of it.
@@ -176,19 +176,22 @@ def mean_interval(
         hits = int(np.count_nonzero(scores))
         share = scipy.stats.binomtest(hits, len(scores)).proportion_ci(confidence, method="wilson")
         return Interval(float(scores.mean()), largest * float(share.low), largest * float(share.high))
+    smallest = -np.inf if weights is None else 0.0
     weights = np.ones(len(scores)) if weights is None else weights
     labels = np.arange(len(scores)) if groups is None else groups
     sums, weights = np.bincount(labels, weights * scores), np.bincount(labels, weights)
     value, low, high = ratio_interval(sums, weights, confidence, skewness=SKEWNESS if is_plain else 0.0)
-    if largest is not None and _different(sums, weights) < _FEWEST_DIFFERENT:
+    few = _different(sums, weights) < _FEWEST_DIFFERENT
+    if few and largest is None:
+        _, low, high = Evidence(sums, weights, None, rows=len(scores)).interval(confidence)
+        low = max(low, smallest) if np.isfinite(low) else low
+    elif few and largest is not None:
         middle = largest / 2  # scores are at most this far from it
         found = Evidence(sums - middle * weights, weights, middle, rows=len(scores)).bounds((1 + confidence) / 2)
         low, high = found.lower + middle, found.upper + middle
     elif not is_plain and value > 0 and scores.min() >= 0 and np.isfinite(low):
         low, high = (float(value * np.exp(end / value - 1)) for end in (low, high))
-    if largest is None:
-        return Interval(value, low, high) if low < high else Interval(value, -np.inf, np.inf)
-    return Interval(value, max(low, 0.0), min(high, largest))
+    return Interval(value, low, high) if largest is None else Interval(value, max(low, 0.0), min(high, largest))
 
 
 def _different(sums: np.ndarray, weights: np.ndarray) -> int:

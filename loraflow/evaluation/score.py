@@ -344,7 +344,8 @@ def summarise(table: pd.DataFrame, confidence: float, *, with_labels: bool = Fal
         scores[name] = _metric_value(interval, table)
         if name == "token_loss":
             with np.errstate(over="ignore"):  # an enormous loss
-                scores["perplexity"] = _metric_value(Interval(*map(float, np.exp(interval))), table)
+                value, low, high = map(float, np.exp(interval))
+            scores["perplexity"] = _metric_value(Interval(value, low or -np.inf, high), table)
     if with_labels:
         answers, references = table["answer"].tolist(), table["reference"].tolist()
         scores["macro_f1"] = _metric_value(macro_f1(answers, references, groups, confidence), table)

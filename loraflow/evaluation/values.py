@@ -67,10 +67,13 @@ class MetricValue(StoredModel):
         return number if math.isfinite(number) else None
 
     def __str__(self) -> str:
-        has_interval = math.isfinite(self.low) or math.isfinite(self.high)
-        return (
-            f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if has_interval else f"{self.value:.3f} (no interval)"
-        )
+        return self.text("{:.3f} [{:.3f}, {:.3f}]")
+
+    def text(self, form: str) -> str:
+        """Return the value with its interval, as in `form`."""
+        if not math.isfinite(self.high - self.low):  # evaluate 9 wrote 0 and Infinity for perplexity
+            form = f"{form.split()[0]} (no interval)"
+        return form.format(self.value, self.low, self.high)
 
 
 SetScores: TypeAlias = Mapping[str, MetricValue]  # metric → value
