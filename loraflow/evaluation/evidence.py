@@ -9,8 +9,7 @@ bound or 4,000 bootstrap resamples are not valid there.
   rows a random weight, Exp(1), and add one group with the worst possible difference. The p-value of "the mean is at most
   c" is the probability that the weighted sum of differences from c is not positive. For scores of 0 and 1 this is Clopper
   and Pearson's exact test. The probability comes from a saddle point, not from resampling.
-- Rows in groups: the same test on sums over groups, and a t test of the sums with G - 1 degrees of freedom; the larger
-  p-value counts.
+- Rows in groups: the larger p-value of the same test on sums over groups and a t test of these sums.
 """
 
 from __future__ import annotations
@@ -80,10 +79,7 @@ class Evidence:
         return replace(self, gains=-self.gains)
 
     def p_above(self, bound: float, level: float, times: int = 1) -> float:
-        """Return the p-value of "the true difference is at most `bound`", for a test at `level`.
-
-        With `times`, it is the p-value if each group were there that often.
-        """
+        """Return the p-value of "the difference is at most `bound`" at `level`, if each group were there so many times."""
         if self.binary:
             wins, losses = int((self.gains == 1).sum()), int((self.gains == -1).sum())
             return exact_p_value(wins * times, losses * times, self.groups * times, bound, level)
@@ -108,7 +104,7 @@ class Evidence:
         return Interval(value, max(low, -reach), min(high, reach))
 
     def lower_bound(self, confidence: float, times: int = 1) -> float:
-        """Return the lower bound of the difference; `times` as for `p_above`, for scores of 0 and 1 only."""
+        """Return the lower bound; `times` as for `p_above`, for scores of 0 and 1 only."""
         if self.binary:
             wins, losses = int((self.gains == 1).sum()), int((self.gains == -1).sum())
             return tango_bound(wins * times, losses * times, self.groups * times, confidence)

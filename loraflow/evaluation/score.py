@@ -100,10 +100,9 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
 
 
 def read_rows(file: Path, max_rows: int | None, seed: int) -> tuple[list[HeldoutRow], dict[str, int]]:
-    """Return the held-out rows in the order of the file, and how many there are of each set.
+    """Return the held-out rows in the file's order, and how many there are of each set.
 
-    At most `max_rows` of a set are returned: a seeded sample, in which each group, or each label of a classification set,
-    has its share of the set.
+    At most `max_rows` of a set are returned: a seeded sample, in which each group, or each label, has its share.
 
     Raises:
         BadData: there are none.

@@ -31,7 +31,7 @@ class _Rules(StoredModel):
     ranges: dict[str, tuple[float, float]] = {}
 
     def joined(self, other: _Rules) -> _Rules:
-        """Return the rules of two runs. If both give a score a range, return a range that includes both."""
+        """Return the rules of two runs; a score's range includes both ranges."""
         ranges = self.ranges | other.ranges
         for name in self.ranges.keys() & other.ranges.keys():
             (low, high), (other_low, other_high) = self.ranges[name], other.ranges[name]
