@@ -38,7 +38,7 @@ def evaluate(model: str, recipe: str, sets: tuple[str, ...], as_json: bool) -> N
         return
     for name, metrics in scores.items():
         for metric, score in metrics.items():
-            click.echo(f"{name:<14} {metric:<14} {score}  ({score.n} rows)")
+            click.echo(f"{name:<14} {metric:<14} {score.text('{:8.4f}  {:.4f}–{:.4f}')}  ({score.n} rows)")
     click.echo(f"row by row: {location}/scores.parquet")
 
 

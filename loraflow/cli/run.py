@@ -137,7 +137,7 @@ def _score_table(summary: RunSummary, set_name: str, tuned: SetScores) -> Table:
     table = _table(f"{summary.recipe}: {set_name}, {rows} rows", "metric", *SIDES, right=SIDES)
     for name in tuned:
         cells = [(summary.metrics.get(side) or {}).get(set_name, {}).get(name) for side in SIDES]
-        table.add_row(name, *["" if cell is None else str(cell) for cell in cells])
+        table.add_row(name, *["" if cell is None else cell.text("{:.3f}  {:.3f}–{:.3f}") for cell in cells])
     return table
 
 

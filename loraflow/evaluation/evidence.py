@@ -9,8 +9,7 @@ bound or 4,000 bootstrap resamples are not valid there.
   rows a random weight, Exp(1), and add one group with the worst possible difference. The p-value of "the mean is at most
   c" is the probability that the weighted sum of differences from c is not positive. For scores of 0 and 1 this is Clopper
   and Pearson's exact test. The probability comes from a saddle point, not from resampling.
-- Rows in groups: the same test on sums over groups, and a t test of the sums with G - 1 degrees of freedom; the larger
-  p-value counts.
+- Rows in groups: the larger p-value of the same test on sums over groups and a t test of these sums.
 """
 
 from __future__ import annotations
@@ -80,10 +79,7 @@ class Evidence:
         return replace(self, gains=-self.gains)
 
     def p_above(self, bound: float, level: float, times: int = 1) -> float:
-        """Return the p-value of "the true difference is at most `bound`", for a test at `level`.
-
-        With `times`, it is the p-value if each group were there that often.
-        """
+        """Return the p-value of "the difference is at most `bound`" at `level`, if each group were there so many times."""
         if self.binary:
             wins, losses = int((self.gains == 1).sum()), int((self.gains == -1).sum())
             return exact_p_value(wins * times, losses * times, self.groups * times, bound, level)
@@ -108,7 +104,7 @@ class Evidence:
         return Interval(value, max(low, -reach), min(high, reach))
 
     def lower_bound(self, confidence: float, times: int = 1) -> float:
-        """Return the lower bound of the difference; `times` as for `p_above`, for scores of 0 and 1 only."""
+        """Return the lower bound; `times` as for `p_above`, for scores of 0 and 1 only."""
         if self.binary:
             wins, losses = int((self.gains == 1).sum()), int((self.gains == -1).sum())
             return tango_bound(wins * times, losses * times, self.groups * times, confidence)
@@ -158,11 +154,11 @@ def mean_interval(
 ) -> Interval:
     """Return the mean of scores [rows] with its interval.
 
-    If fewer than four groups differ from the others, the ends are Gaffke's bounds, which hold for any scores between 0 and
-    `largest`. Equal scores without a range have no interval.
+    If fewer than four groups differ from the others, the ends are the gate's bounds. Equal scores without a range have no
+    interval.
 
     Args:
-        weights: the numbers of tokens of the rows.
+        weights: the numbers of tokens of the rows; the scores are losses.
         groups: a number for each row; rows with the same number are not independent.
         largest: the largest possible value of a score that is at least 0, 100 for chrf. The interval is within this
             range. If every score is 0 or this, the mean is a share of it.
@@ -176,19 +172,22 @@ def mean_interval(
         hits = int(np.count_nonzero(scores))
         share = scipy.stats.binomtest(hits, len(scores)).proportion_ci(confidence, method="wilson")
         return Interval(float(scores.mean()), largest * float(share.low), largest * float(share.high))
+    smallest = -np.inf if weights is None else 0.0
     weights = np.ones(len(scores)) if weights is None else weights
     labels = np.arange(len(scores)) if groups is None else groups
     sums, weights = np.bincount(labels, weights * scores), np.bincount(labels, weights)
     value, low, high = ratio_interval(sums, weights, confidence, skewness=SKEWNESS if is_plain else 0.0)
-    if largest is not None and _different(sums, weights) < _FEWEST_DIFFERENT:
+    few = _different(sums, weights) < _FEWEST_DIFFERENT
+    if few and largest is None:
+        _, low, high = Evidence(sums, weights, None, rows=len(scores)).interval(confidence)
+        low = max(low, smallest) if np.isfinite(low) else low
+    elif few and largest is not None:
         middle = largest / 2  # scores are at most this far from it
         found = Evidence(sums - middle * weights, weights, middle, rows=len(scores)).bounds((1 + confidence) / 2)
         low, high = found.lower + middle, found.upper + middle
     elif not is_plain and value > 0 and scores.min() >= 0 and np.isfinite(low):
         low, high = (float(value * np.exp(end / value - 1)) for end in (low, high))
-    if largest is None:
-        return Interval(value, low, high) if low < high else Interval(value, -np.inf, np.inf)
-    return Interval(value, max(low, 0.0), min(high, largest))
+    return Interval(value, low, high) if largest is None else Interval(value, max(low, 0.0), min(high, largest))
 
 
 def _different(sums: np.ndarray, weights: np.ndarray) -> int:

@@ -100,10 +100,9 @@ def run(job: Job[EvaluateConfig], inputs: Inputs, out: Path, progress: Progress)
 
 
 def read_rows(file: Path, max_rows: int | None, seed: int) -> tuple[list[HeldoutRow], dict[str, int]]:
-    """Return the held-out rows in the order of the file, and how many there are of each set.
+    """Return the held-out rows in the file's order, and how many there are of each set.
 
-    At most `max_rows` of a set are returned: a seeded sample, in which each group, or each label of a classification set,
-    has its share of the set.
+    At most `max_rows` of a set are returned: a seeded sample, in which each group, or each label, has its share.
 
     Raises:
         BadData: there are none.
@@ -344,7 +343,8 @@ def summarise(table: pd.DataFrame, confidence: float, *, with_labels: bool = Fal
         scores[name] = _metric_value(interval, table)
         if name == "token_loss":
             with np.errstate(over="ignore"):  # an enormous loss
-                scores["perplexity"] = _metric_value(Interval(*map(float, np.exp(interval))), table)
+                value, low, high = map(float, np.exp(interval))
+            scores["perplexity"] = _metric_value(Interval(value, low or -np.inf, high), table)
     if with_labels:
         answers, references = table["answer"].tolist(), table["reference"].tolist()
         scores["macro_f1"] = _metric_value(macro_f1(answers, references, groups, confidence), table)

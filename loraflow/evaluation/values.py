@@ -1,7 +1,6 @@
 """Values that other packages read: scores, samples of answers, and the gate's decision. No numpy or pandas here.
 
-Each value is frozen. Reading ignores keys that this version does not know, so that documents of other versions stay
-readable.
+Reading ignores unknown keys, so that documents of other versions stay readable.
 """
 
 from __future__ import annotations
@@ -67,10 +66,13 @@ class MetricValue(StoredModel):
         return number if math.isfinite(number) else None
 
     def __str__(self) -> str:
-        has_interval = math.isfinite(self.low) or math.isfinite(self.high)
-        return (
-            f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if has_interval else f"{self.value:.3f} (no interval)"
-        )
+        return self.text("{:.3f} [{:.3f}, {:.3f}]")
+
+    def text(self, form: str) -> str:
+        """Return the value with its interval, in this format."""
+        if not math.isfinite(self.high - self.low):  # earlier perplexities: 0 and infinity
+            form = f"{form.split()[0]} (no interval)"
+        return form.format(self.value, self.low, self.high)
 
 
 SetScores: TypeAlias = Mapping[str, MetricValue]  # metric → value
@@ -162,9 +164,8 @@ class ModelScores:
 class Comparison:
     """The challenger against another model by one metric.
 
-    `difference`, `lower` and `upper` are the mean of the paired differences and its one-sided bounds. They are positive
-    where the challenger is better, for metrics where lower is better, too. A bound is infinite if there is none; the reason
-    says why.
+    `difference` is the mean of the paired differences, `lower` and `upper` its one-sided bounds: positive where the
+    challenger is better, also for a loss, and infinite if there is none.
     """
 
     against: str  # base or champion
@@ -185,7 +186,7 @@ class Comparison:
     has_known_range: bool = True  # the score; otherwise nothing is confirmed
 
     def to_dict(self) -> dict[str, JsonValue]:
-        """Return the comparison as JSON values: without values that are not set, and with null for an infinite bound."""
+        """Return JSON values, without values that are not set, and with null for an infinite bound."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         if self.has_known_range:
             del values["has_known_range"]
@@ -303,7 +304,7 @@ class Decision:
         return dataclasses.replace(self, reasons=(*self.reasons, reason))
 
     def with_unscored(self, parts: Sequence[str]) -> Decision:
-        """Return the decision if parts that a guard names were not scored: it is not known that they did not get worse."""
+        """Return the decision if parts that a guard names were not scored: they may have got worse."""
         if not parts:
             return self
         why = f"gate.slices: no row was scored of {', '.join(parts)}"

@@ -18,7 +18,7 @@ from loraflow.frozen import StoredModel
 from loraflow.identity import short
 from loraflow.registry.runs import RunRecord, changes, find_named_run, find_run, require_consistent
 from loraflow.reporting.chart import sparkline, svg
-from loraflow.reporting.markdown import quote
+from loraflow.reporting.markdown import quote, thin
 from loraflow.serving.models import named_champion
 from loraflow.store import Store, read_table
 from loraflow.training.validation_loss import CURVES, Curves
@@ -31,7 +31,7 @@ class _Rules(StoredModel):
     ranges: dict[str, tuple[float, float]] = {}
 
     def joined(self, other: _Rules) -> _Rules:
-        """Return the rules of two runs. If both give a score a range, return a range that includes both."""
+        """Return the rules of two runs; a score's range includes both ranges."""
         ranges = self.ranges | other.ranges
         for name in self.ranges.keys() & other.ranges.keys():
             (low, high), (other_low, other_high) = self.ranges[name], other.ranges[name]
@@ -158,9 +158,9 @@ def terminal_lines(comparison: ModelComparison) -> Iterator[str]:
     for letter, model in zip("ABC", comparison.models, strict=False):
         yield f"{letter}  {_describe(model)}"
         losses = [loss for _, loss in model.losses]
-        shown = losses[:: len(losses) // _BARS + 1]
         if losses:
-            yield f"   training loss {losses[0]:.3f} {sparkline(shown)} {losses[-1]:.3f} at step {model.losses[-1][0]:g}"
+            bars = sparkline(thin(losses, _BARS))
+            yield f"   training loss {losses[0]:.3f} {bars} {losses[-1]:.3f} at step {model.losses[-1][0]:g}"
     for letter, pairing in zip("BC", comparison.pairings, strict=False):
         yield ""
         yield f"{letter} against A on {_rows(pairing)}"
@@ -251,14 +251,13 @@ def _head(letter: str) -> tuple[str, ...]:
 
 
 def _cells(difference: Difference) -> list[str]:
-    bounds, (_, low, high) = difference.bounds, difference.interval
+    ends = difference.interval, difference.bounds
     return [
         difference.metric,
         f"{difference.first:.4f}",
         f"{difference.second:.4f}",
-        f"{bounds.mean:+.4f}",
-        f"[{low:+.4f}, {high:+.4f}]",
-        f"[{bounds.lower:+.4f}, {bounds.upper:+.4f}]",
+        f"{difference.bounds.mean:+.4f}",
+        *("(no interval)" if math.isinf(high - low) else f"[{low:+.4f}, {high:+.4f}]" for _, low, high in ends),
         f"{difference.better_rows}, {difference.worse_rows}",
     ]
 

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from loraflow.evaluation.gate import decide
 from loraflow.evaluation.intervals import tango_bound
 from loraflow.failures import BadConfig, BadData
 from loraflow.registry.runs import RunRecord, StageRun
+from loraflow.serving.compared import compare_models, terminal_lines
 from loraflow.store import LocalStore, Summary
 
 A, B, C = (f"20260101-00000{i}-abcdef" for i in (1, 2, 3))
@@ -79,6 +81,15 @@ def test_the_terminal_shows_scores_differences_settings_and_flipped_rows(store):
     assert "learning_rate 0.01 → 0.02" in done.output and "runtime" not in done.output
     assert "exact_match better: r060 0.000 → 1.000" in done.output
     assert done.output.splitlines()[1] == "   training loss 2.000 █▁ 1.000 at step 2"
+
+
+def test_the_bars_of_a_long_training_end_with_its_last_loss(store):
+    comparison = compare_models(store, (A, B))
+    losses = tuple((step, 1.0) for step in range(1, 200))
+    model = replace(comparison.models[0], losses=(*losses, (200, 3.0)))
+    line = list(terminal_lines(replace(comparison, models=(model,))))[1]
+    start, bars = line.split(maxsplit=4)[2:4]
+    assert start == "1.000" and len(bars) <= 40 and bars == "▁" * (len(bars) - 1) + "█"
 
 
 def test_a_third_model_is_compared_with_the_first_on_the_rows_of_both(store):
@@ -164,7 +175,8 @@ def test_an_end_that_does_not_exist_is_null_in_json(tmp_path):
     values = json.loads(compare(store, A, B, "--json").output, parse_constant=pytest.fail)
     [found] = [part for part in values["against_first"][0]["scores"]["differences"] if part["metric"] == "brevity"]
     assert found["interval"][1:] == found["bounds"][1:] == [None, None]
-    assert "[-inf, +inf]" in compare(store, A, B).output
+    [line] = [line for line in compare(store, A, B).output.splitlines() if line.startswith("  brevity  ")]
+    assert line.count("(no interval)") == 2 and "inf" not in line
 
 
 def test_losses_of_different_tokenizers_are_left_out_and_named(tmp_path):

@@ -144,7 +144,7 @@ def test_an_interval_of_rows_of_which_one_has_nearly_all_of_the_weight_has_no_en
     assert mean_interval(losses, 0.95, tokens) == pytest.approx((1.06, -np.inf, np.inf))
     groups = np.repeat([0, 1, 2, 3], [97, 1, 1, 1])
     assert mean_interval(np.linspace(0, 1, 100), 0.95, groups=groups, largest=1.0)[1:] == (0.0, 1.0)
-    assert np.isfinite(mean_interval(losses[:2], 0.95, np.ones(2))).all(), "two rows of equal weight"
+    assert np.isfinite(mean_interval(losses, 0.95, np.ones(4))).all(), "rows of equal weight"
 
 
 @pytest.mark.parametrize(
@@ -198,11 +198,33 @@ def test_an_interval_of_equal_graded_scores_allows_for_other_scores_that_no_row_
     assert nearly.high > 7, "one row that differs says nothing about larger scores"
 
 
-def test_equal_scores_without_a_known_range_have_no_interval():
-    assert mean_interval(np.full(50, 7.0), 0.95)[1:] == (-np.inf, np.inf)
-    assert mean_interval(np.zeros(50), 0.95, np.arange(1.0, 51))[1:] == (-np.inf, np.inf), "losses"
-    table = pd.DataFrame({"id": list("abc"), "brevity": [7.0] * 3, "finish": ["stop"] * 3})
-    assert str(summarise(table, 0.95)["brevity"]) == "7.000 (no interval)"
+@pytest.mark.parametrize(("score", "rows"), [(7.0, 50), (0.35, 21), (2.3456, 21), (3.8368, 242), (0.1, 3)])
+def test_equal_scores_without_a_known_range_have_no_interval(score, rows):
+    """Sums of rounded numbers differ by 1e-16, which is no spread."""
+    scores, tokens = np.full(rows, score), np.random.default_rng(0).integers(1, 60, rows).astype(float)
+    for weights in (None, tokens):
+        for groups in (None, np.arange(rows) // 3):
+            value, low, high = mean_interval(scores, 0.95, weights, groups)
+            assert value == pytest.approx(score) and (low, high) == (-np.inf, np.inf)
+    table = pd.DataFrame({"id": range(rows), "brevity": scores, "token_loss": scores, "reference_tokens": tokens})
+    found = summarise(table.assign(finish="stop"), 0.95)
+    assert str(found["brevity"]) == str(found["token_loss"]) == f"{score:.3f} (no interval)"
+    assert str(found["perplexity"]) == f"{np.exp(score):.3f} (no interval)"
+
+
+def test_equal_losses_of_0_have_no_interval():
+    assert mean_interval(np.zeros(50), 0.95, np.arange(1.0, 51))[1:] == (-np.inf, np.inf)
+
+
+@pytest.mark.parametrize("different", [1, 3])
+def test_few_scores_that_differ_without_a_known_range_have_the_bounds_of_compare(different):
+    """Against a model that scores 0 everywhere, the difference is the score."""
+    scores, tokens = np.r_[np.linspace(5, 9, different), np.full(60, 0.5)], np.arange(60.0 + different, 0, -1)
+    own, same = mean_interval(scores, 0.95), of(scores, reach=None).interval(0.95)
+    assert own == pytest.approx(same) and own.low < 0.5 < own.value < own.high
+    loss = mean_interval(scores, 0.95, tokens)
+    same = Evidence(scores * tokens, tokens, None, rows=len(scores)).interval(0.95)
+    assert loss == pytest.approx((same.value, 0.0, same.high)) and same.low < 0, "a loss is not negative"
 
 
 @pytest.mark.parametrize("share", [0.9, 0.95, 0.97, 0.98, 0.99])

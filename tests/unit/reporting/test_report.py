@@ -45,6 +45,28 @@ DECISION = Decision(verdict="promote", reasons=("better than base", "better than
 SAMPLE = Sample(id="a", prompt="what\n is `this`?", reference='{"a": 1}', answer="no | idea")
 
 
+def test_the_closing_table_fits_in_80_columns_with_a_champion(capsys, monkeypatch):
+    from loraflow.cli.run import show
+
+    monkeypatch.setenv("COLUMNS", "80")
+    score, equal = value(0.5), MetricValue(value=0.25, low=-math.inf, high=math.inf, n=3)
+    scores = {"heldout": {"token_loss": score, "perplexity": equal}}
+    show(RunSummary(run="x", recipe="tiny", metrics=dict.fromkeys(("base", "tuned", "champion"), scores)))
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│ ")]
+    assert cells[:2] == [
+        ["token_loss", *["0.500  0.400–0.600"] * 3],
+        ["perplexity", *["0.250 (no interval)"] * 3],
+    ]
+
+
+def test_a_score_without_interval_says_so_also_in_stored_artifacts():
+    for ends in ({"low": None, "high": None}, {"low": 0.0, "high": math.inf}, {"low": math.inf, "high": math.inf}):
+        score = MetricValue.model_validate({"value": 2.0, **ends, "n": 3})
+        assert (str(score), score.text("{:8.4f}  {:.4f}–{:.4f}")) == ("2.000 (no interval)", "  2.0000 (no interval)")
+    assert value(0.5).text("{:8.4f}  {:.4f}–{:.4f}") == "  0.5000  0.4000–0.6000"
+
+
 def test_the_report_and_the_closing_table_say_what_was_left_out(capsys):
     from loraflow.cli.run import show
     from loraflow.data.checks.check_report import CheckReport
