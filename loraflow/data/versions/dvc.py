@@ -15,7 +15,7 @@ from shlex import quote
 
 from loraflow.data.files.dataset_files import IgnoreRules, cache_folder, dataset_file, dataset_files
 from loraflow.data.versions.dvc_pin import Pin, check_names, read_pin, show_git
-from loraflow.data.versions.dvc_storage import check_remote, copy_from_storage, prepare_pull, remotes, run_dvc
+from loraflow.data.versions.dvc_storage import check_remote, copy_from_storage, prepare_pull, remote_in_git, remotes, run_dvc
 from loraflow.data.versions.git import is_url
 from loraflow.failures import BadData, DirtyData
 from loraflow.store.files import HashMemo
@@ -162,17 +162,23 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
 
 
 def push_pin(pin: Pin, remote: str | None = None) -> None:
-    """Push a pinned dataset; without any remote, only warn.
+    """Push a pinned dataset. Only warn without any remote, or if git would add what the default remote gets.
 
     Raises:
         BadData: DVC failed.
     """
-    if remotes("."):
-        run_dvc(["push", *(["--remote", remote] if remote else []), "--", pin.dvc_file])
-    else:
+    if not remotes("."):
         log.warning(
             "no DVC remote is set up: the data is versioned on this machine only (`dvc remote add -d NAME URL`)"
         )
+    elif remote is None and (folder := remote_in_git()):
+        log.warning(
+            "not pushed: git would keep your data, because the DVC remote %s is in this repository "
+            "(`dvc remote add -f -d NAME URL` with a URL outside of it, or add the folder to .gitignore; then `dvc push`)",
+            folder,
+        )
+    else:
+        run_dvc(["push", *(["--remote", remote] if remote else []), "--", pin.dvc_file])
 
 
 def cache_objects(folder: Path) -> list[Path]:
