@@ -23,6 +23,7 @@ from loraflow.cli.init_recipe import recipe_text
 from loraflow.cli.undo import dvc_undone_on_failure, undone_on_failure
 from loraflow.config.project import project_name
 from loraflow.data.checks.split import in_share, prompt_key
+from loraflow.data.versions.git import git_or_none
 from loraflow.failures import BadConfig
 from loraflow.store.files import replace_file
 from loraflow.store.lock import LockHeld, flock

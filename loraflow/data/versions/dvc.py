@@ -15,7 +15,14 @@ from shlex import quote
 
 from loraflow.data.files.dataset_files import IgnoreRules, cache_folder, dataset_file, dataset_files
 from loraflow.data.versions.dvc_pin import Pin, check_names, read_pin, show_git
-from loraflow.data.versions.dvc_storage import check_remote, copy_from_storage, prepare_pull, remote_in_git, remotes, run_dvc
+from loraflow.data.versions.dvc_storage import (
+    check_remote,
+    copy_from_storage,
+    prepare_pull,
+    remote_in_git,
+    remotes,
+    run_dvc,
+)
 from loraflow.data.versions.git import is_url
 from loraflow.failures import BadData, DirtyData
 from loraflow.store.files import HashMemo
