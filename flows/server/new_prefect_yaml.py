@@ -210,8 +210,8 @@ def quoted(name: str) -> str:
     return name if is_plain else json.dumps(name, ensure_ascii=False)
 
 
-RUNS = re.compile(r"loraflow\.flows\.(finetune|retrain)\.")  # flows that run a recipe
-FIRST = "it is your own file, without a deployment of loraflow.flows.finetune. To start runs from Prefect's UI"
+RUNS = re.compile(r"'loraflow\.flows\.(finetune|retrain)\.")
+FIRST = "it has no deployment of loraflow.flows.finetune. To start runs from Prefect's UI"
 FURTHER = "the form of its deployments starts this recipe too. To retrain it on a schedule"
 
 
@@ -230,9 +230,8 @@ def deployment_to_add(folder: Path, recipe: str) -> str | None:
     entries = document.get("deployments")
     if not isinstance(entries, list | None):
         return None
-    own = [entry for entry in entries or [] if isinstance(entry, dict) and RUNS.match(str(entry.get("entrypoint")))]
-    given = [parameters for entry in own if isinstance(parameters := entry.get("parameters"), dict)]
-    if recipe in {re.sub(r"\.ya?ml$", "", Path(str(parameters.get("recipe"))).name) for parameters in given}:
+    own = [entry for entry in entries or [] if RUNS.search(str(entry))]
+    if any(re.search(rf"'recipe': '([^']*/)?{re.escape(recipe)}(\.ya?ml)?'", str(entry)) for entry in own):
         return None
     is_further = "loraflow.flows.finetune." in str(own)
     project = slug(folder.absolute().name)

@@ -37,7 +37,7 @@ from loraflow.store import Summary, staging
 from loraflow.store.lock import flock
 
 C = TypeVar("C", bound=StageConfig)
-_asked: list[failures.Preempted] = []  # to stop, by SIGTERM; empty if the stage has its own handler, as training has
+_asked: list[failures.Preempted] = []  # to stop; training has its own handler
 
 
 def main(argv: list[str]) -> int:
@@ -68,8 +68,8 @@ def main(argv: list[str]) -> int:
     else:
         failure, summary = _attempt(file, _run_locked)
         name = FILE if node() == 0 else f"node-{node()}.json"
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the outcome is known
-    if _asked:  # code that catches every exception may have continued, with a wrong result
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if _asked:  # code that catches every exception may have continued
         failure = _asked[0]
     record_peak(file.work, rank or f"node-{node()}")
     failure = report_outcome(file, name, pipe, failure, summary)

@@ -102,9 +102,9 @@ WRAPPED = TextWrapper(64, expand_tabs=False, replace_whitespace=False, drop_whit
 
 
 def _continued(line: str) -> str:
-    """Return a line in pieces of 64 columns: a wide character has two, and no piece begins with a combining mark."""
-    wide = "".join(f"{letter}\ud800" if east_asian_width(letter) in "WF" else letter for letter in line)
-    marks = "".join({letter for letter in line if category(letter).startswith("M")})
+    """Return a line in pieces: a wide character has two columns, and no piece begins with a combining mark."""
+    wide = "".join(letter + "\ud800" * (east_asian_width(letter) in "WF") for letter in line)
+    marks = "".join({letter for letter in line if category(letter)[0] == "M"})
     text = "\n↪ ".join(WRAPPED.wrap(wide))
     return re.sub(f"\n↪ ([\ud800{marks}]+)", r"\1\n↪ ", text).replace("\ud800", "")
 

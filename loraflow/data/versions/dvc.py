@@ -169,7 +169,7 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
 
 
 def push_pin(pin: Pin, remote: str | None = None) -> None:
-    """Push a pinned dataset. Only warn without any remote, or if git would add what the default remote gets.
+    """Push a pinned dataset; without any remote, or if the default one is in git, only warn.
 
     Raises:
         BadData: DVC failed.
@@ -181,7 +181,7 @@ def push_pin(pin: Pin, remote: str | None = None) -> None:
     elif remote is None and (folder := remote_in_git()):
         log.warning(
             "not pushed: git would keep your data, because the DVC remote %s is in this repository "
-            "(`dvc remote add -f -d NAME URL` with a URL outside of it, or add the folder to .gitignore; then `dvc push`)",
+            "(`dvc remote add -f -d NAME URL` outside of it, or add it to .gitignore)",
             folder,
         )
     else:

@@ -247,7 +247,7 @@ def remotes(repo: str) -> list[str]:
 
 
 def remote_in_git() -> str | None:
-    """Return the folder of the current repository's default remote if git would add its files, as in a clone of loraflow."""
+    """Return the folder of the default remote if git would add its files, as in a clone of loraflow."""
     from dvc.config import Config
 
     config, top = Config(".dvc"), git_or_none(["rev-parse", "--show-toplevel"])
@@ -255,8 +255,7 @@ def remote_in_git() -> str | None:
     folder = os.path.realpath(url)
     if not top or "://" in url or not Path(folder).is_relative_to(top) or "/.git/" in folder:
         return None
-    is_ignored = git_or_none(["check-ignore", "--", f"{folder}/files/md5/00/x"])
-    return None if is_ignored else os.path.relpath(folder)
+    return None if git_or_none(["check-ignore", "--", f"{folder}/files/md5/00/x"]) else os.path.relpath(folder)
 
 
 def check_remote(remote: str, repo: str) -> None:
