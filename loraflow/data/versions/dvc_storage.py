@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from loraflow.credentials import reveal
 from loraflow.data.versions.dvc_pin import MAX_LIST_BYTES, ListedFile, Pin, check_names, parse_listing
-from loraflow.data.versions.git import folder_in_repository, git_or_none, is_url
+from loraflow.data.versions.git import folder_in_repository, is_url
 from loraflow.failures import (
     BadConfig,
     BadData,
@@ -244,18 +244,6 @@ def remotes(repo: str) -> list[str]:
         return []
     settings = run_dvc(["config", "--list"], repo)  # `dvc remote list` wraps its lines to fit the terminal
     return [match[1] for match in re.finditer(r"^remote\.(.+?)\.url=", settings, re.MULTILINE)]
-
-
-def remote_in_git() -> str | None:
-    """Return the folder of the default remote if git would add its files, as in a clone of loraflow."""
-    from dvc.config import Config
-
-    config, top = Config(".dvc"), git_or_none(["rev-parse", "--show-toplevel"])
-    url = config["remote"].get(config["core"].get("remote"), {"url": "s3://"})["url"].removeprefix("file://")
-    folder = os.path.realpath(url)
-    if not top or "://" in url or not Path(folder).is_relative_to(top) or "/.git/" in folder:
-        return None
-    return None if git_or_none(["check-ignore", "--", f"{folder}/files/md5/00/x"]) else os.path.relpath(folder)
 
 
 def check_remote(remote: str, repo: str) -> None:

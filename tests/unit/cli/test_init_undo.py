@@ -224,4 +224,4 @@ def test_a_remote_that_is_named_is_pushed_to(folder, quick_dvc, caplog, remote):
     Path("data/a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     dvc.add("data", remote=remote)
     assert bool(list(folder.glob("storage/files/md5/*/*.dir"))) == bool(remote)
-    assert ("DVC remote storage is in this repository" in caplog.text) == (not remote)
+    assert (f"DVC remote {folder}/storage is in this repository" in caplog.text) == (not remote)
