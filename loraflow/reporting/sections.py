@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from textwrap import TextWrapper
-from unicodedata import category, east_asian_width
 
 from pydantic import JsonValue
 
@@ -101,19 +100,11 @@ def _lengths(lengths: Lengths, *, image: bool) -> Iterator[str]:
 WRAPPED = TextWrapper(64, expand_tabs=False, replace_whitespace=False, drop_whitespace=False, break_on_hyphens=False)
 
 
-def _continued(line: str) -> str:
-    """Return a line in pieces: a wide character has two columns, and no piece begins with a combining mark."""
-    wide = "".join(letter + "\ud800" * (east_asian_width(letter) in "WF") for letter in line)
-    marks = "".join({letter for letter in line if category(letter)[0] == "M"})
-    text = "\n↪ ".join(WRAPPED.wrap(wide))
-    return re.sub(f"\n↪ ([\ud800{marks}]+)", r"\1\n↪ ", text).replace("\ud800", "")
-
-
 def _sample(row: SampleRow) -> Iterator[str]:
     text = "".join(itertools.starmap(marked, row.parts)) + (
         f"\n[{row.more_parts} more parts]" if row.more_parts else ""
     )
-    text = "\n".join(map(_continued, text.split("\n")))
+    text = "\n".join("\n↪ ".join(WRAPPED.wrap(line)) for line in text.split("\n"))
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)  # a text may hold code blocks itself
     yield f"{row.place}: {row.tokens:,} tokens, {row.learned_tokens:,} learned" + (
