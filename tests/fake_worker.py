@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from loraflow.config.stage_configs import StageConfig
 from loraflow.execution import worker
-from loraflow.failures import NonFiniteLoss, Preempted
+from loraflow.failures import BadConfig, NonFiniteLoss, Preempted
 from loraflow.stages import STAGES, Stage
 from loraflow.store import Summary
 from loraflow.store.checkpoints import finalize_checkpoint
@@ -106,6 +106,14 @@ def run(job, inputs, out, report):
         subprocess.Popen(["sleep", "120"])  # a grandchild
         (work / "pid").write_text(str(os.getpid()))
         time.sleep(120)
+    elif how in ("swallow", "rename"):  # a metric that catches every exception
+        (work / "pid").write_text(str(os.getpid()))
+        try:
+            time.sleep(120)
+        except Exception as error:
+            (out / "result.txt").write_text("0.0")
+            if how == "rename":
+                raise BadConfig("The metric failed.") from error
     elif how == "late":  # is asked to stop when only its result is left to write
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         (work / "pid").write_text(str(os.getpid()))

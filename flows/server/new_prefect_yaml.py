@@ -210,12 +210,13 @@ def quoted(name: str) -> str:
     return name if is_plain else json.dumps(name, ensure_ascii=False)
 
 
-FIRST = "it is your own file, without a deployment of loraflow. To start runs from Prefect's UI"
+RUNS = re.compile(r"'loraflow\.flows\.(finetune|retrain)\.")
+FIRST = "it has no deployment of loraflow.flows.finetune. To start runs from Prefect's UI"
 FURTHER = "the form of its deployments starts this recipe too. To retrain it on a schedule"
 
 
 def deployment_to_add(folder: Path, recipe: str) -> str | None:
-    """Return what to add to a `prefect.yaml` that is there: a form, or the recipe's schedule if there is a flow of loraflow.
+    """Return what to add to a `prefect.yaml` that is there: a form, or the recipe's schedule if there is a form.
 
     None if a deployment names the recipe, or the file cannot be read.
     """
@@ -227,9 +228,12 @@ def deployment_to_add(folder: Path, recipe: str) -> str | None:
     if not isinstance(document, dict):
         return None
     entries = document.get("deployments")
-    if not isinstance(entries, list | None) or f"'recipe': {recipe!r}" in str(entries):
+    if not isinstance(entries, list | None):
         return None
-    is_further = "loraflow.flows." in str(entries)
+    own = [entry for entry in entries or [] if RUNS.search(str(entry))]
+    if any(re.search(rf"'recipe': '([^']*/)?{re.escape(recipe)}(\.ya?ml)?'", str(entry)) for entry in own):
+        return None
+    is_further = "loraflow.flows.finetune." in str(own)
     project = slug(folder.absolute().name)
     name = str(document["name"]) if document.get("name") not in (None, "") else project
     variables = ", job_variables: *environment" if "&environment\n" in text else ""
@@ -240,10 +244,10 @@ def deployment_to_add(folder: Path, recipe: str) -> str | None:
         f"parameters: {{recipe: {quoted(recipe)}{_branch(folder) if is_further else ''}}}",
         f"pull: [{{loraflow.flows.server.project.enter: {{project: {quoted(name)}}}}}]",
     ]
+    entry += ["tags: [loraflow, heartbeat]"] if variables else []  # the variables set the frequency of heartbeats
     if is_further:
-        entry += ["tags: [loraflow, heartbeat]"] if variables else []  # the variables set the frequency of heartbeats
         entry += ["concurrency_limit: {limit: 1, collision_strategy: ENQUEUE}"]
-        entry += ['schedules: [{slug: nightly, cron: "0 2 * * *", timezone: UTC}]']
+        entry += ['schedules: [{slug: nightly, cron: "0 2 * * *", timezone: UTC, active: false}]']
     indent = _indent(text)
     if not entries:
         is_there = "deployments" in document

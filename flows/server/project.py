@@ -193,14 +193,13 @@ def refuse_outdated(run_id: UUID) -> None:
         if changes:
             problem = "The deployment was created by another version of loraflow than this worker's."
             raise BadConfig(problem, where=where, expected=changes, got=str(error), next_step=DEPLOY_AGAIN) from error
-        if isinstance(
-            error, SignatureMismatchError
-        ):  # the server accepts them, and Prefect reports only an exit status
-            problem, next_step = (
+        if isinstance(error, SignatureMismatchError):  # the server accepts them, and Prefect reports an exit status
+            raise BadConfig(
                 "The run has parameters that its flow does not have.",
-                "start it with the names of the form",
-            )
-            raise BadConfig(problem, where=where, got=str(error), next_step=next_step) from error
+                where=where,
+                got=str(error),
+                next_step="start it with the names of the form",
+            ) from error
         # another value is wrong in both versions, and the flow itself reports it
 
 

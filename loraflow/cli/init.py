@@ -8,8 +8,6 @@ import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from configparser import ConfigParser
-from configparser import Error as UnreadableConfig
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -136,26 +134,8 @@ def _write_project(dataset: UserDataset, options: _Options, recipe: Path, target
         readme = write_readme(Path(), recipe, target, options.project)
         if options.dvc_pipeline:
             write_pipeline(Path(), options.name, recipe, target)
-        if remote := _remote_in_git():
-            say = f"WARNING not pushed: git would keep your data, because the DVC remote {remote} is in this repository"
-            click.echo(f"{say} (`dvc push {pin.dvc_file}` pushes it there)", err=True)
-        else:
-            dvc.push_pin(pin)  # last: it cannot be undone
+        dvc.push_pin(pin)  # last: it cannot be undone
     return WrittenFiles(recipe, target, pin, deployments, readme, has_pipeline=options.dvc_pipeline)
-
-
-def _remote_in_git() -> str | None:
-    """Return the folder of the default remote in .dvc/config if git would add its files, as in a clone of loraflow."""
-    config = ConfigParser(interpolation=None)
-    with suppress(UnreadableConfig):
-        config.read(".dvc/config", encoding="utf-8")
-        name = config.get("core", "remote", fallback=None)
-        url = config.get(f"'remote \"{name}\"'", "url", fallback="s3://")
-        folder = os.path.realpath(Path(".dvc", url))
-        top = git_or_none(["rev-parse", "--show-toplevel"])
-        if top and "://" not in url and Path(folder).is_relative_to(top):
-            return None if git_or_none(["check-ignore", folder]) else os.path.relpath(folder)
-    return None
 
 
 def _require_base(base: str) -> None:

@@ -37,6 +37,7 @@ from loraflow.store import Summary, staging
 from loraflow.store.lock import flock
 
 C = TypeVar("C", bound=StageConfig)
+_asked: list[failures.Preempted] = []  # to stop; training has its own handler
 
 
 def main(argv: list[str]) -> int:
@@ -67,6 +68,9 @@ def main(argv: list[str]) -> int:
     else:
         failure, summary = _attempt(file, _run_locked)
         name = FILE if node() == 0 else f"node-{node()}.json"
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if _asked:  # code that catches every exception may have continued
+        failure = _asked[0]
     record_peak(file.work, rank or f"node-{node()}")
     failure = report_outcome(file, name, pipe, failure, summary)
     if _is_orphaned():  # the launcher is gone, so this process ends its own group
@@ -120,7 +124,8 @@ def _is_orphaned() -> bool:
 def _preempted(signum: int, frame: FrameType | None) -> None:
     # A second signal must not interrupt the handling of the first one.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise failures.Preempted("The worker was asked to stop.", got="SIGTERM", next_step="run again: it resumes")
+    _asked.append(failures.Preempted("The worker was asked to stop.", got="SIGTERM", next_step="run again: it resumes"))
+    raise _asked[0]
 
 
 def _end_with_launcher(grace: float) -> None:

@@ -16,7 +16,7 @@ from shlex import quote
 from loraflow.data.files.dataset_files import IgnoreRules, cache_folder, dataset_file, dataset_files
 from loraflow.data.versions.dvc_pin import Pin, check_names, read_pin, show_git
 from loraflow.data.versions.dvc_storage import check_remote, copy_from_storage, prepare_pull, remotes, run_dvc
-from loraflow.data.versions.git import is_url
+from loraflow.data.versions.git import git_or_none, is_url
 from loraflow.failures import BadData, DirtyData
 from loraflow.store.files import HashMemo
 from loraflow.store.lock import flock
@@ -162,17 +162,35 @@ def add(folder: str, *, push: bool = True, remote: str | None = None) -> Pin:
 
 
 def push_pin(pin: Pin, remote: str | None = None) -> None:
-    """Push a pinned dataset; without any remote, only warn.
+    """Push a pinned dataset; without any remote, or if the default one is in git, only warn.
 
     Raises:
         BadData: DVC failed.
     """
-    if remotes("."):
-        run_dvc(["push", *(["--remote", remote] if remote else []), "--", pin.dvc_file])
-    else:
+    if not remotes("."):
         log.warning(
             "no DVC remote is set up: the data is versioned on this machine only (`dvc remote add -d NAME URL`)"
         )
+    elif remote is None and (folder := _remote_in_git()):
+        log.warning(
+            "not pushed: git would keep your data, because the DVC remote %s is in this repository "
+            "(`dvc remote add -f -d NAME URL` outside of it, or add it to .gitignore)",
+            folder,
+        )
+    else:
+        run_dvc(["push", *(["--remote", remote] if remote else []), "--", pin.dvc_file])
+
+
+def _remote_in_git() -> Path | None:
+    """Return the folder of the default remote if git would add its files, as in a clone of loraflow."""
+    from dvc.config import Config
+
+    config, top = Config(".dvc"), git_or_none(["rev-parse", "--show-toplevel"])
+    url = config["remote"].get(config["core"].get("remote"), {"url": "s3://"})["url"].removeprefix("file://")
+    folder = Path(url).resolve()
+    if not top or "://" in url or not folder.is_relative_to(top) or ".git" in folder.parts:
+        return None
+    return None if git_or_none(["check-ignore", "--", f"{folder}/files/md5/00/x"]) else folder
 
 
 def cache_objects(folder: Path) -> list[Path]:

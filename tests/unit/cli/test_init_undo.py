@@ -184,23 +184,44 @@ def test_an_init_that_fails_leaves_the_objects_that_the_cache_had(folder, monkey
     assert kept() == before and sh("git", "ls-files", "--stage", cwd=folder) == index
 
 
-@pytest.mark.parametrize(
-    ("remote", "ignored", "pushed"), [("remote", "", False), ("remote", "/.dvc/remote", True), ("elsewhere", "", True)]
-)
-def test_init_does_not_push_ones_chats_into_the_git_repository(folder, quick_dvc, remote, ignored, pushed):
+IN_GIT = {  # the url of the default remote, of config.local, the line of .gitignore; whether it is pushed
+    "inside": (".dvc/remote", None, "", False),
+    "ignored": (".dvc/remote", None, "/.dvc/remote", True),
+    "ignored as a folder": ("storage", None, "/storage/", True),
+    "ignored by its files": ("storage", None, "/storage/*", True),
+    "in git's own folder": (".git/storage", None, "", True),
+    "a url": ("file://{top}/storage", None, "", False),
+    "another in config.local": (".dvc/remote", "{top}-there", "", True),
+    "inside by config.local": ("{top}-there", "file://{top}/storage", "", False),
+    "outside": ("{top}-there", None, "", True),
+}
+
+
+@pytest.mark.parametrize(("url", "local", "ignored", "pushed"), IN_GIT.values(), ids=IN_GIT)
+def test_ones_chats_are_not_pushed_into_the_git_repository(folder, quick_dvc, caplog, url, local, ignored, pushed):
     """As in a clone of loraflow, whose remote is a folder of the repository."""
     sh("git", "init", "-q", cwd=folder)
     run_dvc("init", cwd=folder)
-    run_dvc(
-        "remote",
-        "add",
-        "-d",
-        "inside",
-        f".dvc/{remote}" if remote == "remote" else str(folder.parent / "there"),
-        cwd=folder,
-    )
+    run_dvc("remote", "add", "-d", "inside", url.format(top=folder), cwd=folder)
+    if local:
+        run_dvc("remote", "modify", "--local", "inside", "url", local.format(top=folder), cwd=folder)
     Path(".gitignore").write_text(ignored + "\n")
     done = call_init()
     assert done.exception is None, done.output
-    objects = list((folder / ".dvc/remote").rglob("*.dir")) + list((folder.parent / "there").rglob("*.dir"))
-    assert bool(objects) == pushed and ("not pushed" in done.output) != pushed
+    places = (folder, Path(f"{folder}-there"))
+    found = [path for place in places for path in place.rglob("files/md5/*/*.dir") if "cache" not in path.parts]
+    assert bool(found) == pushed and ("not pushed" in caplog.text) != pushed
+    sh("git", "add", "-A", cwd=folder)
+    assert "md5/" not in sh("git", "ls-files", cwd=folder)
+
+
+@pytest.mark.parametrize("remote", [None, "inside"])
+def test_a_remote_that_is_named_is_pushed_to(folder, quick_dvc, caplog, remote):
+    sh("git", "init", "-q", cwd=folder)
+    run_dvc("init", cwd=folder)
+    run_dvc("remote", "add", "-d", "inside", "storage", cwd=folder)
+    Path("data").mkdir()
+    Path("data/a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    dvc.add("data", remote=remote)
+    assert bool(list(folder.glob("storage/files/md5/*/*.dir"))) == bool(remote)
+    assert (f"DVC remote {folder}/storage is in this repository" in caplog.text) == (not remote)

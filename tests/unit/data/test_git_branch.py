@@ -128,6 +128,7 @@ def test_a_commit_contains_only_the_pin_and_a_dataset_in_git_is_read_without_a_p
     run_dvc("init", cwd=mine)
     run_dvc("remote", "add", "-d", "here", ".dvc/remote", cwd=mine)
     pin = add_data(mine, 3)
+    dvc.push_pin(pin, "here")  # named: the default remote is not pushed into git
     (mine / "x").write_text("not to be committed")
     assert branch.committed(pin) is None
     branch.commit(pin)

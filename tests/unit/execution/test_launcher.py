@@ -219,6 +219,28 @@ def test_a_worker_that_is_done_within_the_grace_period_has_its_result_committed(
     assert len(checks) == 1 and store.verify(ref) == []
 
 
+@pytest.mark.parametrize("how", ["swallow", "rename"])
+def test_a_result_that_the_request_to_stop_has_changed_is_not_committed(store, monkeypatch, how):
+    """A metric with `except Exception: return 0.0` catches Preempted, wherever the worker is asked to stop."""
+    work = work_of(store, job(how))
+
+    def is_over(submitted, ends):
+        if (work / "pid").exists():
+            raise failures.BudgetSpent("The run reached its time limit.")
+
+    with monkeypatch.context() as patch, pytest.raises(failures.BudgetSpent):
+        patch.setattr(worker_process, "check_budget", is_over)
+        launch.run_job(job(how, max_hours=1, grace_seconds=60.0), store)
+    assert list(store.artifacts()) == []
+    (work / "pid").unlink()
+    preempt = threading.Thread(target=lambda: os.kill(int(wait_for(work / "pid")), signal.SIGTERM))
+    preempt.start()
+    with pytest.raises(failures.Preempted) as caught:  # also without a limit: a machine that is taken away
+        launch.run_job(job(how), store)
+    preempt.join()
+    assert caught.value.retryable and list(store.artifacts()) == []
+
+
 def test_a_second_interruption_kills_the_worker_at_once(tmp_path):
     root = tmp_path / "store"
     script = LAUNCHER.format(how="stubborn", root=root, options="grace_seconds=300.0")

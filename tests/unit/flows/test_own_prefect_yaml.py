@@ -83,10 +83,27 @@ def test_a_further_recipe_of_a_project_gets_a_schedule_of_its_own(folder, templa
     file.write_text(f"{text[:end]}{lines}\n{text[end:]}")
     specs = {spec.name: spec for spec in read_all(file)[0]}
     own, first = specs["shop-b-2-nightly"], specs["shop-nightly"]
-    assert own.parameters["recipe"] == "b_2" and own.schedules[0].cron == "0 2 * * *"
-    for part in ("flow_name", "work_pool", "project", "concurrency_limit", "tags"):
+    assert own.parameters["recipe"] == "b_2" and own.schedules[0].active is False
+    for part in ("flow_name", "work_pool", "project", "concurrency_limit", "tags", "schedules"):
         assert getattr(own, part) == getattr(first, part), part
     assert deployment_to_add(folder, "b_2") is None
+
+
+def test_only_a_deployment_that_runs_recipes_counts(folder):
+    """One that evaluates has no form, and the recipe that it names is not run by it."""
+    text = write_prefect_yaml(folder, "tiny", "local", "shop").read_text()
+    (folder / "configs" / "b.yaml").write_text("name: b\n")
+    for flow in ("finetune", "retrain", "evaluate_model"):
+        document = yaml.safe_load(text)
+        entries = [entry for entry in document["deployments"] if f"flows.{flow}." in entry["entrypoint"]]
+        entries[0]["parameters"]["recipe"] = "configs/b.yaml"
+        (folder / "prefect.yaml").write_text(yaml.safe_dump(document | {"deployments": entries[:1]}))
+        advice = deployment_to_add(folder, "b")
+        assert (advice is None) == (flow != "evaluate_model"), "it runs configs/b.yaml, whose name is b"
+        other = deployment_to_add(folder, "other")
+        is_form = flow == "finetune"
+        assert ("form of its deployments" in other) == ("retrain.retrain" in other) == is_form
+        assert ("finetune.finetune" in other) == (not is_form)
 
 
 def test_a_file_whose_deployments_are_no_list_gets_no_advice(folder):
