@@ -72,8 +72,9 @@ def find_recipe(path: str | Path) -> Path:
     if instead is None:
         return file
     if file.name and file.parent == Path() and len(file.name) < MAX_NAME:
+        stem = file.stem if file.suffix in SUFFIXES else file.name  # a name may have a dot: v1.2
         for suffix in SUFFIXES:
-            named = RECIPES.joinpath(file.name).with_suffix(suffix)
+            named = RECIPES / f"{stem}{suffix}"
             if _instead_of_file(named) is None:
                 return named
     have = [str(found) for found in recipe_files()]

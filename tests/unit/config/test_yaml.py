@@ -167,3 +167,17 @@ def test_thousands_of_unknown_keys_are_counted_and_not_listed():
         parse_recipe(MINIMAL + "".join(f"k{i}: 1\n" for i in range(2_000)))
     assert len(str(caught.value).splitlines()) < 25
     assert time.process_time() - started < 2
+
+
+def test_a_recipes_name_may_have_a_dot(tmp_path, monkeypatch):
+    from loraflow.config.recipe_text import find_recipe
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    for name in ("v1.yaml", "v1.2.yaml"):
+        (tmp_path / "configs" / name).write_text("")
+    for given in ("v1.2", "v1.2.yaml", "configs/v1.2.yaml"):
+        assert find_recipe(given).name == "v1.2.yaml"
+    assert find_recipe("v1").name == find_recipe("v1.yml").name == "v1.yaml"
+    with pytest.raises(BadConfig):
+        find_recipe("v1.3")
