@@ -21,11 +21,13 @@ from loraflow.execution.deal import deal_heldout
 from loraflow.execution.plan_notes import warn_of_other_tokens
 from loraflow.execution.results import PipelineResult, SeedResult
 from loraflow.store import Ref
-from loraflow.tasks.limits import check_general_rows, check_merge, check_rows
 from loraflow.tasks.run import Run
 from loraflow.tasks.stages import (
     check_dataset,
     check_general,
+    check_general_rows,
+    check_merge,
+    check_rows,
     deal_rows,
     evaluate,
     merge,

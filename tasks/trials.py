@@ -27,9 +27,16 @@ from loraflow.failures import (
 from loraflow.registry.sweeps import SweepRecord, TrialRecord, choose
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref
-from loraflow.tasks.limits import check_rows
 from loraflow.tasks.run import Run, StageResult
-from loraflow.tasks.stages import check_dataset, resolve_base, stage_task, tokenize, train_group, version_dataset
+from loraflow.tasks.stages import (
+    check_dataset,
+    check_rows,
+    resolve_base,
+    stage_task,
+    tokenize,
+    train_group,
+    version_dataset,
+)
 
 log = logging.getLogger("loraflow")
 
