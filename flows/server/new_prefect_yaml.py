@@ -216,7 +216,7 @@ FURTHER = "the form of its deployments starts this recipe too. To retrain it on 
 
 
 def deployment_to_add(folder: Path, recipe: str) -> str | None:
-    """Return what to add to a `prefect.yaml` that is there: a form, or the recipe's schedule if there is a form.
+    """Return what to add to an existing `prefect.yaml`: a form, or the recipe's schedule if it has a form.
 
     None if a deployment names the recipe, or the file cannot be read.
     """
