@@ -6,9 +6,6 @@
   that an earlier `loraflow up` left unfinished.
 - a deployment's pull step: `project`.
 
-No process may outlive its parent, even if the parent is killed by SIGKILL: `loraflow.execution.parent_death` ends its group.
-
-- `prefect_process` wraps the server and workers of `loraflow up`, and the temporary server of a single command, which
-  `temporary_server` starts. The transactions of these servers wait in turn.
-- The worker processes of stages call `parent_death` themselves.
+No process may outlive its parent (`loraflow.execution.parent_death`): `prefect_process` wraps the server and workers of
+`loraflow up`, and the temporary server of a single command, which `temporary_server` starts.
 """
