@@ -14,7 +14,7 @@ from loraflow.serving.chat import Sampling
 from loraflow.serving.models import find_model, tools_of
 from loraflow.serving.predict import PredictionReport, PredictOptions, predict
 from loraflow.store import hash_memo, open_store
-from loraflow.tasks.run_here import ProgressArtifact
+from loraflow.tasks.events import ProgressArtifact
 from loraflow.tasks.stages import RETRIES, RETRY_DELAYS, is_retryable
 
 log = logging.getLogger("loraflow")

@@ -51,8 +51,14 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
     _log_start(setup, trainable, parameters, choices)
     if setup.group.is_main and setup.shape is not None:
         progress.expect_memory(_expected_memory(setup, setup.shape, built.choices).as_bytes())
+    checkpoint = str(setup.resumed_from) if setup.resumed_from else None
+    mean_loss: float | None = None
     with explain_out_of_memory(json.dumps(choices), retry_with=built.micro_batch.retry_with()):
-        mean_loss = _train(setup, built)
+        try:
+            mean_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+        except StoppedEarly:  # before its first step
+            if trainer.state.best_model_checkpoint is not None:  # as transformers does after the last step
+                trainer._load_best_model()
     step = trainer.state.global_step
     early = (call for call in trainer.callback_handler.callbacks if isinstance(call, EarlyStopping))
     is_over = step == setup.steps.total or any(call.is_over for call in early)  # only the adapter is left to write
@@ -80,18 +86,6 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
         },
         facets={"adapter": ["adapter/"]},
     )
-
-
-def _train(setup: TrainingSetup, built: BuiltTrainer) -> float | None:
-    """Train from the checkpoint, if there is one; return the mean loss of the steps, or None if none was left."""
-    trainer = built.trainer
-    try:
-        result = trainer.train(resume_from_checkpoint=str(setup.resumed_from) if setup.resumed_from else None)
-    except StoppedEarly:
-        if trainer.state.best_model_checkpoint is not None:  # as transformers does after the last step
-            trainer._load_best_model()
-        return None
-    return float(result.training_loss)
 
 
 def _log_start(setup: TrainingSetup, trainable: int, parameters: int, choices: dict[str, JsonValue]) -> None:
