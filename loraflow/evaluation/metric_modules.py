@@ -278,8 +278,8 @@ def require_unchanged(name: str, expected: str) -> None:
         raise BadConfig(
             f"The metric {name} was edited during the run, so its scores cannot be kept.",
             where=", ".join(map(str, metric_files(find_module(name)))),
-            next_step="run again: the finished stages are cached. If the metric writes this file itself, open it in the "
-            "module that names it: then it is no part of the metric",
+            next_step="run again: finished stages are cached. A file that the metric writes itself must be opened for "
+            "writing in the module that names it: then it does not count as part of the metric",
         )
 
 

@@ -65,7 +65,7 @@ def run_job(
             log.info("%s %s: another run computed it meanwhile", job.stage, job.short)
             return ref
         if not force and (ref := store.resume_commit(job.stage, job.fingerprint)) is not None:
-            log.info("%s %s: was computed before; its interrupted commit is finished now", job.stage, job.short)
+            log.info("%s %s: already computed; finishing its interrupted commit", job.stage, job.short)
             return ref
         work = store.work_folder(job.stage, job.fingerprint, ref if force else None)
         check_free_space(job, store)

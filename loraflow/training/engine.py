@@ -48,17 +48,17 @@ def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
     attention = choose_attention(setup, config)
     refuse_unsupported(config, is_packed=setup.rows.row_length is not None, quantization=setup.config.base.quantization)
     refuse_mixed_devices(setup.group, setup.device)
-    sharding = choose_sharding(setup)
-    setup = replace(setup, is_sharded=sharding.is_sharded)
+    is_sharded, sharding_why = choose_sharding(setup)
+    setup = replace(setup, is_sharded=is_sharded)
     model = load_base(setup, attention)
     if setup.longrope_switch is not None:
         separate_angles(model, setup)
-    if not sharding.is_sharded:
+    if not is_sharded:
         _check_model(setup, model, is_concatenated=attention.concatenated)
     warn_of_slow_bfloat16(setup)
     choices = EngineChoices(
-        base_sharded=sharding.is_sharded,
-        base_sharded_why=sharding.why,
+        base_sharded=is_sharded,
+        base_sharded_why=sharding_why,
         engine=engine,
         attention=attention.kernel,
         attention_why=attention.why,
