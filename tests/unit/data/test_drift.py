@@ -124,7 +124,7 @@ def test_the_report_lists_what_changed():
 
 def test_the_report_draws_the_lengths_of_the_answers_before_and_now():
     old = [(f"q{n}", "a" * n) for n in range(1, 101)]
-    drift = measure_drift(checked(old), checked([(prompt, said * 2) for prompt, said in old]))
+    drift = measure_drift(checked(old), checked([(prompt, completion * 2) for prompt, completion in old]))
     was, now = drift.lengths.values()
     assert was[10] == (pytest.approx(1 + 99 * 0.5), pytest.approx(0.5))
     assert [x for x, _ in now] == pytest.approx([2 * x for x, _ in was])
