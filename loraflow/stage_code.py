@@ -110,7 +110,6 @@ TRAIN = (
     "loraflow.training.train",
     "loraflow.training.setup",
     "loraflow.data.tokens.positions",
-    "loraflow.training.engine",
     "loraflow.training.choices",
     "loraflow.training.document_check",
     "loraflow.base.generation_settings",

@@ -216,7 +216,7 @@ class TrainingSetup:
     together: tuple[PeftConfig, ...] = ()
     # Tokens; set if rows are on both sides of it: each document has angles of its own.
     longrope_switch: int | None = None
-    is_sharded: bool = False  # whether the frozen base is sharded over the devices; set by `engine`
+    is_sharded: bool = False  # whether the frozen base is sharded over the devices; set by `build_trainer`
 
     @property
     def checkpoints(self) -> Path:
