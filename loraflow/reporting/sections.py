@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from textwrap import TextWrapper
+from typing import NamedTuple
 
 from pydantic import JsonValue
 
@@ -254,26 +255,40 @@ def _cell(text: str) -> str:
 MAX_CURVES = 8  # in an image: those of the best trials
 
 
-def sweep_lines(sweep: SweepRecord, curves: Mapping[str, Curves], *, image: bool) -> Iterator[str]:
-    """Yield the section of a run's report. `curves` are by the trials' labels; they are drawn with `image` only."""
+class TableRow(NamedTuple):
+    """A combination in the table of trials."""
+
+    cells: list[str]  # as the header
+    is_chosen: bool
+    problem: str
+
+
+def sweep_table(sweep: SweepRecord) -> tuple[list[str], list[TableRow]]:
+    """Return the header of the table of trials, without a name for the rank, and its rows, the best combination first."""
     keys = short_names([*(sweep.trials[0].settings if sweep.trials else {})]).values()
-    combinations = ranked(sweep.trials)
-    count = len(sweep.trials) // len(combinations)
-    seeds = f"{count} seed{'s' if count > 1 else ''} for each combination"
-    yield from (f"## Trials ({len(sweep.trials)})", "", f"Chosen by the loss on validation rows: {sweep.chosen}.", "")
-    header = ["rank", *keys, "validation loss", "mean", "spread", "seconds"]
-    yield from (f"| {' | '.join(map(_cell, header))} |", "|---:" * len(header) + "|")
-    for rank, found in enumerate(combinations, 1):
+    rows = []
+    for rank, found in enumerate(ranked(sweep.trials), 1):
         losses = ", ".join("failed" if trial.loss is None else f"{trial.loss:.4f}" for trial in found.trials)
         numbers = ["" if value is None else f"{value:.4f}" for value in (found.mean, found.deviation)]
         cells = [str(rank), *map(show_value, found.settings.values()), losses, *numbers, f"{found.seconds:.1f}"]
-        marks = "**" if any(trial.label == sweep.chosen for trial in found.trials) else ""
-        yield f"| {' | '.join(f'{marks}{_cell(cell)}{marks}' if cell else '' for cell in cells)} |"
+        is_chosen = any(trial.label == sweep.chosen for trial in found.trials)
+        rows.append(TableRow(cells, is_chosen, next((trial.problem for trial in found.trials if trial.problem), "")))
+    return ["", *keys, "validation loss", "mean", "spread", "seconds"], rows
+
+
+def sweep_lines(sweep: SweepRecord, curves: Mapping[str, Curves], *, image: bool) -> Iterator[str]:
+    """Yield the section of a run's report. `curves` are by the trials' labels; they are drawn with `image` only."""
+    header, rows = sweep_table(sweep)
+    count = len(sweep.trials) // len(rows)
+    seeds = f"{count} seed{'s' if count > 1 else ''} for each combination"
+    yield from (f"## Trials ({len(sweep.trials)})", "", f"Chosen by the loss on validation rows: {sweep.chosen}.", "")
+    yield from (f"| {' | '.join(map(_cell, ['rank', *header[1:]]))} |", "|---:" * len(header) + "|")
+    for row in rows:
+        marks = "**" if row.is_chosen else ""
+        yield f"| {' | '.join(f'{marks}{_cell(cell)}{marks}' if cell else '' for cell in row.cells)} |"
     yield from ("", f"{seeds}; the spread is the standard deviation between seeds.", "")
     yield from (f"- {_cell(note)}" for note in sweep.notes)
-    for found in combinations:
-        problems = [trial.problem for trial in found.trials if trial.problem]
-        yield from (f"- {_cell(problem)}" for problem in problems[:1])
+    yield from (f"- {_cell(row.problem)}" for row in rows if row.problem)
     yield ""
     if image:
         yield from _images(sweep, curves)
