@@ -102,9 +102,9 @@ def train(
     import torch
 
     from loraflow.config import parse_recipe
-    from loraflow.execution.job_file import JobFile
-    from loraflow.execution.worker import execute
+    from loraflow.job import Inputs, Progress
     from loraflow.store import Ref
+    from loraflow.training import train as stage
     from tests.job_factory import make_job
 
     length = 128
@@ -124,13 +124,11 @@ def train(
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
     home = work / "home"
     shutil.rmtree(home, ignore_errors=True)
-    home.mkdir()
+    out = home / "out"
+    out.mkdir(parents=True)
+    job = make_job("train", recipe, {"tokens": ref, "base": ref})
     started = time.time()
-    job_file = JobFile(
-        make_job("train", recipe, {"tokens": ref, "base": ref}),
-        home / "out", {"tokens": work / "tokens", "base": base}, home,
-    )  # fmt: skip
-    execute(job_file)
+    stage.run(job, Inputs({"tokens": work / "tokens", "base": base}), out, Progress(home / "progress.jsonl", work=home))
     lines = [json.loads(line) for line in (home / "progress.jsonl").read_text().splitlines()]
     times = {line["step"]: line["time"] for line in lines if "step" in line}
     later = [after - before for before, after in pairwise([times[step] for step in range(WARM_UP, STEPS + 1)])]

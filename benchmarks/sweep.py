@@ -67,8 +67,9 @@ def train(work: Path, base: Path, shared: dict[str, object], chosen: list[dict[s
     """Train one trial by the stage train, or several by train_group."""
     from loraflow.config import parse_recipe
     from loraflow.config.stage_configs import TrainConfig
-    from loraflow.execution.job_file import JobFile
-    from loraflow.execution.worker import execute
+    from loraflow.execution.worker import stage_function
+    from loraflow.job import Inputs, Progress
+    from loraflow.stages import STAGES
     from loraflow.store import Ref
     from tests.job_factory import Outside, make_job
 
@@ -76,16 +77,17 @@ def train(work: Path, base: Path, shared: dict[str, object], chosen: list[dict[s
     ref = Ref(stage="s", fingerprint="f", digest="d", uri="")
     home = work / "home"
     shutil.rmtree(home, ignore_errors=True)
-    home.mkdir()
+    out = home / "out"
+    out.mkdir(parents=True)
     outside = Outside(grouped=tuple(TrainConfig.from_recipe(recipe, Outside()) for recipe in recipes))
     stage = "train" if len(chosen) == 1 else "train_group"
     job = make_job(stage, recipes[0], {"tokens": ref, "base": ref}, outside)
     started = time.time()
-    execute(JobFile(job, home / "out", {"tokens": work / "tokens", "base": base}, home))
+    inputs = Inputs({"tokens": work / "tokens", "base": base})
+    stage_function(STAGES[stage])(job, inputs, out, Progress(home / "progress.jsonl", work=home))
     seconds = time.time() - started
     rows = [json.loads(line) for line in (home / "progress.jsonl").read_text().splitlines()]
     times = [row["time"] for row in rows if row.get("step", 0) >= WARM_UP]
-    out = home / "out"
     files = [out / "telemetry" / "curves.jsonl"] if stage == "train" else sorted(out.glob("curves-*.jsonl"))
     logged = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     return Timing(

@@ -7,12 +7,14 @@ from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
 from loraflow.credentials import protect_output
+from loraflow.execution.launcher import run_job
 from loraflow.execution.parent_death import end_with_parent
 from loraflow.failures import Failure, from_os_error
 from loraflow.flows.parameters import JsonObject
 from loraflow.store import require_intact
+from loraflow.tasks.events import ProgressArtifact
+from loraflow.tasks.gpu_lease import gpu_lease
 from loraflow.tasks.placement import accept_job, failure_message
-from loraflow.tasks.run_here import run_here
 
 
 @flow(name="stage", flow_run_name="{label}", persist_result=False)
@@ -32,7 +34,8 @@ def stage(job: JsonObject, store: str, label: str, force: bool = False) -> State
         with artifacts.reader_lock():
             for ref in accepted.inputs.values():
                 require_intact(artifacts, ref)
-            run_here(accepted, artifacts, label, force=force)
+            with gpu_lease(accepted):
+                run_job(accepted, artifacts, ProgressArtifact(label).show_figures, force=force)
     except (Failure, OSError) as error:
         failure = error if isinstance(error, Failure) else from_os_error(error, store)
         if failure is None:

@@ -6,7 +6,9 @@ that a stage's modules import is missing here.
 
 from __future__ import annotations
 
+import ast
 import hashlib
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,7 +110,6 @@ TRAIN = (
     "loraflow.training.train",
     "loraflow.training.setup",
     "loraflow.data.tokens.positions",
-    "loraflow.training.engine",
     "loraflow.training.choices",
     "loraflow.training.document_check",
     "loraflow.base.generation_settings",
@@ -289,3 +290,15 @@ def module_source(module: str) -> bytes:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(module)
     return Path(spec.origin).read_bytes()
+
+
+def parse(source: str | bytes) -> ast.Module:
+    """Parse Python code.
+
+    CPython before 3.11.8 raises SystemError if two threads parse at once (bug 106905), and libraries have threads that
+    know no lock of ours. So this tries again.
+    """
+    for _ in range(19):
+        with suppress(SystemError):
+            return ast.parse(source)
+    return ast.parse(source)

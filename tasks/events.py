@@ -1,15 +1,20 @@
-"""Events that automations listen to: a new dataset, a new champion, a challenger that was rejected."""
+"""What Prefect shows of a run: a stage's progress, and events that automations listen to."""
 
 from __future__ import annotations
 
 import logging
+import re
+import time
 from pathlib import Path
+from uuid import UUID
 
 import httpx
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.events import Event, Resource, emit_event
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import get_current_settings
+from pydantic import JsonValue
 
 from loraflow.config.project import served_project
 from loraflow.execution.results import Registration
@@ -20,6 +25,7 @@ DATASET = "loraflow.dataset.updated"
 CHAMPION = "loraflow.champion.promoted"
 REJECTED = "loraflow.challenger.rejected"
 RUN_WAITING = "loraflow.run.waits"
+UPDATE_EVERY = 5.0  # seconds between updates
 PROJECT_LABEL = "loraflow.project"  # label of a decision's resource: several projects may share a server
 
 
@@ -87,3 +93,43 @@ def announce_dataset(name: str, md5: str, commit: str, project: str | None = Non
             next_step="start the server, then the same command again; or run retrain from the UI",
         ) from error
     return str(url)
+
+
+class ProgressArtifact:
+    """The progress of one label."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self.artifact: UUID | None = None
+        self.updated = 0.0
+
+    def show_figures(self, figures: dict[str, JsonValue]) -> None:
+        """Show a worker's figures: how much is done of how much, and for training loss, speed and time left."""
+        done = figures.get("step", figures.get("done", figures.get("tensors")))
+        total, loss = figures.get("total"), figures.get("loss")
+        speed, left = figures.get("tokens_per_second"), figures.get("eta_seconds")
+        if not isinstance(done, int) or not isinstance(total, int) or not total:
+            return
+        details = []
+        if isinstance(loss, int | float):
+            details.append(f"loss {loss:.4f}")
+        if isinstance(speed, int | float) and speed:
+            details.append(f"{speed:,.0f} tokens/s")
+        if isinstance(left, int | float):
+            details.append(f"{left:.0f} s left")
+        self.show(done, total, *details)
+
+    def show(self, done: int, total: int, *details: str) -> None:
+        """Show how much is done. Most calls do nothing: updates are `UPDATE_EVERY` seconds apart, but for the last."""
+        if time.monotonic() - self.updated < UPDATE_EVERY and done < total:
+            return
+        self.updated = time.monotonic()
+        text, percent = ", ".join([f"{self.label} {done}/{total}", *details]), 100.0 * done / total
+        log.info("%s", text)
+        if self.artifact is None:
+            key = re.sub(r"[^a-z0-9]+", "-", self.label.lower()) + "-progress"
+            created = create_progress_artifact(progress=percent, key=key, description=text)
+            assert isinstance(created, UUID)  # a coroutine only where an event loop runs
+            self.artifact = created
+        else:
+            update_progress_artifact(self.artifact, progress=percent, description=text)  # type: ignore[unused-coroutine]

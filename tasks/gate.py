@@ -277,11 +277,11 @@ def _budget(look: Look, rows: int, error: float, *, is_free: bool) -> str:
     """Return for people which look it was, what is left, how many of the rows were new, and the error of all looks."""
     fresh = "" if look.fresh is None else f", of which {look.fresh} were never scored before"
     near = (
-        f" Its level includes {look.following:.2g} because an earlier look nearly showed a gain."
+        f" Its level includes an extra {look.following:.2g}, because an earlier look almost confirmed a gain."
         if look.following
         else ""
     )
-    lowered = f" An earlier look had gate.error {error:g}; now it is {look.error:g}." if error > look.error else ""
+    lowered = f" gate.error was {error:g} at an earlier look, and is {look.error:g} now." if error > look.error else ""
     holds = ", whatever its held-out rows" if is_free else ", if each run's new rows are independent of earlier ones"
     return (
         f"{str(look).capitalize()}, {look.left} left, at {rows} held-out rows{fresh}: at most {100 * error:.4g}% for any "

@@ -21,25 +21,24 @@ from pydantic import JsonValue
 from loraflow import identity
 from loraflow.config import Recipe
 from loraflow.config.load import RecipeFile, read_recipe
-from loraflow.config.stage_configs import StageConfig
 from loraflow.credentials import mask, mask_json, protect_output
 from loraflow.data.checks.drift import DataDrift
 from loraflow.data.versions import dvc
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
+from loraflow.execution.launcher import run_job
 from loraflow.execution.parent_death import end_with_parent
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import BudgetSpent, DamagedLog, Failure, Preempted, from_os_error, mask_errors
-from loraflow.job import Job
 from loraflow.registry.cleanup import remove_unused
 from loraflow.registry.runs import RunRecord, RunSummary, StageRun
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.stages import STAGES, Stage, check_names
 from loraflow.store import Ref, Store, require_intact
 from loraflow.tasks.continuation import schedule_continuation, schedule_continuation_after_signal
-from loraflow.tasks.events import announce_waiting
+from loraflow.tasks.events import ProgressArtifact, announce_waiting
 from loraflow.tasks.failure_log import shorten_failures
+from loraflow.tasks.gpu_lease import gpu_lease
 from loraflow.tasks.placement import run_on_pool
-from loraflow.tasks.run_here import run_here
 from loraflow.tasks.run_record import write_record
 from loraflow.tracking import mirror
 from loraflow.tracking.git_tags import tag_log
@@ -95,7 +94,16 @@ class Run:
         ref = lookup.ref
         if ref is None:
             log.info("%s runs: %s", label, "; ".join(lookup.why()))
-            ref = self._run_here_or_on_pool(job, label, force=force)
+            if job.pool is not None:  # the worker there hashes the inputs that it reads
+                ref = run_on_pool(job, store, label, job.pool, force=force)
+            if ref is None:
+                for source in job.inputs.values():
+                    if source.digest not in self._verified_digests:
+                        require_intact(store, source)
+                        self._verified_digests.add(source.digest)
+                show = ProgressArtifact(label).show_figures
+                with gpu_lease(job):
+                    ref = run_job(job, store, show, force=force, run_started=self.started)
             self._forced.add(job.fingerprint)
             self._verified_digests.add(ref.digest)
         elif lookup.by_other_code():
@@ -117,18 +125,6 @@ class Run:
     def computed(self) -> list[str]:
         """The labels of the stages that this run computed, rather than finding them in the cache."""
         return [stage.stage for stage in self.stages.values() if stage.state == "computed"]
-
-    def _run_here_or_on_pool(self, job: Job[StageConfig], label: str, *, force: bool) -> Ref:
-        store, pool = self.workspace.store, job.pool
-        if pool is not None:  # the worker there hashes the inputs that it reads
-            ref_there = run_on_pool(job, store, label, pool, force=force)
-            if ref_there is not None:
-                return ref_there
-        for ref in job.inputs.values():
-            if ref.digest not in self._verified_digests:
-                require_intact(store, ref)
-                self._verified_digests.add(ref.digest)
-        return run_here(job, store, label, force=force, run_started=self.started)
 
 
 @contextmanager

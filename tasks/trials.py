@@ -233,9 +233,7 @@ def note_loss_alone(record: SweepRecord, alone: float | None) -> SweepRecord:
     chosen = next(trial for trial in record.trials if trial.label == record.chosen)
     if chosen.group_number is None or alone is None or chosen.loss is None:
         return record
-    note = (
-        f"trained by itself, {chosen.label} has a validation loss of {alone:.4f}; in its group it had {chosen.loss:.4f}"
-    )
+    note = f"trained alone, {chosen.label} has a validation loss of {alone:.4f}; in its group it had {chosen.loss:.4f}"
     log.info("%s", note)
     return record.model_copy(update={"notes": [*record.notes, note]})
 
@@ -251,7 +249,7 @@ def _run_group(run: Run, group: list[Trial], inputs: Mapping[str, Ref], label: s
     except OF_THE_GROUP as failure:
         half = (len(group) + 1) // 2
         if not isinstance(failure, OutOfMemory | Killed) or half < 2:
-            log.warning("%s: its trials are trained by themselves. %s", label, failure)
+            log.warning("%s: its trials are trained alone. %s", label, failure)
             return {}
         log.warning("%s: its %d trials are trained in two groups. %s", label, len(group), failure.what)
         parts = ((group[:half], f"{label}a"), (group[half:], f"{label}b"))

@@ -158,8 +158,8 @@ def build_case_trainer(work: Path, case: Case, **overrides: Setting) -> FastTrai
 
     from loraflow.job import Inputs, Progress
     from loraflow.store import Ref
-    from loraflow.training.engine import build_trainer
     from loraflow.training.setup import prepare_training
+    from loraflow.training.train import build_trainer
     from tests.job_factory import make_job
 
     logging.basicConfig(level=logging.WARNING)

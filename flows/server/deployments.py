@@ -26,7 +26,7 @@ from loraflow.flows.server.connection import require_server
 from loraflow.flows.server.deployed_parameters import refuse_ignored_job_variables
 from loraflow.flows.server.deployment_spec import DeploymentSpec, automation_of, is_trigger_of, project_of, starts
 from loraflow.flows.server.prefect_yaml import find_prefect_yaml, read_all, read_project
-from loraflow.tasks.run_here import create_limit
+from loraflow.tasks.gpu_lease import create_limit
 
 log = logging.getLogger("loraflow")
 OLD_PULL_STEP = "flows.project.enter"  # while loraflow's flows were a top-level package

@@ -85,7 +85,7 @@ def find_prefect_yaml() -> Path:
         return Path(FILE)
     if recipe_files():
         written = write_prefect_yaml(Path())
-        log.warning("%s was written, with deployments for the recipes in configs/; it is yours to change", FILE)
+        log.warning("%s was written, with deployments for the recipes in configs/; you can edit it", FILE)
         return written or Path(FILE)
     checkout = Path(loraflow.__file__).parent.parent / FILE
     if checkout.is_file():

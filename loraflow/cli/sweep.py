@@ -130,16 +130,15 @@ def show_trials(record: SweepRecord) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from loraflow.reporting.sections import columns, table_rows
+    from loraflow.reporting.sections import sweep_table
 
     console = Console(highlight=False)
     table = Table(title="trials, ordered by validation loss", title_justify="left")
-    for name in ("", *columns(record), "validation loss", "mean", "spread", "seconds"):
+    header, rows = sweep_table(record)
+    for name in header:
         table.add_column(name, justify="right")
-    rows = table_rows(record)
     for row in rows:
-        cells = (row.rank, *row.settings, row.losses, row.mean, row.deviation, row.seconds)
-        table.add_row(*cells, style="bold" if row.is_chosen else None)
+        table.add_row(*row.cells, style="bold" if row.is_chosen else None)
     console.print(table)
     for text in (*record.notes, *(row.problem for row in rows if row.problem)):
         console.print(f"note: {text}", markup=False)

@@ -341,7 +341,7 @@ def _outcome(test: _Test, state: str, look: str, needed: int | None) -> str:
     if test.rule.kind == "gain" and state != "failed" and test.has_enough_rows:
         if test.level <= 0:
             parts.append(
-                f"{look or 'this look'} has no error left to spend; after the last look, held-out rows that were never "
+                f"gate.error is used up at {look or 'this look'}; after the last look, held-out rows that were never "
                 "scored get a new budget"
             )
         else:

@@ -90,7 +90,7 @@ def _losses(
                 choices.append(encode_choice(tokenizer, row["context"], choice))
             except ValueError:
                 raise BadData(
-                    "A choice, or its question, has no token of its own in the model's vocabulary.",
+                    "The model's tokenizer gives a choice, or its question, no token of its own.",
                     where=f"{row['place']} (evaluation.general)",
                     got=choice[:100],
                     next_step="change or remove the row",

@@ -13,7 +13,7 @@ from loraflow.base.generation_settings import ONE_ANSWER, forced_logits, forget_
 from loraflow.base.longrope import Side, fixed_angles
 from loraflow.evaluation.answers_file import GeneratedAnswer as GeneratedAnswer
 from loraflow.evaluation.answers_file import append_answers, read_answers
-from loraflow.evaluation.prefix_cache import SharedPrefix, groups_of, has_plain_cache, shared_prefix
+from loraflow.evaluation.prefix_cache import SharedPrefix, groups_of, has_plain_cache, innermost, shared_prefix
 from loraflow.hardware.process_group import ProcessGroup
 
 if TYPE_CHECKING:
@@ -265,9 +265,7 @@ def _is_exact(model: PreTrainedModel, pad_id: int, prefix: int, otherwise: str) 
     """
     import torch
 
-    # A stand-in that samples would draw other tokens in both passes.
-    get_base_model = getattr(model, "get_base_model", None)
-    model = model if get_base_model is None else get_base_model()
+    model = innermost(model)  # a stand-in that samples would draw other tokens in both passes
     size = model.config.get_text_config().vocab_size
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, size, (length,), generator=draw) for length in _LENGTHS]

@@ -20,17 +20,16 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple
 
 from loraflow.failures import BadConfig
+from loraflow.stage_code import parse
 from loraflow.store.files import HashMemo
 
 log = logging.getLogger("loraflow")
-PARSE_ATTEMPTS = 5
 PACKAGE = "loraflow"  # its code is a part of the stage's
 # Calls that write the file that they are a method of, and those that write the file that they are given first, or second.
 _WRITING_METHODS = frozenset({"write_text", "write_bytes", "touch", "unlink"})
@@ -70,7 +69,7 @@ def metric_files(script: Path) -> list[Path]:
 def _named_files(file: Path, folder: Path) -> Iterator[Path]:
     """Yield the files that a Python file imports or names, from the metric's folder or the working directory."""
     try:
-        tree = _parse(file.read_bytes())
+        tree = parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return  # the metric's import raises the same error, and says where
     written = _written_names(tree)
@@ -176,14 +175,6 @@ def _texts(node: ast.expr) -> set[str]:
     return {part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)}
 
 
-def _parse(source: bytes) -> ast.Module:
-    """Parse, again if another thread parses at the same time, which CPython before 3.11.8 reports as a SystemError."""
-    for _ in range(PARSE_ATTEMPTS - 1):
-        with suppress(SystemError):
-            return ast.parse(source)
-    return ast.parse(source)
-
-
 def _modules(start: Path, name: str, by: Path) -> Iterator[Path]:
     """Yield the files of a module with a dotted name, and of the packages that it is in.
 
@@ -287,8 +278,8 @@ def require_unchanged(name: str, expected: str) -> None:
         raise BadConfig(
             f"The metric {name} was edited during the run, so its scores cannot be kept.",
             where=", ".join(map(str, metric_files(find_module(name)))),
-            next_step="run again: the finished stages are cached. If the metric writes this file itself, open it in the "
-            "module that names it: then it is no part of the metric",
+            next_step="run again: finished stages are cached. A file that the metric writes itself must be opened for "
+            "writing in the module that names it: then it does not count as part of the metric",
         )
 
 

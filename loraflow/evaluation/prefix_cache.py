@@ -83,7 +83,7 @@ def shared_prefix(
     return SharedPrefix(ids, layers) if len(layers) == len(cache.layers) == model.config.num_hidden_layers else None
 
 
-def _innermost(model: PreTrainedModel) -> PreTrainedModel:
+def innermost(model: PreTrainedModel) -> PreTrainedModel:
     """Return transformers' model: peft's wrapper, and one that samples, hide the arguments of its forward pass."""
     get_base_model = getattr(model, "get_base_model", None)
     base: PreTrainedModel = model if get_base_model is None else get_base_model()
@@ -99,11 +99,8 @@ def has_plain_cache(model: PreTrainedModel, length: int, side: Side = "unchanged
         return False
     rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    takes_cache = (
-        "past_key_values" in inspect.signature(_innermost(model).forward).parameters
-    )  # OpenAI's first GPT does not
     return (
-        takes_cache
+        "past_key_values" in inspect.signature(innermost(model).forward).parameters  # not in OpenAI's first GPT
         and sees_all_before(model, length)
         and (kind not in _ROPE_BY_LENGTH or (kind == "longrope" and side != "unchanged"))
         and getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")

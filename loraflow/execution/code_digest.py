@@ -10,18 +10,16 @@ from __future__ import annotations
 import ast
 import hashlib
 import threading
-from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from loraflow.stage_code import module_source, source_hash
+from loraflow.stage_code import module_source, parse, source_hash
 from loraflow.stages import Stage
 
 # CPython before 3.11.8 fails in ast.parse when two threads parse at once (bug 106905); Prefect has threads.
 _PARSING = threading.Lock()
-PARSE_ATTEMPTS = 20
 PREFIX = 16  # recorded digits of a hash
 
 
@@ -76,7 +74,7 @@ def parsed_digest(modules: tuple[str, ...]) -> str:
 
 def normalized(source: str) -> bytes:
     """Return a module's code without comments and docstrings, in the interpreter's own layout."""
-    tree = _parse(source)
+    tree = parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if (
@@ -88,11 +86,3 @@ def normalized(source: str) -> bytes:
         ):
             node.body = body[1:] or [ast.Pass()]
     return ast.unparse(tree).encode()  # unparse, not dump: dump's text changes between Python versions
-
-
-def _parse(source: str) -> ast.Module:
-    """Parse, again if a thread of a library parses at the same time: such a thread does not know our lock."""
-    for _ in range(PARSE_ATTEMPTS - 1):
-        with suppress(SystemError):
-            return ast.parse(source)
-    return ast.parse(source)

@@ -103,7 +103,7 @@ def _launch(file: JobFile, job_path: Path) -> dict[int, int]:
         return {rank: failed.exitcode for rank, failed in error.failures.items()}
     except (RendezvousTimeoutError, RendezvousConnectionError) as error:
         raise failures.Network(
-            "The nodes of the training did not meet.",
+            "Not all nodes joined the training.",
             where=f"{rendezvous.endpoint}, node {node()}",
             expected=f"{file.nodes} nodes within {rendezvous.wait_minutes} minutes",
             got=str(error),

@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from loraflow import __version__, failures
-from loraflow.config.job_runtime import JobRuntime, RetryWith
+from loraflow.config.job_runtime import RetryWith
 from loraflow.config.locations import FolderOrigin
 from loraflow.config.stage_configs import StageConfig
 from loraflow.execution.cache import look_up
@@ -30,7 +30,7 @@ from loraflow.execution.worker import stage_function
 from loraflow.execution.worker_process import OnProgress, check_budget, run_in_worker_process
 from loraflow.job import Inputs, Job, Progress
 from loraflow.stages import STAGES
-from loraflow.store import LocalStore, Ref, Store, Summary, staging
+from loraflow.store import LocalStore, Ref, Store, staging
 from loraflow.store.checkpoints import COMPLETE, FOLDER, finalized_checkpoints, remove_incomplete
 from loraflow.store.files import folder_size
 from loraflow.store.lock import LockHeld, flock
@@ -65,41 +65,48 @@ def run_job(
             log.info("%s %s: another run computed it meanwhile", job.stage, job.short)
             return ref
         if not force and (ref := store.resume_commit(job.stage, job.fingerprint)) is not None:
-            log.info("%s %s: was computed before; its interrupted commit is finished now", job.stage, job.short)
+            log.info("%s %s: already computed; finishing its interrupted commit", job.stage, job.short)
             return ref
         work = store.work_folder(job.stage, job.fingerprint, ref if force else None)
         check_free_space(job, store)
-        staged = store.staging(job.stage, job.fingerprint)
         started = time.time()
-        try:
-            with _explained_failures(job, store, staged, work, started):
-                with store.mirror_checkpoints(job.stage, job.fingerprint):
-                    summary, runtime = _run_with_less_memory_if_needed(job, store, staged, work, on_progress, ends)
-                ref = store.commit(
-                    staged,
-                    payload=job.payload,
-                    inputs=job.inputs,
-                    summary=summary,
-                    provenance=_provenance(job, runtime, started, work),
-                    replace=force,
-                )
-        finally:
-            staging.discard(staged)
+        with _staging_folder(job, store, work, started) as staged:
+            with store.mirror_checkpoints(job.stage, job.fingerprint):
+                folders = {name: store.path(ref) for name, ref in job.inputs.items()}
+                summary = None
+                while summary is None:
+                    try:
+                        if STAGES[job.stage].in_worker:
+                            file = JobFile(job, staged, folders, work)
+                            summary = run_in_worker_process(WORKER, file, on_progress, ends)
+                        else:
+                            function = stage_function(STAGES[job.stage])
+                            summary = function(job, Inputs(folders), staged, Progress(None, work))
+                    except failures.OutOfMemory as failure:
+                        job = _with_less_memory(job, failure)
+            ref = store.commit(
+                staged,
+                payload=job.payload,
+                inputs=job.inputs,
+                summary=summary,
+                provenance=_provenance(job, started, work),
+                replace=force,
+            )
         store.remove_work_folder(job.stage, job.fingerprint)
         return ref
 
 
 @contextlib.contextmanager
-def _explained_failures(
-    job: Job[StageConfig], store: Store, staged: Path, work: Path, started: float
-) -> Iterator[None]:
-    """Add to a failure what the launcher knows: the space that the job needs, and whether the job saved anything.
+def _staging_folder(job: Job[StageConfig], store: Store, work: Path, started: float) -> Iterator[Path]:
+    """Yield a job's staging folder, and remove it at the end.
 
-    A stage in this process, and a write beside the worker's, may fail with a library's exception: one that is about a
-    disk becomes a `Failure`.
+    Add to a failure what the launcher knows: the space that the job needs, and whether the job saved anything. A stage in
+    this process, and a write beside the worker's, may fail with a library's exception: one that is about a disk becomes a
+    `Failure`.
     """
+    staged = store.staging(job.stage, job.fingerprint)
     try:
-        yield
+        yield staged
     except failures.DiskFull as disk_full:
         explain_disk_full(disk_full, job, store, staged, work)
         raise
@@ -115,26 +122,8 @@ def _explained_failures(
         if isinstance(failure, failures.DiskFull):
             explain_disk_full(failure, job, store, staged, work)
         raise failure from error
-
-
-def _run_with_less_memory_if_needed(
-    job: Job[StageConfig],
-    store: Store,
-    staged: Path,
-    work: Path,
-    on_progress: OnProgress | None,
-    ends: float | None,
-) -> tuple[Summary, JobRuntime]:
-    stage = STAGES[job.stage]
-    folders = {name: store.path(ref) for name, ref in job.inputs.items()}
-    if not stage.in_worker:
-        return stage_function(stage)(job, Inputs(folders), staged, Progress(None, work)), job.runtime
-    while True:
-        try:
-            file = JobFile(job, staged, folders, work)
-            return run_in_worker_process(WORKER, file, on_progress, ends), job.runtime
-        except failures.OutOfMemory as failure:
-            job = _with_less_memory(job, failure)
+    finally:
+        staging.discard(staged)
 
 
 def _with_less_memory(job: Job[StageConfig], failure: failures.OutOfMemory) -> Job[StageConfig]:
@@ -162,7 +151,7 @@ def _with_less_memory(job: Job[StageConfig], failure: failures.OutOfMemory) -> J
     return job.with_runtime(**{field: now // 2})
 
 
-def _provenance(job: Job[StageConfig], runtime: JobRuntime, started: float, work: Path) -> dict[str, JsonValue]:
+def _provenance(job: Job[StageConfig], started: float, work: Path) -> dict[str, JsonValue]:
     """Return what the manifest records beside the fingerprint's values: time, memory, runtime, versions, machine."""
     versions: dict[str, JsonValue] = {"loraflow": __version__}
     for name in _RECORDED:
@@ -173,7 +162,7 @@ def _provenance(job: Job[StageConfig], runtime: JobRuntime, started: float, work
         **({"memory": memory} if memory else {}),
         "seconds": round(time.time() - started, 3),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "runtime": runtime.model_dump(mode="json"),
+        "runtime": job.runtime.model_dump(mode="json"),
         "versions": versions,
         "python": platform.python_version(),
         "machine": platform.machine(),

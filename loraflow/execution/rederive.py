@@ -130,7 +130,7 @@ def _check_dataset(store: Store, ref: Ref, manifest: Manifest) -> Iterator[Check
     if pinned == recorded:
         yield Check(what)
     elif revision is None:
-        yield Check(what, unknown=f"the work tree pins {pinned} by now")
+        yield Check(what, unknown=f"the work tree now pins {pinned}")
     else:
         yield Check(what, (f"it pins {pinned}",))
 

@@ -26,7 +26,7 @@ from loraflow.store.artifact import MANIFEST, QUARANTINE, Manifest, result_probl
 from loraflow.store.checksum import check_document
 
 log = logging.getLogger("loraflow")
-_ORDER = [step.label for step in ALL_STEPS]
+_ORDER = {step.label: number for number, step in enumerate(ALL_STEPS)}
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,8 @@ def find_damage(store: Store) -> StoreDamage:
             except CorruptArtifact as failure:
                 damage.logs.append(failure)
         described = [_described(store, lost) for lost in found.values()]
-    damage.artifacts = sorted(described, key=lambda lost: _position(lost.label))
+    damage.artifacts = sorted(described, key=lambda lost: _ORDER.get(lost.label, len(_ORDER)))
     return damage
-
-
-def _position(label: str) -> int:
-    """Return a step's position in the pipeline. Steps of further seeds come last, in the order that they have."""
-    return _ORDER.index(label) if label in _ORDER else len(_ORDER)
 
 
 def _quarantined(store: Store) -> Iterator[LostArtifact]:

@@ -45,7 +45,7 @@ class Groups:
         by_reason: dict[str, list[str]] = {}
         for label, why in self.alone.items():
             by_reason.setdefault(why, []).append(label)
-        lines += [f"trained by itself: {', '.join(labels)} ({why})" for why, labels in by_reason.items()]
+        lines += [f"trained alone: {', '.join(labels)} ({why})" for why, labels in by_reason.items()]
         return lines + [
             f"not trained again: {label} is the same training as {other}" for label, other in self.equal.items()
         ]
@@ -67,7 +67,7 @@ class Division:
     """What a sweep that trains trials together does with each of them. Its plan and its run both ask `divide`."""
 
     known: Mapping[str, GroupResult]  # by label: what the store has of trials that were trained in some group
-    groups: Groups  # groups of the remaining trials, which are neither known nor trained by themselves
+    groups: Groups  # groups of the remaining trials, which are neither known nor trained alone
 
 
 def divide(trials: Sequence[Trial], inputs: Mapping[str, Mapping[str, Ref]]) -> Division:

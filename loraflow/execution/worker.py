@@ -47,27 +47,24 @@ def main(argv: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"The job file {argv[0]} cannot be read: {error}", file=sys.stderr, flush=True)
         return 1
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # last: modules that metrics import from there, and no library
     pipe = take_pipe()
-    _end_with_launcher(file.job.runtime.grace_seconds)
-    faulthandler.enable()
-    protect_output()
-    protect_streams()
-    write_stacks_on_request(file.work)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
-    )
-    signal.signal(signal.SIGTERM, _preempted)
-    if file.job.runtime.devices == 1:  # transformers would spread one process over all GPUs that it sees
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    rank = os.environ.get("RANK")
+    _prepare_process(file)
+    lock, name = ("worker.lock", FILE) if node() == 0 else (f"worker-node-{node()}.lock", f"node-{node()}.json")
+    rank = os.environ.get("RANK")  # set in each process of a group
     if rank is not None:
-        failure, summary = _attempt(file, execute)
         name = f"outcome-{rank}.json"
-    else:
-        failure, summary = _attempt(file, _run_locked)
-        name = FILE if node() == 0 else f"node-{node()}.json"
+    failure, summary = None, Summary()
+    try:
+        # A killed launcher frees its job lock at once, but its worker continues to the end of its current step.
+        with contextlib.nullcontext() if rank is not None else flock(file.work / lock):
+            if rank is None and needs_group(file):
+                summary = run_in_group(file)
+            else:
+                _claim_staging_folder(file.out, rank)
+                progress = Progress(file.work / "progress.jsonl", work=file.work)
+                summary = stage_function(file.stage)(file.job, file.inputs, file.out, progress)
+    except BaseException as error:
+        failure = _failure_of(error, file)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if _asked:  # code that catches every exception may have continued
         failure = _asked[0]
@@ -82,38 +79,42 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _attempt(file: JobFile, run: Callable[[JobFile], Summary]) -> tuple[failures.Failure | None, Summary]:
-    try:
-        return None, run(file)
-    except failures.Failure as failure:
-        return failures.of_machine(failure), Summary()
-    except KeyboardInterrupt:
-        return failures.Preempted("The worker was interrupted.", next_step="run again: it resumes"), Summary()
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # the log's disk is full
-            print(format_masked(error), file=sys.stderr)
-        return classify(error, file.job.stage, [file.out, file.work]), Summary()
+def _prepare_process(file: JobFile) -> None:
+    """Set up this process: the end of its launcher, its log, signals, devices, and where modules are imported from."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # last: modules that metrics import from there, and no library
+    _end_with_launcher(file.job.runtime.grace_seconds)
+    faulthandler.enable()
+    protect_output()
+    protect_streams()
+    write_stacks_on_request(file.work)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True
+    )
+    signal.signal(signal.SIGTERM, _preempted)
+    if file.job.runtime.devices == 1:  # transformers would spread one process over all GPUs that it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
-def _run_locked(file: JobFile) -> Summary:
-    """Wait until no other worker process runs the job, then run it.
+def _claim_staging_folder(out: Path, rank: str | None) -> None:
+    """Make the staging folder, empty. Of several ranks, rank 0 does: it writes the files."""
+    if rank in (None, "0"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging.claim(out)  # held until this process ends, also if the launcher is killed
+        if out.exists():
+            shutil.rmtree(out)
+        out.mkdir()
 
-    A killed launcher frees its job lock at once, but its worker continues to the end of its current step.
-    """
-    with flock(file.work / ("worker.lock" if node() == 0 else f"worker-node-{node()}.lock")):
-        return run_in_group(file) if needs_group(file) else execute(file)
 
-
-def execute(file: JobFile) -> Summary:
-    """Run a job's stage into its staging folder and return its summary."""
-    if os.environ.get("RANK", "0") == "0":  # rank 0 writes the files
-        file.out.parent.mkdir(parents=True, exist_ok=True)
-        staging.claim(file.out)  # held until this process ends, also if the launcher is killed
-        if file.out.exists():
-            shutil.rmtree(file.out)
-        file.out.mkdir()
-    progress = Progress(file.work / "progress.jsonl", work=file.work)
-    return stage_function(file.stage)(file.job, file.inputs, file.out, progress)
+def _failure_of(error: BaseException, file: JobFile) -> failures.Failure:
+    """Return what ended the job as a `Failure`."""
+    if isinstance(error, failures.Failure):
+        return failures.of_machine(error)
+    if isinstance(error, KeyboardInterrupt):
+        return failures.Preempted("The worker was interrupted.", next_step="run again: it resumes")
+    with contextlib.suppress(OSError):  # the log's disk is full
+        print(format_masked(error), file=sys.stderr)
+    return classify(error, file.job.stage, [file.out, file.work])
 
 
 def _is_orphaned() -> bool:

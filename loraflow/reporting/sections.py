@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from textwrap import TextWrapper
+from typing import NamedTuple
 
 from pydantic import JsonValue
 
@@ -20,7 +21,7 @@ from loraflow.data.chats import GATE_SET
 from loraflow.data.tokens.token_report import Lengths, SampleRow, TokenReport
 from loraflow.identity import short
 from loraflow.registry.runs import RunRecord, changes
-from loraflow.registry.sweeps import Combination, SweepRecord, ranked
+from loraflow.registry.sweeps import SweepRecord, ranked
 from loraflow.reporting.chart import (
     BOTTOM,
     HEIGHT,
@@ -254,57 +255,37 @@ def _cell(text: str) -> str:
 MAX_CURVES = 8  # in an image: those of the best trials
 
 
-@dataclass(frozen=True)
-class TableRow:
-    """A combination in the table of trials, as text."""
+class TableRow(NamedTuple):
+    """A combination in the table of trials."""
 
-    rank: str
-    settings: tuple[str, ...]  # the value of each key of the grid
-    losses: str  # for each seed
-    mean: str
-    deviation: str
-    seconds: str
+    cells: list[str]  # as the header
     is_chosen: bool
     problem: str
 
 
-def columns(sweep: SweepRecord) -> list[str]:
-    """Return the names of the table's columns for the keys of the grid."""
-    return [*short_names([*(sweep.trials[0].settings if sweep.trials else {})]).values()]
-
-
-def table_rows(sweep: SweepRecord) -> list[TableRow]:
-    """Return the rows of the table, the best combination first."""
-    order = ranked(sweep.trials)
-    return [_row(number, combination, sweep) for number, combination in enumerate(order, 1)]
-
-
-def _row(number: int, combination: Combination, sweep: SweepRecord) -> TableRow:
-    problems = [trial.problem for trial in combination.trials if trial.problem]
-    return TableRow(
-        rank=str(number),
-        settings=tuple(show_value(value) for value in combination.settings.values()),
-        losses=", ".join("failed" if trial.loss is None else f"{trial.loss:.4f}" for trial in combination.trials),
-        mean="" if combination.mean is None else f"{combination.mean:.4f}",
-        deviation="" if combination.deviation is None else f"{combination.deviation:.4f}",
-        seconds=f"{combination.seconds:.1f}",
-        is_chosen=any(trial.label == sweep.chosen for trial in combination.trials),
-        problem=problems[0] if problems else "",
-    )
+def sweep_table(sweep: SweepRecord) -> tuple[list[str], list[TableRow]]:
+    """Return the header of the table of trials, without a name for the rank, and its rows, the best combination first."""
+    keys = short_names([*(sweep.trials[0].settings if sweep.trials else {})]).values()
+    rows = []
+    for rank, found in enumerate(ranked(sweep.trials), 1):
+        losses = ", ".join("failed" if trial.loss is None else f"{trial.loss:.4f}" for trial in found.trials)
+        numbers = ["" if value is None else f"{value:.4f}" for value in (found.mean, found.deviation)]
+        cells = [str(rank), *map(show_value, found.settings.values()), losses, *numbers, f"{found.seconds:.1f}"]
+        is_chosen = any(trial.label == sweep.chosen for trial in found.trials)
+        rows.append(TableRow(cells, is_chosen, next((trial.problem for trial in found.trials if trial.problem), "")))
+    return ["", *keys, "validation loss", "mean", "spread", "seconds"], rows
 
 
 def sweep_lines(sweep: SweepRecord, curves: Mapping[str, Curves], *, image: bool) -> Iterator[str]:
     """Yield the section of a run's report. `curves` are by the trials' labels; they are drawn with `image` only."""
-    keys, rows = columns(sweep), table_rows(sweep)
+    header, rows = sweep_table(sweep)
     count = len(sweep.trials) // len(rows)
     seeds = f"{count} seed{'s' if count > 1 else ''} for each combination"
     yield from (f"## Trials ({len(sweep.trials)})", "", f"Chosen by the loss on validation rows: {sweep.chosen}.", "")
-    header = ["rank", *keys, "validation loss", "mean", "spread", "seconds"]
-    yield from (f"| {' | '.join(map(_cell, header))} |", "|---:" * len(header) + "|")
+    yield from (f"| {' | '.join(map(_cell, ['rank', *header[1:]]))} |", "|---:" * len(header) + "|")
     for row in rows:
-        cells = [row.rank, *row.settings, row.losses, row.mean, row.deviation, row.seconds]
         marks = "**" if row.is_chosen else ""
-        yield f"| {' | '.join(f'{marks}{_cell(cell)}{marks}' if cell else '' for cell in cells)} |"
+        yield f"| {' | '.join(f'{marks}{_cell(cell)}{marks}' if cell else '' for cell in row.cells)} |"
     yield from ("", f"{seeds}; the spread is the standard deviation between seeds.", "")
     yield from (f"- {_cell(note)}" for note in sweep.notes)
     yield from (f"- {_cell(row.problem)}" for row in rows if row.problem)

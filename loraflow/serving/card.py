@@ -177,7 +177,7 @@ def _usage(facts: Facts, what: PublishedForm, repo: str) -> list[str]:
             f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")',
         ]
     date = facts.template_date
-    dated = f" The template prints the date {date}, as in training, whatever the day is." if date else ""
+    dated = f" The template always prints the date {date}, as in training." if date else ""
     return [
         "```python",
         *code,

@@ -110,7 +110,7 @@ class Chat:
                 return ids, forgotten
             if len(self.messages) - first < 3:
                 raise Failure(
-                    "The message does not fit.",
+                    "The message is too long.",
                     where="chat",
                     expected=f"at most {max(0, room - self.sampling.max_new_tokens)} tokens: "
                     f"the model's {room} minus {self.sampling.max_new_tokens} for the answer",

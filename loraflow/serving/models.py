@@ -316,7 +316,7 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
                 "transformers cannot open the model.",
                 where=str(model.folder),
                 got=reason_of(error),
-                next_step="fetch or save it again: its files are damaged, of different models, or not a text generator",
+                next_step="download or save it again: its files are damaged, mixed up, or no text generator",
             ) from error
         positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
         if adapter is not None:

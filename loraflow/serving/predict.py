@@ -359,9 +359,9 @@ class _Sampler:
 
     def get_base_model(self) -> PreTrainedModel:
         """Return transformers' model, without peft's wrapper."""
-        get_base_model = getattr(self._model, "get_base_model", None)
-        base: PreTrainedModel = self._model if get_base_model is None else get_base_model()
-        return base
+        from loraflow.evaluation.prefix_cache import innermost
+
+        return innermost(self._model)
 
     def forward(self, **inputs: torch.Tensor) -> ModelOutput:
         """Run the model. Without `logits_to_keep` in the signature, evaluation does not use its own greedy decoding."""

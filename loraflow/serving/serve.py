@@ -223,7 +223,7 @@ def _greeting(engine: str, model: Model, name: str, host: str, port: int) -> str
         f'python   openai.OpenAI(base_url="{address}", api_key="none").chat.completions.create(model="{name}", messages=…)',
     ]
     if (date := served_date(model.folder)) is not None:
-        lines.append(f"note     the chat template prints the date {date}, as in training, whatever the day is")
+        lines.append(f"note     the chat template always prints the date {date}, as in training")
     if host not in ("127.0.0.1", "localhost", "::1"):
         lines.append(f"caution  anyone who can reach {host} can use this server: it asks for no password")
     return "\n".join(lines)

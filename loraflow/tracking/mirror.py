@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from loraflow.failures import Failure, Network
+from loraflow.failures import Failure, Network, first_line
 from loraflow.registry.log import Entry, PromotionLog
 from loraflow.registry.runs import RunRecord, find_run, read_runs
 from loraflow.store import Store
@@ -66,11 +66,7 @@ def mirror_log(store: Store, model: str) -> None:
 
 def warn_of_mistake(problem: Exception) -> None:
     """Warn in one sentence of an error that is not the server's."""
-    log.warning(
-        "MLflow was not updated (%s: %s); `loraflow mlflow sync` updates it",
-        type(problem).__name__,
-        _first_line(problem).rstrip("."),
-    )
+    log.warning("MLflow was not updated (%s); `loraflow mlflow sync` updates it", first_line(problem).rstrip("."))
 
 
 def postpone(store: Store, record: RunRecord) -> None:
@@ -104,7 +100,7 @@ def try_to_sync(store: Store, model: str, tracking: Tracking, record: RunRecord 
         add_mark(store, model, writer)  # again: another process, which sent this run too, may have removed it
         if not isinstance(error, Failure | OSError):
             raise
-        reason = (error.got or error.what) if isinstance(error, Failure) else _first_line(error)
+        reason = (error.got or error.what) if isinstance(error, Failure) else first_line(error)
         log.warning(
             "MLflow at %s was not updated (%s); the next run or `loraflow mlflow sync` updates it",
             tracking.uri,
@@ -211,10 +207,6 @@ def summary_line(synced: Synced, model: str, uri: str) -> str:
     """Return a line for people about what was done."""
     champion = f"champion is version {synced.champion}" if synced.champion else "no champion yet"
     return f"{model} at {uri}: {synced.runs} runs sent, {synced.versions} models registered, {champion}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300]
 
 
 def read_marks(store: Store, model: str) -> list[str]:

@@ -194,7 +194,7 @@ class MlflowTracker:
     def _reported(self) -> Iterator[None]:
         """Turn an error into a Network or MissingExtra failure, and stop if all requests together take too long."""
         if time.monotonic() > self._end:
-            raise self._failure(f"no end after {LIMIT_SECONDS:.0f} s")
+            raise self._failure(f"not finished after {LIMIT_SECONDS:.0f} s")
         try:
             yield
         except ImportError as error:  # MLflow imports SQLAlchemy and alembic only when it opens a database

@@ -1,7 +1,7 @@
 """The train stage: train an adapter with trl's SFTTrainer. `train.run` is the entry point.
 
 - What to train: `setup` (all inputs of a training: steps and order of rows, trl's SFTConfig).
-- How to train on this machine: `engine` builds the trainer with `choices` (attention, sharding, engine), `memory` (size of
+- How to train on this machine: `train.build_trainer` with `choices` (attention, sharding, engine), `memory` (size of
   micro-batches, recomputation, what a retry lowers), `base_model` (load the base, initialise the adapter), `fast_engine` or
   `stock_engine`. `document_check` refuses a model in which tokens see what they should not. `preview` says all this for a
   base that is not loaded.

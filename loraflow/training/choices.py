@@ -131,14 +131,6 @@ class EngineChoices:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-@dataclass(frozen=True)
-class ShardingChoice:
-    """Whether the frozen base is sharded over the devices."""
-
-    is_sharded: bool
-    why: str
-
-
 def choose_engine(setup: TrainingSetup, config: PreTrainedConfig) -> EngineName:
     """Choose the engine from the model's config, before anything is loaded."""
     if setup.runtime.engine == "stock":
@@ -187,30 +179,26 @@ def refuse_unsupported(
         )
 
 
-def choose_sharding(setup: TrainingSetup) -> ShardingChoice:
-    """Choose whether the base is sharded over the devices.
+def choose_sharding(setup: TrainingSetup) -> tuple[bool, str]:
+    """Return whether the frozen base is sharded over the devices, and why.
 
     Raises:
         BadConfig: the recipe cannot be combined with a sharded base.
     """
-    choice = _sharding(setup)
-    if choice.is_sharded:
+    asked = setup.runtime.shard_base
+    if setup.group.size == 1 or asked == "off":
+        return False, "turned off" if asked == "off" else "there is one device"
+    is_sharded, why = asked == "on", "asked for"
+    if not is_sharded:
+        if setup.device == "cpu" or setup.shape is None:
+            return False, "not asked for"
+        least = memory.least_bytes(setup.shape, setup.weight_format, setup.rank, setup.longest_row)
+        free = setup.free_bytes()
+        is_sharded = least > free
+        why = f"one device needs {least / memory.GIB:.1f} GiB, and has {free / memory.GIB:.1f}"
+    if is_sharded:
         refuse_unshardable(setup.config, setup.runtime.engine)
-    return choice
-
-
-def _sharding(setup: TrainingSetup) -> ShardingChoice:
-    if setup.group.size == 1 or setup.runtime.shard_base == "off":
-        return ShardingChoice(False, "turned off" if setup.runtime.shard_base == "off" else "there is one device")
-    if setup.runtime.shard_base == "on":
-        return ShardingChoice(True, "asked for")
-    if setup.device == "cpu" or setup.shape is None:
-        return ShardingChoice(False, "not asked for")
-    least = memory.least_bytes(setup.shape, setup.weight_format, setup.rank, setup.longest_row)
-    free = setup.free_bytes()
-    return ShardingChoice(
-        least > free, f"one device needs {least / memory.GIB:.1f} GiB, and has {free / memory.GIB:.1f}"
-    )
+    return is_sharded, why
 
 
 def refuse_mixed_devices(group: ProcessGroup, device: Device) -> None:

@@ -56,15 +56,6 @@ class _Passes:
     is_compiling: bool  # whether compiling pays off if no passes are recorded
 
 
-@dataclass(frozen=True)
-class _Acceleration:
-    """Whether passes are recorded as CUDA graphs and layers are compiled, and why."""
-
-    is_graphed: bool
-    graphs_why: str
-    compiled_why: str
-
-
 def build_fast_trainer(
     setup: TrainingSetup, model: PreTrainedModel, attention: Attention, choices: EngineChoices
 ) -> BuiltTrainer:
@@ -95,7 +86,7 @@ def build_fast_trainer(
     )
     initial = initialise_adapter(setup, trainer)
     _prepare_adapter(setup, trainer, base_dtype, compute_dtype)
-    acceleration = _accelerate(setup, attention, passes, trainer)
+    is_graphed, graphs_why, compiled_why = _accelerate(setup, attention, passes, trainer)
     frozen_bytes, replicated_bytes = count_frozen_bytes(trainer.model)
     choices = replace(
         choices,
@@ -110,9 +101,9 @@ def build_fast_trainer(
         replicated_bytes=replicated_bytes,
         fast_loras=len(trainer.loras),
         compiled_layers=len(trainer.compiled_layers),
-        compiled_why=acceleration.compiled_why,
-        cuda_graphs=acceleration.is_graphed,
-        cuda_graphs_why=acceleration.graphs_why,
+        compiled_why=compiled_why,
+        cuda_graphs=is_graphed,
+        cuda_graphs_why=graphs_why,
     )
     size = MicroBatchSize(setup.longest_row, rows=micro_batch_rows, tokens=fit.tokens, recompute=fit.recompute)
     return BuiltTrainer(trainer, choices, size, initial)
@@ -140,8 +131,14 @@ def _arguments(setup: TrainingSetup, fit: MemoryFit) -> SFTConfig:
     return arguments
 
 
-def _accelerate(setup: TrainingSetup, attention: Attention, passes: _Passes, trainer: FastTrainer) -> _Acceleration:
-    """Record passes as CUDA graphs and compile the trainer's layers, where that pays off."""
+def _accelerate(
+    setup: TrainingSetup, attention: Attention, passes: _Passes, trainer: FastTrainer
+) -> tuple[bool, str, str]:
+    """Record passes as CUDA graphs and compile the trainer's layers, where that pays off.
+
+    Returns:
+        whether passes are recorded, why, and why the layers are compiled or not.
+    """
     fit = passes.fit
     is_graphed, graphs_why = choose_graphs(setup, attention, fit, trainer, passes=passes.count)
     log.info("passes are %srecorded as CUDA graphs: %s", "" if is_graphed else "not ", graphs_why)
@@ -165,7 +162,7 @@ def _accelerate(setup: TrainingSetup, attention: Attention, passes: _Passes, tra
         recomputed=0.0 if fit.recompute == "offload" else fit.share,  # offloaded activations are not recomputed
         elementwise=fit.elementwise,
     )
-    return _Acceleration(is_graphed, graphs_why, compiled_why)
+    return is_graphed, graphs_why, compiled_why
 
 
 def choose_memory_fit(
@@ -185,9 +182,7 @@ def choose_memory_fit(
         share = {"full": 1.0, "selective": 0.5}.get(recompute or "none", 0.0)
         why = "asked for" if recompute else "not asked for"
         if recompute == "elementwise":
-            return MemoryFit(
-                tokens or max(least, 4096), "none", 0.0, "elementwise needs concatenated documents on a GPU"
-            )
+            recompute, why = "none", "elementwise needs concatenated documents on a GPU"
         return MemoryFit(tokens or max(least, 4096), recompute or "none", share, why)
     least *= adapters
     if setup.rows.row_length:

@@ -216,7 +216,7 @@ class TrainingSetup:
     together: tuple[PeftConfig, ...] = ()
     # Tokens; set if rows are on both sides of it: each document has angles of its own.
     longrope_switch: int | None = None
-    is_sharded: bool = False  # whether the frozen base is sharded over the devices; set by `engine`
+    is_sharded: bool = False  # whether the frozen base is sharded over the devices; set by `build_trainer`
 
     @property
     def checkpoints(self) -> Path:
@@ -288,7 +288,8 @@ def prepare_training(job: Job[TrainConfig], inputs: Inputs, progress: Progress) 
     settings = job.runtime.trainer_settings(config)
     check_trackers(settings.report_to)
     rows, validation = _read_rows(inputs["tokens"], with_validation=settings.eval_strategy != "no")
-    figures = _figures(inputs["tokens"])
+    report = json.loads((inputs["tokens"] / "report.json").read_text(encoding="utf-8"))
+    figures: dict[str, float] = report["figures"]
     positions = Positions.of_folder(inputs["base"])
     lengths: list[int] = []
     for part, name in ((rows, "training rows"), (validation, "validation rows")):
@@ -346,11 +347,6 @@ def _read_rows(tokens: Path, *, with_validation: bool) -> tuple[TokenRows, Token
     packing, validation = tokens / "packing.parquet", tokens / "validation"
     rows = TokenRows(tokens / "train", packing if packing.exists() else None)
     return rows, TokenRows(validation) if with_validation and validation.exists() else None
-
-
-def _figures(tokens: Path) -> dict[str, float]:
-    figures: dict[str, float] = json.loads((tokens / "report.json").read_text(encoding="utf-8"))["figures"]
-    return figures
 
 
 def _resume(group: ProcessGroup, work: Path, carried: list[Path]) -> Path | None:

@@ -1,6 +1,6 @@
 """Stage train: token rows and a base model to a PEFT adapter, by trl's SFTTrainer.
 
-`run` reads top to bottom: prepare the training (`setup`), build the trainer (`engine`), train, save.
+`run` reads top to bottom: prepare the training (`setup`), build the trainer (`build_trainer`), train, save.
 """
 
 from __future__ import annotations
@@ -8,28 +8,46 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
 from loraflow.adapters.origin import write_origin
+from loraflow.base.architecture import is_tested, read_config
+from loraflow.base.longrope import compute_angles_per_document
 from loraflow.config.job_runtime import RetryWith
 from loraflow.config.stage_configs import TrainConfig
-from loraflow.hardware.device import peak_gpu_gib
+from loraflow.failures import BadModel
+from loraflow.hardware.device import device_name, peak_gpu_gib
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
+from loraflow.training.base_model import load_base
 from loraflow.training.callbacks import EarlyStopping, StoppedEarly, refuse_non_finite, warn_of_untrained
-from loraflow.training.engine import build_trainer
+from loraflow.training.choices import (
+    EngineChoices,
+    choose_attention,
+    choose_engine,
+    choose_sharding,
+    refuse_mixed_devices,
+    refuse_unsupported,
+    warn_of_slow_bfloat16,
+)
+from loraflow.training.document_check import (
+    refuse_leaking_documents,
+    refuse_other_generation,
+    refuse_padding_that_is_seen,
+    refuse_seeing_later_tokens,
+)
 from loraflow.training.memory import MemoryParts, StepMemory, explain_out_of_memory, training_parts
 from loraflow.training.setup import TrainingSetup, curves_file, prepare_training
+from loraflow.training.trainer import BuiltTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from loraflow.training.choices import EngineChoices
     from loraflow.training.memory import ModelShape, Recompute
-    from loraflow.training.trainer import BuiltTrainer
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +69,14 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
     _log_start(setup, trainable, parameters, choices)
     if setup.group.is_main and setup.shape is not None:
         progress.expect_memory(_expected_memory(setup, setup.shape, built.choices).as_bytes())
+    checkpoint = str(setup.resumed_from) if setup.resumed_from else None
+    mean_loss: float | None = None
     with explain_out_of_memory(json.dumps(choices), retry_with=built.micro_batch.retry_with()):
-        mean_loss = _train(setup, built)
+        try:
+            mean_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+        except StoppedEarly:  # before its first step
+            if trainer.state.best_model_checkpoint is not None:  # as transformers does after the last step
+                trainer._load_best_model()
     step = trainer.state.global_step
     early = (call for call in trainer.callback_handler.callbacks if isinstance(call, EarlyStopping))
     is_over = step == setup.steps.total or any(call.is_over for call in early)  # only the adapter is left to write
@@ -82,16 +106,80 @@ def run(job: Job[TrainConfig], inputs: Inputs, out: Path, progress: Progress) ->
     )
 
 
-def _train(setup: TrainingSetup, built: BuiltTrainer) -> float | None:
-    """Train from the checkpoint, if there is one; return the mean loss of the steps, or None if none was left."""
-    trainer = built.trainer
-    try:
-        result = trainer.train(resume_from_checkpoint=str(setup.resumed_from) if setup.resumed_from else None)
-    except StoppedEarly:
-        if trainer.state.best_model_checkpoint is not None:  # as transformers does after the last step
-            trainer._load_best_model()
-        return None
-    return float(result.training_loss)
+def build_trainer(setup: TrainingSetup) -> BuiltTrainer:
+    """Return a trainer that is ready to train, and the choices that were made for it.
+
+    Raises:
+        BadConfig: the recipe and the hardware do not fit together.
+        MissingExtra: a package that was asked for is not installed.
+    """
+    config = read_config(setup.base, trust=setup.config.base.trust_remote_code)
+    engine = choose_engine(setup, config)
+    setup = replace(setup, runtime=setup.runtime.model_copy(update={"engine": engine}))
+    attention = choose_attention(setup, config)
+    refuse_unsupported(config, is_packed=setup.rows.row_length is not None, quantization=setup.config.base.quantization)
+    refuse_mixed_devices(setup.group, setup.device)
+    is_sharded, sharding_why = choose_sharding(setup)
+    setup = replace(setup, is_sharded=is_sharded)
+    model = load_base(setup, attention)
+    if setup.longrope_switch is not None:
+        separate_angles(model, setup)
+    if not is_sharded:
+        _check_model(setup, model, is_concatenated=attention.concatenated)
+    warn_of_slow_bfloat16(setup)
+    choices = EngineChoices(
+        base_sharded=is_sharded,
+        base_sharded_why=sharding_why,
+        engine=engine,
+        attention=attention.kernel,
+        attention_why=attention.why,
+        device=device_name(setup.device),
+        dtype=setup.compute_dtype,
+    )
+    if choices.engine == "fast":
+        from loraflow.training.fast_engine import build_fast_trainer
+
+        return build_fast_trainer(setup, model, attention, choices)
+    from loraflow.training.stock_engine import build_stock_trainer
+
+    return build_stock_trainer(setup, model, choices)
+
+
+def _check_model(setup: TrainingSetup, model: PreTrainedModel, *, is_concatenated: bool) -> None:
+    """Compute some tokens, and refuse a model whose tokens depend on what they must not see."""
+    import torch
+
+    pad_id, dtype = setup.tokenizer.pad_token_id, getattr(torch, setup.compute_dtype)
+    if not is_tested(model.config) and not is_concatenated:
+        refuse_other_generation(model, pad_id, compute_dtype=dtype)
+    refuse_seeing_later_tokens(model, pad_id, is_concatenated=is_concatenated, compute_dtype=dtype)
+    if is_concatenated or setup.rows.row_length is not None:
+        refuse_leaking_documents(model, pad_id, is_concatenated=is_concatenated, compute_dtype=dtype)
+    elif not is_tested(model.config):
+        refuse_padding_that_is_seen(model, pad_id, compute_dtype=dtype)
+
+
+def separate_angles(model: PreTrainedModel, setup: TrainingSetup) -> None:
+    """Compute a model's angles for each document, because a call has positions on both sides of the switch.
+
+    Args:
+        model: the base, changed in place.
+
+    Raises:
+        BadModel: the angles are computed by code that comes with the model.
+    """
+    switch = setup.longrope_switch
+    assert switch is not None
+    if not compute_angles_per_document(model, switch):
+        raise BadModel(
+            "Rows on both sides of the model's longrope switch cannot be computed together: the longest row of a batch "
+            "would change the angles of the others.",
+            where="base.model",
+            expected="rotary embeddings of transformers",
+            got=f"architecture {model.config.model_type}, with code of its own",
+            next_step=f"set training_config.max_length to {switch}, and data.too_long to drop or truncate",
+        )
+    log.info("documents of more than %d tokens use longrope's long factors, the others its short factors", switch)
 
 
 def _log_start(setup: TrainingSetup, trainable: int, parameters: int, choices: dict[str, JsonValue]) -> None:

@@ -49,7 +49,6 @@ from loraflow.training.validation_loss import GROUP_PROBLEMS, curves_of_trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from trl import SFTConfig
 
     from loraflow.hardware.attention import Attention
     from loraflow.training.memory import MemoryFit
@@ -153,8 +152,9 @@ def build_group(setups: list[TrainingSetup], progress: Progress) -> tuple[GroupT
     fit = _fit(setups, attention)
     choices = _prepare_passes(group, setups, attention, fit)
     steps, validation = _steps(setups, attention, fit, is_compiling=bool(group.compiled_layers))
+    batch = BatchSettings(rows=1, accumulation=1, gradient_checkpointing=False)
     members = [
-        build_member(_arguments(setup), values, gradients)
+        build_member(trainer_arguments(setup, batch, "fast"), values, gradients)
         for setup, values, gradients in zip(setups, adapters.values, adapters.gradients, strict=True)
     ]
     trainer = GroupTrainer(
@@ -198,12 +198,8 @@ def _fit(setups: list[TrainingSetup], attention: Attention) -> MemoryFit:
     """
     setup, count = setups[0], len(setups)
     fit = choose_memory_fit(setup, attention, adapters=count)
-    tokens = max(setup.longest_row, fit.tokens // count if _is_measured(setup, attention) else fit.tokens)
-    return replace(fit, tokens=tokens)
-
-
-def _is_measured(setup: TrainingSetup, attention: Attention) -> bool:
-    return setup.device != "cpu" and setup.shape is not None and attention.concatenated
+    is_measured = setup.device != "cpu" and setup.shape is not None and attention.concatenated
+    return replace(fit, tokens=max(setup.longest_row, fit.tokens // count if is_measured else fit.tokens))
 
 
 def _prepare_passes(
@@ -258,8 +254,3 @@ def _steps(
     layout = choose_layout(setup.validation, step, fit, None if attention.concatenated else validation_rows)
     validation = StepDataset(setup.validation, step, layout, pad_id)
     return GroupSteps(members), GroupSteps([validation] * len(setups))
-
-
-def _arguments(setup: TrainingSetup) -> SFTConfig:
-    batch = BatchSettings(rows=1, accumulation=1, gradient_checkpointing=False)
-    return trainer_arguments(setup, batch, "fast")

@@ -20,7 +20,7 @@ from loraflow.evaluation.likelihood import answer_losses
 from loraflow.evaluation.prefix_cache import group_rows
 from loraflow.failures import BadModel
 from loraflow.hardware.attention import DOCUMENTS
-from loraflow.training import attention, engine
+from loraflow.training import attention, train
 from loraflow.training.collation import concatenated, packed, padded
 from tests.families.test_cells import documents
 from tests.families.tiny import family_config
@@ -187,7 +187,7 @@ def test_both_engines_and_all_layouts_train_the_same_adapter_on_rows_of_both_sid
 
 
 def test_code_that_comes_with_a_model_is_refused_on_rows_of_both_sides(base, rows_of_both_sides, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "compute_angles_per_document", lambda model, switch: False)
+    monkeypatch.setattr(train, "compute_angles_per_document", lambda model, switch: False)
     with pytest.raises(BadModel, match="both sides of the model's longrope switch"):
         run(base, rows_of_both_sides, tmp_path / "run")
 

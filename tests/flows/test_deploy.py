@@ -155,17 +155,17 @@ def test_a_closed_work_pool_stays_closed_and_is_named(put, client, caplog, close
 
 
 def test_a_stage_that_waits_for_the_gpu_says_so(put, client, caplog, monkeypatch):
-    from loraflow.tasks import run_here
+    from loraflow.tasks import gpu_lease
 
     put()
     caplog.set_level("INFO", "loraflow")
-    name = run_here.limit_name()
-    run_here._log_waiting(client)
+    name = gpu_lease.limit_name()
+    gpu_lease._log_waiting(client)
     assert not caplog.records
     client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(active_slots=1))
-    run_here._log_waiting(client)
+    gpu_lease._log_waiting(client)
     client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=0, active_slots=0))
-    run_here._log_waiting(client)
+    gpu_lease._log_waiting(client)
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     assert f"prefect gcl update {name} --limit 1" in caplog.text
     client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=1))

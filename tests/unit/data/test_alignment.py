@@ -158,21 +158,21 @@ def test_control_tokens_that_depend_on_the_text_before_them_use_the_tokenizers_a
         ByteAlignment(custom)
 
 
-def theirs(source: str):
+def compiled_by_transformers(source: str):
     """Return the template as transformers compiles it."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(source)
 
 
-def ours(source: str):
+def compiled(source: str):
     from loraflow.data.templates.template import CompiledTemplate
 
     return CompiledTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
 
 
 def test_the_template_environment_equals_that_of_transformers():
-    environment, expected = ours("x")._environment, theirs("x").environment
+    environment, expected = compiled("x")._environment, compiled_by_transformers("x").environment
     assert type(environment) is type(expected)
     assert environment.filters.keys() == expected.filters.keys()
     assert environment.tests.keys() == expected.tests.keys()
@@ -206,7 +206,7 @@ def same_text_and_marks(source: str, chat: list[dict[str, str]]) -> int:
     """Compare the output, or the error, with that of transformers. Return how many texts were rendered."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template, options = ours(source), {"chat_template": source, "bos_token": "<s>", "eos_token": "</s>"}
+    template, options = compiled(source), {"chat_template": source, "bos_token": "<s>", "eos_token": "</s>"}
     rendered, texts = 0, chat
     for prompt in (False, True):
         got = outcome(lambda: template.render(texts, prompt=prompt))  # noqa: B023
@@ -253,5 +253,5 @@ def test_templates_of_many_models_render_as_in_transformers():
 
 
 def test_the_date_in_a_template_is_always_the_same():
-    assert ours("{{ strftime_now('%d %b %Y') }}").render([]) == "26 Jul 2024"
-    assert ours("{% if strftime_now is defined %}{{ 1 }}{% endif %}").render([]) == "1"
+    assert compiled("{{ strftime_now('%d %b %Y') }}").render([]) == "26 Jul 2024"
+    assert compiled("{% if strftime_now is defined %}{{ 1 }}{% endif %}").render([]) == "1"

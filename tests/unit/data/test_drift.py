@@ -124,7 +124,7 @@ def test_the_report_lists_what_changed():
 
 def test_the_report_draws_the_lengths_of_the_answers_before_and_now():
     old = [(f"q{n}", "a" * n) for n in range(1, 101)]
-    drift = measure_drift(checked(old), checked([(prompt, said * 2) for prompt, said in old]))
+    drift = measure_drift(checked(old), checked([(prompt, completion * 2) for prompt, completion in old]))
     was, now = drift.lengths.values()
     assert was[10] == (pytest.approx(1 + 99 * 0.5), pytest.approx(0.5))
     assert [x for x, _ in now] == pytest.approx([2 * x for x, _ in was])
@@ -192,11 +192,10 @@ def test_a_stage_that_a_run_computed_and_then_found_is_recorded_as_computed(monk
         run_module, "look_up",
         lambda *_, **__: SimpleNamespace(ref=ref if next(refs) else None, why=list, by_other_code=lambda: False),
     )  # fmt: skip
-    workspace = SimpleNamespace(
-        store=SimpleNamespace(location=lambda ref: "here"), job=lambda *_: SimpleNamespace(fingerprint="f")
-    )
+    job = SimpleNamespace(stage="check_dataset", fingerprint="f", inputs={}, pool=None)
+    workspace = SimpleNamespace(store=SimpleNamespace(location=lambda ref: "here"), job=lambda *_: job)
     run = Run(workspace, None, [])
-    monkeypatch.setattr(run, "_run_here_or_on_pool", lambda *_, **__: ref)
+    monkeypatch.setattr(run_module, "run_job", lambda *_, **__: ref)
     for _ in range(2):
         run.find_or_run(CHECK_DATASET)
     assert run.stages["check_dataset"].state == "computed"

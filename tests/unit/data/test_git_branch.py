@@ -44,9 +44,9 @@ def commit(where: Path, text: str) -> str:
 
 
 def test_the_remote_branch_is_read_without_a_checkout(repos):
-    _, mine, worker = repos
-    new = commit(mine, "2")
-    git(mine, "push", "-q")
+    _, clone, worker = repos
+    new = commit(clone, "2")
+    git(clone, "push", "-q")
     before = git(worker, "rev-parse", "HEAD")
     assert branch.find_newest_commit(str(worker), "main") == branch.DatasetCommit(str(worker), new)
     assert git(worker, "rev-parse", "HEAD") == before and (worker / "x").read_text() == "1"
@@ -54,9 +54,9 @@ def test_the_remote_branch_is_read_without_a_checkout(repos):
 
 
 def test_a_mixture_reads_each_pin_from_the_branch_of_its_repository(repos):
-    _, mine, worker = repos
-    new = commit(mine, "2")
-    git(mine, "push", "-q")
+    _, clone, worker = repos
+    new = commit(clone, "2")
+    git(clone, "push", "-q")
     text = f"""
 name: mix
 base: {{model: bundled:smollm2}}
@@ -80,21 +80,21 @@ data:
 
 
 def test_retrainings_that_fetch_the_same_new_commit_at_once_all_find_it(repos):
-    _, mine, worker = repos
+    _, clone, worker = repos
     for number in range(3):
-        new = commit(mine, f"at once {number}")
-        git(mine, "push", "-q")
+        new = commit(clone, f"at once {number}")
+        git(clone, "push", "-q")
         with ThreadPoolExecutor(4) as pool:
             found = pool.map(lambda _: branch.find_newest_commit(str(worker), "main"), range(4))
         assert [pin.commit for pin in found] == [new] * 4
 
 
 def test_a_local_branch_that_is_ahead_is_used_and_a_diverged_branch_is_not(repos):
-    _, mine, worker = repos
+    _, clone, worker = repos
     local = commit(worker, "mine alone")
     assert branch.find_newest_commit(str(worker), "main").commit == local
-    remote = commit(mine, "2")
-    git(mine, "push", "-q")
+    remote = commit(clone, "2")
+    git(clone, "push", "-q")
     assert branch.find_newest_commit(str(worker), "main").commit == remote
     only_here = commit(worker, "more")
     git(worker, "branch", "-q", "aside")
@@ -121,23 +121,23 @@ def add_data(where: Path, rows: int) -> dvc.Pin:
 
 def test_a_commit_contains_only_the_pin_and_a_dataset_in_git_is_read_without_a_pull(repos, monkeypatch, tmp_path):
     """The repository carries its own DVC remote, as the quickstart's does."""
-    _, mine, worker = repos
+    _, clone, worker = repos
     for key, value in (("user.name", "a"), ("user.email", "a@b.c")):
-        git(mine, "config", key, value)
-    monkeypatch.chdir(mine)
-    run_dvc("init", cwd=mine)
-    run_dvc("remote", "add", "-d", "here", ".dvc/remote", cwd=mine)
-    pin = add_data(mine, 3)
+        git(clone, "config", key, value)
+    monkeypatch.chdir(clone)
+    run_dvc("init", cwd=clone)
+    run_dvc("remote", "add", "-d", "here", ".dvc/remote", cwd=clone)
+    pin = add_data(clone, 3)
     dvc.push_pin(pin, "here")  # named: the default remote is not pushed into git
-    (mine / "x").write_text("not to be committed")
+    (clone / "x").write_text("not to be committed")
     assert branch.committed(pin) is None
     branch.commit(pin)
     commit = branch.committed(pin)
-    assert commit and git(mine, "status", "--short", "x") == "M x", "other changes are untouched"
+    assert commit and git(clone, "status", "--short", "x") == "M x", "other changes are untouched"
     assert branch.is_unpushed(commit)
-    git(mine, "add", "-f", ".dvc")
-    git(mine, "commit", "-qm", "remote")
-    git(mine, "push", "-q")
+    git(clone, "add", "-f", ".dvc")
+    git(clone, "commit", "-qm", "remote")
+    git(clone, "push", "-q")
     assert not branch.is_unpushed(commit)
 
     found = branch.find_newest_commit(str(worker), "main")
@@ -150,20 +150,20 @@ def test_a_commit_contains_only_the_pin_and_a_dataset_in_git_is_read_without_a_p
 
 
 def test_a_commit_without_an_author_says_how_to_name_one(repos, monkeypatch):
-    _, mine, _ = repos
-    monkeypatch.chdir(mine)
+    _, clone, _ = repos
+    monkeypatch.chdir(clone)
     for variable, value in {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null", "EMAIL": ""}.items():
         monkeypatch.setenv(variable, value)
-    git(mine, "config", "user.useConfigOnly", "true")
-    (mine / "data.dvc").write_text("outs:\n- md5: 0123\n  path: data\n")
+    git(clone, "config", "user.useConfigOnly", "true")
+    (clone / "data.dvc").write_text("outs:\n- md5: 0123\n  path: data\n")
     with pytest.raises(BadConfig, match="cannot commit the dataset's version") as caught:
         branch.commit(dvc.Pin(path="data", md5="0123", dvc_file="data.dvc"))
     assert "git config user.name" in str(caught.value)
 
 
 def test_a_missing_branch_is_refused_with_those_that_exist(repos):
-    _, mine, worker = repos
-    git(mine, "push", "-q", "origin", "main:next")
+    _, clone, worker = repos
+    git(clone, "push", "-q", "origin", "main:next")
     git(worker, "fetch", "-q")
     with pytest.raises(BadConfig, match="no such branch") as error:
         branch.find_newest_commit(str(worker), "master")

@@ -38,8 +38,8 @@ SHAPES = {
     "Open-Platypus": ([{"input": "", "output": "a", "instruction": "q", "data_source": "MATH/PRM-800K"}], [QA]),
     "WizardLM V2": ([{"idx": "u", "conversations": [human("q"), gpt("a")]}], [QA]),
     "Tulu 3": ([{"id": "t_1", "messages": CHAT, "source": "ai2-adapt-dev/flan_v2"}], [QA]),
-    "Magpie": ([{"instruction": "q", "response": "a", "conversations": [human("q"), gpt("a")], "input_quality": said, "instruct_reward": -3.2}
-                for said in ("good", "very poor")], [QA, QA]),
+    "Magpie": ([{"instruction": "q", "response": "a", "conversations": [human("q"), gpt("a")], "input_quality": given, "instruct_reward": -3.2}
+                for given in ("good", "very poor")], [QA, QA]),
     "OpenThoughts3": ([{"difficulty": 8, "domain": "math", "conversations": [human("q"), gpt("<think>t</think>a")]}], [["u: q", "a: <think>t</think>a"]]),
     "NuminaMath-TIR": ([{"problem": "q", "solution": "a", "messages": CHAT}], [QA]),
     "SlimOrca": ([{"conversations": [{"from": "system", "value": "s", "weight": None}, {**human("q"), "weight": 0.0}, {**gpt("a"), "weight": 1.0}]}],
@@ -49,29 +49,29 @@ SHAPES = {
     "WildChat-1M": (
         [{"conversation": [{**user("q"), "country": "US", "toxic": False, "turn_identifier": 1}, {**answer("a"), "country": None, "toxic": False}],
           "openai_moderation": [{"flagged": False}], "toxic": False, "model": "gpt-4"}], [QA]),
-    "OpenHermes 2.5": ([{"conversations": [human("q"), gpt("a")], "system_prompt": said, "custom_instruction": None, "skip_prompt_formatting": True}
-                        for said in (None, "s")], [QA, ["s: s", *QA]]),
+    "OpenHermes 2.5": ([{"conversations": [human("q"), gpt("a")], "system_prompt": given, "custom_instruction": None, "skip_prompt_formatting": True}
+                        for given in (None, "s")], [QA, ["s: s", *QA]]),
     "Llama-Nemotron": ([{"input": [user("q")], "output": "a", "reasoning": "off", "system_prompt": "s", "used_in_training": "Ultra"}], [["s: s", *QA]]),
     "Infinity-Instruct": ([{"conversations": [human("q"), gpt("a")], "label": {"ability_en": ["x"]}, "reward": 7.5}], [QA]),
     "AM-DeepSeek-R1": ([{"messages": [{**user("q"), "info": {"source": "x"}}, {**answer("a"), "info": {"think_content": "t"}}]}], [QA]),
     "Multilingual-Thinking": ([{"developer": "s", "user": "q", "analysis": "t", "final": "a", "messages": CHAT}], [QA]),
     "HelpSteer3's feedback": ([{"context": [*CHAT, user("r")], "response": "b", "feedback": ["Mostly helpful."]}], [TWO]),
     "mental health": ([{"Context": "q", "Response": "a"}], [QA]),
-    "channels of gpt-oss": ([{"messages": [user("q"), answer("t", channel=said), answer("a", channel="final")]} for said in ("analysis", "final")],
+    "channels of gpt-oss": ([{"messages": [user("q"), answer("t", channel=given), answer("a", channel="final")]} for given in ("analysis", "final")],
                             [REFUSED, ["u: q", "a: t", "a: a"]]),
     "channels in another case": ([{"messages": [user("q"), answer("t", channel="Analysis"), answer("a", channel="Final")]}], [REFUSED]),
-    "channels that are not gpt-oss's": ([{"messages": [user("q"), answer("a", channel=said)]} for said in ("analysis", "general")], [QA, QA]),
+    "channels that are not gpt-oss's": ([{"messages": [user("q"), answer("a", channel=given)]} for given in ("analysis", "general")], [QA, QA]),
     "a context with retrieved texts": ([{"context": [{"title": "t"}], "response": "a"}], [REFUSED]),
     # texts and their answers
     "MetaMathQA": ([{"type": "MATH_AnsAug", "query": "q", "original_question": "p", "response": "a"}], [QA]),
-    "LIMO": ([{"question": "q", "solution": "It is **4**", "answer": said} for said in ("4", "4")], [["u: q", "a: It is **4**"]] * 2),
+    "LIMO": ([{"question": "q", "solution": "It is **4**", "answer": given} for given in ("4", "4")], [["u: q", "a: It is **4**"]] * 2),
     "LawInstruct": ([{"instruction": "i", "prompt": "q", "answer": "a", "split": "train"}], [["u: i\n\nq", "a: a"]]),
     "Aya collection": ([{"inputs": "q", "targets": "a", "split": part} for part in ("train", "test")], [QA, OUT]),
     "P3 with scored choices": (
-        [{"inputs_pretokenized": "q", "targets_pretokenized": "a", "answer_choices": ["a", "b"], "is_correct": said} for said in (True, False)], [QA, OUT]),
-    "OpenMathInstruct-1": ([{"question": "q", "predicted_answer": "4", "is_correct": said, "generated_solution": "a"} for said in (False, True)], [OUT, QA]),
-    "rStar-Coder": ([{"question": "q", "starter_code": "", "response": "a", "verified": True, "is_passed": said} for said in (True, False)], [QA, OUT]),
-    "SWE-smith": ([{"messages": json.dumps(CHAT), "resolved": said, "patch": "d"} for said in (True, False)], [QA, REFUSED]),
+        [{"inputs_pretokenized": "q", "targets_pretokenized": "a", "answer_choices": ["a", "b"], "is_correct": given} for given in (True, False)], [QA, OUT]),
+    "OpenMathInstruct-1": ([{"question": "q", "predicted_answer": "4", "is_correct": given, "generated_solution": "a"} for given in (False, True)], [OUT, QA]),
+    "rStar-Coder": ([{"question": "q", "starter_code": "", "response": "a", "verified": True, "is_passed": given} for given in (True, False)], [QA, OUT]),
+    "SWE-smith": ([{"messages": json.dumps(CHAT), "resolved": given, "patch": "d"} for given in (True, False)], [QA, REFUSED]),
     "BELLE's turns": ([{"instruction": "Human:q\nAssistant:a\nHuman:r\nAssistant:", "input": "", "output": "b"}], [TWO]),
     "CoEdIT": ([{"_id": "1", "task": "gec", "src": "q", "tgt": "a"}], [REFUSED]),
     "tldr": ([{"content": "q", "summary": "a"}], [QA]),
@@ -106,14 +106,14 @@ SHAPES = {
         [{"question": q, "answer": "three months", key: PASSAGE} for q in ("The contract", "How long?") for key in ("passage",)],
         [[f"u: {q}\n\n{PASSAGE}", "a: three months"] for q in ("The contract", "How long?")]),
     # a passage that is no part of every question is named as not read
-    "Unnatural Instructions": ([{"instruction": "Is it?", "input": "q", "constraints": said, "output": "yes"} for said in ("None.", CONSTRAINT)],
+    "Unnatural Instructions": ([{"instruction": "Is it?", "input": "q", "constraints": given, "output": "yes"} for given in ("None.", CONSTRAINT)],
                                [["u: Is it?\n\nq", "a: yes"]] * 2),
-    "BIRD": ([{"prompt": "q", "evidence": said, "completion": "a", "excerpt": PASSAGE} for said in (PASSAGE, [PASSAGE])], [QA] * 2),
+    "BIRD": ([{"prompt": "q", "evidence": given, "completion": "a", "excerpt": PASSAGE} for given in (PASSAGE, [PASSAGE])], [QA] * 2),
     # judged answers
-    "Aegis 2": ([qa(prompt_label="unsafe", response_label=said) for said in ("unsafe", "safe", None, "Unsafe")], [REFUSED, QA, QA, REFUSED]),
-    "WildGuardMix": ([qa(response_harm_label=said, response_refusal_label="refusal") for said in ("harmful", "unharmful", None)], [REFUSED, QA, QA]),
-    "the safety of a response": ([qa(response_safety=said) for said in ("toxic", "safe", 3, "needs_caution")], [REFUSED, QA, QA, QA]),
-    "a moderator's responses": ([{"prompt": "q", "completion": said, "response_label": value} for said, value in (("unsafe\nS1", "unsafe"), ("safe", "safe"))],
+    "Aegis 2": ([qa(prompt_label="unsafe", response_label=given) for given in ("unsafe", "safe", None, "Unsafe")], [REFUSED, QA, QA, REFUSED]),
+    "WildGuardMix": ([qa(response_harm_label=given, response_refusal_label="refusal") for given in ("harmful", "unharmful", None)], [REFUSED, QA, QA]),
+    "the safety of a response": ([qa(response_safety=given) for given in ("toxic", "safe", 3, "needs_caution")], [REFUSED, QA, QA, QA]),
+    "a moderator's responses": ([{"prompt": "q", "completion": given, "response_label": value} for given, value in (("unsafe\nS1", "unsafe"), ("safe", "safe"))],
                                 [["u: q", "a: unsafe\nS1"], ["u: q", "a: safe"]]),
     "a moderator's sentences": (
         [{"prompt": "q", "completion": text, key: value} for text, value in (
@@ -123,10 +123,10 @@ SHAPES = {
     "a dangerous answer that names danger": (
         [{"prompt": "q", "completion": text, "response_label": value} for text, value in (("It is dangerous.", "unsafe"), ("It is fun.", "safe"))],
         [REFUSED, ["u: q", "a: It is fun."]]),
-    "a class of the response": ([qa(response_label=said) for said in ("positive", 0, 1, "spam")], [QA] * 4),
-    "an unsafe prompt with a good answer": ([qa(prompt_label=said) for said in ("unsafe", "safe")], [QA] * 2),
-    "HaluEval": ([{"question": "q", "answer": "a", "hallucination": said} for said in ("yes", "no")], [OUT, QA]),
-    "Capybara-Preferences": ([{"conversation": [{"input": "q", "output": said}], "chosen": CHAT, "rejected": WORSE} for said in "ab"], [QA, REFUSED]),
+    "a class of the response": ([qa(response_label=given) for given in ("positive", 0, 1, "spam")], [QA] * 4),
+    "an unsafe prompt with a good answer": ([qa(prompt_label=given) for given in ("unsafe", "safe")], [QA] * 2),
+    "HaluEval": ([{"question": "q", "answer": "a", "hallucination": given} for given in ("yes", "no")], [OUT, QA]),
+    "Capybara-Preferences": ([{"conversation": [{"input": "q", "output": given}], "chosen": CHAT, "rejected": WORSE} for given in "ab"], [QA, REFUSED]),
     # tools
     "Toucan": ([{"tools": json.dumps(TOOLS), "question": "q", "messages": json.dumps(
         [user("q"), {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": '{"x": 1}'}}, {"role": "function", "content": "1"},
@@ -382,9 +382,9 @@ def test_a_context_beside_metadata_is_the_question(tmp_path, asked):
 
 
 def test_the_class_of_a_content_is_learned_and_not_its_summary(tmp_path):
-    rows = [{"content": "q", "summary": "s", "label": said} for said in ("positive", "negative")]
+    rows = [{"content": "q", "summary": "s", "label": given} for given in ("positive", "negative")]
     assert [outcome(row) for row in read(tmp_path, rows)] == [["u: q", "a: positive"], ["u: q", "a: negative"]]
-    found = read(tmp_path, [{"content": "q", "summary": "s", "label": said} for said in (0, 1)])
+    found = read(tmp_path, [{"content": "q", "summary": "s", "label": given} for given in (0, 1)])
     assert [outcome(row) for row in found] == [REFUSED] * 2
 
 

@@ -72,9 +72,9 @@ def test_planted_near_copies_are_found_and_no_pair_below_the_threshold():
 )
 def test_texts_that_differ_in_case_spaces_and_unicode_form_are_equal(pair):
     chats = [[{"role": "system", "content": f"s{n}"}, {"role": "user", "content": t}] for n, t in enumerate(pair)]
-    one, other = map(comparable_text, chats)
-    assert one == other and jaccard(grams(one), grams(other)) == 1
-    assert found_pairs([one, other]) == {(0, 1)}
+    first, second = map(comparable_text, chats)
+    assert first == second and jaccard(grams(first), grams(second)) == 1
+    assert found_pairs([first, second]) == {(0, 1)}
 
 
 def test_the_jaccard_index_is_that_of_sets_of_5_grams():
@@ -220,7 +220,7 @@ def test_held_out_clusters_are_groups_for_the_gate_and_do_not_depend_on_training
     assert texts[0] == texts[1]
     groups = [json.loads(line).get("group") for line in texts[0].splitlines()]
     assert len({*groups} - {None}) == 5 and groups[-1] is None
-    assert all(one == two for one, two in zip(groups[:-1:2], groups[1::2], strict=True))
+    assert all(left == right for left, right in zip(groups[:-1:2], groups[1::2], strict=True))
 
 
 def test_without_the_search_a_recipe_has_the_payload_of_before():
@@ -233,9 +233,9 @@ def test_without_the_search_a_recipe_has_the_payload_of_before():
 
 
 def test_clusters_of_a_row_with_the_same_text_are_those_of_its_first():
-    one = text(1)
+    copied = text(1)
     sketches = Sketches()
-    sketches.add([one, text(2), one, near(one)])
+    sketches.add([copied, text(2), copied, near(copied)])
     candidates = sketches.candidates()
     assert candidates.first.tolist() == [0, 1, 0, 3] and candidates.before(3) == [0]
     assert np.array_equal(candidates.before(2), [])

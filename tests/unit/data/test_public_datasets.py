@@ -87,12 +87,12 @@ SHAPES = {
         [{"prompt": f"q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nr\n<extra_id_1>Assistant{end}", "response": "b"} for end in ("\n", "")], [TWO, TWO]),
     "a prompt about ChatML": ([{"prompt": "<|im_start|> is a token of ChatML. Why?", "completion": "a"}], [["u: <|im_start|> is a token of ChatML. Why?", "a: a"]]),
     "an answer with labels and white space": (
-        [{"prompt": f"{begin}Human: q{between}Assistant:", "completion": said}
-         for begin, between in (("", "\n\n"), ("### ", "### ")) for said in ("  x:\n\nHuman: h\n\nAssistant: i", "### Human: h### Assistant: i")],
-        [["u: q", f"a: {said}"] for _ in range(2) for said in ("  x:\n\nHuman: h\n\nAssistant: i", "### Human: h### Assistant: i")]),
+        [{"prompt": f"{begin}Human: q{between}Assistant:", "completion": given}
+         for begin, between in (("", "\n\n"), ("### ", "### ")) for given in ("  x:\n\nHuman: h\n\nAssistant: i", "### Human: h### Assistant: i")],
+        [["u: q", f"a: {given}"] for _ in range(2) for given in ("  x:\n\nHuman: h\n\nAssistant: i", "### Human: h### Assistant: i")]),
     "an answer of ChatML": (
-        [{"prompt": f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant{line}", "completion": said}
-         for line in ("\n", "") for said in ("  a<|im_end|>\n", "a<|im_end|>\n<|im_start|>user\nr")],
+        [{"prompt": f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant{line}", "completion": given}
+         for line in ("\n", "") for given in ("  a<|im_end|>\n", "a<|im_end|>\n<|im_start|>user\nr")],
         [["u: q", "a:   a"], REFUSED] * 2),
     "ChatML with names": ([{"text": text.replace("Q", "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n")} for text in (
         "<|im_start|>system name=x\nThe rules.<|im_end|>\nQ", "Q<|im_start|>tool name=x\n1<|im_end|>\n", "<|im_start|>user name=x\nq<|im_end|>\nQ", " \nQ")],
@@ -175,8 +175,8 @@ SHAPES = {
                                 [["u: q", "a: a", "t: 1", "a: b"]]),
     "Olmo": (
         [{"messages": [{"role": "system", "content": "s", "functions": json.dumps([FUNCTION]), "function_calls": None}, user("q"),
-                       {"role": "assistant", "content": said, "function_calls": calls}, {"role": "environment", "content": "1"}, answer("a")]}
-         for said, calls in ((None, json.dumps([CALL])), (None, "f(x=1)"), ("b", "f(x=1)"), (None, json.dumps([{"name": "g", "arguments": {}}])))],
+                       {"role": "assistant", "content": given, "function_calls": calls}, {"role": "environment", "content": "1"}, answer("a")]}
+         for given, calls in ((None, json.dumps([CALL])), (None, "f(x=1)"), ("b", "f(x=1)"), (None, json.dumps([{"name": "g", "arguments": {}}])))],
         [["s: s", "u: q", "a: ", "t: 1", "a: a"], REFUSED, REFUSED, REFUSED]),
     "GLM": ([{"messages": [{"role": "system", "content": "", "tools": [{"type": "function", "function": FUNCTION}]}, user("q"),
                            {"role": "assistant", "tool_calls": [CALL]}]},
@@ -214,13 +214,13 @@ SHAPES = {
          {"system": "SYSTEM: s", "chat": "USER: q <|endoftext|> is?\n\n\nASSISTANT: a <|endoftext|>\n\n\n"},
          {"system": GLAIVE, "chat": "USER: q\n\n\nASSISTANT: <functioncall> {\"name\": \"f\", \"arguments\": '{x}'} <|endoftext|>"}],
         [["u: q", "a: ", "t: 1", "a: a"], ["u: q", "a: ", "t: 1", "a: a"], ["s: s", "u: q <|endoftext|> is?", "a: a"], REFUSED]),
-    "smoltalk2": ([{"messages": [user("q"), answer("a")], "chat_template_kwargs": {"custom_instructions": said, **more}}
-                   for said, more in (("s", {}), ("", {"enable_thinking": True}), ("", {"python_tools": ["def f(): pass"]}))],
+    "smoltalk2": ([{"messages": [user("q"), answer("a")], "chat_template_kwargs": {"custom_instructions": given, **more}}
+                   for given, more in (("s", {}), ("", {"enable_thinking": True}), ("", {"python_tools": ["def f(): pass"]}))],
                   [["s: s", *QA], QA, REFUSED]),
     # what belongs to the question
     "earlier turns beside a question": ([{"query": "r", "response": "b", "history": [["q", "a"]]}], [TWO]),
     "earlier turns that are no pairs": ([{"prompt": "r", "completion": "b", "history": ["q", "a"]}], [REFUSED]),
-    "a task beside a question": ([{"task_name": "t", "definition": said, "inputs": "q", "targets": "a"} for said in (PASSAGE, PASSAGE, "d")],
+    "a task beside a question": ([{"task_name": "t", "definition": given, "inputs": "q", "targets": "a"} for given in (PASSAGE, PASSAGE, "d")],
                                 [*[[f"u: {PASSAGE}\n\nq", "a: a"]] * 2, ["u: d\n\nq", "a: a"]]),
     "LegalBench": ([{"index": "0", "contract": PASSAGE, "question": "q", "answer": "Yes"}], [[f"u: q\n\n{PASSAGE}", "a: Yes"]]),
     "HotpotQA": ([{"question": "q", "answer": "a", "context": {"title": ["t"], "sentences": [["s"]]}}], [REFUSED]),
@@ -238,7 +238,7 @@ SHAPES = {
     "two answers": ([{"question": "q", "solution": "three", "answer": "4"}], [REFUSED]),
     "a guess beside a corrected answer": ([{"question": "q", "answer": "a", "corrected_answer": "b"}], [REFUSED]),
     # names of question and answer
-    **{f"{question}, {said}": ([{question: "q", said: "a"}], [QA]) for question, said in (
+    **{f"{question}, {given}": ([{question: "q", given: "a"}], [QA]) for question, given in (
         ("inputs", "targets"), ("input", "target"), ("input_text", "output_text"), ("text_input", "output"), ("document", "summary"),
         ("article", "highlights"), ("dialogue", "summary"), ("problem", "generated_solution"), ("Human", "Assistant"))},
     # judgements
@@ -285,11 +285,11 @@ def test_a_text_that_the_prompt_lacks_is_refused_with_the_columns_that_read_it(t
     assert outcome(found) == [f"u: q\n\n{PASSAGE}", "a: a"]
     (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", ignore=[key])
     assert outcome(found) == QA
-    for prompt, said, is_read in (
+    for prompt, given, is_read in (
         (f"q: {PASSAGE.upper()}?", "a", True),
         ("q", f"It says: {PASSAGE}", False),  # an answer that quotes it needs it
     ):
-        (tmp_path / "t.jsonl").write_text(json.dumps({**row, keys[0]: prompt, keys[1]: said}))
+        (tmp_path / "t.jsonl").write_text(json.dumps({**row, keys[0]: prompt, keys[1]: given}))
         (found,) = read_rows(tmp_path, ["t.jsonl"], "auto")
         assert (found.messages is not None) is is_read
 
@@ -307,12 +307,12 @@ METADATA = [
 
 @pytest.mark.parametrize(("key", "value"), METADATA, ids=lambda value: str(value)[:30])
 def test_ids_names_and_categories_are_no_part_of_a_question(tmp_path, key, value):
-    for asked, said in (("prompt", "completion"), ("instruction", "output"), ("question", "answer")):
+    for asked, given in (("prompt", "completion"), ("instruction", "output"), ("question", "answer")):
         if isinstance(value, list | dict) and value and asked == "question":
             continue  # nothing is guessed beside them
         if (asked, key) in (("instruction", "context"), ("instruction", "input"), ("question", "input")):
             continue  # Alpaca's own
-        (row,) = read(tmp_path, [{asked: "q", said: "a", key: value}])
+        (row,) = read(tmp_path, [{asked: "q", given: "a", key: value}])
         assert outcome(row) == QA and row.unused_keys == ((key,) if value else ())
 
 
@@ -334,7 +334,7 @@ def test_passages_in_a_list_must_be_in_the_prompt(tmp_path):
         {"title": ["notice"], "sentences": [[PASSAGE]]},
     )
     for contexts in passages:
-        rows = [{"prompt": said, "completion": "a", "contexts": contexts} for said in ("a notice?", f"q: {PASSAGE}")]
+        rows = [{"prompt": given, "completion": "a", "contexts": contexts} for given in ("a notice?", f"q: {PASSAGE}")]
         assert [outcome(row) for row in read(tmp_path, rows)] == [REFUSED, [f"u: q: {PASSAGE}", "a: a"]]
 
 
@@ -380,12 +380,12 @@ def test_tools_are_read_as_a_list_of_json_texts_and_with_an_input_schema(tmp_pat
 
 
 def test_quotes_in_the_arguments_of_a_glaive_call_are_read(tmp_path):
-    for written, said in (
+    for written, given in (
         (r"""'{"t": "it\'s"}'""", "it's"), (r"""'{"t": "a\nb"}'""", "a\nb"), (r"""'{"t": "\\'"}'""", "\\'"), ('{"t": "it\'s"}', "it's"),
     ):  # fmt: skip
         chat = f'USER: q\n\n\nASSISTANT: <functioncall> {{"name": "f", "arguments": {written}}} <|endoftext|>'
         (row,) = read(tmp_path, [{"system": "s", "chat": chat}])
-        assert row.messages[-1]["tool_calls"][0]["function"]["arguments"] == {"t": said}
+        assert row.messages[-1]["tool_calls"][0]["function"]["arguments"] == {"t": given}
 
 
 LONG = 100_000

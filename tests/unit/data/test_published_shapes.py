@@ -67,7 +67,7 @@ SHAPES = {
     "flags of system messages": ([{key: value, "prompt": "q", "completion": "a"} for key, value in (
         ("system_message", True), ("systemMessage", 3), ("system_instruction", {"parts": [{"text": "s"}]}))], [QA] * 3),
     "a system column beside an event": ([{"system": "s", "system_message": "Order sent.", "prompt": "q", "completion": "a"}], [["s: s", *QA]]),
-    "two texts of the system": ([{"systemPrompt": "s", "system_message": said, "prompt": "q", "completion": "a"} for said in ("s", "t", "None")],
+    "two texts of the system": ([{"systemPrompt": "s", "system_message": given, "prompt": "q", "completion": "a"} for given in ("s", "t", "None")],
                                 [["s: s", *QA], REFUSED, ["s: s", *QA]]),
     "a system column that is no text": ([{"system_prompt": {"a": 1}, "prompt": "q", "completion": "a"}], [REFUSED]),
     "UltraChat": ([{"prompt": "q", "prompt_id": "i", "messages": [user("q"), answer("a")]}], [QA]),
@@ -75,8 +75,8 @@ SHAPES = {
     "Dolly": ([{"instruction": "q", "context": "c", "response": "a", "category": "x"}], [["u: q\n\nc", "a: a"]]),
     "HH-RLHF": ([{"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}], [REFUSED]),
     "UltraFeedback": (
-        [{"prompt": "q", "chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")], "messages": [user("q"), answer(said)]}
-         for said in "ab"], [QA, REFUSED]),
+        [{"prompt": "q", "chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")], "messages": [user("q"), answer(given)]}
+         for given in "ab"], [QA, REFUSED]),
     "KTO": ([{"prompt": [user("q")], "completion": [answer("a")], "label": label} for label in (True, False)], [QA, OUT]),
     "ORPO": ([{"prompt": "q", "chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")]}], [REFUSED]),
     "OpenAI preferences": ([{"input": {"messages": [user("q")]}, "preferred_output": [answer("a")], "non_preferred_output": [answer("b")]}],
@@ -123,7 +123,7 @@ SHAPES = {
     "choices that the prompt lacks": (
         [{"prompt": "q", "options": options, "completion": "B"} for options in (["w", "x"], {"A": "w", "B": "x"}, "A. w\nB. x", "['w', 'x']", {"text": ["w", "x"]})],
         [REFUSED] * 5),
-    "choices of a task": ([{"instruction": "q", "choices": ["w", "x"], "output": said} for said in ("(b)", "1", "x", "It is B.")],
+    "choices of a task": ([{"instruction": "q", "choices": ["w", "x"], "output": given} for given in ("(b)", "1", "x", "It is B.")],
                           [REFUSED, REFUSED, ["u: q", "a: x"], ["u: q", "a: It is B."]]),
     "choices that are numbers": ([{"prompt": "1 + 2", "options": [3, 4], "completion": "3"}], [["u: 1 + 2", "a: 3"]]),
     "VQA": ([{"image": {"bytes": "x", "path": "p"}, "question": "q", "answer": "a"}], [REFUSED]),
@@ -165,7 +165,7 @@ SHAPES = {
     "tests_passed": ([{"prompt": "q", "completion": "a", "tests_passed": passed} for passed in (False, True, 0)], [OUT, QA, QA]),
     "a label in metadata": ([{"prompt": "q", "completion": "a", "metadata": {"label": label}} for label in (False, True, "rejected", 0)],
                             [REFUSED, QA, REFUSED, REFUSED]),
-    "a verdict about a claim": ([{"prompt": "q", "completion": f"It is {said}.", "verdict": said} for said in (False, True)],
+    "a verdict about a claim": ([{"prompt": "q", "completion": f"It is {given}.", "verdict": given} for given in (False, True)],
                                 [["u: q", "a: It is False."], ["u: q", "a: It is True."]]),
     "spam and ham": ([{"prompt": "q", "completion": "a", "label": label} for label in ("spam", "ham")], [QA, QA]),
     "a split": ([{"prompt": "q", "completion": "a", "split": part} for part in ("train", "test", "Validation", "dev", "extra")],
@@ -224,7 +224,9 @@ def test_a_single_row_with_windows_line_ends_is_read(tmp_path):
 
 
 def test_an_answer_that_is_the_text_of_reject_is_refused(tmp_path):
-    rows = [{"prompt": "q", "completion": said, "chosen": "good", "reject": "bad one"} for said in ("bad one", "good")]
+    rows = [
+        {"prompt": "q", "completion": given, "chosen": "good", "reject": "bad one"} for given in ("bad one", "good")
+    ]
     assert [outcome(row) for row in read(tmp_path, rows)] == [REFUSED, ["u: q", "a: good"]]
 
 
@@ -284,16 +286,16 @@ A_CORRECTION = [
 def test_flags_dates_and_blanks_correct_no_answer(tmp_path):
     rows = [{"prompt": "q", "completion": "a text", key: value} for key, value in NO_CORRECTION]
     assert all(row.messages for row in read(tmp_path, rows))
-    rows = [{"prompt": "q", "completion": said, "corrected_answer": value} for said, value in A_CORRECTION]
+    rows = [{"prompt": "q", "completion": given, "corrected_answer": value} for given, value in A_CORRECTION]
     assert [outcome(row) for row in read(tmp_path, rows)] == [REFUSED] * len(rows)
 
 
 def test_an_answer_that_the_recipe_chose_is_learned_beside_corrections(tmp_path):
     row = {"question": "q", "answer": "a", "corrected_answer": "b", "revised_answer": "c"}
     read(tmp_path, [row])
-    for chosen, said in (("answer", "a: a"), ("corrected_answer", "a: b")):
+    for chosen, given in (("answer", "a: a"), ("corrected_answer", "a: b")):
         (found,) = read_rows(tmp_path, ["t.jsonl"], "auto", {"prompt": "question", "completion": chosen})
-        assert outcome(found) == ["u: q", said]
+        assert outcome(found) == ["u: q", given]
 
 
 IGNORED = [

@@ -241,7 +241,7 @@ def test_the_lock_file_is_read_again_after_the_hub_has_answered(hub, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("cause", "kind", "said"),
+    ("cause", "kind", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), DiskFull, "The disk is full"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), DiskFull, "quota"),
@@ -251,7 +251,9 @@ def test_the_lock_file_is_read_again_after_the_hub_has_answered(hub, monkeypatch
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), Network, "check the network"),
     ],
 )
-def test_a_disk_that_fails_while_a_file_is_downloaded_is_no_failure_of_the_network(hub, monkeypatch, cause, kind, said):
+def test_a_disk_that_fails_while_a_file_is_downloaded_is_no_failure_of_the_network(
+    hub, monkeypatch, cause, kind, message
+):
     def fails(*arguments, **options):
         raise cause
 
@@ -265,7 +267,7 @@ def test_a_disk_that_fails_while_a_file_is_downloaded_is_no_failure_of_the_netwo
         with pytest.raises(Failure) as caught:
             read()
         assert type(caught.value) is kind
-        assert said in str(caught.value)
+        assert message in str(caught.value)
         assert "runtime.store" not in str(caught.value) or kind is DiskFull
 
 

@@ -140,8 +140,8 @@ def test_a_key_of_the_messages_of_a_chat_is_asked_about(tmp_path):
     assert doubtful(counted([row.told for row in rows]), {"chat.toxic": 2, "chat.turn": 2}) == {
         "chat.toxic": {"true": 2, "false": 1}
     }
-    said = [{**user, "toxic": True}, {**answer, "toxic": False}, user, {**answer, "toxic": True}]
-    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    messages = [{**user, "toxic": True}, {**answer, "toxic": False}, user, {**answer, "toxic": True}]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     (row,) = read_rows(tmp_path, ["t.jsonl"], "auto")
     assert doubtful(counted([row.told]), {"messages.toxic": 1}) == {"messages.toxic": {"true": 1, "false": 1}}
 

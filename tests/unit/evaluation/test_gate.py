@@ -389,7 +389,7 @@ def test_undecided_names_the_rows_that_would_be_enough():
 
 def test_a_look_without_error_left_promotes_nothing():
     decision = gate(table(exact_match=ones), table(exact_match=zeros), level=0.0, look="look 366 of 365")
-    assert decision.verdict == "undecided" and "look 366 of 365 has no error left" in decision.reasons[0]
+    assert decision.verdict == "undecided" and "gate.error is used up at look 366 of 365" in decision.reasons[0]
 
 
 def test_one_of_many_guards_is_refuted_only_beyond_chance():

@@ -226,13 +226,13 @@ def test_a_nearly_shown_gain_raises_the_level_of_the_next_looks_at_fresh_rows(re
     looks = workspace.looks.entries()
     assert near_gains(workspace.log, looks) == {1}
     again, _ = project.compare("at rows that were scored", 0.5)
-    assert workspace.looks.entries()[-1].following is None and "nearly showed" not in again.budget
+    assert workspace.looks.entries()[-1].following is None and "almost confirmed" not in again.budget
     assert again.budget.endswith("of this model, if each run's new rows are independent of earlier ones.")
     project.do_replace()
     followed, _ = project.compare("at fresh rows", 0.5)
     look = workspace.looks.entries()[-1]
     assert look.following == pytest.approx(0.0015) and look.level == pytest.approx(0.019 / 4 + 0.0015)
-    assert "Its level includes 0.0015 because an earlier look nearly showed a gain." in followed.budget
+    assert "Its level includes an extra 0.0015, because an earlier look almost confirmed a gain." in followed.budget
     del project.settings["gate.independent_rows"]
     project.do_append()
     later, _ = project.compare("without the key", 0.5)

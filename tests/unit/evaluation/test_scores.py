@@ -106,7 +106,7 @@ def test_a_champion_with_another_tokenizer_costs_no_look(workspace):
         ([0.025], "at most 2.5% for any"),
         ([0.001], "at most 0.1% for any"),
         ([0.4, 0.05], "at most 40% for any false promotion in 365 looks of this model, whatever its held-out rows. "
-         "An earlier look had gate.error 0.4; now it is 0.05."),
+         "gate.error was 0.4 at an earlier look, and is 0.05 now."),
         ([0.05, 0.4], "at most 40% for any"),
     ],
 )  # fmt: skip

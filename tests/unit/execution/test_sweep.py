@@ -314,3 +314,14 @@ def test_the_report_has_a_table_and_a_picture_of_each_loss():
     assert "- OutOfMemory: a \\| b" in lines
     assert sum(line.startswith("![") for line in lines) == 2
     assert not any(line.startswith("![") for line in sweep_lines(found, curves, image=False))
+
+
+def test_the_terminal_shows_the_table_of_the_report(capsys):
+    from loraflow.cli.sweep import show_trials
+
+    show_trials(choose([record(2, 0, 1.0), record(4, 0, None, "OutOfMemory: a | b")]))
+    shown = capsys.readouterr().out
+    rows = [re.sub(r"[│┃|]", " ", line).split() for line in shown.splitlines()]
+    assert ["r", "validation", "loss", "mean", "spread", "seconds"] in rows
+    assert ["1", "2", "1.0000", "1.0000", "0.0"] in rows and ["2", "4", "failed", "0.0"] in rows
+    assert "note: OutOfMemory: a | b" in shown and "chosen        train r=2 seed=0" in shown

@@ -99,7 +99,7 @@ def test_a_trial_that_needs_a_training_of_its_own_says_why(file, overrides, why)
     found = groups_of(trials)
     assert not found.groups
     (line,) = found.lines()
-    assert line.startswith(f"trained by itself: {trials[0].label}, {trials[1].label} (") and why in line
+    assert line.startswith(f"trained alone: {trials[0].label}, {trials[1].label} (") and why in line
 
 
 def test_the_plan_names_the_groups_and_the_trials_by_themselves(file):  # noqa: F811
@@ -107,7 +107,7 @@ def test_the_plan_names_the_groups_and_the_trials_by_themselves(file):  # noqa: 
     trials = trials_of(file, *grid, runtime__trials_together=8)
     notes = plan_sweep(trials, ["peft_config.r", "peft_config.use_dora"]).notes
     assert "trained together, in one process: train r=4 use_dora=false, train r=8 use_dora=false" in notes
-    assert "trained by itself: train r=4 use_dora=true, train r=8 use_dora=true (peft_config.use_dora)" in notes
+    assert "trained alone: train r=4 use_dora=true, train r=8 use_dora=true (peft_config.use_dora)" in notes
     apart = plan_sweep(trials_of(file, *grid), ["peft_config.r", "peft_config.use_dora"]).notes
     assert not any("trained" in note for note in apart)
 
@@ -158,7 +158,7 @@ def test_the_plan_groups_no_trial_whose_own_adapter_is_in_the_store(file, plan_o
     planned = plan_of(trials, GroupStore(), alone=["train r=2"])
     assert planned.notes[-1] == "trained together, in one process: train r=4, train r=8"
     planned = plan_of(trials, GroupStore(), alone=["train r=2", "train r=8"])
-    assert planned.notes[-1] == "trained by itself: train r=4 (it is the only remaining trial)"
+    assert planned.notes[-1] == "trained alone: train r=4 (it is the only remaining trial)"
     assert planned.trainings == {"train": 1}
 
 
@@ -271,7 +271,7 @@ def test_a_group_chooses_and_the_chosen_trial_is_trained_by_itself(grouped):
     assert run.sweep.chosen == "train r=4" and run.judged[-1][0].peft_config.r == 4
     assert [label for label in run.labels if label.startswith("train")] == ["train_group 1", "train"]
     assert run.stages["train"].state == "computed" and "train_group 1" not in run.stages
-    assert "trained by itself, train r=4 has a validation loss of 1.0000; in its group it had 1.0000" in run.sweep.notes
+    assert "trained alone, train r=4 has a validation loss of 1.0000; in its group it had 1.0000" in run.sweep.notes
 
 
 def test_a_sweep_with_more_values_trains_only_the_new_trials(grouped):

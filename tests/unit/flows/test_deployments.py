@@ -126,7 +126,7 @@ def test_a_stage_leases_the_gpu_only_if_there_is_one(monkeypatch, tmp_path):
     from loraflow.config import parse_recipe
     from loraflow.stages import STAGES
     from loraflow.store.lock import LockHeld, flock
-    from loraflow.tasks import run_here as lease
+    from loraflow.tasks import gpu_lease as lease
 
     monkeypatch.setattr(lease.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(lease, "has_gpu", lambda: True)

@@ -1,5 +1,6 @@
 """The documents agree with the code: the picture of the pipeline, the pages that are tables of something, links, examples."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -94,6 +95,22 @@ def test_the_way_through_the_code_names_what_is_in_the_files(number):
             if "." not in code or code[0].isupper():  # not a key of the recipe
                 for word in re.findall(r"[A-Za-z_]\w+", code):
                     assert word in sources, f"{step}: {word} is not in {files}"
+
+
+def test_each_function_on_the_way_to_the_training_loop_calls_the_next():
+    """The table lists every function between the flow and the trainer, so that its length is the number of calls."""
+    rows = rows_of_table(read("docs/design.md"), "| step | file |")
+    names = [re.search(r"`(?:@\w+ )?(?:trainer\.)?(\w+)", step)[1] for step, _ in rows]
+    assert names[0] == "finetune" and names[-1] == "train" and len(names) - 1 == 9
+    dynamic = {"main": "Popen", "run": "stage_function"}  # another process; a module that the stage table names
+    for name, called, (_, files) in zip(names, names[1:], rows, strict=False):
+        tree = ast.parse(read(next(path for path in re.findall(r"`([\w/]+\.py)`", files))))
+        function = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
+        calls = {
+            node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            for node in ast.walk(function) if isinstance(node, ast.Call)
+        }  # fmt: skip
+        assert dynamic.get(called, called) in calls, f"{name} does not call {called}"
 
 
 def test_the_page_of_the_recipe_is_what_its_script_writes():

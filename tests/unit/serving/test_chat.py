@@ -110,7 +110,7 @@ def test_the_oldest_turns_are_dropped_and_the_system_message_stays(loaded):
     (ids,) = loaded.template.prompt_ids([chat.messages])
     assert len(ids) <= loaded.positions
     before = list(chat.messages)
-    with pytest.raises(Failure, match="does not fit"):
+    with pytest.raises(Failure, match="too long"):
         chat.answer("tree " * 600)
     assert chat.messages == before, "a message that cannot be answered is not remembered"
 
@@ -162,7 +162,7 @@ def test_an_error_does_not_end_an_interactive_chat_but_ends_a_pipe(loaded):
     talk, output, notes = session(loaded)
     todo = iter(lines)
     talk.run(lambda: next(todo, "/quit"))
-    assert "does not fit" in notes[0] and output
+    assert "too long" in notes[0] and output
     talk, output, notes = session(loaded, interactive=False)
     with pytest.raises(Failure):
         talk.run(lambda: lines[0])

@@ -495,8 +495,14 @@ def test_a_fault_of_the_machine_is_not_taken_for_a_damaged_base_by_worker_launch
         readers[file](tmp_path)
 
     monkeypatch.setattr(Path, "open", fail)
-    found = [worker._attempt(SimpleNamespace(), read)[0]]
-    with pytest.raises(Failure) as caught, launcher._explained_failures(None, None, tmp_path, tmp_path, 0.0):
+    with pytest.raises(Exception) as raised:
+        read()
+    found = [worker._failure_of(raised.value, SimpleNamespace())]
+    job, store = (
+        SimpleNamespace(stage="train", fingerprint="f"),
+        SimpleNamespace(staging=lambda *_: tmp_path / "staged"),
+    )
+    with pytest.raises(Failure) as caught, launcher._staging_folder(job, store, tmp_path, 0.0):
         read()
     found.append(caught.value)
     kind = StorageError if number == errno.EIO else Failure

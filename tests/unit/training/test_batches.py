@@ -12,7 +12,7 @@ from loraflow.data.tokens.token_files import TokenRows
 from loraflow.failures import BadConfig
 from loraflow.hardware.attention import DOCUMENTS, Attention
 from loraflow.hardware.process_group import ProcessGroup
-from loraflow.training import attention, batches, choices, engine
+from loraflow.training import attention, batches, choices, train
 from tests.unit.training.test_training import base, run, same, straight, tokenize  # noqa: F401
 
 
@@ -134,7 +134,7 @@ def test_packed_and_padded_layouts_give_the_same_result(base, tmp_path, monkeypa
     calls, counted, by_document = [], {}, attention.by_document
     monkeypatch.setattr(attention, "by_document", lambda *a: calls.append(1) or by_document(*a))
     for check in ("refuse_leaking_documents", "refuse_seeing_later_tokens"):  # they call the kernel as well
-        monkeypatch.setattr(engine, check, lambda *a, **k: None)
+        monkeypatch.setattr(train, check, lambda *a, **k: None)
     for name, how in {
         "one": {}, "small": {"runtime__micro_tokens": 150}, "full": {"runtime__checkpointing": "full"},
         "half": {"runtime__checkpointing": "selective"},

@@ -92,7 +92,7 @@ def test_weighted_losses_and_adapters_equal_those_of_a_loop_over_single_tokens(b
     for name, how in ways.items():
         if name == "concatenated":
             force_end_to_end(monkeypatch)
-            monkeypatch.setattr("loraflow.training.engine.refuse_leaking_documents", lambda *a, **k: None)
+            monkeypatch.setattr("loraflow.training.train.refuse_leaking_documents", lambda *a, **k: None)
         found, curve = run(base, shards, tmp_path / name, **options, **how)
         assert curve == pytest.approx(losses, abs=2e-4), name  # logged with four digits
         assert same(adapter, found, 1e-4), name

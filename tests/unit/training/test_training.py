@@ -25,6 +25,7 @@ from loraflow.store.checkpoints import prune_to_newest_intact
 from loraflow.training import collation, train
 from loraflow.training.callbacks import PreemptionHandler
 from loraflow.training.setup import _resume, count_steps, micro_batch_rows, row_order
+from loraflow.training.trainer import LoraTrainer
 from loraflow.training.validation_loss import Curves
 from tests.conftest import build_phi3, chat
 from tests.job_factory import make_job
@@ -281,17 +282,19 @@ def test_a_training_that_stopped_early_is_not_continued_after_an_interruption(
     assert 1 < stopped < 6 and losses[stopped] > min(losses.values())
     asked, _ = run(base, straight[0], tmp_path / "c", StopAt(stopped, tmp_path / "c" / "work"), **settings)
     assert same(uninterrupted, asked), "it ended by itself in the step in which it was asked to"
-    trained = train._train
+    trained = LoraTrainer.train
 
-    def then_ask(*arguments):
-        trained(*arguments)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def then_ask(*arguments, **settings):
+        try:
+            return trained(*arguments, **settings)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # it goes on to the adapter after the signal
-        patch.setattr(train, "_train", then_ask)
+        patch.setattr(LoraTrainer, "train", then_ask)
         patch.setattr(train, "_save_adapter", killed)
         run(base, straight[0], tmp_path / "b", **settings)
     job = make_job("train", recipe(**settings), {"tokens": REF, "base": REF})
