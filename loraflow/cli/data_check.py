@@ -198,6 +198,10 @@ class RowCounts:
             if len(self.prompts) < 2:
                 self.prompts.add(prompt_key(row.messages))
 
+    def doubtful(self, unread: Counter[str]) -> dict[str, dict[str, int]]:
+        """Return the columns that may mark answers: {column: {value: rows}}."""
+        return doubtful(self.told, unread, self.rows - len(self.problems) - self.marks.total())
+
     def document(self, columns: dict[str, str], unread: Counter[str], found: dict[str, object]) -> dict[str, object]:
         """Return the document of --json. `found` has what the detector found."""
         return {
@@ -208,7 +212,7 @@ class RowCounts:
             **({"weighted": self.weighted} if self.weighted else {}),
             "columns": columns,
             "unread": dict(unread),
-            **({"doubtful": found_doubts} if (found_doubts := doubtful(self.told, unread)) else {}),
+            **({"doubtful": found_doubts} if (found_doubts := self.doubtful(unread)) else {}),
             **({"carriage_returns": self.returns} if self.returns else {}),
             "problems": self.problems,
             **found,

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from loraflow.data.files.readers import Row
 
 
+_TRAIN = re.compile(r"(?<![a-z])(?P<train>train(?:ing)?)(?:[-_]?set)?(?![a-z])")
+_SPLIT = re.compile(
+    r"(?<![a-z])(?:(?P<test>tests?|testing|h[eo]ld[-_]?out)|(?P<validation>valid(?:ation)?|val|dev|eval(?:uation)?))"
+    r"(?:[-_]?set)?(?![a-z])"
+)
 FEW = 20  # rows up to which init warns before anything else
 
 
@@ -83,12 +88,15 @@ def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
 def split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Return the files to train on, to hold out, and to leave out, by the usual names of splits.
 
-    Test files are held out. Validation files are held out if there are no test files, and left out otherwise.
+    Test files are held out. Validation files are held out if there are no test files, and left out otherwise. A name or
+    folder begins with its split. If another one has the word train, the split may stand anywhere: squad_test.csv.
     """
+    parts = [Path(name.lower()).with_suffix("").parts[::-1] for name in names]
+    find = _SPLIT.search if any(map(_TRAIN.search, sum(parts, ()))) else _SPLIT.match
     splits: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
-    for name in names:
-        found = re.match(r"(?:(tests?|held-?out)|(valid(?:ation)?|val|dev|eval))(?![a-z])", Path(name).stem.lower())
-        splits["train" if found is None else "test" if found[1] else "validation"].append(name)
+    for name, own in zip(names, parts, strict=True):
+        found = next((found for part in own if (found := _TRAIN.search(part) or find(part))), None)
+        splits["train" if found is None else found.lastgroup or ""].append(name)
     train, test, validation = splits.values()
     if not train:
         return names, [], []

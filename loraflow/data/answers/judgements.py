@@ -77,11 +77,11 @@ _NOT_DONE = frozenset({
 _FALSE_IS_WRONG = frozenset({"quality", "human_label", "test_result", "verification_result", "validation_result"})
 _TRAJECTORY = frozenset({"messages", "conversations", "trajectory", "patch", "model_patch"})
 _FALSE_IS_WRONG_OF_ANSWER = frozenset({"quality", "verdict", "judgement", "judgment"})
-_HELD_OUT = frozenset({
+HELD_OUT = frozenset({
     "test", "testing", "tests", "validation", "valid", "val", "dev", "development", "eval", "evaluation", "held out",
     "heldout", "holdout", "hold out",
 })  # fmt: skip
-_TRAINED_ON = frozenset({"train", "training"})
+TRAINED_ON = frozenset({"train", "training"})
 
 
 class Judgement(NamedTuple):
@@ -311,7 +311,7 @@ def _is_trained_on(name: str, value: JsonValue) -> bool | None:
     if not isinstance(value, str):
         return None
     words = {plain(value), re.split(r"[-_\[.]", value.strip().lower(), maxsplit=1)[0]}
-    return True if words & _TRAINED_ON else False if words & _HELD_OUT else None
+    return True if words & TRAINED_ON else False if words & HELD_OUT else None
 
 
 def rejected_of_pair(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:

@@ -315,7 +315,8 @@ def _alpaca(fields: RowFields) -> list[Turn]:
     answer = fields.value("output", "response")
     if user == instruction:
         return _prompt_and_answer(fields, instruction, answer)
-    return [*_history(fields), Turn("user", user), Turn("assistant", answer)]
+    turns = [Turn("user", user), Turn("assistant", answer)]
+    return [*_history(fields, turns), *turns]
 
 
 def _prompt_and_answer(fields: RowFields, prompt: JsonValue, answer: JsonValue) -> list[Turn]:
@@ -328,11 +329,15 @@ def _prompt_and_answer(fields: RowFields, prompt: JsonValue, answer: JsonValue) 
     if turns is None or (has_system and turns[0].role == "system" and str(prompt).lstrip().startswith("System:")):
         turns = [Turn("user", prompt), Turn("assistant", answer)]
     first = turns[0].role == "system"
-    return [*turns[:first], *_history(fields), *turns[first:]]
+    return [*turns[:first], *_history(fields, turns), *turns[first:]]
 
 
-def _history(fields: RowFields) -> list[Turn]:
-    """Return LLaMA-Factory's and ms-swift's earlier questions and answers."""
+def _history(fields: RowFields, turns: list[Turn]) -> list[Turn]:
+    """Return LLaMA-Factory's and ms-swift's earlier questions and answers.
+
+    Args:
+        turns: the question and the answer that follow.
+    """
     history = parsed_list(fields.optional("history"), "history")
     if not has_value(history) or is_missing(history):
         return []
@@ -341,6 +346,8 @@ def _history(fields: RowFields) -> list[Turn]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow("history: expected a list of [question, answer]; if it is none, name history in data.ignore")
         out += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    if out[-2:] == turns[-2:]:
+        raise BadRow("history ends with the row's own question and answer: remove them there")
     return out
 
 

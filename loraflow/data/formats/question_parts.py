@@ -25,7 +25,7 @@ _TEXT_PARTS = (
     "context", "input", "passage", "paragraph", "document", "article", "story", "premise", "question", "query", "problem",
     "definition", "hypothesis", "transcript", "dialogue", "contract", "clause", "background", "facts", "schema", "table",
 )  # fmt: skip
-_TEXT_OR_LISTED = frozenset({*_TEXT_PARTS, "contexts", "documents", "passages", "paragraphs", "retrieved_contexts"})
+_TEXT_OR_LISTED = frozenset({*_TEXT_PARTS, "contexts", "documents", "passages", "paragraphs"})
 _QUESTIONS = frozenset({"question", "query", "problem", "hypothesis"})  # a prompt may say the same in other words
 # Shares of a part's words that are in the prompt, from which on the prompt has the part.
 _SHARE = 0.5
@@ -102,7 +102,12 @@ def refuse_lost_parts(
     if question is None or answer is None:
         return
     named = {column for key, column in columns.items() if key in ("input", "context")}
-    keys = [key for key in row if (key.lower() in _TEXT_OR_LISTED or key in named) and key not in used.values()]
+    keys = [
+        key
+        for key in row
+        if (key.lower() in _TEXT_OR_LISTED or key.lower().startswith("retrieved") or key in named)
+        and key not in used.values()
+    ]
     asked: _Asked | None = None
     for key in keys:
         texts = _plain_texts(row[key])
