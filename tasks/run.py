@@ -23,7 +23,7 @@ from loraflow.config import Recipe
 from loraflow.config.load import RecipeFile, read_recipe
 from loraflow.config.stage_configs import StageConfig
 from loraflow.credentials import mask, mask_json, protect_output
-from loraflow.data.checks.drift import DataDrift
+from loraflow.data.checks.check_report import DataDrift
 from loraflow.data.versions import dvc
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
 from loraflow.execution.parent_death import end_with_parent

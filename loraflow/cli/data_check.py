@@ -176,7 +176,8 @@ class RowCounts:
     problems: list[dict[str, str]] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)  # keys that are not read
     told: Counter[tuple[str, str]] = field(default_factory=Counter)  # what they say
-    returns: int = 0  # rows with carriage returns
+    read: int = 0  # rows with a chat
+    returns: int = 0  # with carriage returns
     sources: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Row, set_name: str, detector: Detector, *, by_source: bool) -> None:
@@ -191,16 +192,13 @@ class RowCounts:
         elif row.messages is None:
             self.problems.append({"place": row.place, "problem": row.problem or ""})
         else:
+            self.read += 1
             self.returns += has_carriage_return(message["content"] for message in row.messages)
             detector.add(row.place, set_name, row.messages, is_learned=is_answer_learned(row))
             self.partly += is_partly_learned(row)
             self.weighted += row.weights is not None
             if len(self.prompts) < 2:
                 self.prompts.add(prompt_key(row.messages))
-
-    def doubtful(self, unread: Counter[str]) -> dict[str, dict[str, int]]:
-        """Return the columns that may mark answers: {column: {value: rows}}."""
-        return doubtful(self.told, unread, self.rows - len(self.problems) - self.marks.total())
 
     def document(self, columns: dict[str, str], unread: Counter[str], found: dict[str, object]) -> dict[str, object]:
         """Return the document of --json. `found` has what the detector found."""
@@ -212,7 +210,7 @@ class RowCounts:
             **({"weighted": self.weighted} if self.weighted else {}),
             "columns": columns,
             "unread": dict(unread),
-            **({"doubtful": found_doubts} if (found_doubts := self.doubtful(unread)) else {}),
+            **({"doubtful": found_doubts} if (found_doubts := doubtful(self.told, unread, self.read)) else {}),
             **({"carriage_returns": self.returns} if self.returns else {}),
             "problems": self.problems,
             **found,

@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from loraflow.data.files.readers import Row
 
 
-_TRAIN = re.compile(r"(?<![a-z])(?P<train>train(?:ing)?)(?:[-_]?set)?(?![a-z])")
 _SPLIT = re.compile(
-    r"(?<![a-z])(?:(?P<test>tests?|testing|h[eo]ld[-_]?out)|(?P<validation>valid(?:ation)?|val|dev|eval(?:uation)?))"
-    r"(?:[-_]?set)?(?![a-z])"
+    r"(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<test>tests?|testing|h[eo]ld[-_]?out)"
+    r"|(?P<validation>valid(?:ation)?|val|dev|eval(?:uation)?))(?:[-_]?set)?(?![a-z])"
 )
 FEW = 20  # rows up to which init warns before anything else
 
@@ -88,14 +87,14 @@ def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
 def split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Return the files to train on, to hold out, and to leave out, by the usual names of splits.
 
-    Test files are held out. Validation files are held out if there are no test files, and left out otherwise. A name or
-    folder begins with its split. If another one has the word train, the split may stand anywhere: squad_test.csv.
+    Test files are held out. Validation files are held out if there are no test files, and left out otherwise. Names of
+    files and folders begin with the split; if one has the word train, they may have it anywhere: squad_test.csv.
     """
-    parts = [Path(name.lower()).with_suffix("").parts[::-1] for name in names]
-    find = _SPLIT.search if any(map(_TRAIN.search, sum(parts, ()))) else _SPLIT.match
+    is_named = any(found[1] for name in names for found in _SPLIT.finditer(name.lower()))
     splits: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
-    for name, own in zip(names, parts, strict=True):
-        found = next((found for part in own if (found := _TRAIN.search(part) or find(part))), None)
+    for name in names:
+        parts = Path(name.lower()).with_suffix("").parts[::-1]
+        found = next(filter(None, map(_SPLIT.search if is_named else _SPLIT.match, parts)), None)
         splits["train" if found is None else found.lastgroup or ""].append(name)
     train, test, validation = splits.values()
     if not train:

@@ -25,23 +25,22 @@ _MAX_WORD = 30  # characters of a value that is a word
 _OTHER = ""  # any other value
 _DOWN = "-1"  # beside 0 and 1, a vote against the answer
 _FLAGS = frozenset({"true", "false", _DOWN})
-_ANY = "a value"  # whatever it is: that of deleted_at
-# Signs in some cells of a column whose other cells are empty
-_TICKS = frozenset({"true", "1", "x", "✓", "✔", "☑", "✅", _ANY})
-# Words that judge only in a column that is named so: a size may be half, and a complexity low.
+_ANY = "a value"  # as that of deleted_at
+# In some cells of a column whose other cells are empty
+_TICKS = frozenset({"true", "1", "x", "✓", _ANY})
+# Words that judge only in a column that is named so: a size may be half
 _DEGREES = frozenset({"low", "very low", "half", "partial", "partly"})
-# Words that only ask, beside those of opinions
 _ASKED = frozenset({
-    "do not use", "don't use", "do not train", "needs work", "needs revision", "revise", "redo", "draft", "in progress",
-    "aborted", "abandoned", "unverified", "not verified", "hallucination", "hallucinated",
+    "do not use", "do not train", "needs work", "draft", "in progress", "unverified", "not verified",
+    "hallucination",
 })  # fmt: skip
-# "Bad answer", "1 - poor", ":thumbsdown:"; the last are colours of skin
+# "Bad answer", "1 - poor", colours of thumbs
 _AROUND = re.compile(r"\b(?:answer|response|completion|reply|output|quality|example|\d)\b|[:.!()\U0001f3fb-\U0001f3ff]")
-# Words of a column that has nothing else: yes and no in other languages, and splits; as plain() returns them
-_YES = frozenset({"ja", "oui", "si", "sim", "da", "tak", "evet", "да", "так", "はい", "是", "예", "네"}) | TRAINED_ON
+# Words of a column that has nothing else
+_YES = frozenset({"ja", "oui", "si", "sim", "da", "tak", "evet", "да", "はい", "是", "예"}) | TRAINED_ON
 _NO = NO | HELD_OUT - {"valid"}
-_SHORT = 3  # letters of codes such as `ko`, which mean wrong or bad in some language
-# Last words of names whose values are about something else than the answer, beside lang…
+_SHORT = 3  # letters of codes such as `ko`
+# Last words of names that are about something else than the answer
 _NEUTRAL = frozenset({
     "id", "ids", "idx", "index", "no", "number", "num", "count", "turn", "turns", "round", "step", "cluster", "seed",
     "epoch", "fold", "shard", "page", "line", "position", "offset", "locale", "country", "region", "city", "code",
@@ -50,29 +49,27 @@ _NEUTRAL = frozenset({
 })  # fmt: skip
 _FLAG = re.compile(r"(?:is|has|was|were|are|should|can|did|does|needs?)_")
 _JUDGING = re.compile(
-    r"(?:^|_)(?:in)?(?:verdict|quality|correct|verif|valid|judg|grade|grading|rating|rated|approv|accept|reject|review|"
-    r"evaluat|assess|helpful|hallucin|factual|accura|annotat|feedback|resolved|solved|checked|"
-    r"(?:pass|passed|passes|fail|failed|good|bad|wrong|right|ok|okay|keep|usable|safe|unsafe|harmful|flag|flagged|check|"
-    r"vote|label|thumbs?|reaction|status|result|outcome|answer|response|human|qa|eval|success|done|complete|completed)(?:_|$))"
+    r"(?:^|_)(?:in)?(?:verdict|quality|correct|verif|valid|judg|grad[ei]|rat(?:ing|ed)|approv|accept|reject|review|evaluat|"
+    r"assess|helpful|hallucin|factual|accura|annotat|feedback|resolved|solved|checked|(?:pass(?:ed|es)?|fail(?:ed)?|good|bad|"
+    r"wrong|right|ok(?:ay)?|keep|usable|(?:un)?safe|harmful|flag(?:ged)?|check|vote|label|thumbs?|reaction|status|result|"
+    r"outcome|answer|response|human|qa|eval|success|done|completed?)(?:_|$))"
 )
-
 # Of these, only false is a question too.
 _DONE = re.compile(r"(?:.*_)?(?:success|successful|solved|resolved|(?:test|validation|verification)_result)")
-# Scores of the answer. Others are about something else (toxicity_score), or a high one is bad.
+# Scores of the answer, unlike toxicity_score
 _SCORE = re.compile(r"(?:final_|answer_|response_)?(?:score|reward)|acc|exact_match|pass@\d+")
-# Names whose value, whatever it is, says that something is wrong
+# Of these, any value is bad
 _BAD_IF_SET = re.compile(
     r"(?:deleted|rejected|discarded|removed|hidden|failed|flagged|banned)_(?:at|by|on|date|reason)"
-    r"|(?:rejection|reject|failure|deletion|error)_?(?:reason|message|type)|errors?|exception|traceback|issues"
+    r"|(?:rejection|reject|failure|deletion|error)_?(?:reason|message|type)|errors?|exception|issues"
 )
 _WORD_PAIRS = LABELS | JUDGEMENTS
 _OF_RUN = re.compile(
     r"(?:.*_)?(?:status|result|" + "|".join(sorted(RUNS)) + ")"
 )  # `error` and `timeout` judge in these
 _REASON = re.compile(r"(?:^|_)(?:finish|stop)_?reason$")  # why an answer ends
-# Such reasons, as plain() returns them
 _CUT_OFF = frozenset({
-    "length", "max tokens", "max output tokens", "content filter", "safety", "recitation", "refusal", "error", "abort",
+    "length", "max tokens", "content filter", "safety", "recitation", "refusal", "error",
 })  # fmt: skip
 
 Told = tuple[tuple[str, str], ...]  # keys, and what their values say: true, false, -1, a word that judges, or nothing
@@ -132,11 +129,11 @@ def _word(key: str, value: JsonValue) -> str:
         if len(words) == 1:
             return words.pop()
         bad = words - _FLAGS - {_OTHER}  # a tag, if no judge says the opposite
-        return min(bad) if bad and not any(isinstance(item, str) and word_side(item) for item in value) else _OTHER
+        return min(bad) if bad and not any(word_side(str(item)) for item in value) else _OTHER
     if _REASON.search(name):
         return value if isinstance(value, str) and plain(value) in _CUT_OFF else _OTHER
     if isinstance(value, bool):
-        return "true" if value else "false"
+        value = str(value)
     if isinstance(value, int | float) and value in (0, 1, -1):
         value = str(int(value))
     if not isinstance(value, str) or len(value) > _MAX_WORD:
@@ -148,7 +145,7 @@ def _word(key: str, value: JsonValue) -> str:
 
 @lru_cache(4096)
 def _kind_of(key: str) -> Literal["bad", "neutral", "judging", "flag", "other"]:
-    """Return what a name tells of its values: a flag's 0 and 1 are false and true, and any value of the first is bad."""
+    """Return what a name tells of its values: a flag's 0 and 1 are false and true."""
     name = normal_name(key)
     if _BAD_IF_SET.fullmatch(name):
         return "bad"
@@ -182,13 +179,7 @@ def _word_of_text(kind: str, value: str) -> str:
 def doubtful(
     told: Mapping[tuple[str, str], int], unread: Mapping[str, int], total: int = 0
 ) -> dict[str, dict[str, int]]:
-    """Return the columns that may mark answers: {column: {value: rows}}.
-
-    Args:
-        told: (column, what it says) → rows.
-        unread: column → rows that have a value there.
-        total: all rows; 0 if they are not known.
-    """
+    """Return the columns that may mark answers: {column: {value: rows}}. `total` is the number of all rows."""
     columns: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for (key, word), rows in told.items():
         columns[key][word] = rows
@@ -219,7 +210,7 @@ def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
         counts = ", ".join(f"{word} in {rows} rows" for word, rows in most)
         way = "write it as is_correct (true or false)"
         if words.keys() == {"true"} and "." not in key:
-            way = f"set data.columns: {{exclude: {key}}} to leave these rows out, or {way} in all rows"
+            way = f"set data.columns: {{exclude: {key}}} to leave these rows out, or {way}"
         elif words.keys() <= {"true", "false"} and "." not in key:
             way = (
                 f"set data.columns: {{train: {key}}} to learn where it is true, or {{exclude: {key}}} where it is false"

@@ -46,7 +46,7 @@ class ChatTable:
         source: the position of each row's source in data.sources; -1 without sources.
         drawn: the position in SPLITS of each row's split by its file or by the seeded hash.
         group: the number of each row's group (data.group); -1 if it has none.
-        earlier: ids of the chats that end with an earlier learned answer of a row, and the rows.
+        earlier: ids of chats that end with an earlier learned answer of a row, and the rows.
         texts: sketches of the chats; None if near-duplicates are not searched.
         prompts: sketches of the prompts; the same.
     """

@@ -54,9 +54,8 @@ def _first(keys: NDArray[np.uint64], *others: NDArray[np.integer]) -> NDArray[np
 
 
 def drop_leaks(table: ChatTable, columns: Columns, splits: dict[Split, Rows], drop: Drop) -> None:
-    """Drop training and validation rows whose prompt is held out: scores must not come from rows that were learned.
-
-    So are rows with an earlier answer that is learned and, with the messages before it, is a held-out chat.
+    """Drop training and validation rows whose prompt is held out, or that begin with a held-out chat and learn its answer:
+    scores must not come from rows that were learned.
     """
     heldout = splits["heldout"]
     ids, numbers = np.frombuffer(table.earlier[0], np.uint64), np.frombuffer(table.earlier[1], np.int64)
@@ -67,11 +66,8 @@ def drop_leaks(table: ChatTable, columns: Columns, splits: dict[Split, Rows], dr
         prompts = _held_out(columns.keys[rows], rows, columns.keys[heldout], heldout)
         leaks = np.isin(rows, list(prompts | earlier))
         for number in rows[leaks].tolist():
-            if number in prompts:
-                why = f"its prompt is held out ({table.place(prompts[number])})"
-            else:
-                why = f"it begins with a chat that is held out ({table.place(earlier[number])})"
-            drop(number, split, "leak", why)
+            what, other = ("its prompt", prompts) if number in prompts else ("a chat that it begins with", earlier)
+            drop(number, split, "leak", f"{what} is held out ({table.place(other[number])})")
         splits[split] = rows[~leaks]
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import NamedTuple
@@ -62,7 +62,7 @@ TYPES = {
     "answer_characters": "i",
     "sizes": "q",
 }
-# Of the answers before a row's last one that are learned: ids of the chats that end with them, and the row in the segment
+# Of learned answers before the last one: ids of the chats that end with them, and their rows in the segment
 _EARLIER_TYPES = {"earlier_ids": "Q", "earlier_rows": "I"}
 _NEAR_TYPES = {"text_keys": "Q", "text_sketches": "B", "prompt_keys": "Q", "prompt_sketches": "B"}
 
@@ -200,7 +200,7 @@ class SegmentBuilder:
         chat = with_system(messages, system) if system and is_added else messages
         items = [message_json(message) for message in chat]
         is_simple = all(len(message) == 2 for message in chat)
-        hashed = items if is_simple else [_hashed(item, message) for item, message in zip(items, chat, strict=True)]
+        hashed = [_hashed(item, message) for item, message in zip(items, chat, strict=True)]
         *earlier, prompt_key, row_key = _keys(hashed)
         for number, key in enumerate(earlier):
             if chat[number]["role"] == "assistant" and (row.learned is None or number - is_added in row.learned):
@@ -210,7 +210,7 @@ class SegmentBuilder:
         arrays["keys"].append(int(prompt_key, 16))
         arrays["groups"].append(-1 if row.group is None else self._groups.setdefault(row.group, len(self._groups)))
         if system and is_added:
-            prompt_key = _key([_hashed(message_json(message), message) for message in messages[:-1]])
+            *_, prompt_key = _keys([_hashed(message_json(message), message) for message in messages[:-1]])
         arrays["drawn_keys"].append(int(prompt_key, 16))
         arrays["drawn"].append(SPLITS.index(self._draw(prompt_key, row.group)))
         self._add_normalized(messages, chat, is_simple=is_simple)
@@ -289,15 +289,10 @@ def _hashed(item: str, message: Message) -> str:
 
 
 def _keys(items: list[str]) -> Iterator[str]:
-    """Yield `_key` of the first message, of the first two, and so on."""
+    """Yield what `row_id` returns for the first message, for the first two, and so on."""
     hashed = hashlib.sha256(b"[")
     for number, item in enumerate(items):
         hashed.update((f", {item}" if number else item).encode())
         closed = hashed.copy()
         closed.update(b"]")
         yield closed.hexdigest()[:16]
-
-
-def _key(items: Iterable[str]) -> str:
-    """Return what `row_id` returns for messages with these texts."""
-    return hashlib.sha256(f"[{', '.join(items)}]".encode()).hexdigest()[:16]

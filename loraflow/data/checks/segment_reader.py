@@ -96,7 +96,12 @@ class SegmentReader:
             cached = self._cached(key, answers)
             found = self._compute(segment, file, labels) if cached is None else cached
             pending.append(_Pending(segment, key, found, cached is not None))
-            while pending and self._is_due(pending):
+            while pending and (
+                not isinstance(found := pending[0].found, Future)
+                or found.done()
+                or self._processes is None
+                or len(pending) > 3 * self._processes.count
+            ):
                 yield self._finish(pending.popleft(), file, labels, answers)
         while pending:
             yield self._finish(pending.popleft(), file, labels, answers)
@@ -128,11 +133,6 @@ class SegmentReader:
         except OSError as error:
             log.warning("Rows are read in one process, because others cannot be started: %s", error)
             return None
-
-    def _is_due(self, pending: deque[_Pending]) -> bool:
-        found = pending[0].found
-        is_done = not isinstance(found, Future) or found.done()
-        return is_done or self._processes is None or len(pending) > 3 * self._processes.count
 
     def _finish(
         self, pending: _Pending, file: RowsFile, labels: Labels, answers: dict[Question, bool]

@@ -116,12 +116,7 @@ def read_chat(
 def _marked(
     turns: list[Turn], row_weight: float, messages: list[Message]
 ) -> tuple[tuple[int, ...] | None, tuple[float, ...] | None]:
-    """Return the numbers of the learned answers, and their weights; None for what no mark changes.
-
-    Raises:
-        MarkedFalse: no answer is learned.
-        BadRow: the product of a row's and a message's weight is too large.
-    """
+    """Return the numbers of the learned answers, and their weights; None for what no mark changes."""
     if row_weight == 1 and all(turn.weight == 1 for turn in turns):
         return None, None
     answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
@@ -333,11 +328,7 @@ def _prompt_and_answer(fields: RowFields, prompt: JsonValue, answer: JsonValue) 
 
 
 def _history(fields: RowFields, turns: list[Turn]) -> list[Turn]:
-    """Return LLaMA-Factory's and ms-swift's earlier questions and answers.
-
-    Args:
-        turns: the question and the answer that follow.
-    """
+    """Return LLaMA-Factory's and ms-swift's earlier questions and answers."""
     history = parsed_list(fields.optional("history"), "history")
     if not has_value(history) or is_missing(history):
         return []
@@ -347,7 +338,7 @@ def _history(fields: RowFields, turns: list[Turn]) -> list[Turn]:
             raise BadRow("history: expected a list of [question, answer]; if it is none, name history in data.ignore")
         out += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     if out[-2:] == turns[-2:]:
-        raise BadRow("history ends with the row's own question and answer: remove them there")
+        raise BadRow("history ends with the question and answer of its row: remove both there")
     return out
 
 

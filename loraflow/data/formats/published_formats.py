@@ -225,8 +225,6 @@ _FILTERS = {
     r'"\n</think>\n\n" + .deepseek_solution)}',
     "question solutions": "{prompt: .question, completion: (.solutions | "
     'if type == "string" then fromjson else . end | .[0])}',
-    "message chat_history response": "{messages: ((.chat_history | map({role, content: .message})) + "
-    '[{role: "user", content: .message}, {role: "assistant", content: .response}])}',
     "instruction instances": ".instruction as $i | .instances[] | {instruction: $i, input, output}",
 }
 # OpenAssistant's rows: all of a file are read (jq -s), and each tree becomes a row.
@@ -400,7 +398,7 @@ def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
     """Return how messages in `context` are joined with the question and answer beside it, if any."""
     names = {key.lower(): key for key in row if isinstance(row[key], str)}
     question = next(
-        (names[name] for name in ("question", "query", "prompt", "problem", "input") if name in names), None
+        (names[name] for name in ("question", "query", "prompt", "problem", "input", "message") if name in names), None
     )
     answer = next((names[name] for name in ("answer", "response", "output", "completion") if name in names), None)
     history = next((key for key in row if _messages_of(key, row)), None)

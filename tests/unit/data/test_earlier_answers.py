@@ -59,7 +59,7 @@ def test_the_problem_names_both_rows_and_other_beginnings_stay(tmp_path):
     assert [row["place"] for row in read(out / "train.jsonl")] == ["train.jsonl:2", "train.jsonl:3"]
     (dropped,) = read(out / "quarantine.jsonl")
     assert dropped["place"] == "train.jsonl:1" and report.counts["leak"] == 1
-    assert dropped["problem"] == "it begins with a chat that is held out (test.jsonl:1)"
+    assert dropped["problem"] == "a chat that it begins with is held out (test.jsonl:1)"
 
 
 def test_a_held_out_chat_that_is_longer_than_a_training_row_is_no_leak(tmp_path):
