@@ -29,6 +29,7 @@ VERSION_DATASET = (
     "loraflow.data.versions.version",
     "loraflow.data.files.dataset_files",
     "loraflow.data.files.table_readers",
+    "loraflow.data.cell_values",
     "loraflow.data.versions.dvc",
     "loraflow.data.versions.dvc_storage",
     "loraflow.data.versions.dvc_pin",

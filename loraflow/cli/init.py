@@ -332,7 +332,7 @@ def print_dataset(dataset: UserDataset) -> None:
         click.echo(_held_out_line(chats, size.heldout_fraction, has_clusters=dataset.near_duplicates == "drop"))
     for file in dataset.train_files:
         if any(len(word) > 2 and is_bad_word(word) for word in re.split(r"[\W\d_]+", file)):
-            click.echo(f"question  does the name {file} mark wrong answers? If so, remove it from data.train", err=True)
+            click.echo(f"question  does {file} have wrong answers? If so, remove it from data.train", err=True)
     if dataset.unused_files:
         click.echo(f"neither trained on nor held out: {', '.join(dataset.unused_files)}")
     if lines := size.lines(len(chats)):

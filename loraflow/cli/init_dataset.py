@@ -88,7 +88,7 @@ def split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Return the files to train on, to hold out, and to leave out, by the usual names of splits.
 
     Test files are held out. Validation files are held out if there are no test files, and left out otherwise. Names of
-    files and folders begin with the split; if one has the word train, they may have it anywhere: squad_test.csv.
+    files and folders begin with the split; if one has the word train, they may have it anywhere.
     """
     is_named = any(found[1] for name in names for found in _SPLIT.finditer(name.lower()))
     splits: dict[str, list[str]] = {"train": [], "test": [], "validation": []}

@@ -31,12 +31,11 @@ _TICKS = frozenset({"true", "1", "x", "✓", _ANY})
 # Words that judge only in a column that is named so: a size may be half
 _DEGREES = frozenset({"low", "very low", "half", "partial", "partly"})
 _ASKED = frozenset({
-    "do not use", "do not train", "needs work", "draft", "in progress", "unverified", "not verified",
+    "do not use", "do not train", "needs work", "draft", "in progress", "unverified",
     "hallucination",
 })  # fmt: skip
 # "Bad answer", "1 - poor", colours of thumbs
-_AROUND = re.compile(r"\b(?:answer|response|completion|reply|output|quality|example|\d)\b|[:.!()\U0001f3fb-\U0001f3ff]")
-# Words of a column that has nothing else
+_AROUND = re.compile(r"\b(?:answer|response|completion|output|quality|\d)\b|[:.!()\U0001f3fb-\U0001f3ff]")
 _YES = frozenset({"ja", "oui", "si", "sim", "da", "tak", "evet", "да", "はい", "是", "예"}) | TRAINED_ON
 _NO = NO | HELD_OUT - {"valid"}
 _SHORT = 3  # letters of codes such as `ko`

@@ -88,7 +88,11 @@ class SegmentReader:
             Killed: a process was killed.
             Crashed: a process ended by itself.
         """
-        of_file = hashlib.sha256(self._of_job + _key_of_file(file)) if self._cache is not None else None
+        settings = {field.name: getattr(file.settings, field.name) for field in fields(file.settings)}
+        settings |= {"columns": dict(file.settings.columns), "ignore": sorted(file.settings.ignore)}
+        # The name of a file decides nothing.
+        decisive = json.dumps([settings, file.is_pinned], sort_keys=True).encode()
+        of_file = hashlib.sha256(self._of_job + decisive) if self._cache is not None else None
         labels, answers = file.labels(), dict[Question, bool]()
         pending: deque[_Pending] = deque()
         for segment in file.segments():
@@ -168,13 +172,6 @@ def key_of_job(job: Job[CheckDatasetConfig]) -> bytes:
         config.model_dump(mode="json", exclude=_OF_THE_WHOLE),
     ]
     return json.dumps(values, sort_keys=True).encode()
-
-
-def _key_of_file(file: RowsFile) -> bytes:
-    """Return what the segments of a file depend on beside its rows. Its name is not in it."""
-    values = {field.name: getattr(file.settings, field.name) for field in fields(file.settings)}
-    values |= {"columns": dict(file.settings.columns), "ignore": sorted(file.settings.ignore)}
-    return json.dumps([values, file.is_pinned], sort_keys=True).encode()
 
 
 def _key_of_rows(of_file: hashlib._Hash, segment: FileRows) -> str:

@@ -18,7 +18,9 @@ to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make a
 
 def row_id(messages: Chat) -> str:
     """Return a chat's id: 16 hex digits of a hash of its content."""
-    return hashlib.sha256(to_json([without_call_ids(message) for message in messages]).encode()).hexdigest()[:16]
+    if any(len(message) > 2 for message in messages):
+        return hashlib.sha256(to_json([without_call_ids(message) for message in messages]).encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(messages).encode()).hexdigest()[:16]
 
 
 def without_call_ids(message: Message) -> dict[str, object]:

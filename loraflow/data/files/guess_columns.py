@@ -209,7 +209,10 @@ def _columns_of_pair(
             answered = _worked_answer(row, names, answered)
             if answered is None:
                 return {}
-            return {**_question_and_answer(names, asked, answered, rows), **_system(row, names)}
+            columns = _question_and_answer(names, asked, answered, rows)
+            system = names.get("system", names.get("system_prompt", "system"))
+            is_spelt = system in ("system", "system_prompt")  # not as System
+            return columns if is_spelt or not isinstance(row[system], str) else {**columns, "system": system}
     return None
 
 
@@ -283,12 +286,6 @@ def _first(
         if texts and 2 * sum(map(is_kind, texts)) > len(texts):
             return column
     return None
-
-
-def _system(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:
-    """Return the column of the system message, if it is there in another spelling, such as System."""
-    found = names.get("system", names.get("system_prompt", "system"))
-    return {"system": found} if found not in ("system", "system_prompt") and isinstance(row[found], str) else {}
 
 
 def _columns_of_classes(names: dict[str, str], rows: Sequence[dict[str, JsonValue]]) -> dict[str, str]:

@@ -56,7 +56,15 @@ class LostPart(BadRow):
 def question_parts(row: Mapping[str, JsonValue]) -> list[str]:
     """Return the keys of a row that hold parts of its question beside the question itself."""
     names = {str(key).lower(): str(key) for key in row}
-    found = [key for name, key in names.items() if _is_part(name, row[key])]
+    found = [
+        key
+        for name, key in names.items()
+        if (
+            _is_choices(row[key])
+            if name in _CHOICES
+            else name in _PARTS and row[key] and isinstance(row[key], dict | list)
+        )
+    ]
     single = [key for name, key in names.items() if _CHOICE.fullmatch(name) and _is_text(row[key])]
     if len(single) > 1:
         found += single
@@ -219,12 +227,6 @@ def _texts_of(value: JsonValue) -> Iterable[str]:
         yield from (_NUMBERING.sub("", text).strip() for text in texts)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield str(value)
-
-
-def _is_part(name: str, value: JsonValue) -> bool:
-    if name in _CHOICES:
-        return _is_choices(value)
-    return name in _PARTS and isinstance(value, dict | list) and bool(value)
 
 
 def _is_choices(value: JsonValue) -> bool:

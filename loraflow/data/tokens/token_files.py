@@ -25,6 +25,13 @@ _FEATURES: dict[str, JsonValue] = {
 _WEIGHTS: dict[str, JsonValue] = {"loss_weights": {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "List"}}
 
 
+def _schema(features: dict[str, JsonValue], *, weighted: bool) -> pa.Schema:
+    columns = [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("length", pa.int32())]
+    if weighted:
+        columns.append(("loss_weights", pa.list_(pa.float32())))
+    return pa.schema(columns, metadata={b"huggingface": json.dumps({"info": {"features": features}}).encode()})
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """Tokenized rows as flat arrays: the ids and labels of all rows, one row after another, and their lengths."""
@@ -53,15 +60,18 @@ def batches_of(parts: Iterable[tuple[TokenBatch, np.ndarray]]) -> Iterator[Token
         while begin < len(kept):
             end = min(begin + BATCH_ROWS - filled, len(kept))
             first, last = int(rows[begin]), int(rows[end])
-            of = slice(int(tokens[first]), int(tokens[last]))
-            weights = None if batch.weights is None else batch.weights[of]
-            pieces.append(TokenBatch(batch.ids[of], batch.labels[of], batch.lengths[first:last], weights))
+            pieces.append(_piece(batch, first, last, int(tokens[first]), int(tokens[last])))
             filled, begin = filled + end - begin, end
             if filled == BATCH_ROWS:
                 yield _joined(pieces)
                 pieces, filled = [], 0
     if pieces:
         yield _joined(pieces)
+
+
+def _piece(batch: TokenBatch, first: int, last: int, begin: int, end: int) -> TokenBatch:
+    weights = None if batch.weights is None else batch.weights[begin:end]
+    return TokenBatch(batch.ids[begin:end], batch.labels[begin:end], batch.lengths[first:last], weights)
 
 
 def _joined(pieces: list[TokenBatch]) -> TokenBatch:
@@ -81,10 +91,7 @@ def open_shard(folder: Path, *, weighted: bool = False) -> Iterator[Callable[[To
     """
     folder.mkdir()
     features = {**_FEATURES, **_WEIGHTS} if weighted else _FEATURES
-    columns = [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("length", pa.int32())]
-    if weighted:
-        columns.append(("loss_weights", pa.list_(pa.float32())))
-    schema = pa.schema(columns, metadata={b"huggingface": json.dumps({"info": {"features": features}}).encode()})
+    schema = _schema(features, weighted=weighted)
     with pa.OSFile(str(folder / SHARD), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
 
         def append(batch: TokenBatch) -> None:
