@@ -30,6 +30,7 @@ VERSION_DATASET = (
     "loraflow.data.files.dataset_files",
     "loraflow.data.files.table_readers",
     "loraflow.data.cell_values",
+    "loraflow.data.chats",
     "loraflow.data.versions.dvc",
     "loraflow.data.versions.dvc_storage",
     "loraflow.data.versions.dvc_pin",
