@@ -12,7 +12,7 @@ from prefect.states import Completed
 from pydantic import Field, JsonValue
 
 from loraflow.config import Recipe
-from loraflow.data.checks.drift import why_wait
+from loraflow.data.checks.check_report import why_wait
 from loraflow.data.versions.git_branch import newest_settings
 from loraflow.flows.finetune import decide_and_register, publish_and_report, repairs
 from loraflow.flows.parameters import NO_SETTINGS, THE_ONLY_RECIPE, RecipeName, Settings, flow

@@ -71,8 +71,8 @@ VERSION_DATASET = Stage(
 CHECK_DATASET = Stage(
     name="check_dataset",
     # docs/upgrade.md lists what earlier versions of the stages changed.
-    # 16: a message's label such as nein is refused; `harmful: approved` is no mark; more columns are questions
-    version=16,
+    # 17: rows that begin with a held-out chat are leaks; an unread chat_history is refused
+    version=17,
     module="loraflow.data.checks.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -189,7 +189,7 @@ EVALUATE = Stage(
 
 CHECK_GENERAL = Stage(
     name="check_general",
-    version=8,  # 8: chats as check_dataset 16 reads them
+    version=9,  # chats as check_dataset 17 reads them
     module="loraflow.data.checks.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from loraflow.data.checks.check_report import CheckReport
-from loraflow.data.checks.drift import DataDrift, StoredSources, unchanged_rows
+from loraflow.data.checks.check_report import CheckReport, DataDrift, StoredSources, unchanged_rows
 from loraflow.execution.workspace import Workspace
 from loraflow.failures import Failure
 from loraflow.registry.champions import lineage

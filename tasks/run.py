@@ -22,7 +22,7 @@ from loraflow import identity
 from loraflow.config import Recipe
 from loraflow.config.load import RecipeFile, read_recipe
 from loraflow.credentials import mask, mask_json, protect_output
-from loraflow.data.checks.drift import DataDrift
+from loraflow.data.checks.check_report import DataDrift
 from loraflow.data.versions import dvc
 from loraflow.execution.cache import OTHER_CODE, Lookup, look_up
 from loraflow.execution.launcher import run_job

@@ -13,8 +13,7 @@ from prefect.runtime import flow_run
 from loraflow import __version__
 from loraflow.credentials import mask, mask_json
 from loraflow.data.chats import GATE_SET
-from loraflow.data.checks.check_report import CheckReport
-from loraflow.data.checks.drift import DataDrift
+from loraflow.data.checks.check_report import CheckReport, DataDrift
 from loraflow.data.versions.git import has_uncommitted_changes, head_commit
 from loraflow.evaluation.power import HeldoutRows, advice
 from loraflow.evaluation.values import EvaluationReport, ModelScores, Scores, SeedScores

@@ -118,7 +118,7 @@ def check(source: str, form: str | None, ignore: tuple[str, ...], personal: bool
         _print_check(counts.rows, counts.problems, read.columns, unread)
         for name, count in counts.sources.items():
             click.echo(f"source {name}: {count} rows")
-        for line in questions(doubtful(counts.told, unread)):
+        for line in questions(doubtful(counts.told, unread, counts.read)):
             click.echo(f"question  {line}", err=True)
         if counts.returns:
             click.echo(f"{counts.returns} rows have carriage returns in their texts; the training keeps them")
@@ -203,7 +203,8 @@ def unread_keys(rows: Iterable[Row]) -> str:
     counts = Counter(without_marks(Counter(key for row in read for key in row.unused_keys), marks))
     if not counts:
         return ""
-    asked = questions(doubtful(counted([row.told for row in read]), counts))
+    total = sum(row.messages is not None for row in read)
+    asked = questions(doubtful(counted([row.told for row in read]), counts, total))
     return "\n".join([_unread_line(counts), *(f"question  {line}" for line in asked)])
 
 

@@ -176,7 +176,8 @@ class RowCounts:
     problems: list[dict[str, str]] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)  # keys that are not read
     told: Counter[tuple[str, str]] = field(default_factory=Counter)  # what they say
-    returns: int = 0  # rows with carriage returns
+    read: int = 0  # rows with a chat
+    returns: int = 0  # with carriage returns
     sources: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Row, set_name: str, detector: Detector, *, by_source: bool) -> None:
@@ -191,6 +192,7 @@ class RowCounts:
         elif row.messages is None:
             self.problems.append({"place": row.place, "problem": row.problem or ""})
         else:
+            self.read += 1
             self.returns += has_carriage_return(message["content"] for message in row.messages)
             detector.add(row.place, set_name, row.messages, is_learned=is_answer_learned(row))
             self.partly += is_partly_learned(row)
@@ -208,7 +210,7 @@ class RowCounts:
             **({"weighted": self.weighted} if self.weighted else {}),
             "columns": columns,
             "unread": dict(unread),
-            **({"doubtful": found_doubts} if (found_doubts := doubtful(self.told, unread)) else {}),
+            **({"doubtful": found_doubts} if (found_doubts := doubtful(self.told, unread, self.read)) else {}),
             **({"carriage_returns": self.returns} if self.returns else {}),
             "problems": self.problems,
             **found,

@@ -316,6 +316,7 @@ class WrittenFiles:
 
 def print_dataset(dataset: UserDataset) -> None:
     """Print the counts of rows, how they are split, and the settings that were chosen for their number."""
+    from loraflow.data.answers.judgements import is_bad_word
     from loraflow.data.files.readers import is_partly_learned, match_nothing
 
     rows, chats, size = dataset.rows, dataset.chats, dataset.size
@@ -329,6 +330,9 @@ def print_dataset(dataset: UserDataset) -> None:
         click.echo(f"held out, by their names: {', '.join(dataset.heldout_files)}")
     else:
         click.echo(_held_out_line(chats, size.heldout_fraction, has_clusters=dataset.near_duplicates == "drop"))
+    for file in dataset.train_files:
+        if any(len(word) > 2 and is_bad_word(word) for word in re.split(r"[\W\d_]+", file)):
+            click.echo(f"question  does {file} have wrong answers? If so, remove it from data.train", err=True)
     if dataset.unused_files:
         click.echo(f"neither trained on nor held out: {', '.join(dataset.unused_files)}")
     if lines := size.lines(len(chats)):

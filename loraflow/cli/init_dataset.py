@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from loraflow.data.files.readers import Row
 
 
+_SPLIT = re.compile(
+    r"(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<test>tests?|testing|h[eo]ld[-_]?out)"
+    r"|(?P<validation>valid(?:ation)?|val|dev|eval(?:uation)?))(?:[-_]?set)?(?![a-z])"
+)
 FEW = 20  # rows up to which init warns before anything else
 
 
@@ -83,12 +87,15 @@ def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
 def split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Return the files to train on, to hold out, and to leave out, by the usual names of splits.
 
-    Test files are held out. Validation files are held out if there are no test files, and left out otherwise.
+    Test files are held out. Validation files are held out if there are no test files, and left out otherwise. Names of
+    files and folders begin with the split; if one has the word train, they may have it anywhere.
     """
+    is_named = any(found[1] for name in names for found in _SPLIT.finditer(name.lower()))
     splits: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
     for name in names:
-        found = re.match(r"(?:(tests?|held-?out)|(valid(?:ation)?|val|dev|eval))(?![a-z])", Path(name).stem.lower())
-        splits["train" if found is None else "test" if found[1] else "validation"].append(name)
+        parts = Path(name.lower()).with_suffix("").parts[::-1]
+        found = next(filter(None, map(_SPLIT.search if is_named else _SPLIT.match, parts)), None)
+        splits["train" if found is None else found.lastgroup or ""].append(name)
     train, test, validation = splits.values()
     if not train:
         return names, [], []

@@ -72,12 +72,10 @@ def parsed_list(value: JsonValue, key: str) -> JsonValue:
     try:
         return strict_json(value)
     except ValueError as error:
-        notation = " (this is Python's notation: write the cell with json.dumps)" if _is_python(value) else ""
+        notation = (
+            " (this is Python's notation: write the cell with json.dumps)" if re.match(r"\s*[\[{(]+\s*'", value) else ""
+        )
         raise BadRow(f"{key} is not valid JSON: {error}{notation}") from None
-
-
-def _is_python(text: str) -> bool:
-    return re.match(r"\s*[\[{(]+\s*'", text) is not None
 
 
 def _is_media(key: str, value: JsonValue) -> bool:
@@ -188,16 +186,14 @@ def _value(node: ast.expr) -> JsonValue:
             return -number if isinstance(number, int | float) else None
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return _NAMES.get(name)
-        case ast.Call(args=[argument, *_]) if _is_array_or_number(node):
+        case ast.Call(args=[argument, *_]) if (
+            getattr(node.func, "attr", getattr(node.func, "id", "")).rstrip("_0123456789") in _CALLS
+        ):
             return _value(argument)
     return None
 
 
 _CALLS = frozenset({"array", "bool", "int", "uint", "float", "str", "Decimal", "dict", "OrderedDict"})
-
-
-def _is_array_or_number(node: ast.Call) -> bool:
-    return getattr(node.func, "attr", getattr(node.func, "id", "")).rstrip("_0123456789") in _CALLS
 
 
 def _key(node: ast.expr | None) -> str:

@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import JsonValue, SerializerFunctionWrapHandler, model_serializer
 
 from loraflow import identity
-from loraflow.data.checks.drift import DataDrift
+from loraflow.data.checks.check_report import DataDrift
 from loraflow.evaluation.values import Scores, SeedScores, Slice
 from loraflow.failures import BadConfig, CorruptArtifact
 from loraflow.frozen import StoredModel

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from loraflow.data.chats import GATE_SET
-from loraflow.data.checks.drift import DataDrift
+from loraflow.data.checks.check_report import DataDrift
 from loraflow.evaluation.values import (
     Confusion,
     Decision,

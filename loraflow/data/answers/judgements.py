@@ -77,11 +77,11 @@ _NOT_DONE = frozenset({
 _FALSE_IS_WRONG = frozenset({"quality", "human_label", "test_result", "verification_result", "validation_result"})
 _TRAJECTORY = frozenset({"messages", "conversations", "trajectory", "patch", "model_patch"})
 _FALSE_IS_WRONG_OF_ANSWER = frozenset({"quality", "verdict", "judgement", "judgment"})
-_HELD_OUT = frozenset({
+HELD_OUT = frozenset({
     "test", "testing", "tests", "validation", "valid", "val", "dev", "development", "eval", "evaluation", "held out",
     "heldout", "holdout", "hold out",
 })  # fmt: skip
-_TRAINED_ON = frozenset({"train", "training"})
+TRAINED_ON = frozenset({"train", "training"})
 
 
 class Judgement(NamedTuple):
@@ -171,7 +171,9 @@ def verdict(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
         is_bad = isinstance(value, str) and (judges_badly(value) or plain(value) in _NOT_DONE)
         if not is_bad or name not in GOOD or _is_answer(value, beside.plain_answers):
             return None
-        is_third = beside.some_row(("sides", *here), lambda row: any(_is_side(v) for v in values_at(row, here)))
+        is_third = beside.some_row(
+            ("sides", *here), lambda row: not {True, False}.isdisjoint(map(label_side, values_at(row, here)))
+        )
         return unclear(here, value, beside) if is_third else None
     if not isinstance(value, bool) and (not isinstance(value, str) or value.strip().isdigit()):
         may_count = here[-1].lower() in _COUNTS
@@ -311,20 +313,16 @@ def _is_trained_on(name: str, value: JsonValue) -> bool | None:
     if not isinstance(value, str):
         return None
     words = {plain(value), re.split(r"[-_\[.]", value.strip().lower(), maxsplit=1)[0]}
-    return True if words & _TRAINED_ON else False if words & _HELD_OUT else None
+    return True if words & TRAINED_ON else False if words & HELD_OUT else None
 
 
 def rejected_of_pair(here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
     """Return that an answer is the rejected one of its pair, if a column says chosen of other rows."""
     if not isinstance(value, str) or plain(value) != "rejected":
         return None
-    if not beside.some_row(("chosen", *here), lambda row: any(map(_is_chosen, values_at(row, here)))):
+    if not beside.some_row(("chosen", *here), lambda row: "chosen" in (plain(str(v)) for v in values_at(row, here))):
         return None
     return Judgement(False, shown(here, value))
-
-
-def _is_chosen(value: JsonValue) -> bool:
-    return isinstance(value, str) and plain(value) == "chosen"
 
 
 def values_at(row: Mapping[str, JsonValue], here: tuple[str, ...]) -> list[JsonValue]:
@@ -338,10 +336,6 @@ def values_at(row: Mapping[str, JsonValue], here: tuple[str, ...]) -> list[JsonV
 
 def _numbers_at(row: dict[str, JsonValue], here: tuple[str, ...]) -> set[float]:
     return {number for value in values_at(row, here) if (number := as_number(value)) is not None}
-
-
-def _is_side(value: JsonValue) -> bool:
-    return isinstance(label_side(value), bool)
 
 
 def _is_answer(value: JsonValue, answers: Iterable[str]) -> bool:
@@ -400,9 +394,6 @@ def _is_class(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside
 
     An answer that begins with "incorrect" or "unsafe" is a class. "No" and other words may be the wrong answer to a
     question, so they count only if the answer of each row names the row's value.
-
-    Args:
-        name: of the judgement, such as `correctness` or `is_safe`.
     """
     if name in GRADES | SAFETY - {HARM_LABEL} and any(map(_GRADE.match, beside.plain_answers)):
         return True

@@ -39,7 +39,7 @@ _LIKE_FALSE = frozenset({
     "不正确", "坏", "差", "偽", "誤り", "間違い", "不正解", "거짓", "틀림", "오답", "👎", "❌", "✗", "✘", "×",
 })  # fmt: skip
 # "No" in other languages. Beside them, other words are no classes: `label: nein` may be KTO's mark. Without accents.
-_NO = frozenset({
+NO = frozenset({
     "nope", "nah", "nein", "non", "nao", "nee", "nej", "nei", "nie", "nem", "hayir", "tidak", "khong", "нет", "ні",
     "οχι", "لا", "לא", "नहीं", "否", "不", "いいえ", "아니오", "아니요", "ei", "ne",
 })  # fmt: skip
@@ -126,7 +126,7 @@ def _kind(value: JsonValue) -> _Kind:
             return "true" if text in _LABEL_TRUE else "false"
         if text in _LIKE_FALSE or any(_is_misspelt(text, word) for word in _MISSPELT_FALSE):
             return "like_false"
-        if text in _NO:
+        if text in NO:
             return "no"
         if text in TRUE or text in FALSE:
             return "weak"

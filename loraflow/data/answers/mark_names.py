@@ -27,7 +27,7 @@ EXCLUSIONS = frozenset({
 # KTO's: true is a desirable answer. Many datasets have a class by the name `label`, so other values may be no mark.
 LABELS = frozenset({"label", "kto_tag", "kto_label", "desirable", "is_desirable"})
 # The meaning of these depends on the tool: `mask: 1` is learned in some, and left out in others.
-UNCLEAR = frozenset({"mask", "training_detail", "train_detail"})
+UNCLEAR = frozenset({"mask", "training_detail", "train_detail", "loss_masks", "train_mask", "message_weights"})
 
 
 def _with_is(names: str) -> frozenset[str]:

@@ -104,7 +104,8 @@ def answer_weight(
     texts = set() if where else answer_texts(values, labels, columns, answers)
     beside: Beside | None = None
     for key, value in values.items():
-        if not isinstance(key, str) or key in texts or not (_may_mark(key) or _is_rejected(value)):
+        is_rejected = isinstance(value, str) and len(value) < 20 and value.strip().lower() == "rejected"
+        if not isinstance(key, str) or key in texts or not (is_rejected or _may_mark(key)):
             continue
         beside = beside or Beside(
             tuple(answers), None if where else labels, row or values, next(iter(columns), ""), role
@@ -119,10 +120,6 @@ def answer_weight(
     if weight > MAX_WEIGHT:
         raise BadRow(f"{where}the product of its weights is {weight:g}; expected at most {MAX_WEIGHT}")
     return Weight(weight, excluded_by)
-
-
-def _is_rejected(value: JsonValue) -> bool:
-    return isinstance(value, str) and len(value) < 20 and value.strip().lower() == "rejected"
 
 
 @lru_cache(4096)
@@ -149,11 +146,7 @@ def excludes(key: str, value: JsonValue) -> bool:
 
 
 def _mark(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside) -> Weight | None:
-    """Return the weight by a key; None if it says nothing.
-
-    Raises:
-        BadRow: it may say that the answer is wrong.
-    """
+    """Return the weight by a key; None if it says nothing."""
     name, here = normal_name(key), (key,)
     found: Judgement | None = None
     if name in LABELS:

@@ -202,11 +202,7 @@ def _is_correction(key: str, value: JsonValue, answer: str) -> bool:
 
 
 def _corrects(value: JsonValue, answer: str, *, is_flag: bool) -> bool:
-    """Tell whether a value replaces an answer: not if it says that nothing was changed, or whether or when it was.
-
-    Args:
-        is_flag: the name may be that of a flag, as `answer_edited` is.
-    """
+    """Tell whether a value replaces an answer: not if it says that nothing was changed, or whether or when it was."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         number = None if is_flag else as_number(answer)
         return number is not None and number != as_number(value)

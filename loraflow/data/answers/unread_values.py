@@ -14,8 +14,8 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from loraflow.data.answers.judgements import FAILED_RUNS, is_bad_word
-from loraflow.data.answers.labels import FALSE, TRUE, Labels, is_absent, may_be_no, plain
+from loraflow.data.answers.judgements import FAILED_RUNS, HELD_OUT, TRAINED_ON, is_bad_word, word_side
+from loraflow.data.answers.labels import FALSE, NO, TRUE, Labels, is_absent, may_be_no, plain
 from loraflow.data.answers.mark_names import CONTAINERS, JUDGEMENTS, LABELS, RUNS, normal_name
 from loraflow.data.cell_values import Unreadable, is_object_text, objects_of, parsed_text
 
@@ -24,10 +24,22 @@ _MAX_NAMES = 20  # of further columns
 _MAX_WORD = 30  # characters of a value that is a word
 _OTHER = ""  # any other value
 _DOWN = "-1"  # beside 0 and 1, a vote against the answer
-# Words that judge only in a column that is named so: a size may be half, and a complexity low.
+_FLAGS = frozenset({"true", "false", _DOWN})
+_ANY = "a value"  # as that of deleted_at
+# In some cells of a column whose other cells are empty
+_TICKS = frozenset({"true", "1", "x", "✓", _ANY})
+# Words that judge only in a column that is named so: a size may be half
 _DEGREES = frozenset({"low", "very low", "half", "partial", "partly"})
-_SHORT = 3  # letters of codes such as `ko`, which mean wrong or bad in some language
-# Last words of names whose values are about something else than the answer, beside lang…
+_ASKED = frozenset({
+    "do not use", "do not train", "needs work", "draft", "in progress", "unverified",
+    "hallucination",
+})  # fmt: skip
+# "Bad answer", "1 - poor", colours of thumbs
+_AROUND = re.compile(r"\b(?:answer|response|completion|output|quality|\d)\b|[:.!()\U0001f3fb-\U0001f3ff]")
+_YES = frozenset({"ja", "oui", "si", "sim", "da", "tak", "evet", "да", "はい", "是", "예"}) | TRAINED_ON
+_NO = NO | HELD_OUT - {"valid"}
+_SHORT = 3  # letters of codes such as `ko`
+# Last words of names that are about something else than the answer
 _NEUTRAL = frozenset({
     "id", "ids", "idx", "index", "no", "number", "num", "count", "turn", "turns", "round", "step", "cluster", "seed",
     "epoch", "fold", "shard", "page", "line", "position", "offset", "locale", "country", "region", "city", "code",
@@ -36,22 +48,28 @@ _NEUTRAL = frozenset({
 })  # fmt: skip
 _FLAG = re.compile(r"(?:is|has|was|were|are|should|can|did|does|needs?)_")
 _JUDGING = re.compile(
-    r"(?:^|_)(?:in)?(?:verdict|quality|correct|verif|valid|judg|grade|grading|rating|rated|approv|accept|reject|review|"
-    r"evaluat|assess|helpful|hallucin|factual|accura|annotat|feedback|resolved|solved|checked|"
-    r"(?:pass|passed|passes|fail|failed|good|bad|wrong|right|ok|okay|keep|usable|safe|unsafe|harmful|flag|flagged|check|"
-    r"vote|label|thumbs?|reaction|status|result|outcome|answer|response|human|qa|eval|success|done|complete|completed)(?:_|$))"
+    r"(?:^|_)(?:in)?(?:verdict|quality|correct|verif|valid|judg|grad[ei]|rat(?:ing|ed)|approv|accept|reject|review|evaluat|"
+    r"assess|helpful|hallucin|factual|accura|annotat|feedback|resolved|solved|checked|(?:pass(?:ed|es)?|fail(?:ed)?|good|bad|"
+    r"wrong|right|ok(?:ay)?|keep|usable|(?:un)?safe|harmful|flag(?:ged)?|check|vote|label|thumbs?|reaction|status|result|"
+    r"outcome|answer|response|human|qa|eval|success|done|completed?)(?:_|$))"
 )
-
 # Of these, only false is a question too.
 _DONE = re.compile(r"(?:.*_)?(?:success|successful|solved|resolved|(?:test|validation|verification)_result)")
-# Scores of the answer. Others are about something else (toxicity_score), or a high one is bad.
-_SCORE = re.compile(r"(?:final_|answer_|response_)?(?:score|reward)")
+# Scores of the answer, unlike toxicity_score
+_SCORE = re.compile(r"(?:final_|answer_|response_)?(?:score|reward)|acc|exact_match|pass@\d+")
+# Of these, any value is bad
+_BAD_IF_SET = re.compile(
+    r"(?:deleted|rejected|discarded|removed|hidden|failed|flagged|banned)_(?:at|by|on|date|reason)"
+    r"|(?:rejection|reject|failure|deletion|error)_?(?:reason|message|type)|errors?|exception|issues"
+)
 _WORD_PAIRS = LABELS | JUDGEMENTS
 _OF_RUN = re.compile(
     r"(?:.*_)?(?:status|result|" + "|".join(sorted(RUNS)) + ")"
 )  # `error` and `timeout` judge in these
 _REASON = re.compile(r"(?:^|_)(?:finish|stop)_?reason$")  # why an answer ends
-_CUT_OFF = frozenset({"length", "max tokens"})  # such a reason, as plain() returns it
+_CUT_OFF = frozenset({
+    "length", "max tokens", "content filter", "safety", "recitation", "refusal", "error",
+})  # fmt: skip
 
 Told = tuple[tuple[str, str], ...]  # keys, and what their values say: true, false, -1, a word that judges, or nothing
 
@@ -70,9 +88,13 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
             if labels and pairs == [(key, "false")] and normal_name(key) in LABELS and labels.may_have_marks(key):
                 pairs = [(key, str(value).strip().lower())]
             found += pairs
-        elif isinstance(value, str) and len(value) <= _MAX_WORD and labels and normal_name(key) in _WORD_PAIRS:
-            is_asked = (normal_name(key) in JUDGEMENTS and may_be_no(value)) or labels.are_pair(key)
-            found += [(key, " ".join(value.split()))] if is_asked else []
+        elif isinstance(value, str) and len(value) <= _MAX_WORD:
+            name, text = normal_name(key), " ".join(value.split())
+            is_asked = name in JUDGEMENTS and may_be_no(value)
+            if is_asked or (labels and name in _WORD_PAIRS and labels.are_pair(key)):
+                found.append((key, text))
+            elif (word := plain(text)) in _YES | _NO and name not in _WORD_PAIRS and _kind_of(key) != "neutral":
+                found.append((key, word))
     return tuple(found)
 
 
@@ -85,7 +107,8 @@ def _told(path: str, key: str, value: JsonValue) -> list[tuple[str, str]]:
             (f"{path}.{k}", k, v)
             for members in objects_of(value)
             for k, v in members.items()
-            if isinstance(k, str) and (is_container or (_kind_of(k) == "judging" and not isinstance(v, dict)))
+            if isinstance(k, str)
+            and (is_container or isinstance(v, str) or (_kind_of(k) == "judging" and not isinstance(v, dict)))
         )
         found = [pair for inner, k, v in items if not is_absent(v) for pair in _told(inner, k, v) or [(inner, _OTHER)]]
         if found:
@@ -95,27 +118,36 @@ def _told(path: str, key: str, value: JsonValue) -> list[tuple[str, str]]:
 
 
 def _word(key: str, value: JsonValue) -> str:
-    kind = _kind_of(key)
+    kind, name = _kind_of(key), normal_name(key)
+    if kind == "bad":
+        return _OTHER if is_absent(value) or value in (False, 0) else _ANY
     if kind == "neutral":
         return _OTHER
     if isinstance(value, list):  # of several judges
         words = {_OTHER if isinstance(item, list) else _word(key, item) for item in value}
-        return words.pop() if len(words) == 1 else _OTHER
-    if _REASON.search(normal_name(key)):
+        if len(words) == 1:
+            return words.pop()
+        bad = words - _FLAGS - {_OTHER}  # a tag, if no judge says the opposite
+        return min(bad) if bad and not any(word_side(str(item)) for item in value) else _OTHER
+    if _REASON.search(name):
         return value if isinstance(value, str) and plain(value) in _CUT_OFF else _OTHER
-    if isinstance(value, str):
-        if len(value) <= _MAX_WORD and plain(value) in FAILED_RUNS and _OF_RUN.fullmatch(normal_name(key)):
-            return value.strip().lower()
-        return _word_of_text(kind, value) if len(value) <= _MAX_WORD else _OTHER
-    if isinstance(value, bool) or (kind != "other" and isinstance(value, int | float) and value in (0, 1)):
-        return "true" if value else "false"
-    return _DOWN if kind == "judging" and isinstance(value, int | float) and value == -1 else _OTHER
+    if isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, int | float) and value in (0, 1, -1):
+        value = str(int(value))
+    if not isinstance(value, str) or len(value) > _MAX_WORD:
+        return _OTHER
+    if plain(value) in FAILED_RUNS and _OF_RUN.fullmatch(name):
+        return value.strip().lower()
+    return _word_of_text(kind, value)
 
 
 @lru_cache(4096)
-def _kind_of(key: str) -> Literal["neutral", "judging", "flag", "other"]:
+def _kind_of(key: str) -> Literal["bad", "neutral", "judging", "flag", "other"]:
     """Return what a name tells of its values: a flag's 0 and 1 are false and true."""
     name = normal_name(key)
+    if _BAD_IF_SET.fullmatch(name):
+        return "bad"
     if name.rpartition("_")[2] in _NEUTRAL:
         return "neutral"
     if _JUDGING.search(name) or _SCORE.fullmatch(name):
@@ -127,38 +159,46 @@ def _kind_of(key: str) -> Literal["neutral", "judging", "flag", "other"]:
 
 @lru_cache(4096)
 def _word_of_text(kind: str, value: str) -> str:
-    text = value.strip().lower()
+    text = value.strip().strip(":").lower()
     if text in TRUE or text in FALSE:
         return "true" if text in TRUE else "false"
-    if text in ("0", "1"):
-        return _OTHER if kind == "other" else ("true" if text == "1" else "false")
+    if text in ("0", "1", "+1") and kind != "other":
+        return "false" if text == "0" else "true"
     if text == _DOWN:
         return _DOWN if kind == "judging" else _OTHER
+    if text in _TICKS:
+        return text
+    word = " ".join(_AROUND.sub(" ", plain(text)).split())
     is_code = len(text) <= _SHORT and text != "bad"
-    if kind != "judging" and (plain(text) in _DEGREES or is_code):
+    if kind != "judging" and (word in _DEGREES or is_code):
         return _OTHER
-    return text if is_bad_word(text) else _OTHER
+    return text if is_bad_word(text) or is_bad_word(word) or word in _ASKED else _OTHER
 
 
-def doubtful(told: Mapping[tuple[str, str], int], unread: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Return the columns that may mark answers: {column: {value: rows}}."""
+def doubtful(
+    told: Mapping[tuple[str, str], int], unread: Mapping[str, int], total: int = 0
+) -> dict[str, dict[str, int]]:
+    """Return the columns that may mark answers: {column: {value: rows}}. `total` is the number of all rows."""
     columns: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for (key, word), rows in told.items():
         columns[key][word] = rows
     return {
         key: {word: rows for word, rows in words.items() if word != _OTHER}
         for key, words in columns.items()
-        if _is_doubtful(key, words, unread.get(key, sum(words.values())))
+        if _is_doubtful(key, words, unread.get(key, sum(words.values())), total)
     }
 
 
-def _is_doubtful(key: str, words: Mapping[str, int], rows: int) -> bool:
-    flags = {word: count for word, count in words.items() if word in ("true", "false", _DOWN)}
-    if words.keys() - flags.keys() - {_OTHER}:
+def _is_doubtful(key: str, words: Mapping[str, int], rows: int, total: int) -> bool:
+    said = words.keys() - {_OTHER}
+    if said - _FLAGS - _TICKS - _YES - (frozenset() if normal_name(key) in JUDGEMENTS else _NO):
         return True
-    is_done = "false" in flags and _DONE.fullmatch(normal_name(key.rpartition(".")[2])) is not None
-    is_whole = sum(flags.values()) >= rows
-    return (is_done and ("true" in flags or is_whole)) or ("true" in flags and len(flags) > 1 and is_whole)
+    is_whole = sum(words[word] for word in said) >= rows
+    is_done = "false" in said and _DONE.fullmatch(normal_name(key.rpartition(".")[2])) is not None
+    if is_done and ("true" in said or is_whole):
+        return True
+    has_both = said & (_YES | {"true"}) and said & (_NO | {"false", _DOWN})
+    return is_whole and (bool(has_both) or (said <= _TICKS and rows < total))
 
 
 def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -167,13 +207,16 @@ def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
     for key, words in list(columns.items())[:MAX_QUESTIONS]:
         most = sorted(words.items(), key=lambda item: -item[1])[:4]
         counts = ", ".join(f"{word} in {rows} rows" for word, rows in most)
-        is_flag = words.keys() <= {"true", "false"} and "." not in key
         way = "write it as is_correct (true or false)"
-        if is_flag:
+        if words.keys() == {"true"} and "." not in key:
+            way = f"set data.columns: {{exclude: {key}}} to leave these rows out, or {way}"
+        elif words.keys() <= {"true", "false"} and "." not in key:
             way = (
                 f"set data.columns: {{train: {key}}} to learn where it is true, or {{exclude: {key}}} where it is false"
             )
         marks = "say that answers were cut off" if _REASON.search(normal_name(key)) else "mark wrong answers"
+        if not words.keys().isdisjoint(TRAINED_ON):
+            marks, way = "keep rows for tests", "name the column split"
         lines.append(f"does {key} {marks}? ({counts}) It is not read. If so, {way}; else name {key} in data.ignore")
     if more := list(columns)[MAX_QUESTIONS:]:
         rest = f" and {len(more) - _MAX_NAMES} more" if len(more) > _MAX_NAMES else ""

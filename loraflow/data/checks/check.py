@@ -159,7 +159,7 @@ def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path
         first_problems=reading.quarantine.first_problems(),
         unread=without_marks(dict(reading.unread.most_common(MAX_UNREAD)), reading.marks),
         marks=dict(reading.marks.most_common(MAX_UNREAD)),
-        doubtful=doubtful(reading.told, reading.unread),
+        doubtful=doubtful(reading.told, reading.unread, len(table)),
         unread_files=unread[:MAX_UNREAD],
         unread_file_count=len(unread),
         similar=similar,

@@ -24,8 +24,7 @@ import numpy as np
 from loraflow.config.data import Data
 from loraflow.config.locations import DvcOrigin
 from loraflow.data.chats import BadRow, ChatRecord
-from loraflow.data.checks.check_report import CheckReport
-from loraflow.data.checks.drift import DataDrift
+from loraflow.data.checks.check_report import CheckReport, DataDrift
 from loraflow.data.checks.split import label_values, prompt_key, row_id
 from loraflow.data.files.guess_columns import columns_of
 from loraflow.data.files.readers import match_files, read_rows, read_values
@@ -233,7 +232,11 @@ def measure_drift(before: CheckedRows, after: CheckedRows) -> DataDrift:
         shifted=largest.what if largest.size else "",
         lines=[
             *difference_lines(before.version, after.version),
-            *_label_lines(before.answers, after.answers),
+            *(
+                f"label {label}: {was:.1%} → {now:.1%} of the rows"
+                for label, (was, now) in _label_shares(before.answers, after.answers).items()
+                if abs(now - was) >= MIN_DRIFT
+            ),
             *_report_lines(before.report, after.report),
             *([f"largest shift: {largest.size:.3f} ({largest.what})"] if largest.size else []),
         ],
@@ -276,12 +279,6 @@ def _label_shares(before: Sequence[str], after: Sequence[str]) -> dict[str, tupl
         return {}
     was, now = Counter(old), Counter(new)
     return {label: (was[label] / len(old), now[label] / len(new)) for label in sorted(was.keys() | now.keys())}
-
-
-def _label_lines(before: Sequence[str], after: Sequence[str]) -> Iterator[str]:
-    for label, (was, now) in _label_shares(before, after).items():
-        if abs(now - was) >= MIN_DRIFT:
-            yield f"label {label}: {was:.1%} → {now:.1%} of the rows"
 
 
 def _report_lines(before: CheckReport, after: CheckReport) -> Iterator[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -78,7 +79,7 @@ def run(job: Job[CheckGeneralConfig], inputs: Inputs, out: Path, progress: Progr
     rows, problems = _read(files, names)
     problems += _repeated(rows)
     problems += _trained_on(rows, inputs["rows"])
-    _remove(files)
+    shutil.rmtree(files)  # general.jsonl has the rows
     if problems:
         raise BadData(
             f"{len(problems)} row{'s' if len(problems) > 1 else ''} of the general set cannot be used.",
@@ -212,10 +213,3 @@ def _trained_on(rows: list[GeneralRow], checked: Path) -> Iterator[Problem]:
             place = questions.get(normalize(bare)) or questions.get(normalize(row["context"]))
         if place is not None:
             yield Problem(row["place"], f"its prompt is that of the training row {place}")
-
-
-def _remove(files: Path) -> None:
-    """Remove the copies of the files: general.jsonl has their rows."""
-    for path in sorted(files.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    files.rmdir()

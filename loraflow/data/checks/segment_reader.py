@@ -88,7 +88,11 @@ class SegmentReader:
             Killed: a process was killed.
             Crashed: a process ended by itself.
         """
-        of_file = hashlib.sha256(self._of_job + _key_of_file(file)) if self._cache is not None else None
+        settings = {field.name: getattr(file.settings, field.name) for field in fields(file.settings)}
+        settings |= {"columns": dict(file.settings.columns), "ignore": sorted(file.settings.ignore)}
+        # The name of a file decides nothing.
+        decisive = json.dumps([settings, file.is_pinned], sort_keys=True).encode()
+        of_file = hashlib.sha256(self._of_job + decisive) if self._cache is not None else None
         labels, answers = file.labels(), dict[Question, bool]()
         pending: deque[_Pending] = deque()
         for segment in file.segments():
@@ -96,7 +100,12 @@ class SegmentReader:
             cached = self._cached(key, answers)
             found = self._compute(segment, file, labels) if cached is None else cached
             pending.append(_Pending(segment, key, found, cached is not None))
-            while pending and self._is_due(pending):
+            while pending and (
+                not isinstance(found := pending[0].found, Future)
+                or found.done()
+                or self._processes is None
+                or len(pending) > 3 * self._processes.count
+            ):
                 yield self._finish(pending.popleft(), file, labels, answers)
         while pending:
             yield self._finish(pending.popleft(), file, labels, answers)
@@ -128,11 +137,6 @@ class SegmentReader:
         except OSError as error:
             log.warning("Rows are read in one process, because others cannot be started: %s", error)
             return None
-
-    def _is_due(self, pending: deque[_Pending]) -> bool:
-        found = pending[0].found
-        is_done = not isinstance(found, Future) or found.done()
-        return is_done or self._processes is None or len(pending) > 3 * self._processes.count
 
     def _finish(
         self, pending: _Pending, file: RowsFile, labels: Labels, answers: dict[Question, bool]
@@ -168,13 +172,6 @@ def key_of_job(job: Job[CheckDatasetConfig]) -> bytes:
         config.model_dump(mode="json", exclude=_OF_THE_WHOLE),
     ]
     return json.dumps(values, sort_keys=True).encode()
-
-
-def _key_of_file(file: RowsFile) -> bytes:
-    """Return what the segments of a file depend on beside its rows. Its name is not in it."""
-    values = {field.name: getattr(file.settings, field.name) for field in fields(file.settings)}
-    values |= {"columns": dict(file.settings.columns), "ignore": sorted(file.settings.ignore)}
-    return json.dumps([values, file.is_pinned], sort_keys=True).encode()
 
 
 def _key_of_rows(of_file: hashlib._Hash, segment: FileRows) -> str:

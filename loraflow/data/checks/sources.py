@@ -20,7 +20,7 @@ from loraflow.data.checks.placement import Split
 from loraflow.data.checks.rows_file import RowsFile
 from loraflow.data.checks.split import draw, in_share
 from loraflow.data.files.readers import RowSettings, match_files
-from loraflow.data.files.sqlite_reader import plain_query
+from loraflow.data.files.table_readers import plain_query
 from loraflow.failures import BadData
 
 SourceCounts = dict[str, dict[str, int]]  # source → what is counted → rows

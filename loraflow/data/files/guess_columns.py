@@ -96,8 +96,8 @@ _CLASSES = ("category", "label", "class", "intent", "topic", "sentiment", "label
 _CHAT_NAMES = re.compile(r"conversation|dialog|chat|messages|turns", re.IGNORECASE)
 # Names of one of several chats about the same prompt: the better, the worse, those of two models
 _COMPARED = re.compile(r"chosen|reject|prefer|winn|loser|\b(good|bad|positive|negative)\b|[-_. ](a|b|w|l|[1-9])$")
-# Names of an answer that follows earlier turns
-_ANSWERS = frozenset({"response", "answer", "output", "completion", "reply"})
+# Names of a question or an answer that follows earlier turns
+_LATER = re.compile(r"(?:^|_)(?:response|answer|output|completion|reply|question|query|message|text|input|prompt)$")
 # Names of an answer's derivation, whose result is the `answer`
 _DERIVATIONS = re.compile(r"solution|generation|explanation|rationale|reasoning|thought|response")
 _LONG = 3  # words of a text that is no name or category
@@ -209,7 +209,10 @@ def _columns_of_pair(
             answered = _worked_answer(row, names, answered)
             if answered is None:
                 return {}
-            return {**_question_and_answer(names, asked, answered, rows), **_system(row, names)}
+            columns = _question_and_answer(names, asked, answered, rows)
+            system = names.get("system", names.get("system_prompt", "system"))
+            is_spelt = system in ("system", "system_prompt")  # not as System
+            return columns if is_spelt or not isinstance(row[system], str) else {**columns, "system": system}
     return None
 
 
@@ -285,12 +288,6 @@ def _first(
     return None
 
 
-def _system(row: dict[str, JsonValue], names: dict[str, str]) -> dict[str, str]:
-    """Return the column of the system message, if it is there in another spelling, such as System."""
-    found = names.get("system", names.get("system_prompt", "system"))
-    return {"system": found} if found not in ("system", "system_prompt") and isinstance(row[found], str) else {}
-
-
 def _columns_of_classes(names: dict[str, str], rows: Sequence[dict[str, JsonValue]]) -> dict[str, str]:
     row = rows[0]
     if are_messages(rows):
@@ -310,7 +307,7 @@ def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
         if (
             turns is None
             or _COMPARED.search(name.lower())
-            or (is_history(name) and not _ANSWERS.isdisjoint(key.lower() for key in row))
+            or (is_history(name) and any(isinstance(row[key], str) and _LATER.search(key.lower()) for key in row))
         ):
             continue
         if _CHAT_NAMES.search(name) or not any(map(pair_keys, turns)):

@@ -18,10 +18,9 @@ from loraflow.data.answers.marks import MarkedFalse
 from loraflow.data.answers.unread_values import Told, told_by, without_ignored
 from loraflow.data.cell_values import parsed_list
 from loraflow.data.chats import BadRow, Message, Tool
-from loraflow.data.files.csv_reader import read_table, refuse_duplicates
 from loraflow.data.files.dataset_files import is_hidden
 from loraflow.data.files.json_reader import RawValue, read_json, read_json_lines, row_text
-from loraflow.data.files.sqlite_reader import SUFFIXES, read_sqlite
+from loraflow.data.files.table_readers import SUFFIXES, read_sqlite, read_table, refuse_duplicates
 from loraflow.data.formats.chat_formats import read_chat
 from loraflow.data.formats.row_fields import RawRow
 from loraflow.failures import BadData, first_line

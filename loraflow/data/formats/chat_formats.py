@@ -116,12 +116,7 @@ def read_chat(
 def _marked(
     turns: list[Turn], row_weight: float, messages: list[Message]
 ) -> tuple[tuple[int, ...] | None, tuple[float, ...] | None]:
-    """Return the numbers of the learned answers, and their weights; None for what no mark changes.
-
-    Raises:
-        MarkedFalse: no answer is learned.
-        BadRow: the product of a row's and a message's weight is too large.
-    """
+    """Return the numbers of the learned answers, and their weights; None for what no mark changes."""
     if row_weight == 1 and all(turn.weight == 1 for turn in turns):
         return None, None
     answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
@@ -315,7 +310,8 @@ def _alpaca(fields: RowFields) -> list[Turn]:
     answer = fields.value("output", "response")
     if user == instruction:
         return _prompt_and_answer(fields, instruction, answer)
-    return [*_history(fields), Turn("user", user), Turn("assistant", answer)]
+    turns = [Turn("user", user), Turn("assistant", answer)]
+    return [*_history(fields, turns), *turns]
 
 
 def _prompt_and_answer(fields: RowFields, prompt: JsonValue, answer: JsonValue) -> list[Turn]:
@@ -328,10 +324,10 @@ def _prompt_and_answer(fields: RowFields, prompt: JsonValue, answer: JsonValue) 
     if turns is None or (has_system and turns[0].role == "system" and str(prompt).lstrip().startswith("System:")):
         turns = [Turn("user", prompt), Turn("assistant", answer)]
     first = turns[0].role == "system"
-    return [*turns[:first], *_history(fields), *turns[first:]]
+    return [*turns[:first], *_history(fields, turns), *turns[first:]]
 
 
-def _history(fields: RowFields) -> list[Turn]:
+def _history(fields: RowFields, turns: list[Turn]) -> list[Turn]:
     """Return LLaMA-Factory's and ms-swift's earlier questions and answers."""
     history = parsed_list(fields.optional("history"), "history")
     if not has_value(history) or is_missing(history):
@@ -341,6 +337,8 @@ def _history(fields: RowFields) -> list[Turn]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow("history: expected a list of [question, answer]; if it is none, name history in data.ignore")
         out += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    if out[-2:] == turns[-2:]:
+        raise BadRow("history ends with the question and answer of its row: remove both there")
     return out
 
 

@@ -225,8 +225,6 @@ _FILTERS = {
     r'"\n</think>\n\n" + .deepseek_solution)}',
     "question solutions": "{prompt: .question, completion: (.solutions | "
     'if type == "string" then fromjson else . end | .[0])}',
-    "message chat_history response": "{messages: ((.chat_history | map({role, content: .message})) + "
-    '[{role: "user", content: .message}, {role: "assistant", content: .response}])}',
     "instruction instances": ".instruction as $i | .instances[] | {instruction: $i, input, output}",
 }
 # OpenAssistant's rows: all of a file are read (jq -s), and each tree becomes a row.
@@ -361,11 +359,11 @@ def _is_closed(text: JsonValue) -> bool:
 
 def is_history(name: str) -> bool:
     """Tell whether a column beside a question or an answer has the messages before them."""
-    return "history" in name.lower() or name.lower() in ("context", "contexts")
+    return re.fullmatch(r"contexts?|.*history|(?:previous|prior|earlier)_\w+", name.lower()) is not None
 
 
 def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], used: Mapping[str, str]) -> None:
-    """Refuse a row whose `context` has messages that are not in the chat.
+    """Refuse a row whose `context` or `chat_history` has messages that are not in the chat.
 
     Args:
         used: the keys that were read: loraflow's name → the row's column.
@@ -389,9 +387,9 @@ def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], u
 
 
 def _messages_of(key: str, row: Mapping[str, JsonValue]) -> list[dict[str, JsonValue]]:
-    """Return the messages in a column `context` or `contexts`, if any."""
+    """Return the messages in a column such as `context` or `chat_history`, if any."""
     value = row[key]
-    turns = objects(value) if key.lower() in ("context", "contexts") and isinstance(value, list) else None
+    turns = objects(value) if is_history(key) and isinstance(value, list) else None
     roles = [normal_role(next((turn[name] for name in ROLE_KEYS if name in turn), None)) for turn in turns or ()]
     return turns if turns and all(role in ("user", ASSISTANT, "system", TOOL) for role in roles) else []
 
@@ -400,7 +398,7 @@ def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
     """Return how messages in `context` are joined with the question and answer beside it, if any."""
     names = {key.lower(): key for key in row if isinstance(row[key], str)}
     question = next(
-        (names[name] for name in ("question", "query", "prompt", "problem", "input") if name in names), None
+        (names[name] for name in ("question", "query", "prompt", "problem", "input", "message") if name in names), None
     )
     answer = next((names[name] for name in ("answer", "response", "output", "completion") if name in names), None)
     history = next((key for key in row if _messages_of(key, row)), None)
@@ -412,9 +410,11 @@ def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: 
     keys = (history, question, answer)
     if not (isinstance(row[question], str) and isinstance(row[answer], str)) or "'" in "".join(keys):
         return ""
-    first = _messages_of(history, row)[0]
-    role = next(name for name in ROLE_KEYS if name in first)
-    text = next((name for name in CONTENTS if name in first), CONTENTS[0])
+    earlier = _messages_of(history, row)
+    role = next(name for name in ROLE_KEYS if name in earlier[0])
+    text = next((name for name in CONTENTS if name in earlier[0]), CONTENTS[0])
+    if any(turn.get(text) == row[answer] for turn in earlier):
+        return ""  # the prompt would have the answer
     before, asked, answered = map(_path, keys)
     turns = f'{{{role}: "user", {text}: {asked}}}, {{{role}: "assistant", {text}: {answered}}}'
     return _by_jq(f". + {{messages: ({before} + [{turns}])}} | del({before}, {asked}, {answered})")

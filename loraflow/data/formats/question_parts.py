@@ -25,7 +25,7 @@ _TEXT_PARTS = (
     "context", "input", "passage", "paragraph", "document", "article", "story", "premise", "question", "query", "problem",
     "definition", "hypothesis", "transcript", "dialogue", "contract", "clause", "background", "facts", "schema", "table",
 )  # fmt: skip
-_TEXT_OR_LISTED = frozenset({*_TEXT_PARTS, "contexts", "documents", "passages", "paragraphs", "retrieved_contexts"})
+_TEXT_OR_LISTED = frozenset({*_TEXT_PARTS, "contexts", "documents", "passages", "paragraphs"})
 _QUESTIONS = frozenset({"question", "query", "problem", "hypothesis"})  # a prompt may say the same in other words
 # Shares of a part's words that are in the prompt, from which on the prompt has the part.
 _SHARE = 0.5
@@ -56,7 +56,15 @@ class LostPart(BadRow):
 def question_parts(row: Mapping[str, JsonValue]) -> list[str]:
     """Return the keys of a row that hold parts of its question beside the question itself."""
     names = {str(key).lower(): str(key) for key in row}
-    found = [key for name, key in names.items() if _is_part(name, row[key])]
+    found = [
+        key
+        for name, key in names.items()
+        if (
+            _is_choices(row[key])
+            if name in _CHOICES
+            else name in _PARTS and row[key] and isinstance(row[key], dict | list)
+        )
+    ]
     single = [key for name, key in names.items() if _CHOICE.fullmatch(name) and _is_text(row[key])]
     if len(single) > 1:
         found += single
@@ -102,7 +110,12 @@ def refuse_lost_parts(
     if question is None or answer is None:
         return
     named = {column for key, column in columns.items() if key in ("input", "context")}
-    keys = [key for key in row if (key.lower() in _TEXT_OR_LISTED or key in named) and key not in used.values()]
+    keys = [
+        key
+        for key in row
+        if (key.lower() in _TEXT_OR_LISTED or key.lower().startswith("retrieved") or key in named)
+        and key not in used.values()
+    ]
     asked: _Asked | None = None
     for key in keys:
         texts = _plain_texts(row[key])
@@ -214,12 +227,6 @@ def _texts_of(value: JsonValue) -> Iterable[str]:
         yield from (_NUMBERING.sub("", text).strip() for text in texts)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield str(value)
-
-
-def _is_part(name: str, value: JsonValue) -> bool:
-    if name in _CHOICES:
-        return _is_choices(value)
-    return name in _PARTS and isinstance(value, dict | list) and bool(value)
 
 
 def _is_choices(value: JsonValue) -> bool:

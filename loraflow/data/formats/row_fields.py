@@ -171,11 +171,7 @@ class RowFields:
         return out
 
     def _refuse_analysis(self, column: str, items: list[RawRow], role_key: str, first: int) -> None:
-        """Refuse messages of gpt-oss's channel analysis before an answer in another one: they are its reasoning.
-
-        Raises:
-            BadRow: there is one.
-        """
+        """Refuse messages of gpt-oss's channel analysis before an answer in another one: they are its reasoning."""
         if not any("channel" in item for item in items):
             return
         number = 0

@@ -216,11 +216,7 @@ def _call(item: JsonValue, where: str) -> ToolCall:
 
 
 def _arguments(function: dict[str, JsonValue], where: str) -> JsonValue:
-    """Return the arguments of a call, under the names that vendors give them; None if there are none.
-
-    Raises:
-        BadRow: two other names than `arguments` have different values, or none is there and another key may hold them.
-    """
+    """Return the arguments of a call, under the names that vendors give them; None if there are none."""
     named = {key: value for key in _ARGUMENTS if (value := function.get(key)) is not None}
     found = {key: value for key, value in named.items() if not isinstance(value, str) or value.strip()}
     if "arguments" in found:  # beside it, `parameters` may be the function's schema

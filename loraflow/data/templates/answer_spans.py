@@ -391,11 +391,6 @@ def _end_of_closing(tail: str, tokens: Iterable[re.Match[str]], shared: int, end
 
     It is the model's own first stop token with those directly behind it; without one, all control tokens. A text, such as
     the footer of a chat, is a part of it only between tokens that are none of the model's, if earlier answers have it too.
-
-    Args:
-        tokens: its control tokens, and perhaps some behind it.
-        shared: characters of it that an earlier answer has too.
-        ends: the model's own stop tokens.
     """
     end, is_known = 0, False
     for token in tokens:

@@ -159,9 +159,6 @@ def _without_block(source: str, empty: str | None) -> str:
 
     DeepSeek-R1's end with the tag that opens it, Gemma 4's with an empty block. Their answers are rendered without
     reasoning, so this is what they follow.
-
-    Raises:
-        BadModel: the template writes no such tag, or marks its answers.
     """
     if _TEXT in source:
         return source  # a merged model can be a base

@@ -313,9 +313,6 @@ class ChatTemplate:
         """Refuse answers that are learned with an end at which generation would not stop, as gpt-oss renders earlier ones.
 
         Last answers define these ends, unless they are tool calls.
-
-        Raises:
-            BadModel: there is one. The failure's details have the number of the chat.
         """
         if self._ends is None:
             try:

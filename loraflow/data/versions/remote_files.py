@@ -204,11 +204,7 @@ def _download(url: str) -> Path:
 
 
 def _hub_failure(url: str, error: Exception) -> Failure:
-    """Return the failure for an error of the hub's library.
-
-    Raises:
-        Exception: the error itself, if neither hub nor network is the cause.
-    """
+    """Return the failure for an error of the hub's library."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -269,14 +265,7 @@ def _pinned_object(source: DataSource) -> SourcePart:
 
 
 def _read_object(url: str) -> Iterator[bytes]:
-    """Yield the content of an object.
-
-    Raises:
-        MissingExtra: boto3 is not installed.
-        BadData: there is no such object.
-        BadConfig: the server refuses the request.
-        Network: it did not answer, or the answer was cut off.
-    """
+    """Yield the content of an object."""
     from loraflow.store.s3_client import NOT_FOUND, client_error_failure, error_code, make_client, request_failure
 
     try:

@@ -22,7 +22,7 @@ from loraflow.config.locations import (
 )
 from loraflow.config.stage_configs import VersionDatasetConfig
 from loraflow.data.files.dataset_files import is_hidden
-from loraflow.data.files.sqlite_reader import plain_query, refuse_unsaved
+from loraflow.data.files.table_readers import plain_query, refuse_unsaved
 from loraflow.data.versions import dvc
 from loraflow.data.versions.git import is_url
 from loraflow.failures import BadData, Failure

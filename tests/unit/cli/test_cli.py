@@ -143,6 +143,49 @@ def test_init_does_not_train_on_files_named_test(tmp_path, phi3, quick_dvc):
     assert split_by_name(["a.json", "dev.json", "devices.json"]) == (["a.json", "devices.json"], ["dev.json"], [])
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train/0000.parquet", "test/0000.parquet"),  # the hub's conversions
+        ("default/train/0000.parquet", "default/test/0000.parquet"),
+        ("squad_train.csv", "squad_test.csv"),
+        ("my.train.jsonl", "my.test.jsonl"),
+        ("en-train.jsonl", "en-dev.jsonl"),
+        ("trainset.jsonl", "testset.jsonl"),
+        ("train.jsonl", "holdout.jsonl"),
+        ("train.jsonl", "held_out.jsonl"),
+        ("training.jsonl", "evaluation.jsonl"),
+        ("TRAIN_v2.csv", "TEST_v2.csv"),
+        ("chats.jsonl", "test/part-1.jsonl"),
+    ],
+)
+def test_a_split_is_found_in_folders_and_behind_the_name(train, test):
+    from loraflow.cli.init_dataset import split_by_name
+
+    assert split_by_name([test, train]) == ([train], [test], [])
+
+
+@pytest.mark.parametrize(
+    "name", ["latest.jsonl", "contest.jsonl", "unit_tests.jsonl", "2026_test_drive.jsonl", "devices.jsonl"]
+)
+def test_other_names_are_trained_on(name):
+    from loraflow.cli.init_dataset import split_by_name
+
+    assert split_by_name([name, "chats.jsonl"]) == ([name, "chats.jsonl"], [], [])
+
+
+def test_init_asks_about_a_file_of_rejected_answers(tmp_path, phi3, quick_dvc):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, name in enumerate(("accepted", "rejected")):
+        rows = (json.dumps(chat(i)) + "\n" for i in range(30 * number, 30 * number + 30))
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+    done = in_this_process("init", "--data", "data", "--base", str(phi3), "--name", "mine", cwd=tmp_path)
+    assert done.exit_code == 0, done.exception
+    assert "question  does rejected.jsonl have wrong answers?" in done.stderr
+    assert "does accepted.jsonl" not in done.stderr
+
+
 def test_data_check_names_file_and_line_and_fails(tmp_path):
     (tmp_path / "x.jsonl").write_text(FOREIGN["tickets.jsonl"])
     done = loraflow("data", "check", "x.jsonl", cwd=tmp_path)

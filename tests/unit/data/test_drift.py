@@ -12,9 +12,8 @@ import pytest
 from scipy.stats import ks_2samp
 
 from loraflow.config import load_recipe
-from loraflow.data.checks.check_report import CheckReport, NearDuplicates, SplitCounts
+from loraflow.data.checks.check_report import CheckReport, DataDrift, NearDuplicates, SplitCounts, why_wait
 from loraflow.data.checks.compare import CheckedRows, measure_drift
-from loraflow.data.checks.drift import DataDrift, why_wait
 from loraflow.data.checks.split import row_id
 from loraflow.execution.launcher import run_job
 from loraflow.execution.workspace import Workspace

@@ -1,0 +1,159 @@
+"""What exports of help desks, annotation tools and spreadsheets say about answers in columns that nobody listed."""
+
+import json
+
+import pytest
+
+from loraflow.data.answers.unread_values import counted, doubtful, questions
+from loraflow.data.files.guess_columns import columns_of
+from loraflow.data.files.readers import read_rows
+
+
+def rows_with(tmp_path, key, values):
+    """Read a row for each value; None leaves the key out."""
+    rows = [
+        {"prompt": f"What is {n}?", "completion": f"It is {n}.", **({} if value is None else {key: value})}
+        for n, value in enumerate(values)
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return list(read_rows(tmp_path, ["x.jsonl"], "auto", is_training=True))
+
+
+def asked(rows):
+    unread = {}
+    for row in rows:
+        for key in row.unused_keys:
+            unread[key] = unread.get(key, 0) + 1
+    return questions(doubtful(counted([row.told for row in rows]), unread, len(rows)))
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "said"),
+    [
+        ("deleted_at", ["2026-01-02", None, None], "a value in 1 rows"),
+        ("rejection_reason", ["made up", "", None], "a value in 1 rows"),
+        ("rejectedBy", ["anna", None], "a value in 1 rows"),
+        ("error", ["KeyError: 3", None], "a value in 1 rows"),
+        ("issues", [["factual"], []], "a value in 1 rows"),
+        ("trash", [True, None], "true in 1 rows"),
+        ("approved", ["x", "", "x"], "x in 2 rows"),
+        ("spam", [1, None], "1 in 1 rows"),
+        ("korrekt", ["ja", "nein"], "ja in 1 rows, nein in 1 rows"),
+        ("correcto", ["sí", "no"], "si in 1 rows, false in 1 rows"),
+        ("正解", ["はい", "いいえ"], "はい in 1 rows, いいえ in 1 rows"),
+        ("quality_choice", ["Bad answer", "Good answer"], "bad answer in 1 rows"),
+        ("reaction", [":-1:", ":+1:"], "-1 in 1 rows, true in 1 rows"),
+        ("feedback", ["👎🏽", "👍🏽"], "👎🏽 in 1 rows"),
+        ("review_status", ["Needs work", "Approved"], "needs work in 1 rows"),
+        ("status", ["DO NOT USE", "fine"], "do not use in 1 rows"),
+        ("annotation_status", ["in_progress", "done"], "in_progress in 1 rows"),
+        ("verification", ["unverified", "verified"], "unverified in 1 rows"),
+        ("rating", [{"overall": "bad"}, {"overall": "good"}], "bad in 1 rows"),
+        ("tags", [["wrong", "math"], ["math"]], "wrong in 1 rows"),
+        ("exact_match", [0, 1], "false in 1 rows, true in 1 rows"),
+        ("finish_reason", ["content_filter", "stop"], "content_filter in 1 rows"),
+        ("finishReason", ["SAFETY", "STOP"], "SAFETY in 1 rows"),
+    ],
+)
+def test_a_column_that_may_mark_answers_is_a_question(tmp_path, key, values, said):
+    rows = rows_with(tmp_path, key, values)
+    assert all(row.messages for row in rows), "only a question"
+    (question,) = asked(rows)
+    assert f"({said})" in question
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("error", [None, None]), ("is_code", [True, True]), ("turn", [1, None]), ("n_edits", [1, 2]), ("spam", [1, 1]),
+        ("language", ["ja", "no"]), ("direction", ["si", "so"]), ("tags", [["good", "bad"], ["math"]]), ("topic", ["test", "exam"]),
+        ("sentiment", ["low", "high"]), ("issues", [[], []]), ("error_count", [0, 3]), ("topic", ["answer", "response"]),
+        ("size", ["x", None]), ("deleted_at", ["2026", "2026"]),
+    ],
+)  # fmt: skip
+def test_other_columns_are_named_without_a_question(tmp_path, key, values):
+    assert asked(rows_with(tmp_path, key, values)) == []
+
+
+def test_a_column_of_splits_with_another_name_is_asked_about(tmp_path):
+    (question,) = asked(rows_with(tmp_path, "purpose", ["train", "test", "train"]))
+    assert question.startswith("does purpose keep rows for tests? (train in 2 rows, test in 1 rows)")
+    assert "name the column split" in question
+    rows = rows_with(tmp_path, "split", ["train", "test", "train"])
+    assert [row.is_marked_false for row in rows] == [False, True, False], "what the question advises"
+
+
+def test_the_advice_for_rows_with_a_flag_leaves_them_out(tmp_path):
+    (question,) = asked(rows_with(tmp_path, "trash", [True, None, None]))
+    assert "set data.columns: {exclude: trash}" in question and "train: trash" not in question
+    rows = list(read_rows(tmp_path, ["x.jsonl"], "auto", {"exclude": "trash"}, is_training=True))
+    assert [row.is_marked_false for row in rows] == [True, False, False]
+
+
+@pytest.mark.parametrize("key", ["loss_masks", "train_mask", "message_weights"])
+def test_a_list_of_marks_for_each_message_is_refused(tmp_path, key):
+    for row in rows_with(tmp_path, key, [[0, 0], [False, True]]):
+        assert row.problem and row.problem.startswith(f"{key} [")
+
+
+EARLIER = [{"role": "user", "content": "Is tea a herb?"}, {"role": "assistant", "content": "No."}]
+COHERE = [{"role": "USER", "message": "Is tea a herb?"}, {"role": "CHATBOT", "message": "No."}]
+
+
+def first(tmp_path, row):
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+    columns = columns_of(tmp_path / "x.jsonl", "x.jsonl")
+    return next(read_rows(tmp_path, ["x.jsonl"], "auto", columns)), columns
+
+
+@pytest.mark.parametrize("key", ["chat_history", "dialogue_history", "previous_messages", "conversation_history"])
+@pytest.mark.parametrize("pair", [("question", "answer"), ("prompt", "completion"), ("input", "output")])
+def test_earlier_messages_are_not_left_out(tmp_path, key, pair):
+    row, _ = first(tmp_path, {key: EARLIER, pair[0]: "Why?", pair[1]: "It is a shrub."})
+    assert row.messages is None and f"{key} has earlier messages, which are not read; jq -c" in row.problem
+    assert first(tmp_path, {key: [], pair[0]: "Why?", pair[1]: "It is a shrub."})[0].messages
+    written = {key: EARLIER, pair[0]: "Is tea a herb? No. Why?", pair[1]: "It is a shrub."}
+    assert first(tmp_path, written)[0].messages, "the prompt has them"
+
+
+def test_no_command_puts_the_answer_into_the_prompt(tmp_path):
+    own = [*EARLIER, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "It is a shrub."}]
+    row, _ = first(tmp_path, {"chat_history": own, "question": "Why?", "answer": "It is a shrub."})
+    assert row.messages is None and "jq" not in row.problem
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"preamble": "Be kind.", "chat_history": COHERE, "message": "Why?", "text": "It is a shrub."},
+        {"chat_history": EARLIER, "user_query": "Why?", "bot_response": "It is a shrub."},
+    ],
+)
+def test_the_history_of_a_chat_is_not_taken_for_the_chat(tmp_path, row):
+    read, columns = first(tmp_path, row)
+    assert read.messages is None and columns == {}
+
+
+def test_a_history_without_another_text_is_the_chat(tmp_path):
+    read, columns = first(tmp_path, {"history": EARLIER, "instance_id": "a-1"})
+    assert columns == {"messages": "history"} and len(read.messages) == 2
+
+
+@pytest.mark.parametrize("keys", [("prompt", "completion"), ("instruction", "output")])
+@pytest.mark.parametrize("context", [{}, {"input": "tea"}])
+def test_a_history_that_has_the_answer_is_refused(tmp_path, keys, context):
+    row = {keys[0]: "Why?", keys[1]: "A shrub.", **(context if keys[0] == "instruction" else {})}
+    asked = f"Why?\n\n{context['input']}" if "input" in row else "Why?"
+    before = ["Is tea a herb?", "No."]
+    assert first(tmp_path, {**row, "history": [before]})[0].messages
+    assert first(tmp_path, {**row, "history": [[asked, "A tree."]]})[0].messages, "it was asked again"
+    refused, _ = first(tmp_path, {**row, "history": [before, [asked, "A shrub."]]})
+    assert refused.messages is None and refused.problem.startswith("history ends with the question and answer")
+
+
+def test_a_retrieved_passage_that_the_prompt_lacks_is_refused(tmp_path):
+    passage = "Tea is made of the leaves of a shrub, which grows in Asia. It is no herb at all."
+    row = {"prompt": "Is tea a herb?", "completion": "No.", "retrieved_docs": [passage]}
+    assert "retrieved_docs has a text that the prompt lacks" in first(tmp_path, row)[0].problem
+    assert first(tmp_path, {**row, "prompt": f"{passage} Is tea a herb?"})[0].messages
+    assert first(tmp_path, {**row, "retrieved_docs": ["a.pdf"]})[0].messages
