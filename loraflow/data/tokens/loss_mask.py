@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -48,6 +49,9 @@ from loraflow.data.tokens.token_labels import (
     token_weights,
 )
 from loraflow.failures import BadModel
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 # Templates for reasoning may refuse or change an answer without any.
 _PROBES: tuple[Chat, ...] = (
@@ -117,6 +121,7 @@ class ChatTemplate:
         self._answers = AnswerFinder(self._renderer, self.template, self.special, self._marking, ends)
         self._ends: set[str] | None = None  # tokens at which generation stops
         self._probed: Answer | None = None  # how an answer is rendered
+        self._spaces: dict[str, list[int]] = {}  # the ids of spaces at the end of a prompt
         self._openings: dict[str, str] = {}  # by the role of a message: the token that ends the answer before it
 
     def render(self, chats: Sequence[Chat], *, prompt: bool = False) -> list[str]:
@@ -347,18 +352,59 @@ class ChatTemplate:
         ids = np.fromiter(chain.from_iterable(lists), np.int32, int(lengths.sum()))
         found = self.alignment.spans(texts, ids, lengths, spans)
         rows = np.split(ids, np.cumsum(lengths)[:-1])
+        for n, tokens in enumerate(found):
+            if tokens and not all(map(partial(self._is_served, texts[n], rows[n]), spans[n], tokens)):
+                found[n] = None
         unverified = [n for n, tokens in enumerate(found) if tokens is None]
         slow = self._aligned_by_tokenizer([texts[n] for n in unverified], [spans[n] for n in unverified])
         out = dict(zip(unverified, slow, strict=True))
         return [out[n] if tokens is None else (rows[n], tokens) for n, tokens in enumerate(found)]
 
+    def _is_served(self, text: str, ids: np.ndarray, span: Span, tokens: Span) -> bool:
+        """Tell whether several spaces before an answer have the ids with which the served prompt ends.
+
+        GPT-2's tokenizer makes two tokens of two line ends before a word, and one at the end of a text.
+        """
+        start = span[0]
+        if not _has_spaces(text, start):
+            return True
+        spaces = text[len(text[:start].rstrip()) : start]
+        expected = self._spaces.get(spaces) or self._spaces.setdefault(spaces, self._ids(spaces))
+        return list(ids[max(tokens[0] - len(expected), 0) : tokens[0]]) == expected
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
     def _aligned_by_tokenizer(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
     ) -> list[tuple[np.ndarray, list[Span]]]:
-        return [
-            (np.array(encoding.ids, np.int32), [token_span(encoding, start, end) for start, end in found])
-            for encoding, found in zip(self.tokenizer.encode_batch(texts, add_special_tokens=False), spans, strict=True)
-        ]
+        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [self._as_served(*row) for row in zip(texts, encodings, spans, strict=True)]
+
+    def _as_served(self, text: str, encoding: Encoding, spans: Sequence[Span]) -> tuple[np.ndarray, list[Span]]:
+        """Return a text's ids, and its spans as spans of tokens. Each begins where the prompt that a server sends ends.
+
+        A token with the end of a prompt and the start of its answer becomes two: a server's prompt never has it.
+        """
+        ids, from_end = encoding.ids, list[Span]()
+        for start, end in reversed(spans):
+            first, last = token_span(encoding, start, end)
+            before = encoding.token_to_chars(first - 1) if first else None
+            if first < last and before is not None and (before[1] != start or _has_spaces(text, start)):
+                prompt = self._ids(text[:start])
+                same = len(os.path.commonprefix([ids[:first], prompt]))  # noqa: RUF071 (ids, not folders)
+                whole, served = ("".join(map(self._token, part)) for part in (ids[same:first], prompt[same:]))
+                if whole.startswith(served):
+                    rest = [token.id for token in self.tokenizer.model.tokenize(whole[len(served) :])]
+                else:  # a normalizer joined letters
+                    rest = self._ids(text[start : encoding.offsets[first][0]])
+                ids[same:first] = prompt[same:] + rest
+                last, first = last + len(prompt) + len(rest) - first, len(prompt)
+            from_end.append((len(ids) - first, len(ids) - last))
+        return np.array(ids, np.int32), [(len(ids) - first, len(ids) - last) for first, last in reversed(from_end)]
+
+    def _token(self, number: int) -> str:
+        return self.tokenizer.id_to_token(number) or ""
 
     def _special_in(self, chat: Chat) -> str | None:
         """Return the first control token in a chat's messages."""
@@ -369,6 +415,11 @@ class ChatTemplate:
             if self._special_start in content and (hit := self._any_special.search(content)):
                 return hit.group()
         return None
+
+
+def _has_spaces(text: str, end: int) -> bool:
+    """Tell whether a text has more than one space before a place."""
+    return end > 1 and text[end - 2 : end].isspace()
 
 
 @contextmanager

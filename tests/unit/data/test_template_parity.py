@@ -110,12 +110,14 @@ def test_a_template_with_different_training_and_generation_prompts_is_refused(tm
         tokenized(base, tmp_path, CHATS)
 
 
-def test_an_answer_that_merges_with_its_prompt_is_reported(tmp_path, caplog):
+def test_earlier_answers_with_other_tokens_than_in_a_later_prompt_are_reported(tmp_path, caplog):
     build_tokenizer(tmp_path / "base", CHATML.replace("\n", " "))  # a space at the end: " the" is one token
-    answers = [" two", "the house"]
-    chats = [[{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}] for answer in answers]
-    tokenized(tmp_path / "base", tmp_path, chats)
-    assert "1 of the first 2 rows have other prompt tokens in training than in generation, such as x:1" in caplog.text
+    answer = {"role": "assistant", "content": "the house"}
+    chat = [{"role": "user", "content": "x"}, answer]
+    tokenized(tmp_path / "base", tmp_path / "one", [chat])
+    assert "other tokens" not in caplog.text
+    tokenized(tmp_path / "base", tmp_path / "two", [chat, chat * 2])
+    assert "1 of the first 2 rows have other tokens in earlier answers" in caplog.text and "such as x:1" in caplog.text
 
 
 def test_tokens_without_an_embedding_are_refused_before_training(tmp_path, phi3):
