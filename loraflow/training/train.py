@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from loraflow.adapters.origin import write_origin
+from loraflow.adapters.tokenizer_files import write_origin
 from loraflow.config.job_runtime import RetryWith
 from loraflow.config.stage_configs import TrainConfig
 from loraflow.hardware.device import peak_gpu_gib
