@@ -277,14 +277,20 @@ def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: n
                 chat_template=marking,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"return_offsets_mapping": True},
             )
-        except (TemplateError, TypeError, ValueError):
+        except (TemplateError, TypeError, ValueError, NotImplementedError):
             continue
         if not isinstance(found, Mapping):  # a text, if nothing is tokenized
             continue
         rendered_ids = list(found["input_ids"])
         if rendered_ids == ids[: len(rendered_ids)].tolist():
-            return [bool(marked) for marked in found["assistant_masks"]]
+            marked, places = [bool(mark) for mark in found["assistant_masks"]], found["offset_mapping"]
+            for n in range(
+                1, len(marked)
+            ):  # one character can be several tokens, of which transformers marks the first
+                marked[n] = marked[n] or (marked[n - 1] and places[n] == places[n - 1])
+            return marked
     return []
 
 

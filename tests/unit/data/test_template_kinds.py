@@ -296,3 +296,10 @@ def test_a_learned_answer_begins_where_the_tokens_of_the_served_prompt_end(tmp_p
                 row[:1], add_generation_prompt=True, return_dict=True
             )["input_ids"]  # fmt: skip
             assert served.decode(encoded.ids[: encoded.prompt]) == served.decode(prompt)
+
+
+def test_a_marked_line_end_may_be_several_tokens_of_which_transformers_marks_the_first(tmp_path):
+    """Llama 2's tokenizer puts a space in front of the line end behind a control token."""
+    bpe(tmp_path, turns("{% generation %}{{ m['content'] + '<|end|>\n' }}{% endgeneration %}"), is_sentencepiece=True)
+    check_template(tmp_path)
+    assert learned(ChatTemplate(tmp_path), ONE) == ["a color<|end|> \n"]
