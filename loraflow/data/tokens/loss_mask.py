@@ -361,14 +361,13 @@ class ChatTemplate:
         return [out[n] if tokens is None else (rows[n], tokens) for n, tokens in enumerate(found)]
 
     def _is_served(self, text: str, ids: np.ndarray, span: Span, tokens: Span) -> bool:
-        """Tell whether several spaces before an answer have the ids with which the served prompt ends.
+        """Tell whether an answer stands behind one space, or the ids of several are those at the end of a prompt.
 
         GPT-2's tokenizer makes two tokens of two line ends before a word, and one at the end of a text.
         """
-        start = span[0]
-        if not _has_spaces(text, start):
+        spaces = text[len(text[: span[0]].rstrip()) : span[0]]
+        if len(spaces) < 2:
             return True
-        spaces = text[len(text[:start].rstrip()) : start]
         expected = self._spaces.get(spaces) or self._spaces.setdefault(spaces, self._ids(spaces))
         return list(ids[max(tokens[0] - len(expected), 0) : tokens[0]]) == expected
 
@@ -382,29 +381,26 @@ class ChatTemplate:
         return [self._as_served(*row) for row in zip(texts, encodings, spans, strict=True)]
 
     def _as_served(self, text: str, encoding: Encoding, spans: Sequence[Span]) -> tuple[np.ndarray, list[Span]]:
-        """Return a text's ids, and its spans as spans of tokens. Each begins where the prompt that a server sends ends.
+        """Return a text's ids, and its spans as spans of tokens, which begin where the served prompt ends.
 
-        A token with the end of a prompt and the start of its answer becomes two: a server's prompt never has it.
+        A token with the end of a prompt and the start of its answer becomes two.
         """
-        ids, from_end = encoding.ids, list[Span]()
+        ids, token_of, found = encoding.ids, self.tokenizer.id_to_token, list[Span]()
         for start, end in reversed(spans):
             first, last = token_span(encoding, start, end)
             before = encoding.token_to_chars(first - 1) if first else None
-            if first < last and before is not None and (before[1] != start or _has_spaces(text, start)):
+            if first < last and before is not None and (before[1] != start or text[start - 2 : start].isspace()):
                 prompt = self._ids(text[:start])
                 same = len(os.path.commonprefix([ids[:first], prompt]))  # noqa: RUF071 (ids, not folders)
-                whole, served = ("".join(map(self._token, part)) for part in (ids[same:first], prompt[same:]))
+                whole, served = ("".join(map(str, map(token_of, part))) for part in (ids[same:first], prompt[same:]))
                 if whole.startswith(served):
                     rest = [token.id for token in self.tokenizer.model.tokenize(whole[len(served) :])]
                 else:  # a normalizer joined letters
                     rest = self._ids(text[start : encoding.offsets[first][0]])
                 ids[same:first] = prompt[same:] + rest
                 last, first = last + len(prompt) + len(rest) - first, len(prompt)
-            from_end.append((len(ids) - first, len(ids) - last))
-        return np.array(ids, np.int32), [(len(ids) - first, len(ids) - last) for first, last in reversed(from_end)]
-
-    def _token(self, number: int) -> str:
-        return self.tokenizer.id_to_token(number) or ""
+            found.insert(0, (first - len(ids), last - len(ids)))  # from the end: earlier spans may add tokens
+        return np.array(ids, np.int32), [(first + len(ids), last + len(ids)) for first, last in found]
 
     def _special_in(self, chat: Chat) -> str | None:
         """Return the first control token in a chat's messages."""
@@ -415,11 +411,6 @@ class ChatTemplate:
             if self._special_start in content and (hit := self._any_special.search(content)):
                 return hit.group()
         return None
-
-
-def _has_spaces(text: str, end: int) -> bool:
-    """Tell whether a text has more than one space before a place."""
-    return end > 1 and text[end - 2 : end].isspace()
 
 
 @contextmanager

@@ -6,12 +6,11 @@ import itertools
 import json
 import logging
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from pydantic import JsonValue
 
 from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.chats import ChatRecord
@@ -139,10 +138,6 @@ class AuditedRow:
     learned_tokens: int
     prompt_is_what_serving_sends: bool
 
-    def as_json(self) -> dict[str, JsonValue]:
-        """Return the row as JSON values."""
-        return asdict(self)
-
 
 def audit(source: Path, template: ChatTemplate, config: TokenizeConfig) -> list[AuditedRow]:
     """Audit the first rows of a file of chats."""
@@ -169,12 +164,8 @@ def audit(source: Path, template: ChatTemplate, config: TokenizeConfig) -> list[
 
 
 def warn_of_other_prompts(rows: list[AuditedRow]) -> None:
-    """Log a warning if earlier answers have other tokens than in the prompts of generation.
-
-    A learned answer begins where the served prompt ends. Later prompts may join both into one token.
-    """
-    differing = [row.place for row in rows if not row.prompt_is_what_serving_sends]
-    if differing:
+    """Log a warning if earlier answers have other tokens than in later prompts, which join an answer to its own prompt."""
+    if differing := [row.place for row in rows if not row.prompt_is_what_serving_sends]:
         log.warning(
             "%d of the first %d rows have other tokens in earlier answers than the prompts of generation, such as %s. "
             "With data.loss_on: last_assistant, they are the same.",

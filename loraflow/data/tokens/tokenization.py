@@ -10,7 +10,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +122,7 @@ def run(job: Job[TokenizeConfig], inputs: Inputs, out: Path, progress: Progress)
     figures = Figures(train, validation, packing, problems).as_json()
     audited = audit(rows / "train.jsonl", template, config)
     warn_of_other_prompts(audited)
-    shown: list[JsonValue] = [row.as_json() for row in audited]
+    shown: list[JsonValue] = [asdict(row) for row in audited]
     text = json.dumps({"figures": figures, "audit": shown}, indent=1, sort_keys=True, ensure_ascii=False)
     (out / "report.json").write_text(text + "\n", encoding="utf-8")
     samples = sample_rows(rows / "train.jsonl", template, config)

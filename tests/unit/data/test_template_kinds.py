@@ -303,3 +303,18 @@ def test_a_marked_line_end_may_be_several_tokens_of_which_transformers_marks_the
     bpe(tmp_path, turns("{% generation %}{{ m['content'] + '<|end|>\n' }}{% endgeneration %}"), is_sentencepiece=True)
     check_template(tmp_path)
     assert learned(ChatTemplate(tmp_path), ONE) == ["a color<|end|> \n"]
+
+
+@pytest.mark.parametrize("flag", ["normalized", "single_word"])
+def test_a_stop_token_that_the_tokenizer_does_not_recognize_behind_a_word_is_refused(tmp_path, flag):
+    """Old conversions of Llama have `normalized: true`: "word</s>" is text, and only "word </s>" has the token."""
+    bpe(tmp_path, turns("{{ m['content'] + '<|end|>' }}"), is_sentencepiece=True)
+    check_template(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    parts = json.loads(file.read_text())
+    for token in parts["added_tokens"]:
+        token[flag] = token["content"] == "<|end|>"
+    file.write_text(json.dumps(parts))
+    with pytest.raises(BadModel, match="does not recognize the token that ends an answer") as caught:
+        check_template(tmp_path)
+    assert flag in caught.value.next_step
