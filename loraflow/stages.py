@@ -93,9 +93,7 @@ RESOLVE_BASE = Stage(
 
 TOKENIZE = Stage(
     name="tokenize",
-    # 4: of what a template writes behind the last answer, the start of another answer is not learned (Command A); of a text
-    # between two tokens, all of it is (Kimi K3); a GLM's call ends with <|observation|>
-    version=4,
+    version=5,  # 5: a learned answer begins where the tokens of the served prompt end
     module="loraflow.data.tokens.tokenization",
     config=configs.TokenizeConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train"), "base": _from(RESOLVE_BASE, part="tokenizer")},

@@ -11,5 +11,5 @@ Modules, by purpose:
   goes through `merge_with_peft`. Of adapters that were trained on an NF4 base (`nf4`), `merge` compares two merges.
 - verification: `verify` (the stage), with `logits`
 - conversion: `convert` reads loralib's checkpoints or a `peft_folder`, and `fit_to_base` splits or fuses projections
-- what they share: `adapter_config`, `origin` (loraflow.json), `lora_updates`
+- what they share: `adapter_config`, `lora_updates`
 """

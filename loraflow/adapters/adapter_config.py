@@ -137,18 +137,22 @@ class AdapterConfig(BaseModel):
                     ) from error
 
     def _check_tokens(self, file: Path) -> None:
+        for token in self.trained_tokens:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise BadModel(
+                    "The adapter's configuration is damaged.",
+                    where=f"{file}: trainable_token_indices",
+                    expected="ids of tokens, 0 or more",
+                    got=repr(token),
+                    next_step="use the file that peft saved",
+                )
+
+    @property
+    def trained_tokens(self) -> list[int]:
+        """The ids of all tokens in trainable_token_indices."""
         tokens = getattr(self, "trainable_token_indices", None) or []
-        lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
-        for ids in lists:
-            for token in ids if isinstance(ids, list) else [ids]:
-                if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                    raise BadModel(
-                        "The adapter's configuration is damaged.",
-                        where=f"{file}: trainable_token_indices",
-                        expected="ids of tokens, 0 or more",
-                        got=repr(token),
-                        next_step="use the file that peft saved",
-                    )
+        lists = tokens.values() if isinstance(tokens, dict) else [tokens]
+        return [token for ids in lists for token in (ids if isinstance(ids, list) else [ids])]
 
     def write(self, adapter: Path) -> None:
         """Write the settings that were read or set, sorted by name."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraflow.adapters.adapter_config import FILE, AdapterConfig
-from loraflow.adapters.lora_updates import PREFIX, SPLIT, AttentionHeads, block_sizes
-from loraflow.adapters.vocabulary import embedding_names
+from loraflow.adapters.lora_updates import FUSED, PREFIX, SPLIT, AttentionHeads, block_sizes
+from loraflow.adapters.vocabulary import Shape, embedding_names
 from loraflow.base.stored_weights import read_entries
 from loraflow.failures import BadModel, first_line
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 WEIGHTS = "adapter_model.safetensors"
-Shape = tuple[int, ...]
 # What peft raises for settings that it does not know, or that need a package which is not installed.
 _ERRORS = (
     ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, NotImplementedError, ImportError, re.error,
@@ -47,7 +46,6 @@ _WRAPPERS = (
 )  # fmt: skip
 _SAMPLER = ".lora_monteclora_sampler."  # MonteCLoRA's noise in training; peft does not load it to answer
 _ADAPTER_NAME = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
-_FUSED = {part: whole for whole, parts in SPLIT.items() for part in parts}  # q_proj → qkv_proj
 
 
 def check_complete(adapter: Path, config: AdapterConfig, model: PreTrainedModel) -> None:
@@ -287,7 +285,7 @@ def fused_or_split(module: str, modules: Iterable[str]) -> str | None:
     """Return the module that holds this projection if the base fuses it, or one of several if the base splits it."""
     parent, _, own = module.rpartition(".")
     names = set(modules)
-    for other in (*SPLIT.get(own, ())[:1], _FUSED.get(own)):
+    for other in (*SPLIT.get(own, ())[:1], FUSED.get(own)):
         if other and f"{parent}.{other}" in names:
             return f"{parent}.{other}"
     return None

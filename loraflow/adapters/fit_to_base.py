@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from loraflow.adapters.lora_updates import SPLIT, Adapter, AttentionHeads, LoraUpdate, block_sizes
+from loraflow.adapters.lora_updates import FUSED, SPLIT, Adapter, AttentionHeads, LoraUpdate, block_sizes
 from loraflow.base.stored_weights import model_without_weights
 from loraflow.failures import BadModel
 
@@ -46,9 +46,6 @@ class BaseShapes:
         return shape[::-1] if module in self.transposed or module in self.embeddings else shape
 
 
-_FUSED = {name: fused_name for fused_name, names in SPLIT.items() for name in names}  # q_proj → qkv_proj
-
-
 class FitFigures(TypedDict):
     """How many of an adapter's modules were kept or split, and how many fused ones were made."""
 
@@ -68,7 +65,7 @@ def fit(adapter: Adapter, base: BaseShapes) -> tuple[Adapter, FitFigures]:
     split = 0
     for name, update in adapter.updates.items():
         parent, _, module_name = name.rpartition(".")
-        fused_name = f"{parent}.{_FUSED.get(module_name)}"
+        fused_name = f"{parent}.{FUSED.get(module_name)}"
         if f"{name}.weight" in base.shapes:
             _check_shape(name, update, base)
             updates[name] = update

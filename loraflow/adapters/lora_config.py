@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from loraflow.adapters.lora_updates import FUSED
 from loraflow.adapters.targets import (
     ALL_LINEAR,
     expert_weights,
@@ -178,11 +179,9 @@ def _check_layers(model: PreTrainedModel, layers: list[int] | None, *, by_name: 
 
 
 def _suggestion(target: str, have: list[str], experts: list[str]) -> str:
-    fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
-    fused |= {"up_proj": "gate_up_proj"}
     if parameter := next((name for name in experts if matches(name, target)), None):
         own = ".".join(parameter.split(".")[-3:])
         return f"experts' weights are parameters here: peft_config.target_parameters: [{own}]"
-    if fused.get(target) in have:
-        return f"this model fuses it: name {fused[target]}, or set target_modules: all-linear"
+    if FUSED.get(target) in have:
+        return f"this model fuses it: name {FUSED[target]}, or set target_modules: all-linear"
     return "set target_modules: all-linear, or name modules of the list"

@@ -69,6 +69,7 @@ def block_diagonal(up: torch.Tensor, sizes: Sequence[int], enabled: Sequence[boo
 # Name of the fused module → the names of its blocks, and of the modules that hold them in a split checkpoint.
 FUSED_NAMES = {"qkv_proj": ("q", "k", "v"), "c_attn": ("q", "k", "v"), "gate_up_proj": ("gate", "up")}
 SPLIT = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {part: whole for whole, parts in SPLIT.items() for part in parts}  # q_proj → qkv_proj
 
 
 @dataclass(frozen=True)

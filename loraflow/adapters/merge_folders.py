@@ -22,9 +22,17 @@ from loraflow.adapters.adapter_config import AdapterConfig
 from loraflow.adapters.merge_plan import MergePlan, fits, plan_merge
 from loraflow.adapters.merge_with_peft import merge_with_peft
 from loraflow.adapters.nf4 import Nf4, quantized_names
-from loraflow.adapters.origin import ORIGIN, check_origin, template_hash, write_origin
 from loraflow.adapters.streaming_merge import merge_streaming
-from loraflow.adapters.tokenizer_files import copy_tokenizer_files, has_own, tokenizer_files, write_tokenizer
+from loraflow.adapters.tokenizer_files import (
+    ORIGIN,
+    check_origin,
+    copy_tokenizer_files,
+    has_own,
+    template_hash,
+    tokenizer_files,
+    write_origin,
+    write_tokenizer,
+)
 from loraflow.adapters.validation import check_adapter
 from loraflow.adapters.vocabulary import embedding_names, is_tied
 from loraflow.base.stored_weights import (

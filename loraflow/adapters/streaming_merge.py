@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 ROWS = 256
 FEW_ROWS = 16  # no block is so short: kernels for few rows add products in another order (1 to 3 were seen)
 CHECKED_BYTES = 8 * 2**20  # bytes of a copied tensor that are checked at a time
-# Within these, adding to the weight while multiplying gives the bits of a product that is added afterwards.
+# Within these, from rank 2, adding to the weight while multiplying has the bits of a product that is added afterwards.
 FUSED_RANK, FUSED_COLUMNS = 128, 16
 
 
@@ -322,7 +322,7 @@ def _add_update(block: torch.Tensor, factors: _Factors, rows: slice, scratch: _S
         block += torch.mm(up, down) * scale
         return
     total = scratch.floats(*block.shape)
-    fuses = down.shape[0] <= FUSED_RANK and len(block) >= FEW_ROWS and block.shape[1] >= FUSED_COLUMNS
+    fuses = 1 < down.shape[0] <= FUSED_RANK and len(block) >= FEW_ROWS and block.shape[1] >= FUSED_COLUMNS
     if fuses and math.frexp(scale)[0] == 0.5:  # for a power of two, scaling B gives the bits of a scaled product
         total.copy_(block)
         total.addmm_(up * scale, down)

@@ -6,6 +6,8 @@ Prompts must have the form that was trained, so these files take precedence over
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,8 +25,11 @@ from loraflow.data.templates.tokenizer_config import (
     read_tokenizer,
 )
 from loraflow.failures import BadModel
+from loraflow.frozen import StoredModel
 
 VOCABULARY = "tokenizer.json"
+# Which base and template an adapter was trained with, or a merged model was made from.
+ORIGIN = "loraflow.json"  # beside the files of an adapter or a merged model
 _OF_CHATS = (TEMPLATE, DEFAULT_TEMPLATE)
 _TEMPLATES = (*_OF_CHATS, TOOL_TEMPLATE)
 _PREFIXES = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece")
@@ -149,3 +154,50 @@ def refuse_other_ids(base: Path, adapter: Path) -> None:
             got=f"{of_adapter[token]}, and {len(different) - 1} more" if len(different) > 1 else str(of_adapter[token]),
             next_step="name the base that it was trained on",
         )
+
+
+class _Origin(StoredModel):
+    base: str | None = None
+    chat_template_sha256: str | None = None
+
+
+def chat_template(folder: Path) -> str | None:
+    """Return a model's chat template, or None if it has none."""
+    return find_template(folder) if (folder / FILE).exists() else None
+
+
+def template_hash(folder: Path) -> str | None:
+    """Return the sha256 of a model's chat template, or None if it has none."""
+    template = chat_template(folder)
+    return None if template is None else hashlib.sha256(template.encode()).hexdigest()
+
+
+def write_origin(folder: Path, base: Path, base_digest: str | None) -> None:
+    """Record in `folder` the base's digest and the hash of its chat template."""
+    values = {"base": base_digest, "chat_template_sha256": template_hash(base)}
+    (folder / ORIGIN).write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_origin(adapter: Path, base: Path, base_digest: str | None) -> None:
+    """Compare what an adapter was trained with to this base. An adapter without a record passes.
+
+    Raises:
+        BadModel: another base, or another chat template: prompts would not have the form that was trained.
+    """
+    if not (adapter / ORIGIN).exists():
+        return
+    trained = _Origin.model_validate_json((adapter / ORIGIN).read_bytes())
+    own = own_template(adapter)  # takes precedence over the base's
+    used = template_hash(base) if own is None else hashlib.sha256(own.encode()).hexdigest()
+    for what, used_here, recorded in (
+        ("base", base_digest, trained.base),
+        ("chat template", used, trained.chat_template_sha256),
+    ):
+        if used_here and recorded and used_here != recorded:
+            raise BadModel(
+                f"The adapter was trained with another {what}.",
+                where=str(adapter / ORIGIN),
+                expected=recorded,
+                got=used_here,
+                next_step="merge it into the base that it was trained on, with that base's tokenizer and template",
+            )

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from loraflow.adapters.adapter_config import FILE, NOT_RECOMPUTED, AdapterConfig
 from loraflow.adapters.completeness import WEIGHTS, check_complete, give_projections_of, module_of
 from loraflow.adapters.lora_updates import PREFIX
-from loraflow.adapters.origin import chat_template, check_origin
-from loraflow.adapters.tokenizer_files import check_tokenizer_files, refuse_other_ids
+from loraflow.adapters.tokenizer_files import chat_template, check_origin, check_tokenizer_files, refuse_other_ids
 from loraflow.adapters.vocabulary import embedding_names, fit_vocabulary
 from loraflow.base.stored_weights import TensorEntry, model_without_weights, read_entries, refuse_pickles
 from loraflow.data.templates.tokenizer_config import read_tokenizer

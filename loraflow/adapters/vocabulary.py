@@ -61,14 +61,8 @@ def _rows(model: PreTrainedModel, found: Mapping[str, Shape], config: AdapterCon
             shape = found.get(f"{PREFIX}{name}{suffix}")
             if shape is not None and len(shape) == 2:
                 return shape[axis]
-    added = [token for token in _trained_tokens(config) if token >= _vocabulary(model)]
+    added = [token for token in config.trained_tokens if token >= _vocabulary(model)]
     return max(added) + 1 if added else None
-
-
-def _trained_tokens(config: AdapterConfig) -> list[int]:
-    tokens = getattr(config, "trainable_token_indices", None) or []
-    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
-    return [token for some in lists if isinstance(some, list) for token in some if isinstance(token, int)]
 
 
 def _without_rows(
@@ -76,7 +70,7 @@ def _without_rows(
 ) -> list[str]:
     """Return which of embeddings and head would get random rows."""
     names = embedding_names(model)
-    covered = set(range(before, rows)) <= set(_trained_tokens(config))
+    covered = set(range(before, rows)) <= set(config.trained_tokens)
     missing = []
     for name in names:
         whole = any(f"{PREFIX}{name}.{suffix}" in found for suffix in _WHOLE)

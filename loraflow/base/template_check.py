@@ -21,7 +21,7 @@ from loraflow.data.chats import Chat, Message
 from loraflow.data.templates.rendered_calls import without_tools
 from loraflow.data.templates.template import MARKERS, TODAY, aliased
 from loraflow.data.templates.tokenizer_config import FILE, RECORD, TRAINING_TEMPLATE, special_tokens
-from loraflow.data.tokens.loss_mask import ChatTemplate
+from loraflow.data.tokens.loss_mask import ChatTemplate, eos_ids
 from loraflow.data.tokens.token_labels import IGNORED
 from loraflow.failures import BadModel
 
@@ -143,7 +143,6 @@ def check_template(folder: Path, *, trust: bool = False) -> None:
         if (difference := _first_difference(template, tokenizer, chats)) is not None:
             raise difference
     check_mask(folder, template, tokenizer, [chat for chat, prompt in chats if not prompt and "tools" not in chat[0]])
-    template.stop_ids()  # refuses a template whose answers cannot be found
 
 
 def follows_stop_ids(folder: Path) -> bool:
@@ -236,7 +235,7 @@ def _difference(does: str, found: str | list[int], expected: str | list[int]) ->
 
 
 def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> None:
-    """Check that each learned answer ends with the last token that transformers marks.
+    """Check that each learned answer ends with a stop token, and with the last token that transformers marks.
 
     The start may differ: what the template leaves unmarked behind the prompt is learned, and a marked prompt is not.
 
@@ -244,19 +243,26 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
         template: the tokenizer of `folder`, as training reads it.
 
     Raises:
-        BadModel: an answer ends elsewhere.
+        BadModel: an answer ends elsewhere, or cannot be found.
     """
     training = folder / TRAINING_TEMPLATE
     marking = training.read_text(encoding="utf-8") if training.exists() else template.template
-    if not MARKERS.search(marking):
-        return
+    stops = template.stop_ids() | eos_ids(folder)
     for chat in chats:
         try:
             (encoded,) = template.encode([chat], "assistant")
         except BadModel:
             continue  # rows of this kind are refused with a reason of their own
-        expected = _marked(tokenizer, marking, chat, encoded.ids)
+        expected = _marked(tokenizer, marking, chat, encoded.ids) if MARKERS.search(marking) else []
         for last in _ends(encoded.labels != IGNORED):
+            end = encoded.ids[max(last - 3, 0) : last + 1].tolist()  # white space may stand behind the stop token
+            if stops.isdisjoint(end):
+                raise BadModel(
+                    "The tokenizer does not recognize the token that ends an answer, so the model would not learn to stop.",
+                    where=str(folder / "tokenizer.json"),
+                    got=str(list(map(template.tokenizer.id_to_token, end))),
+                    next_step="set normalized and single_word of this token to false, in added_tokens of tokenizer.json",
+                )
             if last < len(expected) and (not expected[last] or any(expected[last + 1 : last + 2])):
                 nearest = min(_ends(expected), key=lambda at: abs(at - last), default=-1)
                 raise BadModel(
@@ -277,14 +283,20 @@ def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: n
                 chat_template=marking,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"return_offsets_mapping": True},
             )
-        except (TemplateError, TypeError, ValueError):
+        except (TemplateError, TypeError, ValueError, NotImplementedError):
             continue
         if not isinstance(found, Mapping):  # a text, if nothing is tokenized
             continue
         rendered_ids = list(found["input_ids"])
         if rendered_ids == ids[: len(rendered_ids)].tolist():
-            return [bool(marked) for marked in found["assistant_masks"]]
+            marked, places = [bool(mark) for mark in found["assistant_masks"]], found["offset_mapping"]
+            for n in range(
+                1, len(marked)
+            ):  # one character can be several tokens, of which transformers marks the first
+                marked[n] = marked[n] or (marked[n - 1] and places[n] == places[n - 1])
+            return marked
     return []
 
 

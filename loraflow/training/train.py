@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from loraflow.adapters.origin import write_origin
+from loraflow.adapters.tokenizer_files import write_origin
 from loraflow.base.architecture import is_tested, read_config
 from loraflow.base.longrope import compute_angles_per_document
 from loraflow.config.job_runtime import RetryWith

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -48,6 +49,9 @@ from loraflow.data.tokens.token_labels import (
     token_weights,
 )
 from loraflow.failures import BadModel
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 # Templates for reasoning may refuse or change an answer without any.
 _PROBES: tuple[Chat, ...] = (
@@ -117,6 +121,7 @@ class ChatTemplate:
         self._answers = AnswerFinder(self._renderer, self.template, self.special, self._marking, ends)
         self._ends: set[str] | None = None  # tokens at which generation stops
         self._probed: Answer | None = None  # how an answer is rendered
+        self._spaces: dict[str, list[int]] = {}  # the ids of spaces at the end of a prompt
         self._openings: dict[str, str] = {}  # by the role of a message: the token that ends the answer before it
 
     def render(self, chats: Sequence[Chat], *, prompt: bool = False) -> list[str]:
@@ -344,18 +349,55 @@ class ChatTemplate:
         ids = np.fromiter(chain.from_iterable(lists), np.int32, int(lengths.sum()))
         found = self.alignment.spans(texts, ids, lengths, spans)
         rows = np.split(ids, np.cumsum(lengths)[:-1])
+        for n, tokens in enumerate(found):
+            if tokens and not all(map(partial(self._is_served, texts[n], rows[n]), spans[n], tokens)):
+                found[n] = None
         unverified = [n for n, tokens in enumerate(found) if tokens is None]
         slow = self._aligned_by_tokenizer([texts[n] for n in unverified], [spans[n] for n in unverified])
         out = dict(zip(unverified, slow, strict=True))
         return [out[n] if tokens is None else (rows[n], tokens) for n, tokens in enumerate(found)]
 
+    def _is_served(self, text: str, ids: np.ndarray, span: Span, tokens: Span) -> bool:
+        """Tell whether an answer stands behind one space, or the ids of several are those at the end of a prompt.
+
+        GPT-2's tokenizer makes two tokens of two line ends before a word, and one at the end of a text.
+        """
+        spaces = text[len(text[: span[0]].rstrip()) : span[0]]
+        if len(spaces) < 2:
+            return True
+        expected = self._spaces.get(spaces) or self._spaces.setdefault(spaces, self._ids(spaces))
+        return list(ids[max(tokens[0] - len(expected), 0) : tokens[0]]) == expected
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
     def _aligned_by_tokenizer(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
     ) -> list[tuple[np.ndarray, list[Span]]]:
-        return [
-            (np.array(encoding.ids, np.int32), [token_span(encoding, start, end) for start, end in found])
-            for encoding, found in zip(self.tokenizer.encode_batch(texts, add_special_tokens=False), spans, strict=True)
-        ]
+        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [self._as_served(*row) for row in zip(texts, encodings, spans, strict=True)]
+
+    def _as_served(self, text: str, encoding: Encoding, spans: Sequence[Span]) -> tuple[np.ndarray, list[Span]]:
+        """Return a text's ids, and its spans as spans of tokens, which begin where the served prompt ends.
+
+        A token with the end of a prompt and the start of its answer becomes two.
+        """
+        ids, token_of, found = encoding.ids, self.tokenizer.id_to_token, list[Span]()
+        for start, end in reversed(spans):
+            first, last = token_span(encoding, start, end)
+            before = encoding.token_to_chars(first - 1) if first else None
+            if first < last and before is not None and (before[1] != start or text[start - 2 : start].isspace()):
+                prompt = self._ids(text[:start])
+                same = len(os.path.commonprefix([ids[:first], prompt]))  # noqa: RUF071 (ids, not folders)
+                whole, served = ("".join(map(str, map(token_of, part))) for part in (ids[same:first], prompt[same:]))
+                if whole.startswith(served):
+                    rest = [token.id for token in self.tokenizer.model.tokenize(whole[len(served) :])]
+                else:  # a normalizer joined letters
+                    rest = self._ids(text[start : encoding.offsets[first][0]])
+                ids[same:first] = prompt[same:] + rest
+                last, first = last + len(prompt) + len(rest) - first, len(prompt)
+            found.insert(0, (first - len(ids), last - len(ids)))  # from the end: earlier spans may add tokens
+        return np.array(ids, np.int32), [(first + len(ids), last + len(ids)) for first, last in found]
 
     def _special_in(self, chat: Chat) -> str | None:
         """Return the first control token in a chat's messages."""

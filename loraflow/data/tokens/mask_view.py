@@ -1,6 +1,4 @@
-"""Show which parts of a training row are learned, as the model reads the row; check that training and
-generation use the same prompt tokens.
-"""
+"""Show which parts of a training row are learned, as the model reads it, and whether generation has the same prompts."""
 
 from __future__ import annotations
 
@@ -8,12 +6,11 @@ import itertools
 import json
 import logging
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from pydantic import JsonValue
 
 from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.chats import ChatRecord
@@ -21,7 +18,7 @@ from loraflow.data.templates.answer_spans import IfCut
 from loraflow.data.tokens.loss_mask import ChatTemplate, name_row
 from loraflow.data.tokens.token_labels import IGNORED, all_weights
 from loraflow.data.tokens.token_report import SampleRow
-from loraflow.failures import BadConfig, BadModel
+from loraflow.failures import BadConfig
 
 SAMPLES = 3  # rows that a report shows
 SAMPLE_PARTS = 20  # of each
@@ -141,10 +138,6 @@ class AuditedRow:
     learned_tokens: int
     prompt_is_what_serving_sends: bool
 
-    def as_json(self) -> dict[str, JsonValue]:
-        """Return the row as JSON values."""
-        return asdict(self)
-
 
 def audit(source: Path, template: ChatTemplate, config: TokenizeConfig) -> list[AuditedRow]:
     """Audit the first rows of a file of chats."""
@@ -170,28 +163,12 @@ def audit(source: Path, template: ChatTemplate, config: TokenizeConfig) -> list[
     return audited
 
 
-def check_prompts(rows: list[AuditedRow]) -> None:
-    """Check that the prompts in training rows equal the prompts that generation uses.
-
-    A single row may differ: an answer that starts with a new line can share a token with the new line before it. If all
-    rows differ, the template is wrong.
-
-    Raises:
-        BadModel: every row's prompt differs.
-    """
-    differing = [row.place for row in rows if not row.prompt_is_what_serving_sends]
-    if differing and len(differing) == len(rows):
-        raise BadModel(
-            "The chat template renders prompts differently in training and in generation, so the model would see prompts "
-            "that it was not trained on.",
-            where="chat_template",
-            expected="the same token ids before the answer, with and without add_generation_prompt",
-            got=f"{len(differing)} of the first {len(rows)} rows differ, such as {differing[0]}",
-            next_step="make add_generation_prompt add exactly the text before an answer, and put {% generation %} after it",
-        )
-    if differing:
+def warn_of_other_prompts(rows: list[AuditedRow]) -> None:
+    """Log a warning if earlier answers have other tokens than in later prompts, which join an answer to its own prompt."""
+    if differing := [row.place for row in rows if not row.prompt_is_what_serving_sends]:
         log.warning(
-            "%d of the first %d rows have other prompt tokens in training than in generation, such as %s.",
+            "%d of the first %d rows have other tokens in earlier answers than the prompts of generation, such as %s. "
+            "With data.loss_on: last_assistant, they are the same.",
             len(differing),
             len(rows),
             differing[0],

@@ -10,7 +10,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from pydantic import JsonValue
 from loraflow.config.stage_configs import TokenizeConfig
 from loraflow.data.tokens.chunk_encoder import Chunk, Problem, Problems, encoded_chunks, has_weights, key_of_job
 from loraflow.data.tokens.loss_mask import ChatTemplate, vocabulary_of
-from loraflow.data.tokens.mask_view import audit, check_prompts, sample_rows
+from loraflow.data.tokens.mask_view import audit, sample_rows, warn_of_other_prompts
 from loraflow.data.tokens.packing import best_fit_decreasing
 from loraflow.data.tokens.positions import Positions
 from loraflow.data.tokens.token_files import TokenBatch, batches_of, open_shard, write_packing
@@ -91,8 +91,7 @@ def run(job: Job[TokenizeConfig], inputs: Inputs, out: Path, progress: Progress)
     Raises:
         BadData: a row is too long, or contains a control token, and the policy for that is error; or no row has a token
             to learn; or a row has more tokens than the model has positions.
-        BadModel: a token has no row in the base's embeddings; or the template renders every prompt differently from the
-            same prompt in a whole chat.
+        BadModel: a token has no row in the base's embeddings.
     """
     config, template = job.config, ChatTemplate(inputs["base"])
     processes = job.runtime.processes or os.cpu_count() or 1
@@ -122,8 +121,8 @@ def run(job: Job[TokenizeConfig], inputs: Inputs, out: Path, progress: Progress)
     packing = _pack(train, config.max_length, out) if config.packing else None
     figures = Figures(train, validation, packing, problems).as_json()
     audited = audit(rows / "train.jsonl", template, config)
-    check_prompts(audited)
-    shown: list[JsonValue] = [row.as_json() for row in audited]
+    warn_of_other_prompts(audited)
+    shown: list[JsonValue] = [asdict(row) for row in audited]
     text = json.dumps({"figures": figures, "audit": shown}, indent=1, sort_keys=True, ensure_ascii=False)
     (out / "report.json").write_text(text + "\n", encoding="utf-8")
     samples = sample_rows(rows / "train.jsonl", template, config)

@@ -267,7 +267,7 @@ def test_a_tokenizer_with_other_ids_is_refused_with_the_first_difference(tmp_pat
 
 
 def test_another_template_than_the_trained_one_is_refused(tmp_path, quick_phi3):
-    from loraflow.adapters.origin import write_origin
+    from loraflow.adapters.tokenizer_files import write_origin
 
     adapter = make_adapter(quick_phi3, tmp_path / "adapter")
     write_origin(adapter, quick_phi3, None)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraflow.adapters import merge_folders, origin
+from loraflow.adapters import merge_folders, tokenizer_files
 from loraflow.adapters.merge_folders import merge
 from loraflow.base import stored_weights
 from loraflow.failures import BadModel
@@ -135,7 +135,7 @@ def test_a_non_finite_adapter_is_refused(tmp_path, phi3):
 
 def test_an_adapter_of_another_base_or_template_is_refused(tmp_path, phi3):
     adapter = make_adapter(phi3, tmp_path / "adapter")
-    origin.write_origin(adapter, phi3, "digest-a")
+    tokenizer_files.write_origin(adapter, phi3, "digest-a")
     (tmp_path / "out").mkdir()
     with pytest.raises(BadModel, match="another base"):
         merge(phi3, adapter, tmp_path / "out", base_digest="digest-b")
@@ -146,8 +146,8 @@ def test_an_adapter_of_another_base_or_template_is_refused(tmp_path, phi3):
         merge(other, adapter, tmp_path / "out", base_digest="digest-a")
     assert not list((tmp_path / "out").iterdir())
     merge(phi3, adapter, tmp_path / "out", base_digest="digest-a")
-    recorded = json.loads((tmp_path / "out" / origin.ORIGIN).read_text())
-    assert recorded == {"base": "digest-a", "chat_template_sha256": origin.template_hash(phi3)}
+    recorded = json.loads((tmp_path / "out" / tokenizer_files.ORIGIN).read_text())
+    assert recorded == {"base": "digest-a", "chat_template_sha256": tokenizer_files.template_hash(phi3)}
 
 
 def test_an_adapter_for_another_base_is_refused(tmp_path, phi3):

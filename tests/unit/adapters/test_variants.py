@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraflow.adapters import origin, variants
+from loraflow.adapters import tokenizer_files, variants
 from loraflow.adapters.lora_config import lora_config
 from loraflow.config.lora import PeftConfig
 from loraflow.failures import BadConfig
@@ -38,8 +38,8 @@ def test_a_variant_is_trained_killed_resumed_and_merged(parts, tmp_path, name):
     assert seen["merge_ulps"] <= 1
     assert seen["kl"] < seen["moved"] / 1000
     assert seen["adapter"]["base_model_name_or_path"] is None
-    recorded = json.loads((seen["folder"] / origin.ORIGIN).read_text())
-    assert recorded["chat_template_sha256"] == origin.template_hash(base)
+    recorded = json.loads((seen["folder"] / tokenizer_files.ORIGIN).read_text())
+    assert recorded["chat_template_sha256"] == tokenizer_files.template_hash(base)
 
 
 def test_the_documentation_lists_exactly_the_tested_variants():

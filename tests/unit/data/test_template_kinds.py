@@ -236,3 +236,85 @@ def test_a_date_that_cannot_be_fixed_is_refused(date):
 def test_a_template_that_asks_whether_there_is_a_date_is_fixed():
     source = "{# strftime_now #}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
     assert '{{ "26 Jul 2024" }}' in pinned(source)
+
+
+def bpe(folder, template, *, is_sentencepiece, split=False):
+    """Write a tokenizer in which spaces and line ends join with what stands behind them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=is_sentencepiece, unk_token="<unk>" if is_sentencepiece else None))
+    alphabet = [] if is_sentencepiece else pre_tokenizers.ByteLevel.alphabet()
+    if not is_sentencepiece:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    specials = ["<unk>", *(f"<0x{n:02X}>" for n in range(256))] if is_sentencepiece else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
+    )
+    tokenizer.train_from_iterator(["a: the house\n\na color é 😀\n\n\n\n\n\n"] * 20, trainer)
+    if is_sentencepiece:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = json.loads(tokenizer.to_str())
+    parts["added_tokens"] = []
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
+    names = ("<s>", "<|user|>", "<|assistant|>", "<|end|>")
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in names])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<s>")
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.mark.parametrize("before", ["<|assistant|> ", "a: ", "<|assistant|>\n\n", "<|assistant|>a:"])
+@pytest.mark.parametrize(
+    ("is_sentencepiece", "split"), [(False, True), (False, False), (True, False)], ids=["GPT-2", "merges", "pieces"]
+)
+def test_a_learned_answer_begins_where_the_tokens_of_the_served_prompt_end(tmp_path, before, is_sentencepiece, split):
+    """The prompts of Jamba and ERNIE 4.5 end with a space, which one token joins to the first word of an answer."""
+    source = turns(f"{{{{ {before!r} + m['content'] + '<|end|>' }}}}").replace("{{ '<|assistant|>' }}", "", 1)
+    source = source.replace(START, f"{{% if add_generation_prompt %}}{{{{ {before!r} }}}}{{% endif %}}")
+    served = bpe(tmp_path, source, is_sentencepiece=is_sentencepiece, split=split)
+    template = ChatTemplate(tmp_path)
+    for first, second in (("the house", "a color"), ("\n\nthe", "é"), (" a", "😀"), ("  the", "\na"), ("a", "a")):
+        chat = [{"role": "user", "content": "the"}, {"role": "assistant", "content": first}]
+        longer = [*chat, {"role": "user", "content": "a"}, {"role": "assistant", "content": second}]
+        for row in (chat, longer):
+            (encoded,), (last,) = template.encode([row], "assistant"), template.encode([row], "last_assistant")
+            prompt = served.apply_chat_template(row[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+            assert last.ids[: last.prompt].tolist() == prompt == template.prompt_ids([row])[0]
+            whole = served.decode(served.apply_chat_template(row, return_dict=True)["input_ids"])
+            assert served.decode(encoded.ids) == served.decode(last.ids) == whole
+            answers = learned(template, row)
+            assert len(answers) == len(row) // 2 and all(text.endswith("<|end|>") for text in answers)
+            start = int(np.flatnonzero(encoded.labels != IGNORED)[0])
+            assert encoded.ids[:start].tolist() == served.apply_chat_template(
+                row[:1], add_generation_prompt=True, return_dict=True
+            )["input_ids"]  # fmt: skip
+            assert served.decode(encoded.ids[: encoded.prompt]) == served.decode(prompt)
+
+
+def test_a_marked_line_end_may_be_several_tokens_of_which_transformers_marks_the_first(tmp_path):
+    """Llama 2's tokenizer puts a space in front of the line end behind a control token."""
+    bpe(tmp_path, turns("{% generation %}{{ m['content'] + '<|end|>\n' }}{% endgeneration %}"), is_sentencepiece=True)
+    check_template(tmp_path)
+    assert learned(ChatTemplate(tmp_path), ONE) == ["a color<|end|> \n"]
+
+
+@pytest.mark.parametrize("flag", ["normalized", "single_word"])
+def test_a_stop_token_that_the_tokenizer_does_not_recognize_behind_a_word_is_refused(tmp_path, flag):
+    """Old conversions of Llama have `normalized: true`: "word</s>" is text, and only "word </s>" has the token."""
+    bpe(tmp_path, turns("{{ m['content'] + '<|end|>' }}"), is_sentencepiece=True)
+    check_template(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    parts = json.loads(file.read_text())
+    for token in parts["added_tokens"]:
+        token[flag] = token["content"] == "<|end|>"
+    file.write_text(json.dumps(parts))
+    with pytest.raises(BadModel, match="does not recognize the token that ends an answer") as caught:
+        check_template(tmp_path)
+    assert flag in caught.value.next_step

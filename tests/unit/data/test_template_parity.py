@@ -6,7 +6,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from loraflow.adapters import origin
+from loraflow.adapters import tokenizer_files
 from loraflow.adapters.merge import run as run_merge
 from loraflow.base.load import stop_ids
 from loraflow.data.tokens import tokenization as tokens
@@ -65,7 +65,7 @@ def test_training_and_generation_use_the_same_prompt_and_stop_token(tmp_path, te
     build_tokenizer(base, template)
     rows = tokenized(base, tmp_path, CHATS)
     adapter = make_adapter(base, tmp_path / "artifact" / "adapter")
-    origin.write_origin(adapter, base, REF.digest)
+    tokenizer_files.write_origin(adapter, base, REF.digest)
     (base / "generation_config.json").unlink()
     out.mkdir()
     job = make_job("merge", recipe(), {"base": REF, "adapter": REF.model_copy(update={"facets": {"adapter": "d"}})})
@@ -84,14 +84,16 @@ def test_training_and_generation_use_the_same_prompt_and_stop_token(tmp_path, te
         learned = {i for i, label in zip(ids, labels, strict=True) if label != IGNORED} & control
         eos = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
         assert learned and learned <= ChatTemplate(out).stop_ids() <= set(eos) <= set(stop_ids(out))
-    recorded = [json.loads((folder / origin.ORIGIN).read_text())["chat_template_sha256"] for folder in (adapter, out)]
-    assert recorded == [origin.template_hash(base)] * 2
+    recorded = [
+        json.loads((folder / tokenizer_files.ORIGIN).read_text())["chat_template_sha256"] for folder in (adapter, out)
+    ]
+    assert recorded == [tokenizer_files.template_hash(base)] * 2
 
 
 def test_the_merge_stage_refuses_another_template(tmp_path):
     base = build_phi3(tmp_path / "base", dtype="float32", layers=1)
     adapter = make_adapter(base, tmp_path / "artifact" / "adapter")
-    origin.write_origin(adapter, base, REF.digest)
+    tokenizer_files.write_origin(adapter, base, REF.digest)
     other = shutil.copytree(base, tmp_path / "other")
     build_tokenizer(other, CHATML)
     (tmp_path / "out").mkdir()
@@ -110,12 +112,14 @@ def test_a_template_with_different_training_and_generation_prompts_is_refused(tm
         tokenized(base, tmp_path, CHATS)
 
 
-def test_an_answer_that_merges_with_its_prompt_is_reported(tmp_path, caplog):
+def test_earlier_answers_with_other_tokens_than_in_a_later_prompt_are_reported(tmp_path, caplog):
     build_tokenizer(tmp_path / "base", CHATML.replace("\n", " "))  # a space at the end: " the" is one token
-    answers = [" two", "the house"]
-    chats = [[{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}] for answer in answers]
-    tokenized(tmp_path / "base", tmp_path, chats)
-    assert "1 of the first 2 rows have other prompt tokens in training than in generation, such as x:1" in caplog.text
+    answer = {"role": "assistant", "content": "the house"}
+    chat = [{"role": "user", "content": "x"}, answer]
+    tokenized(tmp_path / "base", tmp_path / "one", [chat])
+    assert "other tokens" not in caplog.text
+    tokenized(tmp_path / "base", tmp_path / "two", [chat, chat * 2])
+    assert "1 of the first 2 rows have other tokens in earlier answers" in caplog.text and "such as x:1" in caplog.text
 
 
 def test_tokens_without_an_embedding_are_refused_before_training(tmp_path, phi3):
