@@ -165,7 +165,7 @@ class LocalStore(LocalDocuments, Store):
         return next(self._newest_first(stage), None)
 
     def _newest_first(self, stage: str) -> Iterator[Manifest]:
-        """Yield the manifests of a stage that can be read. They explain something, and decide nothing."""
+        """Yield the manifests of a stage that can be read. They decide nothing."""
         found = []
         with suppress(OSError, Failure):
             for folder in _artifact_folders(self.root / stage):

@@ -102,7 +102,7 @@ class S3Store(S3Artifacts, Store):
         return found.data
 
     def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
-        """Read and hash all of an artifact in the bucket; return the problems, a line each."""
+        """Do what `Store` says."""
         return self.hash_objects(ref, self.cache.object_memo())
 
     def fetch(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
@@ -257,7 +257,7 @@ class S3Store(S3Artifacts, Store):
 
     @contextmanager
     def reader_lock(self) -> Iterator[None]:
-        """Block cleanups, here and on other machines, while artifacts are in use."""
+        """Do what `Store` says, on all machines."""
         with (
             leases.reader_lease(self.bucket, self.lease_seconds),
             flock(self.cache.local_folder("locks") / "readers", shared=True),
@@ -290,7 +290,7 @@ _LOCAL_PATTERNS = ("work/*/*", "pending/*/*", "staging/*", "artifacts/*/*/*")
 
 
 def stale_items(bucket: Bucket, scratch: Path, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
-    """Yield, and remove if asked, (name, bytes) of what was last changed before a time."""
+    """Do what `Store` says."""
     for upload in unfinished_uploads(bucket):
         if upload["Initiated"].timestamp() < before:
             if remove:
