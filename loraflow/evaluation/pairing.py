@@ -184,7 +184,10 @@ def scores(table: pd.DataFrame, metric: str, where: str) -> np.ndarray:
         return stopped
     if metric not in table or metric in ROW_COLUMNS:
         raise _no_such_score(table, metric)
-    return _numbers(table, metric, where)
+    values = _numbers(table, metric, where)
+    if metric == "token_loss" and values.min(initial=0) < -0.01:  # rounding gives less
+        raise refusal("A loss is negative.", f"{metric} of {where}", "at least 0 nats per token", f"{values.min():g}")
+    return values
 
 
 def _numbers(table: pd.DataFrame, metric: str, where: str) -> np.ndarray:

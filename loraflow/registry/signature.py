@@ -28,7 +28,7 @@ from loraflow.registry.anchor import FOLDER, Claim
 from loraflow.registry.runs import LogHead
 from loraflow.store import Store
 from loraflow.store.checksum import first_problem
-from loraflow.store.files import json_bytes, write_atomic
+from loraflow.store.files import json_bytes, read_file, write_atomic
 from loraflow.store.lock import flock
 
 log = logging.getLogger("loraflow")
@@ -251,7 +251,7 @@ def _is_known(heads: Mapping[str, Mapping[str, LogHead]], store: Store, model: s
 def _read_heads(signers: Path) -> dict[str, dict[str, LogHead]]:
     file = heads_file(signers)
     try:
-        return _HEADS.validate_json(file.read_bytes())
+        return _HEADS.validate_json(read_file(file))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

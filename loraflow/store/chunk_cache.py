@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+from loraflow.failures import Failure
 from loraflow.store.checkpoints import recompute_digest
+from loraflow.store.files import read_file
 
 FOLDER = "cache"
 _HASH = hashlib.sha256().digest_size
@@ -50,7 +52,7 @@ class ChunkCache:
         """Return the content of an entry; None if there is none, or a damaged one, which is removed."""
         file = self._file(key)
         try:
-            data = file.read_bytes()
+            data = read_file(file)
             content = data[_HASH:]
             if _hash(key, content) != data[:_HASH]:
                 log.warning("%s is damaged; it is computed again", file)
@@ -59,7 +61,7 @@ class ChunkCache:
             os.utime(file)  # cleanup removes what was not used for long
         except FileNotFoundError:
             return None
-        except OSError as error:
+        except (OSError, Failure) as error:
             self._say("read", error)
             return None
         return content
@@ -78,7 +80,7 @@ class ChunkCache:
         except OSError as error:
             self._say("written", error)
 
-    def _say(self, what: str, error: OSError) -> None:
+    def _say(self, what: str, error: Exception) -> None:
         if not self._has_failed:  # once: a full disk fails for every entry
             log.warning("the cache %s cannot be %s (%s); rows are computed without it", self.folder, what, error)
         self._has_failed = True

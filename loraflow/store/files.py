@@ -13,10 +13,10 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import UnsupportedOperation
 from pathlib import Path, PurePosixPath
-from typing import TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -100,6 +100,24 @@ def file_type(path: Path) -> int:
     except OSError as error:
         raise_machine_fault(error)
         return 0
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a path exists, if only as a link that names nothing. An OSError says that it is not known."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def remove_tree(path: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a folder; if it is a link, the link only."""
+    try:
+        path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors)
+    except OSError:
+        if not ignore_errors:
+            raise
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -304,7 +322,7 @@ def stale_folders(root: Path, patterns: tuple[str, ...], before: float) -> Itera
     """Yield (relative path, bytes) of folders that match a pattern and were last changed before a time."""
     for pattern in patterns:
         for path in root.glob(pattern):
-            if path.is_dir() and path.stat().st_mtime < before:
+            if file_type(path) == stat.S_IFDIR and not path.is_symlink() and path.stat().st_mtime < before:
                 yield PurePosixPath(path.relative_to(root).as_posix()), folder_size(path)
 
 
@@ -324,7 +342,28 @@ def folder_size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-class HashMemo:
+class Memo(Generic[_T]):
+    """What this machine remembers, by key, in a JSON file. One that cannot be used costs time only."""
+
+    def __init__(self, path: Path | None, values: TypeAdapter[dict[str, _T]]):
+        self.path, self.changed = path, False
+        self.known: dict[str, _T] = {}
+        with suppress(OSError, ValueError, Failure):
+            if path is not None:
+                self.known = values.validate_json(read_file(path))
+
+    def save(self) -> None:
+        """Write it, if it changed. An error is only logged."""
+        if self.changed and self.path is not None:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(self.path, json.dumps(self.known).encode())
+                self.changed = False
+            except OSError as error:
+                log.debug("hashes are not remembered: %s", error)
+
+
+class HashMemo(Memo[tuple[int, int, int, int, str]]):
     """Remember hashes of files by path, size, mtime, inode and ctime, so that an unchanged file is not hashed again.
 
     The kernel sets a file's ctime at each write and at each change of its mtime, so a write is seen even if its author
@@ -333,12 +372,7 @@ class HashMemo:
     """
 
     def __init__(self, path: Path | None):
-        self.path = path
-        self.changed = False
-        try:
-            self.known = _MEMO.validate_json(path.read_bytes()) if path else {}
-        except (OSError, ValueError):
-            self.known = {}
+        super().__init__(path, _MEMO)
 
     def hash(self, path: Path, algorithm: str = "sha256") -> str:
         """Return a file's hash, from memory if the file has not changed since it was hashed."""
@@ -366,16 +400,6 @@ class HashMemo:
         known = self.known.get(f"{algorithm}:{path.resolve()}")
         return known[4] if known is not None and known[:4] == _stamp(path) else None
 
-    def save(self) -> None:
-        """Write the memo to its file. A memo that cannot be written costs time only, so the error is only logged."""
-        if self.changed and self.path is not None:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(self.path, json.dumps(self.known).encode())
-                self.changed = False
-            except OSError as error:
-                log.debug("hashes are not remembered: %s", error)
-
 
 def _stamp(path: Path) -> _Stamp:
     status = path.stat()
@@ -389,7 +413,7 @@ class LocalDocuments:
     uri: str
 
     def read_document(self, name: str) -> bytes | None:
-        """Return a document, None if it does not exist."""
+        """Do what `Store` says."""
         try:
             return read_file(self.root / name)
         except FileNotFoundError:
@@ -412,13 +436,13 @@ class LocalDocuments:
             return True
 
     def write_document(self, name: str, data: bytes) -> None:
-        """Write or replace a document atomically."""
+        """Do what `Store` says."""
         with translate_os_errors(self.uri):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.root / name, data)
 
     def remove_document(self, name: str) -> None:
-        """Delete a document, if it exists."""
+        """Do what `Store` says."""
         with translate_os_errors(self.uri):
             (self.root / name).unlink(missing_ok=True)
 
@@ -428,6 +452,6 @@ class LocalDocuments:
         return sorted(path.relative_to(self.root).as_posix() for path in found if file_type(path) == stat.S_IFREG)
 
     def read_documents(self, prefix: str, suffix: str = "") -> dict[str, bytes]:
-        """Return all documents below a prefix whose names end with `suffix`, sorted by name."""
+        """Do what `Store` says."""
         found = ((name, self.read_document(name)) for name in self.documents(prefix) if name.endswith(suffix))
         return {name: data for name, data in found if data is not None}

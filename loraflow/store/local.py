@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 
 from pydantic import JsonValue
@@ -55,6 +54,7 @@ from loraflow.store.files import (
     folders_in,
     fsync_path,
     fsync_tree,
+    is_there,
     raise_machine_fault,
     read_file,
     set_default_modes,
@@ -150,40 +150,37 @@ class LocalStore(LocalDocuments, Store):
         for stage in folders_in(self.root):
             if stage.name in RESERVED_FOLDERS:
                 continue
-            for folder in (folder for home in folders_in(stage) for folder in folders_in(home)):
+            for folder in _artifact_folders(stage):
                 if file_type(folder / MANIFEST):
                     fingerprint = folder.parent.name
                     yield Ref(stage=stage.name, fingerprint=fingerprint, digest=folder.name, uri=self.uri)
 
     @override
     def newest_payload(self, stage: str, like: Mapping[str, JsonValue]) -> dict[str, JsonValue] | None:
-        best: tuple[int, float] | None = None
-        payload = None
-        for path in (self.root / stage).glob(f"*/*/{MANIFEST}"):
-            try:
-                candidate = Manifest.parse(read_file(path)).payload
-            except (OSError, ValueError, Failure):
-                continue
-            rank = (len(identity.explain(candidate, like)), -path.stat().st_mtime)
-            if best is None or rank < best:
-                best, payload = rank, candidate
-        return payload
+        payloads = [manifest.payload for manifest in self._newest_first(stage)]
+        return min(payloads, key=lambda payload: len(identity.explain(payload, like)), default=None)
 
     @override
     def newest(self, stage: str) -> Manifest | None:
-        paths = (self.root / stage).glob(f"*/*/{MANIFEST}")
-        try:
-            path = max(paths, key=lambda path: path.stat().st_mtime, default=None)
-            return Manifest.parse(read_file(path)) if path else None
-        except (OSError, ValueError, Failure):
-            return None
+        return next(self._newest_first(stage), None)
+
+    def _newest_first(self, stage: str) -> Iterator[Manifest]:
+        """Yield the manifests of a stage that can be read. They decide nothing."""
+        found = []
+        with suppress(OSError, Failure):
+            for folder in _artifact_folders(self.root / stage):
+                with suppress(OSError):  # a cleanup removed it meanwhile
+                    found.append(((folder / MANIFEST).stat().st_mtime, folder / MANIFEST))
+        for _, file in sorted(found, reverse=True):
+            with suppress(OSError, ValueError, Failure):
+                yield Manifest.parse(read_file(file))
 
     @override
     def previous_state(self, stage: str, fingerprint: str) -> PreviousState | None:
         home = self.root / stage / fingerprint
         if not file_type(home / POINTER):
             return None
-        return "damaged" if any(home.glob("*/")) else "removed"
+        return "damaged" if folders_in(home) else "removed"
 
     @override
     def staging(self, stage: str, fingerprint: str) -> Path:
@@ -256,12 +253,12 @@ class LocalStore(LocalDocuments, Store):
                 staging.discard(staged)
                 return current
             ref, target = manifest.ref(self.uri), home / manifest.digest
-            is_same = target.exists() and not self.verify(ref) and self._is_committed(ref, manifest)
+            is_same = not self.verify(ref) and self._is_committed(ref, manifest)
             if is_same:  # it stays in place: it may be a champion's model
                 staging.discard(staged)
                 ref = self.manifest(ref).ref(self.uri)
             else:
-                if target.exists():
+                if is_there(target):  # or a link to a disk that is not mounted
                     self._quarantine(target, [REPLACED])
                 os.rename(staged, target)
                 staging.release(staged)
@@ -296,7 +293,7 @@ class LocalStore(LocalDocuments, Store):
                 shutil.copy2(path, staged / name)
             shutil.copystat(folder, staged)  # cleanup compares the times of artifacts
             set_default_modes(staged)
-            if not (staged / MANIFEST).exists():  # the copy from a bucket may lack it
+            if not is_there(staged / MANIFEST):  # the copy from a bucket may lack it
                 write_atomic(staged / MANIFEST, manifest.document)
             ref = manifest.ref(self.uri)
             problems = result_problems(check_folder(staged, manifest)) or check_consistency(manifest, ref)
@@ -306,7 +303,7 @@ class LocalStore(LocalDocuments, Store):
             fsync_tree(staged)
             target = self._folder(ref)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
+            if is_there(target):
                 self._quarantine(target, ["replaced by an intact copy"])
             os.rename(staged, target)
             staging.release(staged)
@@ -359,8 +356,8 @@ class LocalStore(LocalDocuments, Store):
         return ask_again(folder.stat, folder).st_mtime
 
     def remove(self, ref: Ref) -> None:
-        """Delete an artifact, renamed first, so that no reader finds a part of it."""
-        self._remove(self._folder(ref))
+        """Do what `Store` says."""
+        staging.remove(self.root / "staging", self._folder(ref))
 
     def stale_items(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
         """Yield (name, bytes) of unfinished work and quarantined artifacts that were last changed before a time.
@@ -368,13 +365,13 @@ class LocalStore(LocalDocuments, Store):
         Staging folders of processes that have ended are yielded whatever their age.
         """
         for folder in staging.abandoned(self.root / "staging"):
-            if folder.exists():
+            if is_there(folder):
                 yield PurePosixPath("staging", folder.name), folder_size(folder)
             if remove:
                 staging.discard(folder)
         for name, size in stale_folders(self.root, ("work/*/*", "staging/*", f"{QUARANTINE}/*"), before):
             if remove:
-                self._remove(self.root / name)
+                staging.remove(self.root / "staging", self.root / name)
             yield name, size
         yield from stale_entries(self.root, before, remove=remove)
         drafts = ("*/*/.*", "runs/.*", f"{QUARANTINE}/.*", "registry/*/*/.*")
@@ -382,15 +379,6 @@ class LocalStore(LocalDocuments, Store):
             if remove:
                 (self.root / name).unlink(missing_ok=True)
             yield name, size
-
-    def _remove(self, folder: Path) -> None:
-        removed = self.root / "staging" / f"gone-{folder.name[:12]}-{time.time_ns()}"
-        staging.claim(removed)
-        try:
-            folder.rename(removed)
-            shutil.rmtree(removed)
-        finally:
-            staging.release(removed)
 
     def _folder(self, ref: Ref) -> Path:
         return self.root / ref.stage / ref.fingerprint / ref.digest
@@ -416,3 +404,7 @@ class LocalStore(LocalDocuments, Store):
         except OSError as error:
             raise_machine_fault(error)
             raise DamagedPointer(f"{POINTER}: {error.strerror}") from error
+
+
+def _artifact_folders(stage: Path) -> Iterator[Path]:
+    return (folder for home in folders_in(stage) for folder in folders_in(home))

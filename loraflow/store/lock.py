@@ -15,6 +15,7 @@ from loraflow.failures import Failure
 
 log = logging.getLogger(__name__)
 _REMOVED = (errno.ENOENT, errno.ESTALE)  # the latter from NFS, if another machine removed the file
+_ATTEMPTS = 1000  # a holder may remove the file meanwhile
 
 
 class LockHeld(Exception):
@@ -30,25 +31,8 @@ def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[No
         OSError: it cannot be opened.
         LockHeld: with `wait=False`, if another process has it.
     """
-    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    fd = acquire(path, shared=shared, wait=wait)
     try:
-        fd = open_lock(path, os.O_RDWR | os.O_CREAT)
-    except PermissionError:
-        if not shared:
-            raise
-        fd = open_lock(path, os.O_RDONLY)  # the file of another user can be locked for reading
-    try:
-        try:
-            _lock(fd, mode | fcntl.LOCK_NB, path)
-        except BlockingIOError:
-            if not wait:
-                raise LockHeld(str(path)) from None
-            log.info("waiting for %s, held by %s", path.name, _holder(path))
-            _lock(fd, mode, path)
-        if not is_at(path, fd):
-            with flock(path, shared=shared, wait=wait):
-                yield
-            return
         if not shared:
             with suppress(OSError):  # a full disk: the holder is only for messages
                 os.ftruncate(fd, 0)
@@ -58,7 +42,34 @@ def flock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[No
         os.close(fd)
 
 
-def open_lock(path: Path, flags: int) -> int:
+def acquire(path: Path, *, shared: bool = False, wait: bool = True) -> int:
+    """Lock a file as `flock` does, until the descriptor that is returned is closed."""
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    for _ in range(_ATTEMPTS):
+        try:
+            fd = _open(path, os.O_RDWR | os.O_CREAT)
+        except PermissionError:
+            if not shared:
+                raise
+            fd = _open(path, os.O_RDONLY)  # the file of another user can be locked for reading
+        try:
+            try:
+                _lock(fd, mode | fcntl.LOCK_NB, path)
+            except BlockingIOError:
+                if not wait:
+                    raise LockHeld(str(path)) from None
+                log.info("waiting for %s, held by %s", path.name, _holder(path))
+                _lock(fd, mode, path)
+            if _is_at(path, fd):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # its holder removed the file before it was locked
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+
+def _open(path: Path, flags: int) -> int:
     """Open a lock's file. A link is not followed: who can write to the folder would choose a file that is overwritten.
 
     Raises:
@@ -84,7 +95,7 @@ def open_lock(path: Path, flags: int) -> int:
     raise AssertionError("the last attempt returns or raises")
 
 
-def is_at(path: Path, fd: int) -> bool:
+def _is_at(path: Path, fd: int) -> bool:
     """Tell whether an open file is still the one at its path. Where NFS or FUSE removed it, its number of links stays 1."""
     try:
         return os.path.samestat(os.fstat(fd), path.stat())

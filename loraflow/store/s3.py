@@ -40,8 +40,10 @@ from loraflow.store.files import (
     HashMemo,
     folder_size,
     fsync_tree,
+    is_there,
     raise_machine_fault,
     read_file,
+    remove_tree,
     set_default_modes,
     stale_folders,
     translate_os_errors,
@@ -100,7 +102,7 @@ class S3Store(S3Artifacts, Store):
         return found.data
 
     def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
-        """Read and hash all of an artifact in the bucket; return the problems, a line each."""
+        """Do what `Store` says."""
         return self.hash_objects(ref, self.cache.object_memo())
 
     def fetch(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
@@ -169,11 +171,11 @@ class S3Store(S3Artifacts, Store):
         return folder
 
     def mirror_checkpoints(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
-        """Copy a job's newest checkpoint to the bucket while the job runs."""
+        """Do what `Store` says."""
         return self._checkpoints(stage, fingerprint).mirror_checkpoints()
 
     def remove_work_folder(self, stage: str, fingerprint: str) -> None:
-        """Remove a finished job's work, here and in the bucket."""
+        """Do what `Store` says."""
         shutil.rmtree(self.scratch / "work" / stage / fingerprint, ignore_errors=True)
         try:
             self._checkpoints(stage, fingerprint).remove()
@@ -255,7 +257,7 @@ class S3Store(S3Artifacts, Store):
 
     @contextmanager
     def reader_lock(self) -> Iterator[None]:
-        """Block cleanups, here and on other machines, while artifacts are in use."""
+        """Do what `Store` says, on all machines."""
         with (
             leases.reader_lease(self.bucket, self.lease_seconds),
             flock(self.cache.local_folder("locks") / "readers", shared=True),
@@ -280,7 +282,7 @@ class S3Store(S3Artifacts, Store):
         remove_artifact(self, self.cache, ref)
 
     def stale_items(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
-        """Yield (name, bytes) of unfinished work, quarantined artifacts and unused copies from before a time."""
+        """Do what `Store` says."""
         return stale_items(self.bucket, self.scratch, before, remove=remove)
 
 
@@ -288,7 +290,7 @@ _LOCAL_PATTERNS = ("work/*/*", "pending/*/*", "staging/*", "artifacts/*/*/*")
 
 
 def stale_items(bucket: Bucket, scratch: Path, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
-    """Yield, and remove if asked, (name, bytes) of what was last changed before a time in seconds since 1970."""
+    """Do what `Store` says."""
     for upload in unfinished_uploads(bucket):
         if upload["Initiated"].timestamp() < before:
             if remove:
@@ -300,14 +302,14 @@ def stale_items(bucket: Bucket, scratch: Path, before: float, *, remove: bool) -
                 bucket.delete([item.key for item in objects])
             yield PurePosixPath(name), sum(item.size for item in objects)
     for unused in staging.abandoned(scratch / "staging"):
-        if unused.exists():
+        if is_there(unused):
             yield PurePosixPath("cache", "staging", unused.name), folder_size(unused)
         if remove:
             staging.discard(unused)
     yield from stale_entries(scratch, before, remove=remove)
     for folder, size in stale_folders(scratch, _LOCAL_PATTERNS, before):
         if remove:
-            shutil.rmtree(scratch / folder)
+            remove_tree(scratch / folder)
         yield PurePosixPath("cache", folder), size
 
 

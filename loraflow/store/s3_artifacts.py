@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -41,9 +37,11 @@ from loraflow.store.artifact import (
 )
 from loraflow.store.bucket import CONCURRENCY, Bucket, ObjectInfo, retry_network
 from loraflow.store.files import (
+    Memo,
     file_type,
     fsync_tree,
     is_inside,
+    is_there,
     raise_machine_fault,
     read_file,
     translate_os_errors,
@@ -51,12 +49,11 @@ from loraflow.store.files import (
 )
 from loraflow.store.lock import flock
 
-log = logging.getLogger(__name__)
 _Stamp: TypeAlias = tuple[str, int, float]  # ETag, size in bytes, time of the last write in seconds since 1970
 _MEMO = TypeAdapter(dict[str, tuple[str, int, float, str]])  # by key: the stamp and the hash
 
 
-class ObjectMemo:
+class ObjectMemo(Memo[tuple[str, int, float, str]]):
     """Hashes of objects that this machine read, by key, ETag, size and time of the last write.
 
     Each write gives an object another ETag, or at least another time. The memo is a file of this machine: another machine
@@ -64,12 +61,7 @@ class ObjectMemo:
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.changed = False
-        try:
-            self.known = _MEMO.validate_json(path.read_bytes())
-        except (OSError, ValueError):
-            self.known = {}
+        super().__init__(path, _MEMO)
 
     def remembers(self, item: ObjectInfo, sha256: str) -> bool:
         """Tell whether an object had a hash when it was read, and has not changed since."""
@@ -79,16 +71,6 @@ class ObjectMemo:
         """Remember the hash of an object that was read after it was listed."""
         self.known[item.key] = (*_stamp(item), sha256)
         self.changed = True
-
-    def save(self) -> None:
-        """Write the memo to its file. A memo that cannot be written costs time only, so the error is only logged."""
-        if self.changed:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(self.path, json.dumps(self.known).encode())
-                self.changed = False
-            except OSError as error:
-                log.debug("hashes of objects are not remembered: %s", error)
 
 
 def _stamp(item: ObjectInfo) -> _Stamp:
@@ -104,7 +86,7 @@ class S3Artifacts:
         self._manifests: dict[str, Manifest] = {}
 
     def find(self, stage: str, fingerprint: str) -> Ref | None:
-        """Return the current artifact if its manifest, names and sizes are right, else None."""
+        """Do what `Store` says."""
         try:
             pointer = self.pointer(stage, fingerprint)
             if pointer is None:
@@ -160,7 +142,7 @@ class S3Artifacts:
         return f"{self.uri}/{artifact_prefix(ref)}"
 
     def check(self, ref: Ref) -> list[str]:
-        """Compare an artifact's names and sizes with its manifest; return the problems, a line each."""
+        """Do what `Store` says."""
         self.forget(ref)
         listed = self._objects(ref)
         try:
@@ -204,28 +186,24 @@ class S3Artifacts:
         return found
 
     def artifacts(self) -> Iterator[Ref]:
-        """Yield all artifacts that have a manifest, current or not, without their facets."""
+        """Do what `Store` says."""
         for item in self.bucket.listing():
             if (ref := parse_manifest_key(item.key, self.uri)) is not None:
                 yield ref
 
     def newest(self, stage: str) -> Manifest | None:
-        """Return the manifest of the stage's newest artifact."""
+        """Do what `Store` says."""
         found = max(self._stage_manifests(stage), key=lambda item: item.modified, default=None)
         return next(iter(self._parse([found]).values()), None) if found else None
 
     def newest_payload(self, stage: str, like: Mapping[str, JsonValue]) -> dict[str, JsonValue] | None:
-        """Return the payload of the stage that differs least from `like`; of equal ones, the newest."""
-        found = self._stage_manifests(stage)
-        modified = {item.key: item.modified for item in found}
-        ranked = [
-            (len(identity.explain(manifest.payload, like)), -modified[key], manifest.payload)
-            for key, manifest in self._parse(found).items()
-        ]
-        return min(ranked, key=lambda rank: rank[:2])[2] if ranked else None
+        """Do what `Store` says."""
+        newest_first = sorted(self._stage_manifests(stage), key=lambda item: item.modified, reverse=True)
+        payloads = [manifest.payload for manifest in self._parse(newest_first).values()]
+        return min(payloads, key=lambda payload: len(identity.explain(payload, like)), default=None)
 
     def previous_state(self, stage: str, fingerprint: str) -> PreviousState | None:
-        """Return what is left of an artifact that existed and is not found; None if there was none."""
+        """Do what `Store` says."""
         keys = [item.key for item in self.bucket.listing(f"{stage}/{fingerprint}/")]
         if pointer_key(stage, fingerprint) not in keys:
             return None
@@ -369,14 +347,8 @@ class ArtifactCache:
         """Remove the copy of an artifact, and forget its manifest."""
         self.artifacts.forget(ref)
         folder = self.folder(ref)
-        if folder.exists():
-            removed = self.local_folder("staging") / f"gone-{uuid.uuid4().hex[:12]}"
-            staging.claim(removed)
-            try:
-                folder.rename(removed)
-                shutil.rmtree(removed)
-            finally:
-                staging.release(removed)
+        if is_there(folder):
+            staging.remove(self.local_folder("staging"), folder)
 
     def staging(self, stage: str, fingerprint: str) -> Path:
         """Return a new empty folder on the disk of the cache."""

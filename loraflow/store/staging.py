@@ -12,30 +12,23 @@ import json
 import logging
 import os
 import platform
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from loraflow.store.lock import is_at, open_lock
+from loraflow.store.files import is_there, remove_tree
+from loraflow.store.lock import acquire
 
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".owner"
 _held: dict[Path, int] = {}  # the locks of this process, as file descriptors by folder
 _guard = Lock()
-
-
-class _Machine(NamedTuple):
-    host: str
-    machine: str  # the id of the installation
-    boot: str  # the id that the kernel draws when it boots
 
 
 def create(root: Path, name: str) -> Path:
@@ -55,15 +48,10 @@ def claim(folder: Path) -> None:
         Failure: the file of the lock is a link.
     """
     path = _owner_file(folder)
-    while True:
-        fd = open_lock(path, os.O_RDWR | os.O_CREAT)
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        if is_at(path, fd):
-            break
-        os.close(fd)  # a cleanup removed the file before it was locked
+    fd = acquire(path, shared=True)
     try:
         if os.fstat(fd).st_size == 0:
-            os.write(fd, json.dumps({**_this_machine()._asdict(), "pid": os.getpid()}).encode())
+            os.write(fd, json.dumps({**_this_machine(), "pid": os.getpid()}).encode())
     except OSError:  # a full disk
         path.unlink(missing_ok=True)
         os.close(fd)
@@ -77,7 +65,7 @@ def claim(folder: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Remove a folder if it is still there, and release its lock."""
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_tree(folder, ignore_errors=True)
     release(folder)
 
 
@@ -86,19 +74,28 @@ def release(folder: Path) -> None:
     with _guard:
         fd = _held.pop(folder, None)
     with suppress(OSError):  # the error that ended the job says more
-        if not folder.exists():
+        if not is_there(folder):
             _owner_file(folder).unlink(missing_ok=True)
     if fd is not None:
         os.close(fd)
+
+
+def remove(root: Path, folder: Path) -> None:
+    """Delete a folder, renamed into `root` first, so that no reader finds a part of it."""
+    removed = root / f"gone-{uuid.uuid4().hex[:12]}"
+    claim(removed)
+    try:
+        folder.rename(removed)
+        remove_tree(removed)
+    finally:
+        release(removed)
 
 
 def remove_abandoned(root: Path) -> None:
     """Remove the folders below `root` whose users have all ended. A folder of another machine is left alone."""
     for folder in abandoned(root):
         log.info("%s is removed: the process that made it has ended", folder.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            _owner_file(folder).unlink(missing_ok=True)
+        discard(folder)
 
 
 def abandoned(root: Path) -> Iterator[Path]:
@@ -111,7 +108,7 @@ def abandoned(root: Path) -> Iterator[Path]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             folder, owner = path.with_suffix(""), os.read(fd, 4096)
-            if _is_of_this_machine(owner) or not (owner or folder.exists()):
+            if _is_of_this_machine(owner) or not (owner or is_there(folder)):
                 yield folder
         except OSError:  # it is in use; or the file system has no locks
             continue
@@ -132,15 +129,17 @@ def _is_of_this_machine(data: bytes) -> bool:
     if not isinstance(owner, dict):
         return False
     here = _this_machine()
-    if here.boot and owner.get("boot") == here.boot:  # the same kernel: a container's lock is seen too
+    if here["boot"] and owner.get("boot") == here["boot"]:  # the same kernel: a container's lock is seen too
         return True
-    is_rebooted = bool(here.machine) and owner.get("machine") == here.machine
-    return owner.get("host") == here.host and (is_rebooted or not here.boot)
+    is_rebooted = bool(here["machine"]) and owner.get("machine") == here["machine"]
+    return owner.get("host") == here["host"] and (is_rebooted or not here["boot"])
 
 
 @cache
-def _this_machine() -> _Machine:
-    return _Machine(platform.node(), _first_line("/etc/machine-id"), _first_line("/proc/sys/kernel/random/boot_id"))
+def _this_machine() -> dict[str, str]:
+    """Name this machine by its host, its installation, and the id that the kernel draws when it boots."""
+    files = {"machine": "/etc/machine-id", "boot": "/proc/sys/kernel/random/boot_id"}
+    return {"host": platform.node(), **{name: _first_line(file) for name, file in files.items()}}
 
 
 def _first_line(path: str) -> str:

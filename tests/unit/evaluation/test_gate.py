@@ -141,6 +141,23 @@ def test_a_harmed_score_table_is_refused_with_one_message(harm, both):
         assert refusal.value.where and refusal.value.got and "--force evaluate" in refusal.value.next_step
 
 
+@pytest.mark.parametrize("who", ["challenger", "base", "champion"])
+def test_a_negative_loss_is_refused_but_for_rounding(who):
+    """No probability is above 1, so no mean of negative logarithms is below 0. Such a challenger was promoted."""
+    losses = {"challenger": ones * 0.5, "base": ones, "champion": ones}
+    rounded = {name: table(token_loss=np.where(np.arange(100) == 7, -1e-6, loss)) for name, loss in losses.items()}
+    tables = {name: table(token_loss=loss) for name, loss in losses.items()}
+    for found in (tables, rounded):
+        assert gate(found["challenger"], found["base"], found["champion"], primary="token_loss").verdict == "promote"
+    tables[who].loc[7, "token_loss"] = -3.0
+    for use in (lambda *given: gate(*given, primary="token_loss"),
+                lambda mine, base, champion: require_comparable(mine, {"base": base, "champion": champion}, ["token_loss"])):  # fmt: skip
+        with pytest.raises(
+            BadData, match=rf"loss is negative(.|\n)*token_loss of {who}(.|\n)*-3(.|\n)*--force evaluate"
+        ):
+            use(tables["challenger"], tables["base"], tables["champion"])
+
+
 @pytest.mark.parametrize("sets", [["heldout", None], ["heldout", 1], ["hard", "hard"], []])
 def test_rows_without_a_valid_set_are_refused_instead_of_left_out(sets):
     with pytest.raises(BadData, match="set"):

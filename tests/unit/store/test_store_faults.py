@@ -521,15 +521,15 @@ def test_a_fault_of_the_machine_is_not_taken_for_a_damaged_base_by_worker_launch
 
 def test_a_failing_disk_at_the_end_of_a_job_does_not_replace_the_jobs_own_error(tmp_path, monkeypatch):
     store = LocalStore(tmp_path)
-    folder, exists = store.staging("tokenize", FP), Path.exists
+    folder, lstat = store.staging("tokenize", FP), Path.lstat
 
     def fail(self):
         if self == folder:
             raise OSError(errno.EIO, "Input/output error", str(self))
-        return exists(self)
+        return lstat(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "exists", fail)
+        patch.setattr(Path, "lstat", fail)
         staging.discard(folder)
     assert list(staging.abandoned(folder.parent)) == [folder], "its lock is free"
 

@@ -232,7 +232,7 @@ def test_the_staging_folder_of_a_running_process_stays(tmp_path):
     ],
 )
 def test_a_staging_folder_of_another_machine_is_left_to_it(tmp_path, monkeypatch, owner, removed):
-    monkeypatch.setattr(staging, "_this_machine", lambda: staging._Machine("me", "mine", "here"))
+    monkeypatch.setattr(staging, "_this_machine", lambda: {"host": "me", "machine": "mine", "boot": "here"})
     folder = tmp_path / "train-0123-abcd"
     folder.mkdir()
     (tmp_path / "train-0123-abcd.owner").write_text(json.dumps(owner))
