@@ -133,14 +133,11 @@ def _refuse_taken(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            with socket.socket(family) as other:
-                other.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
-                free = other.getsockname()[1]
             raise BadConfig(
                 "The server cannot listen on this address.",
                 where=f"{host} port {port}",
                 got=error.strerror or str(error),
-                next_step=f"name another port, such as --port {free}",
+                next_step=f"name another port, such as --port {port + 1}",
             ) from error
 
 
