@@ -279,7 +279,7 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], place: Place) 
     except ValidationError as error:
         raise _problems("A deployment is not valid.", where, error, place) from None
     flow = _load_flow(checked.entrypoint, where)
-    pull = checked.pull if checked.pull is not None else document.get("pull")
+    pull: object = checked.pull if checked.pull is not None else document.get("pull")
     if pull in (None, {}):  # [] means no steps
         pull = [{ENTER_PROJECT: {"project": document.get("name")}}]
     try:
