@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -57,26 +56,6 @@ def environment(home: Path, host: str, port: int) -> dict[str, str]:
 def _local_address(host: str) -> str:
     """Return the address at which this machine reaches a server that listens on `host`."""
     return "127.0.0.1" if host in ("0.0.0.0", "::") else host
-
-
-def require_free_port(host: str, port: int) -> None:
-    """Check that a server can listen on a port.
-
-    Raises:
-        BadConfig: the port is in use, or the host is not an address of this machine.
-    """
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        raise BadConfig(
-            f"The server cannot listen on port {port}.",
-            where=f"{host}:{port}",
-            got=error.strerror or str(error),
-            next_step=f"loraflow up --port {port + 1}; or, if a server runs there: "
-            f"PREFECT_API_URL=http://{host}:{port}/api loraflow deploy",
-        ) from error
 
 
 class Processes:

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("loraflow")
 DOCUMENT_KEYS = ("name", "prefect-version", "build", "push", "pull", "definitions", "notifications", "deployments")
-NO_STEPS = "loraflow deploy runs no {} steps; use `prefect deploy` for this deployment"
 STEP_INPUTS = ("project", "id", "requires")  # of loraflow's pull step; the last two are Prefect's, of any step
 MAX_PROBLEMS = 5
 # the keys of each section; those of a deployment itself are DeploymentEntry's
@@ -213,14 +212,7 @@ def _check_document(document: dict[str, JsonValue], file: Path, lines: dict[yaml
             ),
             next_step="remove it, or correct its name",
         )
-    for key in ("build", "push"):
-        if document.get(key):
-            raise BadConfig(
-                f"{FILE} has {key} steps.",
-                where=f"{file}: {key}",
-                got=NO_STEPS.format(key),
-                next_step="remove these steps, or use `prefect deploy`",
-            )
+    _refuse_steps(document, FILE, f"{file}: ")
     pulls: list[tuple[yaml.Path, JsonValue]] = [(("pull",), document.get("pull"))]
     entries = document.get("deployments")
     for number, entry in enumerate(entries if isinstance(entries, list) else []):
@@ -228,6 +220,16 @@ def _check_document(document: dict[str, JsonValue], file: Path, lines: dict[yaml
             pulls.append((("deployments", number, "pull"), entry.get("pull")))
     for path, pull in pulls:
         _check_project(pull, document.get("name"), Place(file, lines, path))
+
+
+def _refuse_steps(section: dict[str, JsonValue], what: str, where: str) -> None:
+    for key in ("build", "push"):
+        if section.get(key):
+            raise BadConfig(
+                f"{what} has {key} steps, which loraflow deploy does not run.",
+                where=where + key,
+                next_step="remove them, or use `prefect deploy`",
+            )
 
 
 def _check_project(pull: JsonValue, name: JsonValue, place: Place) -> None:
@@ -263,14 +265,7 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], place: Place) 
     if isinstance(entry, dict) and entry.get("name"):
         where += f" ({entry['name']})"
     if isinstance(entry, dict):
-        for key in ("build", "push"):
-            if entry.get(key):
-                raise BadConfig(
-                    f"A deployment has {key} steps.",
-                    where=f"{where}.{key}",
-                    got=NO_STEPS.format(key),
-                    next_step="remove these steps, or use `prefect deploy`",
-                )
+        _refuse_steps(entry, "A deployment", f"{where}.")
     for path, text in texts(entry):
         if "{{" in text and not is_filled_in_later(path, text):
             raise BadConfig(
@@ -284,7 +279,9 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], place: Place) 
     except ValidationError as error:
         raise _problems("A deployment is not valid.", where, error, place) from None
     flow = _load_flow(checked.entrypoint, where)
-    pull = checked.pull if checked.pull is not None else document.get("pull") or []
+    pull: object = checked.pull if checked.pull is not None else document.get("pull")
+    if pull in (None, {}):  # [] means no steps
+        pull = [{ENTER_PROJECT: {"project": document.get("name")}}]
     try:
         spec = DeploymentSpec.model_validate(
             {

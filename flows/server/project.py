@@ -60,7 +60,7 @@ def enter(project: str | None = None) -> dict[str, str]:
     try:
         folder = find_project()
         if project is not None:
-            _refuse_another_project(folder, project)
+            _refuse_another_project(folder, str(project))  # YAML reads a name of digits as a number
         os.chdir(folder)
         refuse_shadowed_modules(folder)  # before the next line imports the run's flow
         if run_id:

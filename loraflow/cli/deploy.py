@@ -53,11 +53,13 @@ only_option = click.option(
 def up(port: int, host: str, pools: tuple[str, ...], limit: int, home: Path, only: tuple[str, ...]) -> None:
     """Start a Prefect server and workers here, with all deployments. Ctrl-C stops them, and active runs with them."""
     quiet_logging()
-    from loraflow.flows.server.local_server import Processes, environment, require_free_port
+    from loraflow.flows.server.local_server import Processes, environment
+    from loraflow.serving.serve import require_free_port
     from loraflow.store.lock import LockHeld, flock
 
     os.environ.update(environment(home, host, port))
-    require_free_port(host, port)
+    running = f"PREFECT_API_URL=http://{host}:{port}/api loraflow deploy"
+    require_free_port(host, port, f"loraflow up --port {port + 1}; or, if a server runs there: {running}")
     from loraflow.flows.server.prefect_yaml import find_prefect_yaml, read_all  # prefect, which reads the environment
 
     read_all(find_prefect_yaml(), list(only))  # what is wrong there is reported at once, not after a server's start

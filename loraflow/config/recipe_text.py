@@ -82,7 +82,7 @@ def find_recipe(path: str | Path) -> Path:
     raise BadConfig(
         "There is no such recipe.",
         where=shorten(str(path)),
-        expected="a YAML file, or the name of a recipe in configs/",
+        expected=f"a YAML file, or the name of a recipe in {RECIPES.absolute()}",
         got=instead,
         next_step=f"loraflow run {near[0]}" if near else "loraflow init --data FILE --base MODEL",
     )

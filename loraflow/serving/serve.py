@@ -1,30 +1,30 @@
 """Serve a model with an existing server: `transformers serve`, or vLLM where it is installed. Both have OpenAI's API.
 
 loraflow prepares the model's folder, its name, all its stop ids and a free port. Then the server replaces this process
-(exec), so that signals and exit status are the server's own.
+(exec), so that signals and exit status are the server's own. Started as a module, this file is `transformers serve`,
+which ignores fields that it does not support, drops images, and answers beyond the positions that the model knows: here
+it refuses such requests.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import shutil
 import socket
 import sys
-import uuid
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
 from loraflow.data.templates.served_template import served_date
 from loraflow.data.templates.tokenizer_config import find_template, further_templates
 from loraflow.failures import BadConfig, MissingExtra
-from loraflow.identity import fingerprint, short
 from loraflow.serving.models import Model
 from loraflow.serving.written_calls import vllm_parser
 from loraflow.store.base import MANIFEST
@@ -74,14 +74,14 @@ def plan_server(
             next_step="choose another --name",
         )
     engine = _pick_engine(engine)
-    _refuse_taken(host, port)
+    require_free_port(host, port, f"name another port, such as --port {port + 1}")
     cache = _hub_cache(model.folder, name)
     address = ["--host", host, "--port", str(port)]
     if engine == "vllm":
         weights = str(next(cache.glob("*/snapshots/*")))
         command = ["vllm.entrypoints.openai.api_server", "--model", weights, "--served-model-name", name, *address]
     else:
-        command = ["transformers.cli.transformers", "serve", name, *address, *_concurrency(model.folder)]
+        command = ["loraflow.serving.serve", "serve", name, *address, *_concurrency(model.folder)]
     command = [sys.executable, "-P", "-m", *command]
     if dtype:
         command += ["--dtype", dtype]
@@ -125,84 +125,48 @@ def _has_cuda() -> bool:
     return available
 
 
-def _refuse_taken(host: str, port: int) -> None:
-    """Bind the port now: the server would report a taken port only after loading the model."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
+def require_free_port(host: str, port: int, next_step: str) -> None:
+    """Check that a server can listen on a port: most servers report a taken one only after they have loaded everything.
+
+    Raises:
+        BadConfig: the port is in use, or the host is not an address of this machine.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            with socket.socket(family) as other:
-                other.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
-                free = other.getsockname()[1]
             raise BadConfig(
-                "The server cannot listen on this address.",
-                where=f"{host} port {port}",
+                f"The server cannot listen on port {port}.",
+                where=f"{host}:{port}",
                 got=error.strerror or str(error),
-                next_step=f"name another port, such as --port {free}",
+                next_step=next_step,
             ) from error
 
 
 def _hub_cache(folder: Path, name: str) -> Path:
-    """Return a hub cache that contains this model only: links to its files, and a generation config with all its stop ids.
+    """Return a new hub cache that contains this model only: links to its files, and a generation config with all stop ids.
 
     A server stops only at the ids in generation_config.json, and /v1/models lists the models of a hub cache, not a folder.
     """
     from loraflow.base.load import stop_ids
 
-    names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST]
-    names += further_templates(folder)
-    file = folder / "generation_config.json"
-    settings: dict[str, JsonValue] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    settings["eos_token_id"] = [*stop_ids(folder)]
-    key = fingerprint({"files": [str(folder / path) for path in names], "settings": settings, "name": name})
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraflow" / "serve"
-    cache = caches / short(key)
-    temporary = caches / f".{uuid.uuid4().hex}"
-    repo, commit = temporary / f"models--{name}", key[:40]
+    cache = Path(tempfile.mkdtemp(prefix="loraflow-serve-"))
+    repo, commit = cache / f"models--{name}", "0" * 40
     snapshot = repo / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    for path in names:
-        if path != file.name:
-            (snapshot / path).parent.mkdir(exist_ok=True)
+    for path in [path.name for path in folder.iterdir() if path.is_file()] + further_templates(folder):
+        (snapshot / path).parent.mkdir(parents=True, exist_ok=True)
+        if path != MANIFEST:
             (snapshot / path).symlink_to(folder / path)
-    (snapshot / file.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    file = snapshot / "generation_config.json"
+    settings: dict[str, JsonValue] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.unlink(missing_ok=True)
+    settings["eos_token_id"] = [*stop_ids(folder)]
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (repo / "blobs").mkdir()
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
-    old = temporary.with_suffix(".old")
-    if not _is_intact(cache, temporary):  # damaged or incomplete
-        with contextlib.suppress(FileNotFoundError):
-            cache.rename(old)
-    try:
-        temporary.rename(cache)
-    except OSError:  # it is there
-        if not _is_intact(cache, temporary):
-            raise
-    finally:
-        for unused in (old, temporary):
-            shutil.rmtree(unused, ignore_errors=True)
     return cache
-
-
-def _is_intact(cache: Path, expected: Path) -> bool:
-    """Tell whether a hub cache has the expected links and texts, and its snapshot nothing else. A server adds locks."""
-    found, wanted = _content(cache), _content(expected)
-    return {name: value for name, value in found.items() if name in wanted or "/snapshots/" in name} == wanted
-
-
-def _content(folder: Path) -> dict[str, Path | bytes]:
-    """Return the target of each link, and the first MiB of each file that is not one, by relative name."""
-    found: dict[str, Path | bytes] = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink():
-            found[name] = path.readlink()
-        elif path.is_file():
-            with path.open("rb") as file:
-                found[name] = file.read(1 << 20)
-    return found
 
 
 def _tools_line(folder: Path) -> str:
@@ -227,3 +191,107 @@ def _greeting(engine: str, model: Model, name: str, host: str, port: int) -> str
     if host not in ("127.0.0.1", "localhost", "::1"):
         lines.append(f"caution  anyone who can reach {host} can use this server: it asks for no password")
     return "\n".join(lines)
+
+
+HARMLESS = {"metadata", "parallel_tool_calls", "service_tier", "store", "stream_options", "user"}
+# Values that mean the same as no field; so do 0, false and empty ones.
+NEUTRAL = {
+    "n": 1,
+    "best_of": 1,
+    "modalities": ["text"],
+    "response_format": {"type": "text"},
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "truncation": "disabled",
+}
+# `transformers serve` takes them from the first request of all, for every batch.
+SHARED = {"frequency_penalty", "generation_config", "stop"}
+
+
+def refuse_ignored(body: dict[str, Any], ignored: set[str], advice: str = "remove it") -> None:
+    """Refuse a request with a field that has no effect, but should change the answer."""
+    from fastapi import HTTPException
+
+    for field in sorted(ignored - HARMLESS):
+        if (value := body.get(field)) and value != NEUTRAL.get(field):
+            raise HTTPException(400, f"{field}: {value!r:.80} has no effect here; {advice}")
+
+
+def limit_length(model: Any, inputs: Any, config: Any) -> None:
+    """Let the answer end with the positions that the model knows. Refuse a prompt that leaves none."""
+    from fastapi import HTTPException
+
+    ids = inputs["input_ids"]
+    length = len(ids) if isinstance(ids, list) else ids.shape[-1]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        if length >= positions:
+            raise HTTPException(400, f"messages: {length} tokens; prompt and answer have {positions} together")
+        config.max_new_tokens = min(config.max_new_tokens, positions - length)
+
+
+async def openai_error(request: Any, error: Any) -> Any:
+    """Answer as OpenAI's API does: its clients show this message, and not FastAPI's `detail`."""
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse({"error": {"message": error.detail, "type": "invalid_request_error"}}, error.status_code)
+
+
+def check_requests() -> None:
+    """Let the handlers of `transformers serve` check each request."""
+    from fastapi import HTTPException
+    from transformers.cli.serving import server
+    from transformers.cli.serving.utils import BaseHandler, CBGenerateManager, GenerateManager, Modality
+
+    build_server = server.build_server
+
+    def with_errors(*arguments: Any, **options: Any) -> Any:
+        application = build_server(*arguments, **options)
+        application.exception_handler(HTTPException)(openai_error)
+        return application
+
+    server.build_server = with_errors
+    handler: Any = BaseHandler
+    validate, build = handler._validate_request, handler._build_generation_config
+    read = handler.get_processor_inputs_from_messages
+
+    def validate_request(self: Any, body: dict[str, Any]) -> None:
+        validate(self, body)
+        refuse_ignored(body, self._unused_fields | {"logit_bias"})  # its answer is status 500
+        if not body.get("messages") and "messages" in self._valid_params_class.__mutable_keys__:
+            raise HTTPException(400, "messages: there is none")
+
+    def build_config(self: Any, body: dict[str, Any], config: Any, use_cb: bool = False) -> Any:
+        if use_cb:
+            refuse_ignored(body, SHARED, "start `loraflow serve` with `-- --no-continuous-batching`")
+        built = build(self, body, config, use_cb=use_cb)
+        built.do_sample = built.do_sample and not use_cb  # the temperature is shared, too
+        return built
+
+    def read_messages(messages: list[dict[str, Any]], modality: Any) -> Any:
+        for message in messages:
+            content = message.get("content")
+            for part in content if isinstance(content, list) and modality is Modality.LLM else []:
+                if "text" not in part:
+                    raise HTTPException(400, f"messages: this model reads text only, no {part.get('type')}")
+        return read(messages, modality)
+
+    def limited(generate: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, model: Any, processor: Any, inputs: Any, config: Any, **options: Any) -> Any:
+            limit_length(model, inputs, config)
+            return generate(self, model, processor, inputs, config, **options)
+
+        return wrapper
+
+    handler._validate_request, handler._build_generation_config = validate_request, build_config
+    handler.get_processor_inputs_from_messages = staticmethod(read_messages)
+    for manager in (GenerateManager, CBGenerateManager):
+        for name in ("generate_streaming", "generate_non_streaming"):
+            setattr(manager, name, limited(getattr(manager, name)))
+
+
+if __name__ == "__main__":  # the server's own process
+    from transformers.cli.transformers import app
+
+    check_requests()
+    app()

@@ -12,7 +12,8 @@ import yaml
 
 from loraflow.failures import BadConfig
 from loraflow.flows.server import project
-from loraflow.flows.server.local_server import environment, require_free_port
+from loraflow.flows.server.local_server import environment
+from loraflow.serving.serve import require_free_port
 from loraflow.store import Ref
 from tests.job_factory import make_job
 
@@ -111,15 +112,15 @@ def test_a_server_without_a_password_listens_on_localhost_only(tmp_path, monkeyp
     assert environment(tmp_path, "0.0.0.0", 4242)["PREFECT_API_AUTH_STRING"] == "a:b"
 
 
-def test_a_port_in_use_is_refused_with_a_free_port_to_use():
+def test_a_port_in_use_is_refused():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(BadConfig, match=f"cannot listen on port {port}") as error:
-            require_free_port("127.0.0.1", port)
-        assert f"--port {port + 1}" in error.value.next_step
-    require_free_port("127.0.0.1", port)
+            require_free_port("127.0.0.1", port, "choose another")
+        assert error.value.next_step == "choose another"
+    require_free_port("127.0.0.1", port, "")
 
 
 def test_a_stage_leases_the_gpu_only_if_there_is_one(monkeypatch, tmp_path):

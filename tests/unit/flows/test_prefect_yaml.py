@@ -286,6 +286,15 @@ def test_the_text_that_a_refused_number_asks_for_is_accepted(specs):
     assert spec.parameters["overrides"] == {"learning_rate": "0.0002"}
 
 
+@pytest.mark.parametrize("given", [{"pull": None}, {"pull": {}}])
+def test_a_run_without_pull_steps_begins_in_the_projects_folder(specs, given):
+    for name in ("p", 2026):
+        [spec] = specs({"name": name, **given})
+        assert spec.pull_steps == [{"loraflow.flows.server.project.enter": {"project": name}}]
+        assert spec.project == str(name)
+    assert specs(given, pull=[])[0].pull_steps == [], "no steps, as in Prefect"
+
+
 def test_what_prefect_deploy_writes_for_nothing_is_read_as_nothing(specs):
     empty = {"work_queue_name": None, "job_variables": None, "name": "local"}
     none = {"build": [], "push": {}, "version": None, "description": None, "concurrency_limit": None, "tags": "a,, a"}

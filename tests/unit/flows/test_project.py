@@ -34,6 +34,14 @@ def test_a_worker_refuses_the_run_of_another_project(tmp_path, monkeypatch):
     assert (error.value.expected, error.value.got.split(",")[0]) == ("the project theirs", "the project ours")
 
 
+def test_a_project_may_be_named_by_a_number(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "prefect.yaml").write_text("name: 2026\n")
+    monkeypatch.setenv("LORAFLOW_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert project.enter(project=2026) == project.enter(project="2026") == {"directory": str(tmp_path)}
+
+
 def test_a_worker_refuses_the_run_of_another_project_of_the_same_name(tmp_path, monkeypatch):
     """Two folders named alike: the run would be computed with the recipes and the store of the other one."""
     from loraflow.config.project import PROJECT_ID, project_id

@@ -71,6 +71,8 @@ def test_the_openai_client_receives_the_answers_of_generate(tmp_path):
                 model="tickets", messages=messages, max_tokens=12, temperature=0, stream=True
             )
             parts = "".join(part.choices[0].delta.content or "" for part in stream if part.choices)
+            with pytest.raises(openai.BadRequestError, match="n: 2 has no effect here"):
+                client.chat.completions.create(model="tickets", messages=messages, n=2)
             assert parts.rstrip("\ufffd") == expected.rstrip("\ufffd"), "(half a character at the cut may be left out)"
 
         def ask(text):
@@ -125,47 +127,107 @@ def test_the_served_model_has_its_name_and_every_stop_id(tmp_path, cache):
     )
     assert "caution" in server.greeting and "http://127.0.0.1:" in server.greeting
     again = plan_server(Model("tickets", folder), "transformers", "127.0.0.1", free_port(), None, None)
-    assert again.cache == server.cache and "caution" not in again.greeting
+    assert again.cache != server.cache, "nothing can damage it between two servers"
+    assert "caution" not in again.greeting
 
 
-@pytest.mark.parametrize("harm", ["cut off", "no removal", "another model", "another file", "missing", "none"])
-def test_a_damaged_cache_of_the_server_is_written_again_and_an_intact_one_is_kept(
-    tmp_path, cache, phi3, monkeypatch, harm
-):
-    def served():
-        (view,) = plan_server(Model("a", phi3), "transformers", "127.0.0.1", free_port(), None, None).cache.glob(
-            "*/snapshots/*"
-        )
-        return view, {path.name: path.read_bytes() for path in view.iterdir()}
+@pytest.fixture
+def handler(monkeypatch):
+    """A handler of `transformers serve` that checks requests; it has no model."""
+    from transformers.cli.serving import chat_completion, server, utils
 
-    view, before = served()
-    inode, weights = view.stat().st_ino, view / "model.safetensors"
-    (view.parents[2] / ".locks").mkdir()  # as the hub's client does
-    if harm in ("cut off", "no removal"):
-        (view / "generation_config.json").write_text("")
-        if harm == "no removal":  # files of another user in it
-            monkeypatch.setattr(serve.shutil, "rmtree", lambda path, ignore_errors: None)
-    elif harm == "another file":
-        (view / "adapter_config.json").write_text("{}")
-    elif harm != "none":
-        weights.unlink()
-        if harm == "another model":
-            weights.symlink_to(build_phi3(tmp_path / "other", seed=1) / "model.safetensors")
-    assert served() == (view, before)
-    assert (view.stat().st_ino == inode) == (harm == "none")
+    for owner, names in {
+        server: ("build_server",),
+        utils.BaseHandler: (
+            "_validate_request",
+            "_build_generation_config",
+            "get_processor_inputs_from_messages",
+        ),
+        utils.GenerateManager: ("generate_streaming", "generate_non_streaming"),
+        utils.CBGenerateManager: ("generate_streaming", "generate_non_streaming"),
+    }.items():
+        for name in names:  # restored after the test
+            monkeypatch.setattr(owner, name, owner.__dict__[name])
+    serve.check_requests()
+    return chat_completion.ChatCompletionHandler(None, utils.GenerationState())
 
 
-def test_a_damaged_cache_that_cannot_be_replaced_is_not_served(tmp_path, cache, phi3, monkeypatch):
-    def plan():
-        return plan_server(Model("a", phi3), "transformers", "127.0.0.1", free_port(), None, None).cache
+MESSAGES = [{"role": "user", "content": "a"}]
 
-    [settings] = plan().glob("*/snapshots/*/generation_config.json")
-    settings.write_text("")
-    answers = iter((True, False))
-    monkeypatch.setattr(serve, "_is_intact", lambda cache, expected: next(answers))
-    with pytest.raises(OSError, match="not empty"):  # another server has just damaged it
-        plan()
-    assert [path.name for path in settings.parents[4].iterdir()] == [settings.parents[3].name]
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2),
+        ("logprobs", True),
+        ("presence_penalty", 0.5),
+        ("response_format", {"type": "json_object"}),
+        ("tool_choice", "required"),
+        ("messages", []),
+        ("logit_bias", {"5": 100}),
+    ],
+)
+def test_a_request_that_the_server_would_answer_as_another_one_is_refused(handler, field, value):
+    from fastapi import HTTPException
+
+    with pytest.raises(HTTPException, match=field) as error:
+        handler._validate_request({"messages": MESSAGES, field: value})
+    assert error.value.status_code == 400
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n": 1, "logprobs": False, "presence_penalty": 0, "response_format": {"type": "text"}, "tool_choice": "auto"},
+        {"user": "u", "metadata": {"a": "b"}, "store": True, "stream": True, "stream_options": {"include_usage": True}},
+        {"temperature": 0.7, "top_p": 0.9, "seed": 1, "max_tokens": 5, "stop": None, "tools": [], "logit_bias": {}},
+    ],
+)
+def test_requests_as_clients_send_them_are_accepted(handler, fields):
+    from transformers import GenerationConfig
+
+    handler._validate_request({"messages": MESSAGES, **fields})
+    for batched in (False, True):
+        handler._build_generation_config({"messages": MESSAGES, **fields}, GenerationConfig(), use_cb=batched)
+
+
+@pytest.mark.parametrize("fields", [{"stop": ["x"]}, {"frequency_penalty": 1.0}, {"generation_config": "{}"}])
+def test_what_a_batch_shares_is_refused_there_and_applied_alone(handler, fields):
+    from fastapi import HTTPException
+    from transformers import GenerationConfig
+
+    with pytest.raises(HTTPException, match="-- --no-continuous-batching"):
+        handler._build_generation_config(fields, GenerationConfig(), use_cb=True)
+    built = handler._build_generation_config(fields, GenerationConfig(), use_cb=False)
+    assert built.stop_strings == fields.get("stop")
+    sampled = GenerationConfig(do_sample=True)
+    assert not handler._build_generation_config({"temperature": 0.7}, sampled, use_cb=True).do_sample
+    assert handler._build_generation_config({"temperature": 0.7}, sampled, use_cb=False).do_sample
+
+
+def test_an_image_is_refused_for_a_model_that_reads_text_only(handler):
+    from fastapi import HTTPException
+    from transformers.cli.serving.utils import Modality
+
+    text, image = {"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:,"}}
+    with pytest.raises(HTTPException, match="no image_url"):
+        handler.get_processor_inputs_from_messages([{"role": "user", "content": [text, image]}], Modality.LLM)
+    assert handler.get_processor_inputs_from_messages([{"role": "user", "content": [text]}], Modality.LLM) == MESSAGES
+    [read] = handler.get_processor_inputs_from_messages([{"role": "user", "content": [text, image]}], Modality.VLM)
+    assert len(read["content"]) == 2
+
+
+def test_an_answer_ends_with_the_positions_that_the_model_knows(phi3):
+    from fastapi import HTTPException
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model, config = AutoModelForCausalLM.from_pretrained(phi3), GenerationConfig(max_new_tokens=10**9)
+    positions = model.config.max_position_embeddings
+    serve.limit_length(model, {"input_ids": [0] * 10}, config)
+    assert config.max_new_tokens == positions - 10
+    with pytest.raises(HTTPException, match=f"{positions} tokens"):
+        serve.limit_length(model, {"input_ids": [0] * positions}, config)
 
 
 @pytest.mark.parametrize(("model_type", "concurrent"), [("phi3", True), ("falcon_h1", False)])
