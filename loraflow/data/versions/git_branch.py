@@ -44,19 +44,24 @@ def newest_settings(data: Data, branch: str) -> dict[str, JsonValue]:
     """Return the recipe settings that select the newest dataset of a branch.
 
     Of a mixture, each `.dvc` file is read from the branch of its repository, unless it names a revision of its own. Sources
-    that are files or folders are read as they are.
+    that are files or folders are read as they are, and so are `.dvc` files of a project that is in no git repository.
 
     Raises:
-        BadConfig: the branch does not exist, or the folder is not a git repository.
+        BadConfig: the branch does not exist, or `repo` is not a git repository.
         Network: the remote does not answer.
     """
+    here = Path.cwd()
+    without_git = not any((folder / ".git").exists() for folder in (here, *here.parents))
     if not data.sources:
+        if data.repo == "." and without_git:
+            log.info("%s is in no git repository: %s is used as it is", here, data.source)
+            return {}
         return {**find_newest_commit(data.repo, branch).settings()}
     newest: dict[str, DatasetCommit] = {}  # by repository, which several sources may share
     sources: list[JsonValue] = []
     for source in data.sources:
         values = source.model_dump(mode="json", exclude_defaults=True)
-        if source.source.endswith(".dvc") and source.rev is None:
+        if source.source.endswith(".dvc") and source.rev is None and not (source.repo == "." and without_git):
             found = newest.get(source.repo) or find_newest_commit(source.repo, branch)
             newest[source.repo] = found
             values |= {"repo": found.repo, "rev": found.commit}

@@ -113,6 +113,21 @@ def test_failures_name_the_branch_the_folder_and_the_remote(repos, tmp_path):
         branch.find_newest_commit(str(worker), "main")
 
 
+def test_a_project_in_no_git_repository_is_retrained_on_its_own_pins(tmp_path, monkeypatch, repos):
+    """`loraflow init` needs no git. The schedule that it writes would fail every night."""
+    monkeypatch.chdir(tmp_path)
+    alone = parse_recipe("name: t\nbase: {model: x}", name="t").data
+    assert branch.newest_settings(alone, "main") == {}
+    text = f"name: t\nbase: {{model: x}}\ndata:\n  sources: [{{source: data.dvc}}, {{source: more.dvc, repo: {repos[1]}}}]\n"
+    mixture = branch.newest_settings(parse_recipe(text, name="mix.yaml").data, "main")["data.sources"]
+    assert "rev" not in mixture[0] and mixture[1]["rev"] == git(repos[1], "rev-parse", "main")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / ".git").write_text("gitdir: of a repository that git refuses to read")
+    monkeypatch.chdir(tmp_path / "folder")
+    with pytest.raises(BadConfig, match="not a git repository"):
+        branch.newest_settings(alone, "main")
+
+
 def add_data(where: Path, rows: int) -> dvc.Pin:
     (where / "data").mkdir(exist_ok=True)
     (where / "data" / "train.jsonl").write_text("".join(json.dumps({"i": i}) + "\n" for i in range(rows)))
