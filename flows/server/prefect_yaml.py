@@ -280,8 +280,9 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], place: Place) 
         raise _problems("A deployment is not valid.", where, error, place) from None
     flow = _load_flow(checked.entrypoint, where)
     pull: object = checked.pull if checked.pull is not None else document.get("pull")
-    if pull in (None, {}):  # [] means no steps
-        pull = [{ENTER_PROJECT: {"project": document.get("name")}}]
+    has_folder = any(checked.work_pool.job_variables.get(key) for key in ("working_dir", "image"))
+    if pull in (None, {}) and document.get("name") and not has_folder:  # [] means no steps
+        pull = [{ENTER_PROJECT: {"project": document["name"]}}]
     try:
         spec = DeploymentSpec.model_validate(
             {
@@ -289,7 +290,7 @@ def _to_spec(entry: JsonValue, document: Mapping[str, JsonValue], place: Place) 
                 "flow_name": flow.name,
                 "description": checked.description or flow.description,
                 "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
-                "pull_steps": pull,
+                "pull_steps": pull or [],
             }
         )
     except ValidationError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
@@ -20,6 +20,7 @@ from loraflow.adapters.tokenizer_files import served_folder, tokenizer_files
 from loraflow.config import Runtime
 from loraflow.config.data import read_tools_file
 from loraflow.data.templates.tokenizer_config import further_templates
+from loraflow.data.tokens.positions import Positions
 from loraflow.failures import BadConfig, BadModel, CorruptArtifact
 from loraflow.registry.log import Entry, PromotionLog, models
 from loraflow.registry.rebuild import how_to_rebuild
@@ -318,10 +319,15 @@ def load(model: Model, dtype: str, device: str = "auto") -> Loaded:
                 got=reason_of(error),
                 next_step="download or save it again: its files are damaged, mixed up, or no text generator",
             ) from error
-        positions = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+        positions = positions_of(network)
         if adapter is not None:
             network = _with_adapter(network, adapter)
         return Loaded(network, tokenizer, ChatTemplate(folder), stop_ids(folder), positions)
+
+
+def positions_of(network: Any) -> int | None:
+    """Return the most tokens of prompt and answer together, as in training; None if there is no limit."""
+    return Positions.of(network.config.get_text_config().to_dict()).limit
 
 
 def check_unmerged(model: Model) -> None:

@@ -25,7 +25,7 @@ from pydantic import JsonValue
 from loraflow.data.templates.served_template import served_date
 from loraflow.data.templates.tokenizer_config import find_template, further_templates
 from loraflow.failures import BadConfig, MissingExtra
-from loraflow.serving.models import Model
+from loraflow.serving.models import Model, positions_of
 from loraflow.serving.written_calls import vllm_parser
 from loraflow.store.base import MANIFEST
 
@@ -194,13 +194,14 @@ def _greeting(engine: str, model: Model, name: str, host: str, port: int) -> str
 
 
 HARMLESS = {"metadata", "parallel_tool_calls", "service_tier", "store", "stream_options", "user"}
-# Values that mean the same as no field; so do 0, false and empty ones.
+HARMLESS |= {"include", "reasoning_effort"}  # hints, which clients send to any model
+# Values that mean the same as no field; so do 0, false and empty ones, and "none" without tools.
 NEUTRAL = {
     "n": 1,
     "best_of": 1,
     "modalities": ["text"],
     "response_format": {"type": "text"},
-    "text": {"format": {"type": "text"}},
+    "text": {"type": "text"},
     "tool_choice": "auto",
     "truncation": "disabled",
 }
@@ -213,7 +214,10 @@ def refuse_ignored(body: dict[str, Any], ignored: set[str], advice: str = "remov
     from fastapi import HTTPException
 
     for field in sorted(ignored - HARMLESS):
-        if (value := body.get(field)) and value != NEUTRAL.get(field):
+        value = body.get(field)
+        if field == "text" and isinstance(value, dict):
+            value = value.get("format")
+        if value and value != NEUTRAL.get(field) and not (value == "none" and not body.get("tools")):
             raise HTTPException(400, f"{field}: {value!r:.80} has no effect here; {advice}")
 
 
@@ -223,11 +227,11 @@ def limit_length(model: Any, inputs: Any, config: Any) -> None:
 
     ids = inputs["input_ids"]
     length = len(ids) if isinstance(ids, list) else ids.shape[-1]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None:
+    if (positions := positions_of(model)) is not None:
         if length >= positions:
-            raise HTTPException(400, f"messages: {length} tokens; prompt and answer have {positions} together")
-        config.max_new_tokens = min(config.max_new_tokens, positions - length)
+            raise HTTPException(400, f"prompt: {length} tokens; prompt and answer have {positions} together")
+        new = config.max_new_tokens or (config.max_length or positions) - length
+        config.max_new_tokens = min(new, positions - length)
 
 
 async def openai_error(request: Any, error: Any) -> Any:
@@ -273,7 +277,7 @@ def check_requests() -> None:
             content = message.get("content")
             for part in content if isinstance(content, list) and modality is Modality.LLM else []:
                 if "text" not in part:
-                    raise HTTPException(400, f"messages: this model reads text only, no {part.get('type')}")
+                    raise HTTPException(400, f"this model reads text only, no {part.get('type')}")
         return read(messages, modality)
 
     def limited(generate: Callable[..., Any]) -> Callable[..., Any]:

@@ -413,7 +413,7 @@ class LocalDocuments:
     uri: str
 
     def read_document(self, name: str) -> bytes | None:
-        """Do what `Store` says."""
+        """Return a document, None if it does not exist."""
         try:
             return read_file(self.root / name)
         except FileNotFoundError:
@@ -436,13 +436,13 @@ class LocalDocuments:
             return True
 
     def write_document(self, name: str, data: bytes) -> None:
-        """Do what `Store` says."""
+        """Write or replace a document atomically."""
         with translate_os_errors(self.uri):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.root / name, data)
 
     def remove_document(self, name: str) -> None:
-        """Do what `Store` says."""
+        """Delete a document, if it exists."""
         with translate_os_errors(self.uri):
             (self.root / name).unlink(missing_ok=True)
 
@@ -452,6 +452,6 @@ class LocalDocuments:
         return sorted(path.relative_to(self.root).as_posix() for path in found if file_type(path) == stat.S_IFREG)
 
     def read_documents(self, prefix: str, suffix: str = "") -> dict[str, bytes]:
-        """Do what `Store` says."""
+        """Return documents below a prefix, by name."""
         found = ((name, self.read_document(name)) for name in self.documents(prefix) if name.endswith(suffix))
         return {name: data for name, data in found if data is not None}

@@ -290,7 +290,7 @@ _LOCAL_PATTERNS = ("work/*/*", "pending/*/*", "staging/*", "artifacts/*/*/*")
 
 
 def stale_items(bucket: Bucket, scratch: Path, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
-    """Do what `Store` says."""
+    """Yield (name, bytes) of unfinished work older than a time."""
     for upload in unfinished_uploads(bucket):
         if upload["Initiated"].timestamp() < before:
             if remove:

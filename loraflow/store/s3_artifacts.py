@@ -86,7 +86,7 @@ class S3Artifacts:
         self._manifests: dict[str, Manifest] = {}
 
     def find(self, stage: str, fingerprint: str) -> Ref | None:
-        """Do what `Store` says."""
+        """Return the current artifact if it is complete, else None."""
         try:
             pointer = self.pointer(stage, fingerprint)
             if pointer is None:
@@ -142,7 +142,7 @@ class S3Artifacts:
         return f"{self.uri}/{artifact_prefix(ref)}"
 
     def check(self, ref: Ref) -> list[str]:
-        """Do what `Store` says."""
+        """Compare an artifact's names and sizes with its manifest; return the problems."""
         self.forget(ref)
         listed = self._objects(ref)
         try:
@@ -186,24 +186,24 @@ class S3Artifacts:
         return found
 
     def artifacts(self) -> Iterator[Ref]:
-        """Do what `Store` says."""
+        """Yield all artifacts that have a manifest."""
         for item in self.bucket.listing():
             if (ref := parse_manifest_key(item.key, self.uri)) is not None:
                 yield ref
 
     def newest(self, stage: str) -> Manifest | None:
-        """Do what `Store` says."""
+        """Return the manifest of the stage's newest artifact."""
         found = max(self._stage_manifests(stage), key=lambda item: item.modified, default=None)
         return next(iter(self._parse([found]).values()), None) if found else None
 
     def newest_payload(self, stage: str, like: Mapping[str, JsonValue]) -> dict[str, JsonValue] | None:
-        """Do what `Store` says."""
+        """Return the payload of the stage that differs least from `like`."""
         newest_first = sorted(self._stage_manifests(stage), key=lambda item: item.modified, reverse=True)
         payloads = [manifest.payload for manifest in self._parse(newest_first).values()]
         return min(payloads, key=lambda payload: len(identity.explain(payload, like)), default=None)
 
     def previous_state(self, stage: str, fingerprint: str) -> PreviousState | None:
-        """Do what `Store` says."""
+        """Return what is left of an artifact that is not found."""
         keys = [item.key for item in self.bucket.listing(f"{stage}/{fingerprint}/")]
         if pointer_key(stage, fingerprint) not in keys:
             return None

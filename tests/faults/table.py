@@ -137,7 +137,6 @@ FAULTS = (
            "unit/registry/test_document_checksums.py::test_a_job_or_outcome_that_was_changed_or_is_of_another_job_is_not_used",
            "unit/registry/test_backup.py::test_a_second_backup_replaces_what_was_damaged_in_the_copy",
            "unit/registry/test_backup.py::test_a_backup_with_a_damaged_run_record_is_not_called_complete",
-           "unit/serving/test_serve.py::test_a_damaged_cache_of_the_server_is_written_again_and_an_intact_one_is_kept",
            "unit/data/test_remote_sources.py::test_a_file_that_was_changed_in_the_hubs_cache_is_refused")),
     Fault(21, "Damaged checkpoint", "train", "each kind of damage to a checkpoint's files; a checkpoint of another job or step",
           "the newest intact one is used, with a warning",

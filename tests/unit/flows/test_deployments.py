@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -112,14 +113,20 @@ def test_a_server_without_a_password_listens_on_localhost_only(tmp_path, monkeyp
     assert environment(tmp_path, "0.0.0.0", 4242)["PREFECT_API_AUTH_STRING"] == "a:b"
 
 
-def test_a_port_in_use_is_refused():
+def test_up_on_a_port_in_use_names_another_port(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from loraflow.cli import deploy
+
+    monkeypatch.setattr(deploy, "quiet_logging", lambda: None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(BadConfig, match=f"cannot listen on port {port}") as error:
-            require_free_port("127.0.0.1", port, "choose another")
-        assert error.value.next_step == "choose another"
+        with patch.dict(os.environ):
+            result = CliRunner().invoke(deploy.up, ["--port", str(port), "--home", str(tmp_path)])
+        assert isinstance(result.exception, BadConfig) and f"cannot listen on port {port}" in str(result.exception)
+        assert f"loraflow up --port {port + 1}" in result.exception.next_step
     require_free_port("127.0.0.1", port, "")
 
 

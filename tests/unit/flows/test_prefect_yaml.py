@@ -295,6 +295,15 @@ def test_a_run_without_pull_steps_begins_in_the_projects_folder(specs, given):
     assert specs(given, pull=[])[0].pull_steps == [], "no steps, as in Prefect"
 
 
+@pytest.mark.parametrize(
+    ("document", "variables"),
+    [({"name": None}, {}), ({}, {"working_dir": "/srv"}), ({}, {"image": "me/app:1"}), ({"pull": ""}, {})],
+)
+def test_a_run_that_has_a_folder_of_its_own_or_no_project_has_no_pull_steps(specs, document, variables):
+    pool = {"name": "local", "job_variables": variables}
+    assert specs({"pull": None, **document}, work_pool=pool)[0].pull_steps == []
+
+
 def test_what_prefect_deploy_writes_for_nothing_is_read_as_nothing(specs):
     empty = {"work_queue_name": None, "job_variables": None, "name": "local"}
     none = {"build": [], "push": {}, "version": None, "description": None, "concurrency_limit": None, "tags": "a,, a"}

@@ -1,5 +1,6 @@
 """Serving: answers through the openai client are those of `generate`, and mistakes show before the model is loaded."""
 
+import asyncio
 import json
 import os
 import signal
@@ -8,7 +9,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,7 +32,7 @@ def free_port():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(serve.tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.mark.slow
@@ -39,7 +42,7 @@ def test_the_openai_client_receives_the_answers_of_generate(tmp_path):
 
     folder = build_phi3(tmp_path / "odd @ name", dtype="float32")
     port = free_port()
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "from loraflow.cli import main; main()", "serve", str(folder), "--port", str(port),
                "--name", "tickets"]  # fmt: skip
     process = subprocess.Popen(
@@ -163,11 +166,12 @@ MESSAGES = [{"role": "user", "content": "a"}]
         ("presence_penalty", 0.5),
         ("response_format", {"type": "json_object"}),
         ("tool_choice", "required"),
+        ("functions", [{"name": "f"}]),
         ("messages", []),
         ("logit_bias", {"5": 100}),
     ],
 )
-def test_a_request_that_the_server_would_answer_as_another_one_is_refused(handler, field, value):
+def test_a_request_that_would_be_answered_as_if_fields_were_missing_is_refused(handler, field, value):
     from fastapi import HTTPException
 
     with pytest.raises(HTTPException, match=field) as error:
@@ -182,6 +186,7 @@ def test_a_request_that_the_server_would_answer_as_another_one_is_refused(handle
         {"n": 1, "logprobs": False, "presence_penalty": 0, "response_format": {"type": "text"}, "tool_choice": "auto"},
         {"user": "u", "metadata": {"a": "b"}, "store": True, "stream": True, "stream_options": {"include_usage": True}},
         {"temperature": 0.7, "top_p": 0.9, "seed": 1, "max_tokens": 5, "stop": None, "tools": [], "logit_bias": {}},
+        {"tool_choice": "none", "function_call": "none", "reasoning_effort": "low"},
     ],
 )
 def test_requests_as_clients_send_them_are_accepted(handler, fields):
@@ -190,6 +195,49 @@ def test_requests_as_clients_send_them_are_accepted(handler, fields):
     handler._validate_request({"messages": MESSAGES, **fields})
     for batched in (False, True):
         handler._build_generation_config({"messages": MESSAGES, **fields}, GenerationConfig(), use_cb=batched)
+
+
+def test_a_model_that_must_not_call_its_tools_is_refused(handler):
+    from fastapi import HTTPException
+
+    with pytest.raises(HTTPException, match="tool_choice: 'none'"):
+        handler._validate_request({"messages": MESSAGES, "tools": [{"type": "function"}], "tool_choice": "none"})
+
+
+@pytest.mark.parametrize(("kind", "accepted"), [("text", True), ("json_object", False)])
+def test_the_verbosity_of_a_response_is_accepted_and_another_format_is_not(handler, kind, accepted):
+    from fastapi import HTTPException
+    from transformers.cli.serving.response import ResponseHandler
+
+    responses = ResponseHandler(None, handler.generation_state)
+    body = {"input": "a", "include": ["reasoning.encrypted_content"], "text": {"verbosity": "low"}}
+    responses._validate_request(body)
+    body["text"]["format"] = {"type": kind}
+    with nullcontext() if accepted else pytest.raises(HTTPException, match="json_object"):
+        responses._validate_request(body)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"), [("{}", None), ('{"max_length": 40}', 40), ('{"max_new_tokens": 3}', 3)]
+)
+def test_a_generation_config_without_max_tokens_is_answered(handler, phi3, monkeypatch, settings, tokens):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.cli.serving.utils import Modality
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(phi3), AutoTokenizer.from_pretrained(phi3)
+    model.config.max_position_embeddings = 64
+    used = []
+    generate = type(model).generate
+    monkeypatch.setattr(
+        type(model), "generate", lambda *args, **options: used.append(options) or generate(*args, **options)
+    )
+    handler.model_manager = SimpleNamespace(get_model_modality=lambda *_, **__: Modality.LLM)
+    handler._resolve_model = lambda body: ("m", model, tokenizer)
+    response = asyncio.run(handler.handle_request({"messages": MESSAGES, "generation_config": settings}, "1"))
+    assert response.status_code == 200
+    length = used[0]["input_ids"].shape[-1]
+    wanted = {None: 64 - length, 40: 40 - length, 3: 3}[tokens]
+    assert used[0]["generation_config"].max_new_tokens == wanted
 
 
 @pytest.mark.parametrize("fields", [{"stop": ["x"]}, {"frequency_penalty": 1.0}, {"generation_config": "{}"}])
@@ -226,8 +274,11 @@ def test_an_answer_ends_with_the_positions_that_the_model_knows(phi3):
     positions = model.config.max_position_embeddings
     serve.limit_length(model, {"input_ids": [0] * 10}, config)
     assert config.max_new_tokens == positions - 10
-    with pytest.raises(HTTPException, match=f"{positions} tokens"):
+    with pytest.raises(HTTPException, match=f"prompt: {positions} tokens"):
         serve.limit_length(model, {"input_ids": [0] * positions}, config)
+    model.config.rope_parameters = {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": positions}
+    serve.limit_length(model, {"input_ids": [0] * positions}, config := GenerationConfig(max_new_tokens=10**9))
+    assert config.max_new_tokens == positions, "as in training"
 
 
 @pytest.mark.parametrize(("model_type", "concurrent"), [("phi3", True), ("falcon_h1", False)])
