@@ -64,9 +64,7 @@ _BAD_IF_SET = re.compile(
 )
 _NOTHING = frozenset({"0", "0.0", "n/a", "na", "-", "ok"})
 _WORD_PAIRS = LABELS | JUDGEMENTS
-_OF_RUN = re.compile(
-    r"(?:.*_)?(?:status|result|" + "|".join(sorted(RUNS)) + ")"
-)  # `error` and `timeout` judge in these
+_OF_RUN = re.compile(r"(?:.*_)?(?:status|result|" + "|".join(RUNS) + ")")  # `error` judges in these
 _REASON = re.compile(r"(?:^|_)(?:finish|stop)_?reason$")  # why an answer ends
 _CUT_OFF = frozenset({
     "length", "max tokens", "content filter", "safety", "recitation", "refusal", "error",

@@ -173,7 +173,7 @@ def test_a_split_is_found_in_folders_and_behind_the_name(train, test):
     "name",
     [
         "latest.jsonl", "contest.jsonl", "unit_tests.jsonl", "2026_test_drive.jsonl", "devices.jsonl", "attest/a.jsonl",
-        "testimonials.jsonl", "evaluation_of_wines.csv", "testing_guide.csv", "support/dev.team.csv", "test_kits/a.csv",
+        "testimonials.jsonl", "evaluation_of_wines.csv", "testing_guide.csv", "devteam/a.csv", "test_kits/a.csv",
         "driving_test.csv",
     ],
 )  # fmt: skip
