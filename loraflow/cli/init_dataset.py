@@ -91,16 +91,17 @@ def split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:
     name of a file or folder decides, or the first word of a file's (not evaluation, testing). Another word counts if a
     path with train in its place exists; numbers may differ.
     """
-    paths = [re.sub(r"\d+", "0", name.lower()) for name in names]
+    paths = {name: re.sub(r"\d+", "0", name.lower()) for name in names}
+    known = set(paths.values())
     splits: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
-    for name, path in zip(names, paths, strict=True):
+    for name, path in paths.items():
         *folders, stem = Path(path).with_suffix("").parts
         found = next(filter(None, map(_SPLIT.fullmatch, (stem, *folders[::-1]))), None)
         if found is None and not stem.startswith(("evaluation", "testing")):
             found = _SPLIT.match(stem)
         for word in () if found else _SPLIT.finditer(path):
             begin, end = word.span(word.lastgroup or 0)
-            if any(path[:begin] + train + path[end:] in paths for train in ("train", "training")):
+            if not known.isdisjoint(path[:begin] + train + path[end:] for train in ("train", "training")):
                 found = word
         splits["train" if found is None else found.lastgroup or ""].append(name)
     train, test, validation = splits.values()

@@ -31,8 +31,7 @@ _TICKS = frozenset({"true", "x", "✓", _ANY})
 # Words that judge only in a column that is named so: a size may be half
 _DEGREES = frozenset({"low", "very low", "half", "partial", "partly"})
 _ASKED = frozenset({
-    "do not use", "do not train", "needs work", "draft", "in progress", "unverified",
-    "hallucination",
+    "do not use", "do not train", "needs work", "draft", "in progress", "unverified", "hallucination"
 })  # fmt: skip
 # "Bad answer", "1 - poor", colours of thumbs
 _AROUND = re.compile(r"\b(?:answer|response|completion|output|quality|\d)\b|[:.!()\U0001f3fb-\U0001f3ff]")
@@ -66,9 +65,7 @@ _NOTHING = frozenset({"0", "0.0", "n/a", "na", "-", "ok"})
 _WORD_PAIRS = LABELS | JUDGEMENTS
 _OF_RUN = re.compile(r"(?:.*_)?(?:status|result|" + "|".join(RUNS) + ")")  # `error` judges in these
 _REASON = re.compile(r"(?:^|_)(?:finish|stop)_?reason$")  # why an answer ends
-_CUT_OFF = frozenset({
-    "length", "max tokens", "content filter", "safety", "recitation", "refusal", "error",
-})  # fmt: skip
+_CUT_OFF = frozenset({"length", "max tokens", "content filter", "safety", "recitation", "refusal", "error"})
 
 Told = tuple[tuple[str, str], ...]  # keys, and what their values say: true, false, -1, a word that judges, or nothing
 

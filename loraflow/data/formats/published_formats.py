@@ -422,7 +422,7 @@ def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: 
     role = next(name for name in ROLE_KEYS if name in earlier[0])
     text = next((name for name in CONTENTS if name in earlier[0]), CONTENTS[0])
     if _role(earlier[0]) == ASSISTANT or any(turn.get(text) == row[answer] for turn in earlier):
-        return ""  # no chat begins so, or the prompt would have the answer
+        return ""  # no chat begins so, or it has the answer
     before, asked, answered = map(_path, keys)
     turns = f'{{{role}: "user", {text}: {asked}}}, {{{role}: "assistant", {text}: {answered}}}'
     return _by_jq(f". + {{messages: ({before} + [{turns}])}} | del({before}, {asked}, {answered})")
