@@ -71,7 +71,7 @@ VERSION_DATASET = Stage(
 CHECK_DATASET = Stage(
     name="check_dataset",
     # docs/upgrade.md lists what earlier versions of the stages changed.
-    # 17: rows that begin with a held-out chat are leaks; an unread chat_history is refused
+    # 17: an unread chat_history and retrieved passages are refused
     version=17,
     module="loraflow.data.checks.check",
     config=configs.CheckDatasetConfig,

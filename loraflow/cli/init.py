@@ -331,7 +331,7 @@ def print_dataset(dataset: UserDataset) -> None:
     else:
         click.echo(_held_out_line(chats, size.heldout_fraction, has_clusters=dataset.near_duplicates == "drop"))
     for file in dataset.train_files:
-        if any(len(word) > 2 and is_bad_word(word) for word in re.split(r"[\W\d_]+", file)):
+        if is_bad_word(Path(file).stem):
             click.echo(f"question  does {file} have wrong answers? If so, remove it from data.train", err=True)
     if dataset.unused_files:
         click.echo(f"neither trained on nor held out: {', '.join(dataset.unused_files)}")

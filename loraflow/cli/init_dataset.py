@@ -87,14 +87,22 @@ def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
 def split_by_name(names: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Return the files to train on, to hold out, and to leave out, by the usual names of splits.
 
-    Test files are held out. Validation files are held out if there are no test files, and left out otherwise. Names of
-    files and folders begin with the split; if one has the word train, they may have it anywhere.
+    Test files are held out. Validation files are held out if there are no test files, and left out otherwise. The whole
+    name of a file or folder decides, or the first word of a file's (not evaluation, testing). Another word counts if a
+    path with train in its place exists; numbers may differ.
     """
-    is_named = any(found[1] for name in names for found in _SPLIT.finditer(name.lower()))
+    paths = {name: re.sub(r"\d+", "0", name.lower()) for name in names}
+    known = set(paths.values())
     splits: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
-    for name in names:
-        parts = Path(name.lower()).with_suffix("").parts[::-1]
-        found = next(filter(None, map(_SPLIT.search if is_named else _SPLIT.match, parts)), None)
+    for name, path in paths.items():
+        *folders, stem = Path(path).with_suffix("").parts
+        found = next(filter(None, map(_SPLIT.fullmatch, (stem, *folders[::-1]))), None)
+        if found is None and not stem.startswith(("evaluation", "testing")):
+            found = _SPLIT.match(stem)
+        for word in () if found else _SPLIT.finditer(path):
+            begin, end = word.span(word.lastgroup or 0)
+            if not known.isdisjoint(path[:begin] + train + path[end:] for train in ("train", "training")):
+                found = word
         splits["train" if found is None else found.lastgroup or ""].append(name)
     train, test, validation = splits.values()
     if not train:
@@ -112,7 +120,7 @@ def estimated_tokens(text: str) -> int:
 
     English words have one token for about three letters. Digits, punctuation and line breaks have one each, and other
     letters one for each byte of UTF-8 beyond the first: SmolLM2's tokenizer needs 0.8 tokens for a Russian letter, 1.8 for
-    a Chinese one and 3 for an emoji. The counts of that tokenizer are in tests/unit/cli/test_init_settings.py.
+    a Chinese one and 3 for an emoji.
     """
     letters = sum(character.isascii() and (character.isalpha() or character == " ") for character in text)
     ascii_ = sum(character.isascii() for character in text)

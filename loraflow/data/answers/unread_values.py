@@ -26,13 +26,12 @@ _OTHER = ""  # any other value
 _DOWN = "-1"  # beside 0 and 1, a vote against the answer
 _FLAGS = frozenset({"true", "false", _DOWN})
 _ANY = "a value"  # as that of deleted_at
-# In some cells of a column whose other cells are empty
-_TICKS = frozenset({"true", "1", "x", "✓", _ANY})
+# Beside empty cells
+_TICKS = frozenset({"true", "x", "✓", _ANY})
 # Words that judge only in a column that is named so: a size may be half
 _DEGREES = frozenset({"low", "very low", "half", "partial", "partly"})
 _ASKED = frozenset({
-    "do not use", "do not train", "needs work", "draft", "in progress", "unverified",
-    "hallucination",
+    "do not use", "do not train", "needs work", "draft", "in progress", "unverified", "hallucination"
 })  # fmt: skip
 # "Bad answer", "1 - poor", colours of thumbs
 _AROUND = re.compile(r"\b(?:answer|response|completion|output|quality|\d)\b|[:.!()\U0001f3fb-\U0001f3ff]")
@@ -62,14 +61,11 @@ _BAD_IF_SET = re.compile(
     r"(?:deleted|rejected|discarded|removed|hidden|failed|flagged|banned)_(?:at|by|on|date|reason)"
     r"|(?:rejection|reject|failure|deletion|error)_?(?:reason|message|type)|errors?|exception|issues"
 )
+_NOTHING = frozenset({"0", "0.0", "n/a", "na", "-", "ok"})
 _WORD_PAIRS = LABELS | JUDGEMENTS
-_OF_RUN = re.compile(
-    r"(?:.*_)?(?:status|result|" + "|".join(sorted(RUNS)) + ")"
-)  # `error` and `timeout` judge in these
+_OF_RUN = re.compile(r"(?:.*_)?(?:status|result|" + "|".join(RUNS) + ")")  # `error` judges in these
 _REASON = re.compile(r"(?:^|_)(?:finish|stop)_?reason$")  # why an answer ends
-_CUT_OFF = frozenset({
-    "length", "max tokens", "content filter", "safety", "recitation", "refusal", "error",
-})  # fmt: skip
+_CUT_OFF = frozenset({"length", "max tokens", "content filter", "safety", "recitation", "refusal", "error"})
 
 Told = tuple[tuple[str, str], ...]  # keys, and what their values say: true, false, -1, a word that judges, or nothing
 
@@ -87,7 +83,9 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
         elif pairs := _told(key, key, value):
             if labels and pairs == [(key, "false")] and normal_name(key) in LABELS and labels.may_have_marks(key):
                 pairs = [(key, str(value).strip().lower())]
-            found += pairs
+            is_named = "label_text" in row or "label_name" in row
+            if not (labels and is_named and key == "label" and str(value).isdigit() and labels.are_classes(key)):
+                found += pairs
         elif isinstance(value, str) and len(value) <= _MAX_WORD:
             name, text = normal_name(key), " ".join(value.split())
             is_asked = name in JUDGEMENTS and may_be_no(value)
@@ -119,8 +117,12 @@ def _told(path: str, key: str, value: JsonValue) -> list[tuple[str, str]]:
 
 def _word(key: str, value: JsonValue) -> str:
     kind, name = _kind_of(key), normal_name(key)
-    if kind == "bad":
-        return _OTHER if is_absent(value) or value in (False, 0) else _ANY
+    if kind == "bad" and not isinstance(value, list):
+        text = str(value).strip()
+        if is_absent(value) or text.lower() in _NOTHING:
+            return _OTHER
+        is_word = isinstance(value, bool | str) and not text.isdigit() and len(text) <= _MAX_WORD
+        return (is_word and _word_of_text("judging", text)) or _ANY
     if kind == "neutral":
         return _OTHER
     if isinstance(value, list):  # of several judges
@@ -128,7 +130,7 @@ def _word(key: str, value: JsonValue) -> str:
         if len(words) == 1:
             return words.pop()
         bad = words - _FLAGS - {_OTHER}  # a tag, if no judge says the opposite
-        return min(bad) if bad and not any(word_side(str(item)) for item in value) else _OTHER
+        return max(bad) if bad and not any(word_side(str(item)) for item in value) else _OTHER
     if _REASON.search(name):
         return value if isinstance(value, str) and plain(value) in _CUT_OFF else _OTHER
     if isinstance(value, bool):
@@ -208,9 +210,10 @@ def questions(columns: Mapping[str, Mapping[str, int]]) -> list[str]:
         most = sorted(words.items(), key=lambda item: -item[1])[:4]
         counts = ", ".join(f"{word} in {rows} rows" for word, rows in most)
         way = "write it as is_correct (true or false)"
-        if words.keys() == {"true"} and "." not in key:
+        is_flag = words.keys() <= {"true", "false"} and "." not in key
+        if is_flag and "false" not in words and _kind_of(key) != "judging" and "gold" not in key:
             way = f"set data.columns: {{exclude: {key}}} to leave these rows out, or {way}"
-        elif words.keys() <= {"true", "false"} and "." not in key:
+        elif is_flag and "false" in words:
             way = (
                 f"set data.columns: {{train: {key}}} to learn where it is true, or {{exclude: {key}}} where it is false"
             )

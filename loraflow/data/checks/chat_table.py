@@ -46,7 +46,6 @@ class ChatTable:
         source: the position of each row's source in data.sources; -1 without sources.
         drawn: the position in SPLITS of each row's split by its file or by the seeded hash.
         group: the number of each row's group (data.group); -1 if it has none.
-        earlier: ids of chats that end with an earlier learned answer of a row, and the rows.
         texts: sketches of the chats; None if near-duplicates are not searched.
         prompts: sketches of the prompts; the same.
     """
@@ -64,7 +63,6 @@ class ChatTable:
             self._arrays |= {"drawn_keys": self._arrays["keys"], "asked": self._arrays["prompts"]}
             self._read = tuple(name for name in self._read if name not in ("drawn_keys", "asked"))
         self.flags, self.drawn, self.group = (self._arrays[name] for name in ("flags", "drawn", "groups"))
-        self.earlier = array("Q"), array("q")
         self._set = self._arrays["sets"] = array("h")
         self.source = self._arrays["sources"] = array("h")
         self._sources = {source.name: number for number, source in enumerate(config.sources)}
@@ -100,8 +98,6 @@ class ChatTable:
         for name in self._read:
             self._arrays[name].frombytes(arrays[name].tobytes())
         names = np.array([_number(name, self._groups, self._group_names) for name in segment.groups], np.int32)
-        self.earlier[0].frombytes(arrays["earlier_ids"].tobytes())
-        self.earlier[1].frombytes((arrays["earlier_rows"].astype(np.int64) + begin).tobytes())
         groups = arrays["groups"]
         self.group.frombytes((np.where(groups < 0, groups, names[groups]) if len(names) else groups).tobytes())
         self._set.frombytes(np.full(rows, _number(set_name, self._sets, self._set_names), np.int16).tobytes())

@@ -54,29 +54,18 @@ def _first(keys: NDArray[np.uint64], *others: NDArray[np.integer]) -> NDArray[np
 
 
 def drop_leaks(table: ChatTable, columns: Columns, splits: dict[Split, Rows], drop: Drop) -> None:
-    """Drop training and validation rows whose prompt is held out, or that begin with a held-out chat and learn its answer:
-    scores must not come from rows that were learned.
-    """
+    """Drop training and validation rows whose prompt is held out: scores must not come from rows that were learned."""
     heldout = splits["heldout"]
-    ids, numbers = np.frombuffer(table.earlier[0], np.uint64), np.frombuffer(table.earlier[1], np.int64)
-    earlier = _held_out(ids, numbers, columns.ids[heldout], heldout)
+    held = columns.keys[heldout]
+    order = np.argsort(held, kind="stable")
     names: tuple[Split, ...] = ("train", "validation")
     for split in names:
         rows = splits[split]
-        prompts = _held_out(columns.keys[rows], rows, columns.keys[heldout], heldout)
-        leaks = np.isin(rows, list(prompts | earlier))
-        for number in rows[leaks].tolist():
-            what, other = ("its prompt", prompts) if number in prompts else ("a chat that it begins with", earlier)
-            drop(number, split, "leak", f"{what} is held out ({table.place(other[number])})")
+        leaks = np.isin(columns.keys[rows], held)
+        last = np.searchsorted(held[order], columns.keys[rows[leaks]], side="right") - 1
+        for number, other in zip(rows[leaks].tolist(), heldout[order[last]].tolist(), strict=True):
+            drop(number, split, "leak", f"its prompt is held out ({table.place(other)})")
         splits[split] = rows[~leaks]
-
-
-def _held_out(keys: NDArray[np.uint64], rows: Rows, held: NDArray[np.uint64], heldout: Rows) -> dict[int, int]:
-    """Return {row: a held-out row with its key}, of the rows that have one."""
-    order = np.argsort(held, kind="stable")
-    found = np.isin(keys, held)
-    last = np.searchsorted(held[order], keys[found], side="right") - 1
-    return dict(zip(rows[found].tolist(), heldout[order[last]].tolist(), strict=True))
 
 
 def heldout_groups(columns: Columns, rows: Rows) -> dict[int, int]:

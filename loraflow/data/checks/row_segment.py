@@ -10,7 +10,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import NamedTuple
@@ -62,8 +62,6 @@ TYPES = {
     "answer_characters": "i",
     "sizes": "q",
 }
-# Of learned answers before the last one: ids of the chats that end with them, and their rows in the segment
-_EARLIER_TYPES = {"earlier_ids": "Q", "earlier_rows": "I"}
 _NEAR_TYPES = {"text_keys": "Q", "text_sketches": "B", "prompt_keys": "Q", "prompt_sketches": "B"}
 
 
@@ -108,7 +106,6 @@ class RowSegment:
         head = {
             "rows": len(self),
             "near": "text_keys" in self.arrays,
-            "earlier": len(self.arrays["earlier_ids"]),
             "groups": self.groups,
             "left_out": self.left_out,
             "unread": self.unread,
@@ -125,10 +122,8 @@ class RowSegment:
         begin = content.index(b"\n") + 1
         head = json.loads(content[:begin])
         arrays: dict[str, np.ndarray] = {}
-        for name, code in {**TYPES, **_EARLIER_TYPES, **(_NEAR_TYPES if head["near"] else {})}.items():
+        for name, code in {**TYPES, **(_NEAR_TYPES if head["near"] else {})}.items():
             count = head["rows"] * (HASHES if name.endswith("sketches") else 1)
-            if name in _EARLIER_TYPES:
-                count = head["earlier"]
             arrays[name] = np.frombuffer(content, np.dtype(code), count, begin)
             begin += arrays[name].nbytes
         left_out = [LeftOut(*values) for values in head["left_out"]]
@@ -149,7 +144,7 @@ class SegmentBuilder:
 
     def __init__(self, config: CheckDatasetConfig, *, is_training: bool, is_pinned: bool):
         self._config, self._is_training, self._is_pinned = config, is_training, is_pinned
-        self._arrays = {name: array(code) for name, code in {**TYPES, **_EARLIER_TYPES}.items()}
+        self._arrays = {name: array(code) for name, code in TYPES.items()}
         self._parts: list[bytes] = []
         self._groups: dict[str, int] = {}
         self._left_out: list[LeftOut] = []
@@ -200,17 +195,13 @@ class SegmentBuilder:
         chat = with_system(messages, system) if system and is_added else messages
         items = [message_json(message) for message in chat]
         is_simple = all(len(message) == 2 for message in chat)
-        hashed = [_hashed(item, message) for item, message in zip(items, chat, strict=True)]
-        *earlier, prompt_key, row_key = _keys(hashed)
-        for number, key in enumerate(earlier):
-            if chat[number]["role"] == "assistant" and (row.learned is None or number - is_added in row.learned):
-                arrays["earlier_ids"].append(int(key, 16))
-                arrays["earlier_rows"].append(len(arrays["ids"]))
+        hashed = items if is_simple else [_hashed(item, message) for item, message in zip(items, chat, strict=True)]
+        prompt_key, row_key = _keys(hashed)
         arrays["ids"].append(int(row_key, 16))
         arrays["keys"].append(int(prompt_key, 16))
         arrays["groups"].append(-1 if row.group is None else self._groups.setdefault(row.group, len(self._groups)))
         if system and is_added:
-            *_, prompt_key = _keys([_hashed(message_json(message), message) for message in messages[:-1]])
+            prompt_key = _key([_hashed(message_json(message), message) for message in messages[:-1]])
         arrays["drawn_keys"].append(int(prompt_key, 16))
         arrays["drawn"].append(SPLITS.index(self._draw(prompt_key, row.group)))
         self._add_normalized(messages, chat, is_simple=is_simple)
@@ -288,11 +279,15 @@ def _hashed(item: str, message: Message) -> str:
     return item if len(message) == 2 else to_json(without_call_ids(message))
 
 
-def _keys(items: list[str]) -> Iterator[str]:
-    """Yield what `row_id` returns for the first message, for the first two, and so on."""
-    hashed = hashlib.sha256(b"[")
-    for number, item in enumerate(items):
-        hashed.update((f", {item}" if number else item).encode())
-        closed = hashed.copy()
-        closed.update(b"]")
-        yield closed.hexdigest()[:16]
+def _keys(items: list[str]) -> tuple[str, str]:
+    """Return `_key` of the prompt's messages and of all messages. The prompt is hashed once."""
+    prompt = hashlib.sha256(f"[{', '.join(items[:-1])}".encode())
+    row = prompt.copy()
+    prompt.update(b"]")
+    row.update(f"{', ' if len(items) > 1 else ''}{items[-1]}]".encode())
+    return prompt.hexdigest()[:16], row.hexdigest()[:16]
+
+
+def _key(items: Iterable[str]) -> str:
+    """Return what `row_id` returns for messages with these texts."""
+    return hashlib.sha256(f"[{', '.join(items)}]".encode()).hexdigest()[:16]

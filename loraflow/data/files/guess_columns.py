@@ -97,7 +97,9 @@ _CHAT_NAMES = re.compile(r"conversation|dialog|chat|messages|turns", re.IGNORECA
 # Names of one of several chats about the same prompt: the better, the worse, those of two models
 _COMPARED = re.compile(r"chosen|reject|prefer|winn|loser|\b(good|bad|positive|negative)\b|[-_. ](a|b|w|l|[1-9])$")
 # Names of a question or an answer that follows earlier turns
-_LATER = re.compile(r"(?:^|_)(?:response|answer|output|completion|reply|question|query|message|text|input|prompt)$")
+_LATER = re.compile(
+    r"(?!system|commit)(?:.*_)?(?:response|answer|output|completion|reply|question|query|message|text|input|prompt)"
+)
 # Names of an answer's derivation, whose result is the `answer`
 _DERIVATIONS = re.compile(r"solution|generation|explanation|rationale|reasoning|thought|response")
 _LONG = 3  # words of a text that is no name or category
@@ -307,7 +309,7 @@ def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
         if (
             turns is None
             or _COMPARED.search(name.lower())
-            or (is_history(name) and any(isinstance(row[key], str) and _LATER.search(key.lower()) for key in row))
+            or (is_history(name) and any(isinstance(row[key], str) and _LATER.fullmatch(key.lower()) for key in row))
         ):
             continue
         if _CHAT_NAMES.search(name) or not any(map(pair_keys, turns)):

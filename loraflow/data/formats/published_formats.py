@@ -275,7 +275,11 @@ def conversion_hint(row: Mapping[str, JsonValue]) -> str:
         made = f'{{instruction: "Translate to {target}.", input: .translation.{source}, output: .translation.{target}}}'
         return _by_jq(made)
     hint = next((_by_jq(made) for keys, made in _FILTERS.items() if row.keys() >= set(keys.split())), "")
-    return hint or _hint_to_unpack(row) or _hint_to_name(row)
+    hint = hint or _hint_to_unpack(row) or _hint_to_name(row)
+    for key in row:
+        if any(_role(turn) == ASSISTANT for turn in _messages_of(key, row)[-1:]):
+            hint += f"; if {key} is the whole chat, set data.columns: {{messages: {key}}}"
+    return hint
 
 
 def _hint_to_read_chosen(row: Mapping[str, JsonValue]) -> str:
@@ -325,8 +329,7 @@ def _has_chat(value: Mapping[str, JsonValue]) -> bool:
     """Tell whether an object has messages that end with an answer, or texts of a question and its answer."""
     for key in ("messages", "conversations"):
         if turns := objects(value.get(key)):
-            role = next((turns[-1][name] for name in ROLE_KEYS if name in turns[-1]), None)
-            return normal_role(role) == ASSISTANT and any(isinstance(turns[-1].get(name), str) for name in CONTENTS)
+            return _role(turns[-1]) == ASSISTANT and any(isinstance(turns[-1].get(name), str) for name in CONTENTS)
     return any(
         all(isinstance(text := value.get(name), str) and text.strip() for name in pair)
         for pair in (("prompt", "completion"), ("instruction", "output"))
@@ -390,8 +393,13 @@ def _messages_of(key: str, row: Mapping[str, JsonValue]) -> list[dict[str, JsonV
     """Return the messages in a column such as `context` or `chat_history`, if any."""
     value = row[key]
     turns = objects(value) if is_history(key) and isinstance(value, list) else None
-    roles = [normal_role(next((turn[name] for name in ROLE_KEYS if name in turn), None)) for turn in turns or ()]
-    return turns if turns and all(role in ("user", ASSISTANT, "system", TOOL) for role in roles) else []
+    roles = list(map(_role, turns or ()))
+    is_chat = "user" in roles or key.lower().startswith("context")
+    return turns if turns and is_chat and all(role in ("user", ASSISTANT, "system", TOOL) for role in roles) else []
+
+
+def _role(turn: Mapping[str, JsonValue]) -> JsonValue:
+    return normal_role(next((turn[name] for name in ROLE_KEYS if name in turn), None))
 
 
 def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
@@ -413,8 +421,8 @@ def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: 
     earlier = _messages_of(history, row)
     role = next(name for name in ROLE_KEYS if name in earlier[0])
     text = next((name for name in CONTENTS if name in earlier[0]), CONTENTS[0])
-    if any(turn.get(text) == row[answer] for turn in earlier):
-        return ""  # the prompt would have the answer
+    if _role(earlier[0]) == ASSISTANT or any(turn.get(text) == row[answer] for turn in earlier):
+        return ""  # no chat begins so, or it has the answer
     before, asked, answered = map(_path, keys)
     turns = f'{{{role}: "user", {text}: {asked}}}, {{{role}: "assistant", {text}: {answered}}}'
     return _by_jq(f". + {{messages: ({before} + [{turns}])}} | del({before}, {asked}, {answered})")

@@ -26,6 +26,7 @@ _TEXT_PARTS = (
     "definition", "hypothesis", "transcript", "dialogue", "contract", "clause", "background", "facts", "schema", "table",
 )  # fmt: skip
 _TEXT_OR_LISTED = frozenset({*_TEXT_PARTS, "contexts", "documents", "passages", "paragraphs"})
+_RETRIEVED = re.compile(r"retrieved_(?:context|doc|document|passage|chunk|text|paragraph)s?")
 _QUESTIONS = frozenset({"question", "query", "problem", "hypothesis"})  # a prompt may say the same in other words
 # Shares of a part's words that are in the prompt, from which on the prompt has the part.
 _SHARE = 0.5
@@ -113,7 +114,7 @@ def refuse_lost_parts(
     keys = [
         key
         for key in row
-        if (key.lower() in _TEXT_OR_LISTED or key.lower().startswith("retrieved") or key in named)
+        if (key.lower() in _TEXT_OR_LISTED or _RETRIEVED.fullmatch(key.lower()) or key in named)
         and key not in used.values()
     ]
     asked: _Asked | None = None

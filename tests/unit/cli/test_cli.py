@@ -157,6 +157,10 @@ def test_init_does_not_train_on_files_named_test(tmp_path, phi3, quick_dvc):
         ("training.jsonl", "evaluation.jsonl"),
         ("TRAIN_v2.csv", "TEST_v2.csv"),
         ("chats.jsonl", "test/part-1.jsonl"),
+        ("squad-train-00000-of-00005.parquet", "squad-test-00000-of-00001.parquet"),
+        ("training-0.csv", "evaluation-0.csv"),
+        ("eval_results/my_train.csv", "eval_results/my_test.csv"),
+        ("chats.jsonl", "test-2.jsonl"),
     ],
 )
 def test_a_split_is_found_in_folders_and_behind_the_name(train, test):
@@ -166,24 +170,30 @@ def test_a_split_is_found_in_folders_and_behind_the_name(train, test):
 
 
 @pytest.mark.parametrize(
-    "name", ["latest.jsonl", "contest.jsonl", "unit_tests.jsonl", "2026_test_drive.jsonl", "devices.jsonl"]
-)
-def test_other_names_are_trained_on(name):
+    "name",
+    [
+        "latest.jsonl", "contest.jsonl", "unit_tests.jsonl", "2026_test_drive.jsonl", "devices.jsonl", "attest/a.jsonl",
+        "testimonials.jsonl", "evaluation_of_wines.csv", "testing_guide.csv", "devteam/a.csv", "test_kits/a.csv",
+        "driving_test.csv",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("other", ["chats.jsonl", "train.jsonl", "model_train.csv"])
+def test_other_names_are_trained_on(name, other):
     from loraflow.cli.init_dataset import split_by_name
 
-    assert split_by_name([name, "chats.jsonl"]) == ([name, "chats.jsonl"], [], [])
+    assert split_by_name([name, other]) == ([name, other], [], [])
 
 
 def test_init_asks_about_a_file_of_rejected_answers(tmp_path, phi3, quick_dvc):
     folder = tmp_path / "data"
     folder.mkdir()
-    for number, name in enumerate(("accepted", "rejected")):
+    for number, name in enumerate(("accepted", "rejected", "low_resource", "bad_homburg", "half_life")):
         rows = (json.dumps(chat(i)) + "\n" for i in range(30 * number, 30 * number + 30))
         (folder / f"{name}.jsonl").write_text("".join(rows))
     done = in_this_process("init", "--data", "data", "--base", str(phi3), "--name", "mine", cwd=tmp_path)
     assert done.exit_code == 0, done.exception
     assert "question  does rejected.jsonl have wrong answers?" in done.stderr
-    assert "does accepted.jsonl" not in done.stderr
+    assert done.stderr.count("have wrong answers?") == 1
 
 
 def test_data_check_names_file_and_line_and_fails(tmp_path):

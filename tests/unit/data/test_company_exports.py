@@ -37,7 +37,17 @@ def asked(rows):
         ("issues", [["factual"], []], "a value in 1 rows"),
         ("trash", [True, None], "true in 1 rows"),
         ("approved", ["x", "", "x"], "x in 2 rows"),
-        ("spam", [1, None], "1 in 1 rows"),
+        ("error", [True, False], "true in 1 rows, false in 1 rows"),
+        ("errors", ["True", "False"], "true in 1 rows, false in 1 rows"),
+        ("exception", ["yes", "no"], "true in 1 rows, false in 1 rows"),
+        ("issues", [True, False], "true in 1 rows, false in 1 rows"),
+        ("issues", [["wrong"], []], "wrong in 1 rows"),
+        ("error_type", ["true", "false"], "true in 1 rows, false in 1 rows"),
+        ("error_message", ["wrong", None], "wrong in 1 rows"),
+        ("error_message", ["wrong", False], "wrong in 1 rows, false in 1 rows"),
+        ("error_message", ["bad answer", "ok"], "bad answer in 1 rows"),
+        ("failure_reason", ["incorrect", "late"], "incorrect in 1 rows, a value in 1 rows"),
+        ("rejection_reason", ["low", "style"], "low in 1 rows, a value in 1 rows"),
         ("korrekt", ["ja", "nein"], "ja in 1 rows, nein in 1 rows"),
         ("correcto", ["sí", "no"], "si in 1 rows, false in 1 rows"),
         ("正解", ["はい", "いいえ"], "はい in 1 rows, いいえ in 1 rows"),
@@ -68,11 +78,31 @@ def test_a_column_that_may_mark_answers_is_a_question(tmp_path, key, values, sai
         ("error", [None, None]), ("is_code", [True, True]), ("turn", [1, None]), ("n_edits", [1, 2]), ("spam", [1, 1]),
         ("language", ["ja", "no"]), ("direction", ["si", "so"]), ("tags", [["good", "bad"], ["math"]]), ("topic", ["test", "exam"]),
         ("sentiment", ["low", "high"]), ("issues", [[], []]), ("error_count", [0, 3]), ("topic", ["answer", "response"]),
-        ("size", ["x", None]), ("deleted_at", ["2026", "2026"]),
+        ("size", ["x", None]), ("deleted_at", ["2026", "2026"]), ("spam", [1, None]), ("featured", ["1", None]),
+        *(("error", [nothing, None]) for nothing in ("none", "None", "N/A", "n/a", "-", "ok", "null", "0", 0)),
+        ("issues", [3, 0, 1]), ("deleted_by", ["None", None]),
     ],
 )  # fmt: skip
 def test_other_columns_are_named_without_a_question(tmp_path, key, values):
     assert asked(rows_with(tmp_path, key, values)) == []
+
+
+def test_a_flag_in_metadata_is_a_question(tmp_path):
+    (question,) = asked(rows_with(tmp_path, "metadata", [{"error": True}, {"error": False}]))
+    assert "does metadata.error mark wrong answers? (true in 1 rows, false in 1 rows)" in question
+
+
+def test_numbers_of_named_classes_are_no_question(tmp_path):
+    rows = [{"text": f"It is {n}.", "label": n % 2, "label_text": ("ham", "spam")[n % 2]} for n in range(4)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "text", "completion": "label_text"}
+    read = list(read_rows(tmp_path, ["x.jsonl"], "auto", columns, is_training=True))
+    assert all(row.messages and not row.is_marked_false for row in read) and asked(read) == []
+
+
+@pytest.mark.parametrize("key", ["qa_ok", "verified_by_human", "golden"])
+def test_no_advice_leaves_out_the_rows_that_a_column_calls_good(tmp_path, key):
+    assert "exclude:" not in "".join(asked(rows_with(tmp_path, key, [True, None])))
 
 
 def test_a_column_of_splits_with_another_name_is_asked_about(tmp_path):
@@ -122,6 +152,14 @@ def test_no_command_puts_the_answer_into_the_prompt(tmp_path):
     assert row.messages is None and "jq" not in row.problem
 
 
+def test_no_command_makes_a_chat_that_begins_with_an_answer(tmp_path):
+    pair = {"question": "Why?", "answer": "It is a shrub."}
+    greeting = {"role": "assistant", "content": "How can I help?"}
+    assert first(tmp_path, {"chat_history": [greeting], **pair})[0].messages, "no question that the answer may need"
+    row, _ = first(tmp_path, {"chat_history": [greeting, *EARLIER], **pair})
+    assert row.problem.startswith("chat_history has earlier messages") and "jq" not in row.problem
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -132,28 +170,36 @@ def test_no_command_puts_the_answer_into_the_prompt(tmp_path):
 def test_the_history_of_a_chat_is_not_taken_for_the_chat(tmp_path, row):
     read, columns = first(tmp_path, row)
     assert read.messages is None and columns == {}
+    assert "if chat_history is the whole chat, set data.columns: {messages: chat_history}" in read.problem
+    named = list(read_rows(tmp_path, ["x.jsonl"], "auto", {"messages": "chat_history"}))
+    assert len(named[0].messages) == 2, "what the message advises"
 
 
 def test_a_history_without_another_text_is_the_chat(tmp_path):
-    read, columns = first(tmp_path, {"history": EARLIER, "instance_id": "a-1"})
-    assert columns == {"messages": "history"} and len(read.messages) == 2
+    for other in ({"instance_id": "a-1"}, {"system_prompt": "Be kind."}, {"commit_message": "fix"}):
+        read, columns = first(tmp_path, {"history": EARLIER, **other})
+        assert columns == {"messages": "history"} and read.messages[-2:] == EARLIER
 
 
 @pytest.mark.parametrize("keys", [("prompt", "completion"), ("instruction", "output")])
 @pytest.mark.parametrize("context", [{}, {"input": "tea"}])
 def test_a_history_that_has_the_answer_is_refused(tmp_path, keys, context):
-    row = {keys[0]: "Why?", keys[1]: "A shrub.", **(context if keys[0] == "instruction" else {})}
+    row = {keys[0]: "Why?", keys[1]: "It is a shrub.", **(context if keys[0] == "instruction" else {})}
     asked = f"Why?\n\n{context['input']}" if "input" in row else "Why?"
     before = ["Is tea a herb?", "No."]
     assert first(tmp_path, {**row, "history": [before]})[0].messages
     assert first(tmp_path, {**row, "history": [[asked, "A tree."]]})[0].messages, "it was asked again"
-    refused, _ = first(tmp_path, {**row, "history": [before, [asked, "A shrub."]]})
+    refused, _ = first(tmp_path, {**row, "history": [before, [asked, "It is a shrub."]]})
     assert refused.messages is None and refused.problem.startswith("history ends with the question and answer")
+    assert first(tmp_path, {keys[0]: "next", keys[1]: "ok", "history": [["next", "ok"]]})[0].messages, "said twice"
 
 
-def test_a_retrieved_passage_that_the_prompt_lacks_is_refused(tmp_path):
+@pytest.mark.parametrize("key", ["retrieved_docs", "retrieved_context", "retrieved_chunks", "retrieved_documents"])
+def test_a_retrieved_passage_that_the_prompt_lacks_is_refused(tmp_path, key):
     passage = "Tea is made of the leaves of a shrub, which grows in Asia. It is no herb at all."
-    row = {"prompt": "Is tea a herb?", "completion": "No.", "retrieved_docs": [passage]}
-    assert "retrieved_docs has a text that the prompt lacks" in first(tmp_path, row)[0].problem
-    assert first(tmp_path, {**row, "prompt": f"{passage} Is tea a herb?"})[0].messages
-    assert first(tmp_path, {**row, "retrieved_docs": ["a.pdf"]})[0].messages
+    pair = {"prompt": "Is tea a herb?", "completion": "No."}
+    assert f"{key} has a text that the prompt lacks" in first(tmp_path, {**pair, key: [passage]})[0].problem
+    assert first(tmp_path, {**pair, key: [passage], "prompt": f"{passage} Is tea a herb?"})[0].messages
+    assert first(tmp_path, {**pair, key: ["a.pdf"]})[0].messages
+    for other in ("retrieved_query", "retrieved_examples", "retrieved_similar_answer", "retriever"):
+        assert first(tmp_path, {**pair, other: [passage]})[0].messages, "no passage that the answer needs"
