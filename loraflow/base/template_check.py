@@ -254,10 +254,7 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
             (encoded,) = template.encode([chat], "assistant")
         except BadModel:
             continue  # rows of this kind are refused with a reason of their own
-        expected: list[bool] = []
-        if MARKERS.search(marking):
-            (plain,) = template.encode([chat], "all")
-            expected = _marked(tokenizer, marking, chat, plain.ids.tolist(), encoded.ids.tolist())
+        expected = _marked(tokenizer, marking, chat, encoded.ids.tolist()) if MARKERS.search(marking) else []
         for last in _ends(encoded.labels != IGNORED):
             end = encoded.ids[: last + 1].tolist()
             while end and end[-1] not in stops and not template.tokenizer.decode(end[-1:], False).strip():
@@ -280,14 +277,8 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
                 )
 
 
-def _marked(
-    tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, plain: list[int], ids: list[int]
-) -> list[bool]:
-    """Return which of `ids` transformers marks; none if it renders the chat neither with texts nor with parts.
-
-    Args:
-        plain: the ids of the rendered chat. `ids` are the same but at the starts of answers.
-    """
+def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: list[int]) -> list[bool]:
+    """Return which tokens of a chat transformers marks; none if it renders the chat neither with texts nor with parts."""
     for messages in (list(chat), _in_parts(chat)):
         try:
             found = tokenizer.apply_chat_template(
@@ -302,14 +293,14 @@ def _marked(
         if not isinstance(found, Mapping):  # a text, if nothing is tokenized
             continue
         rendered_ids = list(found["input_ids"])
-        if rendered_ids == plain[: len(rendered_ids)]:
+        if str(tokenizer.decode(ids)).startswith(str(tokenizer.decode(rendered_ids))):
             marked, places = [bool(mark) for mark in found["assistant_masks"]], found["offset_mapping"]
             for n in range(1, len(marked)):  # of one character's tokens, transformers marks the first
-                marked[n] = marked[n] or (marked[n - 1] and places[n] == places[n - 1])
-            of_ids = [False] * (len(ids) + len(rendered_ids) - len(plain))
-            same = SequenceMatcher(None, rendered_ids, ids[: len(of_ids)], autojunk=False)
-            for at, first, size in same.get_matching_blocks():
-                of_ids[first : first + size] = marked[at : at + size]
+                marked[n] |= marked[n - 1] and places[n] == places[n - 1]
+            of_ids: list[bool] = []
+            # The ids are the same but at the start of an answer, and a token that training adds at the end.
+            for at, first, size in SequenceMatcher(None, rendered_ids, ids, autojunk=False).get_matching_blocks()[:-1]:
+                of_ids += [False] * (first - len(of_ids)) + marked[at : at + size]
             return of_ids
     return []
 

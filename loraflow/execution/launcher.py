@@ -126,11 +126,7 @@ def _staging_folder(job: Job[StageConfig], store: Store, work: Path, started: fl
 
 
 def _with_less_memory(job: Job[StageConfig], failure: failures.OutOfMemory) -> Job[StageConfig]:
-    """Return the job with the settings that the stage proposes, else with half the micro-batch. The result is the same.
-
-    Raises:
-        OutOfMemory: the job cannot run with less memory.
-    """
+    """Return the job with the settings that the stage proposes, else with half the micro-batch. The result is the same."""
     proposal = failure.details.get("retry_with")
     if proposal is not None:
         changes = RetryWith.model_validate(proposal).changes()

@@ -375,9 +375,8 @@ class ChatTemplate:
 
         GPT-2's tokenizer makes two tokens of two line ends before a word, and one at the end of a text.
         """
-        if not text[max(start - 2, 0) : start].isspace():
-            return True
-        expected = self._ids(text[len(text[:start].rstrip()) : start])
+        spaces = text[len(text[:start].rstrip()) : start]
+        expected = self._ids(spaces) if len(spaces) > 1 else []
         return list(ids[max(first - len(expected), 0) : first]) == expected
 
     def _aligned_by_tokenizer(
@@ -399,8 +398,9 @@ class ChatTemplate:
             follows_prompt = start in starts and 0 < first < last
             if follows_prompt and (places[first - 1][1] != start or not self._is_served(text, ids, start, first)):
                 # What stands before the prompt's last separator has the same ids.
-                before = range(first - 1, 0, -1)
-                at = next((n for n in before if self._separators.get(ids[n]) == text[slice(*places[n])].strip()), 0)
+                at = first - 1
+                while at > 0 and self._separators.get(ids[at]) != text[slice(*places[at])].strip():
+                    at -= 1
                 prompt = self._ids(text[at and places[at][0] : start])
                 at += len(same := os.path.commonprefix([ids[at:first], prompt]))  # noqa: RUF071 (ids, not folders)
                 prompt = prompt[len(same) :]
