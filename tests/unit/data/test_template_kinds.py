@@ -322,7 +322,9 @@ def test_a_stop_token_that_the_tokenizer_does_not_recognize_behind_a_word_is_ref
 
 @pytest.mark.parametrize("before", ["<|assistant|> ", "<|assistant|>\n\n", "<|assistant|>"])
 def test_marked_ends_are_compared_also_where_an_answer_has_other_tokens_than_its_text(tmp_path, monkeypatch, before):
-    source = turns("{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}").replace("<|assistant|>", before)
+    source = turns("{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}{{ '<|user|>' }}").replace(
+        "<|assistant|>", before
+    )
     served = bpe(tmp_path, source.replace("\n", "\\n"), is_sentencepiece=False, split=True)
     template, compared = ChatTemplate(tmp_path), 0
     for chat in template_check.conversations()[:6]:
@@ -350,7 +352,7 @@ def test_any_white_space_may_be_marked_behind_the_stop_token(tmp_path, is_senten
 def test_only_learned_answers_have_other_tokens_than_the_text(tmp_path):
     """With `loss_on: all`, and in answers that are context, there is no served prompt: ids are those of the text."""
     source = turns("{{ m['content'] + '<|end|>' }}").replace("<|assistant|>", "<|assistant|> ")
-    served = bpe(tmp_path, source, is_sentencepiece=False)
+    served = bpe(tmp_path, source, is_sentencepiece=False, split=True)
     template = ChatTemplate(tmp_path)
     chat = [*TWO[:1], {"role": "assistant", "content": "the house"}, *TWO[2:]]
     plain = served.apply_chat_template(chat, return_dict=True)["input_ids"]
@@ -370,6 +372,7 @@ def test_a_turn_of_a_long_chat_is_not_tokenized_with_all_turns_before_it(tmp_pat
         tmp_path,
         turns("{{ m['content'] + '<|end|>' }}").replace("<|assistant|>", "<|assistant|> "),
         is_sentencepiece=False,
+        split=True,
     )
     template, real, texts = ChatTemplate(tmp_path), loss_mask.ChatTemplate(tmp_path)._ids, []
     monkeypatch.setattr(template, "_ids", lambda text: texts.append(text) or real(text))
