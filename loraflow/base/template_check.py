@@ -298,7 +298,7 @@ def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: l
             for n in range(1, len(marked)):  # of one character's tokens, transformers marks the first
                 marked[n] |= marked[n - 1] and places[n] == places[n - 1]
             of_ids: list[bool] = []
-            # The ids are the same but at the start of an answer, and a token that training adds at the end.
+            # Only starts of answers differ, and an end that training adds.
             for at, first, size in SequenceMatcher(None, rendered_ids, ids, autojunk=False).get_matching_blocks()[:-1]:
                 of_ids += [False] * (first - len(of_ids)) + marked[at : at + size]
             return of_ids

@@ -397,7 +397,7 @@ class ChatTemplate:
             first, last = token_span(encoding, start, end)
             follows_prompt = start in starts and 0 < first < last
             if follows_prompt and (places[first - 1][1] != start or not self._is_served(text, ids, start, first)):
-                # What stands before the prompt's last separator has the same ids.
+                # The ids before the prompt's last separator are the same.
                 at = first - 1
                 while at > 0 and self._separators.get(ids[at]) != text[slice(*places[at])].strip():
                     at -= 1
