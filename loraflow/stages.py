@@ -173,7 +173,7 @@ DEAL_ROWS = Stage(
 
 EVALUATE = Stage(
     name="evaluate",
-    version=10,  # 10: intervals of scores of which few rows differ
+    version=11,  # 11: the tokens of prompts and answers as in tokenize 5
     module="loraflow.evaluation.score",
     config=configs.EvaluateConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "rows": _from(CHECK_DATASET, DEAL_ROWS, part="heldout")},
@@ -187,7 +187,7 @@ EVALUATE = Stage(
 
 CHECK_GENERAL = Stage(
     name="check_general",
-    version=9,  # chats as check_dataset 17 reads them
+    version=9,  # 9: chats as check_dataset 17 reads them
     module="loraflow.data.checks.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},
@@ -198,7 +198,7 @@ CHECK_GENERAL = Stage(
 
 SCORE_GENERAL = Stage(
     name="score_general",
-    version=4,  # 4: intervals of scores of which few rows differ
+    version=5,  # 5: the tokens of prompts and answers as in tokenize 5
     module="loraflow.evaluation.general",
     config=configs.ScoreGeneralConfig,
     inputs={"model": _from(RESOLVE_BASE, MERGE), "general": _from(CHECK_GENERAL, part="general")},

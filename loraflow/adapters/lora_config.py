@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from loraflow.adapters.lora_updates import FUSED
@@ -62,6 +61,7 @@ def check_targets(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     import torch
 
     named = dict(model.named_modules())
+    example = next((name for name in named if ".layers.0." in name or ".h.0." in name), [*named, ""][0])
     have = sorted({name.rsplit(".", 1)[-1] for name, m in named.items() if isinstance(m, torch.nn.Linear)})
     for field in ("target_modules", "modules_to_save", "exclude_modules"):
         names = getattr(peft_config, field)
@@ -76,15 +76,11 @@ def check_targets(model: PreTrainedModel, peft_config: PeftConfig) -> None:
                     if isinstance(names, list)
                     else f"No module's full name matches the regular expression {target}.",
                     where=f"peft_config.{field}",
-                    expected=f"among {', '.join(have)}" if isinstance(names, list) else f"such as {_example(named)}",
+                    expected=f"among {', '.join(have)}" if isinstance(names, list) else f"such as {example}",
                     got=target,
                     next_step=_suggestion(target, have, expert_weights(model)),
                 )
     _check_parameters(model, peft_config.target_parameters or [])
-
-
-def _example(named: Mapping[str, nn.Module]) -> str:
-    return next((name for name in named if ".layers.0." in name or ".h.0." in name), [*named, ""][0])
 
 
 def _check_parameters(model: PreTrainedModel, targets: list[str]) -> None:

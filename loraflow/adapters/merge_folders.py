@@ -128,7 +128,8 @@ def _check_inputs(
     if checked:
         validation.check_tensors(adapter)
         check_origin(adapter, base, base_digest)
-        _check_vocabulary(base, adapter, entries)
+        if rows := [entry.shape[0] for entry in entries if _module_of(entry.name) in _EMBEDDINGS]:
+            validation.check_vocabulary(base, adapter, rows[0])
         shapes = {entry.name: entry.shape for entry in entries}
         biases = ((shape, shapes.get(name.replace("weight", "bias"))) for name, shape in shapes.items())
         if any(len(shape) == 2 and shape[0] != shape[1] and bias == shape[1:] for shape, bias in biases):
@@ -163,12 +164,6 @@ def _plan(
 
 def _module_of(tensor: str) -> str:
     return tensor.rpartition(".")[0].rpartition(".")[2]
-
-
-def _check_vocabulary(base: Path, adapter: Path, entries: list[TensorEntry]) -> None:
-    rows = [entry.shape[0] for entry in entries if _module_of(entry.name) in _EMBEDDINGS]
-    if rows:
-        validation.check_vocabulary(base, adapter, rows[0])
 
 
 def _unties(base: Path, entries: list[TensorEntry], plan: MergePlan, *, trust: bool) -> bool:

@@ -118,7 +118,9 @@ def initialize(
     elif how == "loftq":
         from peft import replace_lora_weights_loftq
 
-        replace_lora_weights_loftq(model, _single_file(base))
+        file = base / "model.safetensors"
+        # peft finds several files by the model's own path
+        replace_lora_weights_loftq(model, str(file) if file.exists() else None)
     if not extracts_from_base(peft_config):
         return {}
     from peft import get_peft_model_state_dict
@@ -137,11 +139,6 @@ def _eva_state(model: PeftModel, file: Path, batches: Iterable[Mapping[str, torc
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
     return load_file(file, device=str(model.device))
-
-
-def _single_file(base: Path) -> str | None:
-    file = base / "model.safetensors"
-    return str(file) if file.exists() else None  # peft finds several files by the model's own path
 
 
 def convert_to_plain_lora(folder: Path, initial: Mapping[str, torch.Tensor]) -> None:

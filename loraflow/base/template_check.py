@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -253,10 +254,12 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
             (encoded,) = template.encode([chat], "assistant")
         except BadModel:
             continue  # rows of this kind are refused with a reason of their own
-        expected = _marked(tokenizer, marking, chat, encoded.ids) if MARKERS.search(marking) else []
+        expected = _marked(tokenizer, marking, chat, encoded.ids.tolist()) if MARKERS.search(marking) else []
         for last in _ends(encoded.labels != IGNORED):
-            end = encoded.ids[max(last - 3, 0) : last + 1].tolist()  # white space may stand behind the stop token
-            if stops.isdisjoint(end):
+            end = encoded.ids[: last + 1].tolist()
+            while end and end[-1] not in stops and not template.tokenizer.decode(end[-1:], False).strip():
+                end.pop()  # white space may stand behind the stop token
+            if stops.isdisjoint(end := end[-4:]):
                 raise BadModel(
                     "The tokenizer does not recognize the token that ends an answer, so the model would not learn to stop.",
                     where=str(folder / "tokenizer.json"),
@@ -274,7 +277,7 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
                 )
 
 
-def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: np.ndarray) -> list[bool]:
+def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: list[int]) -> list[bool]:
     """Return which tokens of a chat transformers marks; none if it renders the chat neither with texts nor with parts."""
     for messages in (list(chat), _in_parts(chat)):
         try:
@@ -290,13 +293,15 @@ def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: n
         if not isinstance(found, Mapping):  # a text, if nothing is tokenized
             continue
         rendered_ids = list(found["input_ids"])
-        if rendered_ids == ids[: len(rendered_ids)].tolist():
+        if str(tokenizer.decode(ids)).startswith(str(tokenizer.decode(rendered_ids))):
             marked, places = [bool(mark) for mark in found["assistant_masks"]], found["offset_mapping"]
-            for n in range(
-                1, len(marked)
-            ):  # one character can be several tokens, of which transformers marks the first
-                marked[n] = marked[n] or (marked[n - 1] and places[n] == places[n - 1])
-            return marked
+            for n in range(1, len(marked)):  # of one character's tokens, transformers marks the first
+                marked[n] |= marked[n - 1] and places[n] == places[n - 1]
+            of_ids: list[bool] = []
+            # Only starts of answers differ, and an end that training adds.
+            for at, first, size in SequenceMatcher(None, rendered_ids, ids, autojunk=False).get_matching_blocks()[:-1]:
+                of_ids += [False] * (first - len(of_ids)) + marked[at : at + size]
+            return of_ids
     return []
 
 

@@ -181,12 +181,7 @@ def _refuse_rotary_angles(folder: Path, model: PreTrainedModel) -> None:
 
 
 def _refuse_quantized(folder: Path, unused: Set[str], model: PreTrainedModel | None = None) -> None:
-    """Refuse weights in integers or 8 bits. Without a quantization_config, transformers takes them for the weights.
-
-    Args:
-        unused: names that the model does not load, such as masks of bytes.
-        model: on the meta device; None refuses weights of 8 bits or less only.
-    """
+    """Refuse weights in integers or 8 bits. Without a quantization_config, transformers takes them for the weights."""
     tensors = {} if model is None else model.state_dict()
     floating = {name for name, tensor in tensors.items() if tensor.is_floating_point()}
     # Such as DeepSeek-V4's table of experts. The rest of a stored name may be another than the model's.

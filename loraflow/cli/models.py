@@ -69,12 +69,7 @@ def merge(
 
 @contextmanager
 def _written_whole(out: Path, *inputs: Path) -> Iterator[Path]:
-    """Yield the name of a folder that becomes `out` at the end; if the command fails, nothing is left of it.
-
-    Raises:
-        BadConfig: `out` exists, or another process writes it.
-        CorruptArtifact: an input belongs to a damaged artifact.
-    """
+    """Yield the name of a folder that becomes `out` at the end; if the command fails, nothing is left of it."""
     from loraflow.serving.models import require_intact_files
     from loraflow.store.files import set_default_modes
     from loraflow.store.lock import LockHeld, flock

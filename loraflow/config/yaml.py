@@ -176,11 +176,7 @@ def _syntax_error(text: str, error: Exception) -> Syntax:
 
 
 def _count_nodes(node: yaml.Node, counted: dict[int, int], parents: set[int]) -> int:
-    """Return how many nodes a node expands to.
-
-    Raises:
-        Syntax: they are too many, a key is duplicated, or an alias names a node that it is part of.
-    """
+    """Return how many nodes a node expands to."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     line = node.start_mark.line + 1

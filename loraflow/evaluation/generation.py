@@ -84,11 +84,7 @@ def generate_answers(
 
 
 def _counts_padding(settings: GenerationConfig, shortest: int) -> bool:
-    """Tell whether settings of generation_config.json count the padding of a row as its tokens.
-
-    Args:
-        shortest: the number of tokens of the shortest prompt, which `min_length` includes.
-    """
+    """Tell whether settings of generation_config.json count the padding of a row as its tokens."""
     if settings.no_repeat_ngram_size or settings.encoder_no_repeat_ngram_size or (settings.min_length or 0) > shortest:
         return True
     biases = settings.sequence_bias or []
@@ -258,11 +254,7 @@ def prefix_is_exact(model: PreTrainedModel, pad_id: int) -> bool:
 
 
 def _is_exact(model: PreTrainedModel, pad_id: int, prefix: int, otherwise: str) -> bool:
-    """Compare a prompt's logits in a padded batch with those of the prompt alone.
-
-    Args:
-        prefix: tokens that the prompts share, before the padding.
-    """
+    """Compare a prompt's logits in a padded batch with those of the prompt alone."""
     import torch
 
     model = innermost(model)  # a stand-in that samples would draw other tokens in both passes

@@ -190,10 +190,6 @@ def _decoding_step(
     """Return a function that computes the next token of each row.
 
     A captured CUDA graph reads and writes tensors at their addresses. So the step changes its tensors only in place.
-
-    Args:
-        token: the last token [rows, 1] of each row.
-        position: the position of the next token [rows, 1].
     """
     rows, width = mask.shape
     slot = torch.tensor([width], device=mask.device)

@@ -176,12 +176,7 @@ def _texts(node: ast.expr) -> set[str]:
 
 
 def _modules(start: Path, name: str, by: Path) -> Iterator[Path]:
-    """Yield the files of a module with a dotted name, and of the packages that it is in.
-
-    Args:
-        start: the folder that the name starts in: the working directory for an absolute import.
-        by: the file that imports it, for a warning.
-    """
+    """Yield the files of a module with a dotted name, and of the packages that it is in."""
     top = name.partition(".")[0]
     if start == Path() and top == PACKAGE:
         return

@@ -291,12 +291,7 @@ def _require_own_names(metric: str, found: Mapping[str, Sequence[float]], known:
 
 
 def _require_calls(table: pd.DataFrame) -> None:
-    """Refuse the metric tool_calls without tools, and for a format of calls that it cannot parse.
-
-    Raises:
-        BadData: no held-out row has tools.
-        BadModel: the calls of a reference are not found in its own text.
-    """
+    """Refuse the metric tool_calls without tools, and for a format of calls that it cannot parse."""
     from loraflow.data.formats.call_parser import parse_calls
 
     if "reference_calls" not in table:

@@ -8,7 +8,7 @@ from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
 from loraflow.config.load import parse_recipe
-from loraflow.data.chats import GATE_SET, ChatRecord
+from loraflow.data.chats import GATE_SET
 from loraflow.data.checks.split import chat_key
 from loraflow.execution.cache import look_up
 from loraflow.execution.workspace import Workspace
@@ -154,7 +154,9 @@ def compared_rows(
 
     texts = [text for text in lines.decode().split("\n") if text]
     if dealt is not None:  # deal_rows leaves out the others, before evaluate takes a sample
-        texts = [text for text in texts if _is_dealt(json.loads(text), dealt)]
+        texts = [
+            text for text in texts if (row := json.loads(text))["set"] != GATE_SET or chat_key(row["messages"]) in dealt
+        ]
     rows, _ = sampled_rows(texts, max_rows, seed)
     return [(chat_key(row.messages), row) for row in rows if row.set == GATE_SET]
 
@@ -170,7 +172,3 @@ def group_sizes(rows: Sequence[HeldoutRow]) -> list[int]:
 
     labels = group_labels(pd.DataFrame({"group": [row.group for row in rows], "prompt": prompts}))
     return list(Counter(labels.tolist()).values())
-
-
-def _is_dealt(row: ChatRecord, dealt: Set[str]) -> bool:
-    return row["set"] != GATE_SET or chat_key(row["messages"]) in dealt

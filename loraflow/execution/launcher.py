@@ -73,17 +73,16 @@ def run_job(
         with _staging_folder(job, store, work, started) as staged:
             with store.mirror_checkpoints(job.stage, job.fingerprint):
                 folders = {name: store.path(ref) for name, ref in job.inputs.items()}
-                summary = None
-                while summary is None:
-                    try:
-                        if STAGES[job.stage].in_worker:
+                if not STAGES[job.stage].in_worker:  # and not again: its staging folder may have files
+                    summary = stage_function(STAGES[job.stage])(job, Inputs(folders), staged, Progress(None, work))
+                else:
+                    while True:
+                        try:
                             file = JobFile(job, staged, folders, work)
                             summary = run_in_worker_process(WORKER, file, on_progress, ends)
-                        else:
-                            function = stage_function(STAGES[job.stage])
-                            summary = function(job, Inputs(folders), staged, Progress(None, work))
-                    except failures.OutOfMemory as failure:
-                        job = _with_less_memory(job, failure)
+                            break
+                        except failures.OutOfMemory as failure:
+                            job = _with_less_memory(job, failure)
             ref = store.commit(
                 staged,
                 payload=job.payload,
@@ -127,11 +126,7 @@ def _staging_folder(job: Job[StageConfig], store: Store, work: Path, started: fl
 
 
 def _with_less_memory(job: Job[StageConfig], failure: failures.OutOfMemory) -> Job[StageConfig]:
-    """Return the job with the settings that the stage proposes, else with half the micro-batch. The result is the same.
-
-    Raises:
-        OutOfMemory: the job cannot run with less memory.
-    """
+    """Return the job with the settings that the stage proposes, else with half the micro-batch. The result is the same."""
     proposal = failure.details.get("retry_with")
     if proposal is not None:
         changes = RetryWith.model_validate(proposal).changes()

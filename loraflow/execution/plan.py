@@ -106,11 +106,10 @@ def _without_general(recipe: Recipe) -> tuple[Step, ...]:
     base = next(step for step in steps if step.label == "evaluate base")
     steps.remove(base)
     at = next(number for number, step in enumerate(steps) if step.stage == EVALUATE)
-    return tuple(map(_on_dealt_rows, (*steps[:at], _DEAL, base, *steps[at:])))
-
-
-def _on_dealt_rows(step: Step) -> Step:
-    return replace(step, inputs={**step.inputs, "rows": DEAL_ROWS.name}) if step.stage == EVALUATE else step
+    return tuple(
+        replace(step, inputs={**step.inputs, "rows": DEAL_ROWS.name}) if step.stage == EVALUATE else step
+        for step in (*steps[:at], _DEAL, base, *steps[at:])
+    )
 
 
 def find_step(label: str) -> Step | None:

@@ -111,11 +111,7 @@ class StallWatch:
             )
 
     def _watch_output(self, sample: _Sample, now: float) -> None:
-        """Warn once if there was nothing but processor time for as long as a worker may be idle.
-
-        Raises:
-            Stalled: there was nothing else for `silent_minutes`.
-        """
+        """Warn once if there was nothing but processor time for as long as a worker may be idle."""
         # What waits is left to `stall_minutes`; its minutes are not minutes of a loop.
         is_idle = now - self._progress_at >= min(self.limit, self.silent_limit) / 3
         if self._last_output is None or is_idle or _is_output(self._last_output, sample):

@@ -103,11 +103,7 @@ def plan_sweep(trials: Sequence[Trial], keys: Sequence[str]) -> SweepPlan:
 
 
 def _trainings(planned: Sequence[PlannedTrial], division: Division, trained: Set[str]) -> dict[str, int]:
-    """Return how many trainings of each way will run.
-
-    Args:
-        trained: labels of the trials whose own adapter is in the store.
-    """
+    """Return how many trainings of each way will run."""
     groups, equal = division.groups.groups, division.groups.equal
     together = {trial.label for group in groups for trial in group}
     left = sum(trial.status != "cached" and trial.label not in together | equal.keys() for trial in planned)

@@ -387,12 +387,7 @@ class LocalStore(LocalDocuments, Store):
         return self._folder(ref) / MANIFEST
 
     def _read_manifest(self, ref: Ref) -> Manifest:
-        """Read and check a manifest.
-
-        Raises:
-            OSError: it is missing.
-            ValueError: it is unreadable, or was changed.
-        """
+        """Read and check a manifest."""
         return parse_manifest(read_file(self._manifest_file(ref)), ref, self._pointer(ref.stage, ref.fingerprint))
 
     def _pointer(self, stage: str, fingerprint: str) -> Pointer | None:

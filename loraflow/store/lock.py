@@ -70,11 +70,7 @@ def acquire(path: Path, *, shared: bool = False, wait: bool = True) -> int:
 
 
 def _open(path: Path, flags: int) -> int:
-    """Open a lock's file. A link is not followed: who can write to the folder would choose a file that is overwritten.
-
-    Raises:
-        Failure: the file is a link.
-    """
+    """Open a lock's file. A link is not followed: who can write to the folder would choose a file that is overwritten."""
     for attempt in range(10):
         with suppress(FileExistsError):  # a holder removed the folder meanwhile, or it is a file, which `os.open` tells
             path.parent.mkdir(parents=True, exist_ok=True)

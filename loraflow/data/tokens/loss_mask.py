@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +121,12 @@ class ChatTemplate:
         self._answers = AnswerFinder(self._renderer, self.template, self.special, self._marking, ends)
         self._ends: set[str] | None = None  # tokens at which generation stops
         self._probed: Answer | None = None  # how an answer is rendered
-        self._spaces: dict[str, list[int]] = {}  # the ids of spaces at the end of a prompt
+        self._separators = {  # the texts between them are normalized and tokenized one by one
+            i: token.content
+            for i, token in self.tokenizer.get_added_tokens_decoder().items()
+            if token.special and not token.normalized and not token.single_word
+        }
+        self._ids = lru_cache(lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids)
         self._openings: dict[str, str] = {}  # by the role of a message: the token that ends the answer before it
 
     def render(self, chats: Sequence[Chat], *, prompt: bool = False) -> list[str]:
@@ -166,8 +171,12 @@ class ChatTemplate:
         if loss_on != "all":
             self._refuse_other_ends(chats, found)
         spans = [[span for answer in answers for span in answer.spans] for answers in found]
+        starts: list[set[int]] = [set() for _ in chats]  # of the answers that follow a served prompt
+        for at, chosen in enumerate(numbers if loss_on != "all" else ()):
+            for number, parts in spans_by_message(chats[at], found[at], spans[at]).items():
+                starts[at] |= {start for start, _ in parts if chosen is None or number in chosen}
         out = []
-        aligned = self._aligned(texts, spans)
+        aligned = self._aligned(texts, spans, starts)
         of_chats = weights or [None] * len(chats)
         for chat, answers, chosen, factors, (ids, tokens) in zip(chats, found, numbers, of_chats, aligned, strict=True):
             labels = ids.copy() if loss_on == "all" else labels_of_spans(ids, tokens)
@@ -340,62 +349,69 @@ class ChatTemplate:
                         chat=number,
                     )
 
-    def _aligned(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[tuple[np.ndarray, list[Span]]]:
-        """Return each text's ids, and its spans as spans of tokens."""
+    def _aligned(
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]], starts: Sequence[set[int]]
+    ) -> list[tuple[np.ndarray, list[Span]]]:
+        """Return each text's ids, and its spans as spans of tokens. Those at `starts` begin where a served prompt ends."""
         if self.alignment is None:
-            return self._aligned_by_tokenizer(texts, spans)
+            return self._aligned_by_tokenizer(texts, spans, starts)
         lists = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
         ids = np.fromiter(chain.from_iterable(lists), np.int32, int(lengths.sum()))
         found = self.alignment.spans(texts, ids, lengths, spans)
         rows = np.split(ids, np.cumsum(lengths)[:-1])
         for n, tokens in enumerate(found):
-            if tokens and not all(map(partial(self._is_served, texts[n], rows[n]), spans[n], tokens)):
-                found[n] = None
+            for (start, _), (first, _) in zip(spans[n], tokens or (), strict=False):
+                if start in starts[n] and not self._is_served(texts[n], rows[n], start, first):
+                    found[n] = None
         unverified = [n for n, tokens in enumerate(found) if tokens is None]
-        slow = self._aligned_by_tokenizer([texts[n] for n in unverified], [spans[n] for n in unverified])
+        again = [texts[n] for n in unverified], [spans[n] for n in unverified], [starts[n] for n in unverified]
+        slow = self._aligned_by_tokenizer(*again)
         out = dict(zip(unverified, slow, strict=True))
         return [out[n] if tokens is None else (rows[n], tokens) for n, tokens in enumerate(found)]
 
-    def _is_served(self, text: str, ids: np.ndarray, span: Span, tokens: Span) -> bool:
+    def _is_served(self, text: str, ids: Sequence[int] | np.ndarray, start: int, first: int) -> bool:
         """Tell whether an answer stands behind one space, or the ids of several are those at the end of a prompt.
 
         GPT-2's tokenizer makes two tokens of two line ends before a word, and one at the end of a text.
         """
-        spaces = text[len(text[: span[0]].rstrip()) : span[0]]
-        if len(spaces) < 2:
-            return True
-        expected = self._spaces.get(spaces) or self._spaces.setdefault(spaces, self._ids(spaces))
-        return list(ids[max(tokens[0] - len(expected), 0) : tokens[0]]) == expected
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        spaces = text[len(text[:start].rstrip()) : start]
+        expected = self._ids(spaces) if len(spaces) > 1 else []
+        return list(ids[max(first - len(expected), 0) : first]) == expected
 
     def _aligned_by_tokenizer(
-        self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+        self, texts: Sequence[str], spans: Sequence[Sequence[Span]], starts: Sequence[set[int]]
     ) -> list[tuple[np.ndarray, list[Span]]]:
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [self._as_served(*row) for row in zip(texts, encodings, spans, strict=True)]
+        return [self._as_served(*row) for row in zip(texts, encodings, spans, starts, strict=True)]
 
-    def _as_served(self, text: str, encoding: Encoding, spans: Sequence[Span]) -> tuple[np.ndarray, list[Span]]:
-        """Return a text's ids, and its spans as spans of tokens, which begin where the served prompt ends.
+    def _as_served(
+        self, text: str, encoding: Encoding, spans: Sequence[Span], starts: set[int]
+    ) -> tuple[np.ndarray, list[Span]]:
+        """Return a text's ids, and its spans as spans of tokens. Those at `starts` begin where the served prompt ends.
 
         A token with the end of a prompt and the start of its answer becomes two.
         """
-        ids, token_of, found = encoding.ids, self.tokenizer.id_to_token, list[Span]()
+        ids, places, token_of, found = encoding.ids, encoding.offsets, self.tokenizer.id_to_token, list[Span]()
         for start, end in reversed(spans):
             first, last = token_span(encoding, start, end)
-            before = encoding.token_to_chars(first - 1) if first else None
-            if first < last and before is not None and (before[1] != start or text[start - 2 : start].isspace()):
-                prompt = self._ids(text[:start])
-                same = len(os.path.commonprefix([ids[:first], prompt]))  # noqa: RUF071 (ids, not folders)
-                whole, served = ("".join(map(str, map(token_of, part))) for part in (ids[same:first], prompt[same:]))
+            follows_prompt = start in starts and 0 < first < last
+            if follows_prompt and (places[first - 1][1] != start or not self._is_served(text, ids, start, first)):
+                # The ids before the prompt's last separator are the same.
+                at = first - 1
+                while at > 0 and self._separators.get(ids[at]) != text[slice(*places[at])].strip():
+                    at -= 1
+                prompt = self._ids(text[at and places[at][0] : start])
+                at += len(same := os.path.commonprefix([ids[at:first], prompt]))  # noqa: RUF071 (ids, not folders)
+                prompt = prompt[len(same) :]
+                whole, served = ("".join(map(str, map(token_of, part))) for part in (ids[at:first], prompt))
                 if whole.startswith(served):
+                    # Tokens have the letters that the model reads. As a text, they would be normalized again.
                     rest = [token.id for token in self.tokenizer.model.tokenize(whole[len(served) :])]
                 else:  # a normalizer joined letters
-                    rest = self._ids(text[start : encoding.offsets[first][0]])
-                ids[same:first] = prompt[same:] + rest
-                last, first = last + len(prompt) + len(rest) - first, len(prompt)
+                    rest = self._ids(text[start : places[first][0]])
+                ids[at:first] = prompt + rest
+                last, first = last + at + len(prompt) + len(rest) - first, at + len(prompt)
             found.insert(0, (first - len(ids), last - len(ids)))  # from the end: earlier spans may add tokens
         return np.array(ids, np.int32), [(first + len(ids), last + len(ids)) for first, last in found]
 

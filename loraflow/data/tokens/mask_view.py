@@ -167,7 +167,7 @@ def warn_of_other_prompts(rows: list[AuditedRow]) -> None:
     """Log a warning if earlier answers have other tokens than in later prompts, which join an answer to its own prompt."""
     if differing := [row.place for row in rows if not row.prompt_is_what_serving_sends]:
         log.warning(
-            "%d of the first %d rows have other tokens in earlier answers than the prompts of generation, such as %s. "
+            "%d of the first %d rows have other tokens in earlier answers or before one than generation, such as %s. "
             "With data.loss_on: last_assistant, they are the same.",
             len(differing),
             len(rows),

@@ -59,19 +59,16 @@ def batches_of(parts: Iterable[tuple[TokenBatch, np.ndarray]]) -> Iterator[Token
         begin = 0
         while begin < len(kept):
             end = min(begin + BATCH_ROWS - filled, len(kept))
-            first, last = int(rows[begin]), int(rows[end])
-            pieces.append(_piece(batch, first, last, int(tokens[first]), int(tokens[last])))
+            first, last = rows[begin], rows[end]
+            part = slice(tokens[first], tokens[last])
+            weights = None if batch.weights is None else batch.weights[part]
+            pieces.append(TokenBatch(batch.ids[part], batch.labels[part], batch.lengths[first:last], weights))
             filled, begin = filled + end - begin, end
             if filled == BATCH_ROWS:
                 yield _joined(pieces)
                 pieces, filled = [], 0
     if pieces:
         yield _joined(pieces)
-
-
-def _piece(batch: TokenBatch, first: int, last: int, begin: int, end: int) -> TokenBatch:
-    weights = None if batch.weights is None else batch.weights[begin:end]
-    return TokenBatch(batch.ids[begin:end], batch.labels[begin:end], batch.lengths[first:last], weights)
 
 
 def _joined(pieces: list[TokenBatch]) -> TokenBatch:

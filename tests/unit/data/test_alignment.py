@@ -113,7 +113,7 @@ def test_alignment_from_ids_equals_the_tokenizers(templates, name, found, loss_o
 @pytest.mark.parametrize("name", [SMOLLM2, "phi3", "marked"])
 def test_plain_rows_need_no_alignment_by_the_tokenizer(templates, name, monkeypatch):
     template = templates[name]
-    monkeypatch.setattr(ChatTemplate, "_aligned_by_tokenizer", lambda self, texts, spans: [] if not texts else 1 / 0)
+    monkeypatch.setattr(ChatTemplate, "_aligned_by_tokenizer", lambda self, texts, *rows: [] if not texts else 1 / 0)
     chat = [{"role": "system", "content": "be brief 😀"}, {"role": "user", "content": "<|end|> is a token"},
             {"role": "assistant", "content": "é, yes\n"}, {"role": "user", "content": "why"},
             {"role": "assistant", "content": "no"}]  # fmt: skip

@@ -318,3 +318,66 @@ def test_a_stop_token_that_the_tokenizer_does_not_recognize_behind_a_word_is_ref
     with pytest.raises(BadModel, match="does not recognize the token that ends an answer") as caught:
         check_template(tmp_path)
     assert flag in caught.value.next_step
+
+
+@pytest.mark.parametrize("before", ["<|assistant|> ", "<|assistant|>\n\n", "<|assistant|>"])
+def test_marked_ends_are_compared_also_where_an_answer_has_other_tokens_than_its_text(tmp_path, monkeypatch, before):
+    source = turns("{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}{{ '<|user|>' }}").replace(
+        "<|assistant|>", before
+    )
+    served = bpe(tmp_path, source.replace("\n", "\\n"), is_sentencepiece=False, split=True)
+    template, compared = ChatTemplate(tmp_path), 0
+    for chat in template_check.conversations()[:6]:
+        (encoded,) = template.encode([chat], "assistant")
+        marks = template_check._marked(served, template.template, chat, encoded.ids.tolist())
+        ends = template_check._ends(encoded.labels != IGNORED)
+        assert template_check._ends(marks) == ends and len(ends) == len(chat) // 2
+        compared += 1
+    assert compared == 6
+    check_template(tmp_path)
+    monkeypatch.setattr(template_check, "_ends", lambda marked: [at + 1 for at in np.flatnonzero(marked)[-1:]])
+    with pytest.raises(BadModel, match="ends at another token"):
+        check_template(tmp_path)
+
+
+@pytest.mark.parametrize("is_sentencepiece", [False, True])
+def test_any_white_space_may_be_marked_behind_the_stop_token(tmp_path, is_sentencepiece):
+    source = turns("{% generation %}{{ m['content'] + '<|end|>\\n \\n \\n \\n' }}{% endgeneration %}")
+    bpe(tmp_path, source, is_sentencepiece=is_sentencepiece)
+    check_template(tmp_path)
+    (text,) = learned(ChatTemplate(tmp_path), ONE)
+    assert text.replace(" ", "") == "acolor<|end|>\n\n\n\n"
+
+
+def test_only_learned_answers_have_other_tokens_than_the_text(tmp_path):
+    """With `loss_on: all`, and in answers that are context, there is no served prompt: ids are those of the text."""
+    source = turns("{{ m['content'] + '<|end|>' }}").replace("<|assistant|>", "<|assistant|> ")
+    served = bpe(tmp_path, source, is_sentencepiece=False, split=True)
+    template = ChatTemplate(tmp_path)
+    chat = [*TWO[:1], {"role": "assistant", "content": "the house"}, *TWO[2:]]
+    plain = served.apply_chat_template(chat, return_dict=True)["input_ids"]
+    prompt = served.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert plain[: len(prompt)] != prompt
+    for chosen in (None, [[3]]):
+        (whole,) = template.encode([chat], "all", learned=chosen)
+        assert whole.ids.tolist() == plain
+    (last,) = template.encode([chat], "assistant", learned=[[3]])
+    assert last.ids[: last.prompt].tolist() == prompt
+    (first,) = template.encode([chat], "assistant", learned=[[1]])
+    assert first.ids[-8:].tolist() == plain[-8:] and first.ids.tolist() != plain
+
+
+def test_a_turn_of_a_long_chat_is_not_tokenized_with_all_turns_before_it(tmp_path, monkeypatch):
+    bpe(
+        tmp_path,
+        turns("{{ m['content'] + '<|end|>' }}").replace("<|assistant|>", "<|assistant|> "),
+        is_sentencepiece=False,
+        split=True,
+    )
+    template, real, texts = ChatTemplate(tmp_path), loss_mask.ChatTemplate(tmp_path)._ids, []
+    monkeypatch.setattr(template, "_ids", lambda text: texts.append(text) or real(text))
+    (encoded,) = template.encode([[*TWO[:1], {"role": "assistant", "content": "the house"}] * 20], "assistant")
+    assert len(texts) == 20 and set(texts) == {"<|assistant|> "}
+    monkeypatch.setattr(template, "_separators", {})
+    (slow,) = template.encode([[*TWO[:1], {"role": "assistant", "content": "the house"}] * 20], "assistant")
+    assert len(texts[-1]) < len(texts[20]) and slow.ids.tolist() == encoded.ids.tolist()
