@@ -53,8 +53,9 @@ def test_the_remote_branch_is_read_without_a_checkout(repos):
     assert branch.find_newest_commit(str(repos[0].as_uri()), "main").commit == new, "a repository by URL"
 
 
-def test_a_mixture_reads_each_pin_from_the_branch_of_its_repository(repos):
+def test_a_mixture_reads_each_pin_from_the_branch_of_its_repository(repos, monkeypatch):
     _, clone, worker = repos
+    monkeypatch.chdir(worker)  # the recipe without sources reads the branch of the working folder
     new = commit(clone, "2")
     git(clone, "push", "-q")
     text = f"""
