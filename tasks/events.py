@@ -102,14 +102,18 @@ class ProgressArtifact:
         self.label = label
         self.artifact: UUID | None = None
         self.updated = 0.0
+        self.first: tuple[float, int] | None = None  # when figures first came, and how much was done
 
     def show_figures(self, figures: dict[str, JsonValue]) -> None:
-        """Show a worker's figures: how much is done of how much, and for training loss, speed and time left."""
+        """Show a worker's figures: how much is done of how much, the time left, and for training loss and speed."""
         done = figures.get("step", figures.get("done", figures.get("tensors")))
         total, loss = figures.get("total"), figures.get("loss")
         speed, left = figures.get("tokens_per_second"), figures.get("eta_seconds")
         if not isinstance(done, int) or not isinstance(total, int) or not total:
             return
+        started, before = self.first = self.first or (time.monotonic(), done)
+        if left is None and before < done < total:
+            left = (time.monotonic() - started) / (done - before) * (total - done)
         details = []
         if isinstance(loss, int | float):
             details.append(f"loss {loss:.4f}")
