@@ -258,7 +258,7 @@ class SizeSettings:
     def lines(self, rows: int) -> list[str]:
         """Return the recipe's lines that differ from those for many rows, with their reasons."""
         found = []
-        if self.heldout_fraction != choose_heldout_fraction(FEW_ROWS):
+        if self.heldout_fraction not in (0, choose_heldout_fraction(FEW_ROWS)):  # 0: whole files are held out
             found.append(
                 f"heldout_fraction: {self.heldout_fraction}   a tenth of {rows} rows is too few to compare models"
             )

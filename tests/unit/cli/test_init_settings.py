@@ -75,6 +75,11 @@ def chat(prompt: str) -> list:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": "a"}]
 
 
+def test_files_that_are_held_out_are_not_explained_by_too_few_rows():
+    shares = [choose_settings(60, share, 6000, 512, may_pack=True).lines(60)[0] for share in (0.0, 0.2)]
+    assert "heldout_fraction" not in shares[0] and shares[1].startswith("heldout_fraction: 0.2   a tenth of 60 rows")
+
+
 def test_init_says_how_many_rows_are_held_out():
     rows = [chat(f"q{n}") for n in range(300)]
     line = _held_out_line(rows, 0.1, has_clusters=False)
