@@ -73,12 +73,14 @@ def _run_flow(
 ) -> tuple[RunSummary, dict[str, JsonValue]]:
     from loraflow.base.resolve import require_base
     from loraflow.config import load_recipe
+    from loraflow.execution.worker_process import import_ahead
     from loraflow.tracking.dvclive import lost_with_experiment
 
     read = load_recipe(recipe, overrides)  # before prefect starts, so that a mistake is reported at once
     require_base(read.base)
     if lost := lost_with_experiment(Path.cwd(), read.runtime.store):
         click.echo(f"WARNING {lost}", err=True)
+    import_ahead(read)
     from loraflow.flows.finetune import finetune
 
     return call_flow(finetune, {"recipe": recipe, "settings": overrides, "force": list(force)}, quiet=quiet)

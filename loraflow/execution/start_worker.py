@@ -8,6 +8,7 @@ its last worker.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
 import math
@@ -195,8 +196,7 @@ def start_worker(
         try:
             with _lock:
                 own = {key: value for key, value in environment.items() if key.startswith(_NOT_READ_AT_IMPORT)}
-                server = _server_for({key: value for key, value in environment.items() if key not in own})
-                return server.fork(file.job.stage, job_file, own, log_file, outcome)
+                return _server_for(environment).fork(file.job.stage, job_file, own, log_file, outcome)
         except OSError as error:
             log.warning("no worker can be forked, so a new Python is started: %s", error)
     return subprocess.Popen(
@@ -230,8 +230,16 @@ def _needs_bitsandbytes(config: StageConfig) -> bool:
             return False
 
 
+def start_fork_server(environment: dict[str, str]) -> None:
+    """Start the fork server, if the system has one, before a worker needs it. It imports the libraries."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError), _lock:  # the first worker tries again, and reports it
+            _server_for(environment)
+
+
 def _server_for(environment: dict[str, str]) -> _ForkServer:
     global _server
+    environment = {key: value for key, value in environment.items() if not key.startswith(_NOT_READ_AT_IMPORT)}
     if _server is None or not _server.fits(environment):
         end_fork_server()
         _server = _ForkServer(environment)

@@ -15,15 +15,17 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from loraflow import failures
+from loraflow.config import Recipe
 from loraflow.config.locations import HubOrigin
 from loraflow.config.stage_configs import StageConfig
 from loraflow.execution.job_file import JobFile, clear_memory
 from loraflow.execution.log_file import LOGS, ProgressReader, limit_log, mask_log
 from loraflow.execution.outcome import FILE, read_outcome
 from loraflow.execution.stall_watch import AwakeClock, StallWatch, remove_stacks
-from loraflow.execution.start_worker import WorkerProcess, start_worker
+from loraflow.execution.start_worker import WorkerProcess, start_fork_server, start_worker
 from loraflow.job import Job
-from loraflow.store import Summary
+from loraflow.stages import RESOLVE_BASE
+from loraflow.store import Summary, open_store
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def run_in_worker_process(
     read_end, write_end = os.pipe()
     try:
         with (work / "log.txt").open("ab") as log_file:
-            process = start_worker(command, file, _environment(file), log_file.fileno(), write_end)
+            process = start_worker(command, file, _environment_of(file), log_file.fileno(), write_end)
         os.close(write_end)
         write_end = -1
         log.info("%s %s: worker %d, log %s", job.stage, job.short, process.pid, work / "log.txt")
@@ -79,8 +81,25 @@ def run_in_worker_process(
             os.close(write_end)
 
 
-def _environment(file: JobFile) -> dict[str, str]:
-    job = file.job
+def import_ahead(recipe: Recipe) -> None:
+    """Start the fork server ahead of the first worker, if no model was ever resolved in the recipe's store.
+
+    A new store means that heavy stages run soon. The libraries are imported while Prefect's server starts.
+    """
+    runtime, model = recipe.runtime, recipe.base.model
+    is_local = model.startswith("bundled:") or Path(model).expanduser().is_dir()  # else other variables are set
+    if runtime.worker_start != "fork" or not is_local or "://" in runtime.store:
+        return
+    if open_store(runtime.store).newest(RESOLVE_BASE.name) is None:
+        start_fork_server(_environment(runtime.threads, is_offline=True))
+
+
+def _environment_of(file: JobFile) -> dict[str, str]:
+    runtime = file.job.runtime
+    return _environment(runtime.threads, is_offline=not isinstance(runtime.origin, HubOrigin))
+
+
+def _environment(threads: int | None, *, is_offline: bool) -> dict[str, str]:
     # Prefect puts the project's folder there, whose datasets.py would be imported in place of the library.
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     own = Path.cwd() if not Path("loraflow", "__init__.py").exists() else None
@@ -93,10 +112,10 @@ def _environment(file: JobFile) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
     }
-    if not isinstance(job.runtime.origin, HubOrigin):
+    if is_offline:
         env |= {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    if job.runtime.threads:
-        env["OMP_NUM_THREADS"] = str(job.runtime.threads)
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
     return env
 
 

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DocumentKernelName = Literal["varlen", "fa3", "fa4"]
+DocumentKernelName = Literal["varlen", "efficient", "fa3", "fa4"]
 K = TypeVar("K")
 
 DOCUMENTS = "loraflow_varlen"  # transformers' name for the document kernels; see `loraflow.training.attention`
+NO_FLOAT32 = "flash attention has no float32"
 MAX_HEAD_DIM = 256  # widest head of flash attention
 _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")  # in configs
 _AUTO = "set runtime.attn_implementation to auto"
@@ -47,7 +48,7 @@ class KernelPackage:
             return False
 
 
-# Kernels of packages. torch has three of its own: varlen (FlashAttention 2 over documents), sdpa and eager.
+# Kernels of packages. torch has its own: varlen (FlashAttention 2) and efficient (float32) over documents, sdpa and eager.
 FLASH_ATTENTION_2 = KernelPackage("flash-attn 2", "flash_attn", "flash-attn")
 DOCUMENT_KERNEL_PACKAGES: dict[DocumentKernelName, KernelPackage] = {  # fastest first
     "fa4": KernelPackage("FA4 (flash_attn.cute)", "flash_attn.cute", "flash-attn-4", (9, 10)),
@@ -107,7 +108,9 @@ def choose_for_training(
         BadConfig: the kernel that is asked for cannot compute this model, or does not work on this GPU.
     """
     requested = runtime.attn_implementation
-    obstacle = _obstacle(device, dtype, config.get_text_config())
+    obstacle = _obstacle(device, config.get_text_config())
+    if requested != "auto" and dtype == "float32":
+        obstacle = obstacle or NO_FLOAT32
     if (requested == "varlen" or requested in DOCUMENT_KERNEL_PACKAGES) and obstacle:
         raise BadConfig(
             f"Attention {requested} is not available here.",
@@ -120,6 +123,11 @@ def choose_for_training(
         return Attention(requested, True, FLASH_ATTENTION_2.title, "asked for"), None
     if requested in ("sdpa", "eager"):
         return Attention(requested, False, requested, "asked for"), None
+    if not obstacle and dtype == "float32":
+        try:
+            return Attention(DOCUMENTS, True, "torch memory-efficient", NO_FLOAT32), load("efficient")
+        except Exception as error:  # an operator that torch does not document: another version may raise anything
+            obstacle = f"{NO_FLOAT32}, and torch's memory-efficient attention does not work here: {first_line(error)}"
     if obstacle:
         with_mask = attention_with_mask(config)
         return Attention(with_mask, False, with_mask, obstacle), None
@@ -127,16 +135,14 @@ def choose_for_training(
     return Attention(DOCUMENTS, True, title, why), kernel
 
 
-def _obstacle(device: Device, dtype: str, config: PreTrainedConfig) -> str:
-    """Return why flash attention cannot compute a model; empty if it can."""
+def _obstacle(device: Device, config: PreTrainedConfig) -> str:
+    """Return why no document kernel can compute a model; empty if one can."""
     import torch
 
     if device != "cuda":
         return "no GPU"
     if torch.cuda.get_device_capability() < (8, 0):
         return f"{torch.cuda.get_device_name()} is older than Ampere"
-    if dtype == "float32":
-        return "flash attention has no float32"
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim > MAX_HEAD_DIM:
         return f"heads are {head_dim} wide, flash attention's at most {MAX_HEAD_DIM}"

@@ -1,7 +1,8 @@
 """Attention over concatenated documents: the function that transformers calls, and the kernels that compute it.
 
-`choose` takes the fastest kernel of this machine. No package is needed: torch has FlashAttention 2 for documents. If
-flash-attn 3 or 4 is installed, it is used after a check that it gives the results of torch's own kernel on this GPU.
+`choose` takes the fastest kernel of this machine. No package is needed: torch has FlashAttention 2 for documents, and
+memory-efficient attention for those in float32. If flash-attn 3 or 4 is installed, it is used after a check that it gives
+the results of torch's own kernel on this GPU.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from loraflow.config import Runtime
 from loraflow.failures import BadModel
@@ -78,12 +80,18 @@ class HeadShape:
 def load_kernel(name: DocumentKernelName, config: PreTrainedConfig) -> Kernel:
     """Return a kernel, after a check that its output and gradients are those of torch's own kernel for the model's heads.
 
+    In float32, they are compared with those of each document alone.
+
     Raises:
-        ValueError: its results differ from those of torch's own kernel.
+        ValueError: the results differ.
     """
     if name == "varlen":
         return varlen
     heads = HeadShape.of(config)
+    if name == "efficient":
+        exact = {"dtype": torch.float32}
+        _compare(_try_out(efficient, heads, **exact), _try_out(by_document, heads, **exact), 1e-4)
+        return efficient
     expected = _try_out(varlen, heads)
     if name == "fa3":
         from torch.nn.attention import activate_flash_attention_impl
@@ -102,12 +110,12 @@ def load_kernel(name: DocumentKernelName, config: PreTrainedConfig) -> Kernel:
         return flash4.attend_contiguous
 
 
-def _try_out(kernel: Kernel, heads: HeadShape) -> dict[str, Tensor]:
+def _try_out(kernel: Kernel, heads: HeadShape, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """Run a kernel on small documents, in the memory layout of a model; return its outputs and gradients by name."""
     found = {}
     for window in heads.windows:
         generator = torch.Generator("cuda").manual_seed(0)
-        options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+        options: dict[str, Any] = {"device": "cuda", "dtype": dtype, "generator": generator}
         q, k, v = (
             torch.randn(number, TRIAL_TOKENS, heads.width, **options).requires_grad_()
             for number in (heads.heads, heads.kv_heads, heads.kv_heads)
@@ -122,10 +130,11 @@ def _try_out(kernel: Kernel, heads: HeadShape) -> dict[str, Tensor]:
     return found
 
 
-def _compare(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _compare(results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 0.02) -> None:
+    """Raise ValueError if results differ. Two kernels in bfloat16 differ by 0.001 to 0.003, as a share of the norm."""
     for name, reference in expected.items():
         error = float((results[name].float() - reference.float()).norm() / reference.float().norm())
-        if not error < 0.02:  # two kernels in bfloat16 differ by 0.001 to 0.003
+        if not error < tolerance:
             raise ValueError(f"{name} differs from torch's own by {error:.3g}")
 
 
@@ -224,15 +233,60 @@ def varlen(
     return out
 
 
+class _Context(FunctionCtx):
+    options: dict[str, Any]
+    longest: int
+    saved_tensors: tuple[Tensor, ...]
+
+
+class _Efficient(torch.autograd.Function):
+    """Memory-efficient attention (xformers') over documents. torch uses the operator for nested tensors.
+
+    torch's own derivative leaves out the window, and adds up the gradient of q in any order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: _Context, q: Tensor, k: Tensor, v: Tensor, begins: Tensor, longest: int, options: dict[str, Any]
+    ) -> Tensor:
+        out, lse, *random, _, _ = torch.ops.aten._efficient_attention_forward(
+            q, k, v, None, begins, begins, longest, longest, 0.0, 1, True, **options
+        )
+        ctx.options, ctx.longest = options, longest
+        ctx.save_for_backward(q, k, v, begins, out, lse, *random)
+        return cast(Tensor, out)
+
+    @staticmethod
+    def backward(ctx: _Context, slope: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, begins, out, lse, *random = ctx.saved_tensors
+        dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
+            slope, q, k, v, None, out, begins, begins, ctx.longest, ctx.longest, lse, 0.0, *random, 1, False,
+            num_splits_key=1, **ctx.options,
+        )  # fmt: skip
+        return dq, dk, dv, None, None, None
+
+
+def efficient(
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, longest: int, scaling: float | None, window: tuple[int, int]
+) -> Tensor:
+    """Attend by torch's memory-efficient attention, which has float32."""
+    if q.shape[1] != k.shape[1]:
+        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
+    options = {"scale": scaling, "window_size": window[0] + 1 if window[0] >= 0 else None}
+    out: Tensor = _Efficient.apply(q[None], k[None], v[None], begins, longest, options)  # type: ignore[no-untyped-call]
+    return out[0]
+
+
 def by_document(
     q: Tensor, k: Tensor, v: Tensor, begins: Tensor, longest: int, scaling: float | None, window: tuple[int, int]
 ) -> Tensor:
-    """Attend to one document after another: slow, for tests on a CPU."""
+    """Attend to one document after another: slow, for tests, and for the check of a kernel."""
     parts = []
     for start, end in pairwise(begins.tolist()):
         if start == end:
             continue
-        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None]
+        position = torch.arange(end - start, device=q.device)
+        distance = position[:, None] - position
         visible = (distance >= 0) & ((distance <= window[0]) if window[0] >= 0 else True)
         q_part, k_part, v_part = (tensor[start:end].transpose(0, 1) for tensor in (q, k, v))
         parts.append(

@@ -192,7 +192,9 @@ def choose_sharding(setup: TrainingSetup) -> tuple[bool, str]:
     if not is_sharded:
         if setup.device == "cpu" or setup.shape is None:
             return False, "not asked for"
-        least = memory.least_bytes(setup.shape, setup.weight_format, setup.rank, setup.longest_row)
+        least = memory.least_bytes(
+            setup.shape, setup.weight_format, setup.rank, setup.longest_row, setup.activation_width
+        )
         free = setup.free_bytes()
         is_sharded = least > free
         why = f"one device needs {least / memory.GIB:.1f} GiB, and has {free / memory.GIB:.1f}"

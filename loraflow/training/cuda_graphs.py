@@ -200,7 +200,8 @@ class _Replay(torch.autograd.Function):
 
 
 LAUNCH_SECONDS = 4.3e-3  # to start the kernels of a compiled layer, both ways; uncompiled ones take twice that
-FLOPS = 6e14  # operations per second of the frozen products in bfloat16
+# Operations per second of the frozen products, by the bytes of a number: bfloat16, and float32 (measured on one H200).
+FLOPS = {2: 6e14, 4: 4.5e13}
 RECORDING_PASSES = 10  # recording a shape takes as long
 LEAST_PASSES = 50
 
@@ -253,11 +254,14 @@ def _rope_types(config: PreTrainedConfig) -> set[str]:
 
 def _pays_off(setup: TrainingSetup, shape: ModelShape, fit: MemoryFit) -> tuple[bool, str]:
     launching = shape.layers * LAUNCH_SECONDS
-    computing = 4 * shape.linear_weights * fit.tokens / FLOPS  # forward, and the gradient of the activations
+    # Forward, and the gradient of the activations.
+    computing = 4 * shape.linear_weights * fit.tokens / FLOPS[setup.activation_width]
     if launching < computing:
         return False, f"starting a pass takes about {launching * 1e3:.0f} ms and its products {computing * 1e3:.0f} ms"
     # A recorded pass keeps the memory of its activations. The first passes of a shape are ordinary ones beside it.
-    activations = fit.tokens * token_bytes(shape, fit.recompute, recomputed=fit.share, elementwise=fit.elementwise)
+    activations = fit.tokens * token_bytes(
+        shape, fit.recompute, setup.activation_width, recomputed=fit.share, elementwise=fit.elementwise
+    )
     needed = fixed_bytes(shape, setup.weight_format, setup.rank) + 2 * activations
     free = setup.free_bytes() * USABLE
     if needed > free:

@@ -200,6 +200,7 @@ def choose_memory_fit(
         devices=setup.group.size if setup.is_sharded else 1,
         compiled=compiled and setup.runtime.compile != "off",
         enough=tokens or ENOUGH_TOKENS,
+        width=setup.activation_width,
     )
     return replace(found, tokens=max(least, tokens)) if tokens else found
 
@@ -302,7 +303,7 @@ def cost_of_length(setup: TrainingSetup, tokens: int, is_compiling: bool) -> flo
     """
     if not is_compiling or setup.shape is None:
         return RECORDING_PASSES * tokens
-    return LENGTH_SECONDS * FLOPS / (4 * setup.shape.linear_weights)
+    return LENGTH_SECONDS * FLOPS[setup.activation_width] / (4 * setup.shape.linear_weights)
 
 
 def passes_of(setup: TrainingSetup, micro_batch_tokens: int) -> tuple[int, int]:

@@ -193,6 +193,7 @@ def fit_memory(
     devices: int = 1,
     compiled: bool = False,
     enough: int = ENOUGH_TOKENS,
+    width: int = 2,
 ) -> MemoryFit:
     """Choose the tokens of a micro-batch, and how many layers are recomputed.
 
@@ -203,12 +204,13 @@ def fit_memory(
         recompute: what to recompute, if the recipe or the runtime asks for it.
         compiled: whether the layers can be compiled. Only compiled layers can recompute elementwise operations alone.
         enough: tokens of a micro-batch for which activations are recomputed if they do not fit.
+        width: bytes of a number of the activations.
     """
     room = max(0.0, free * USABLE - fixed_bytes(shape, weights, rank, devices))
     useful = max(least, min(step_tokens, MAX_TOKENS))
 
     def most(how: Recompute, share: float | None = None) -> int:
-        return int(room / token_bytes(shape, how, recomputed=share, elementwise=compiled and how == "selective"))
+        return int(room / token_bytes(shape, how, width, recomputed=share, elementwise=compiled and how == "selective"))
 
     if recompute == "elementwise" and not compiled:
         tokens = max(least, min(useful, most("none")))

@@ -236,6 +236,11 @@ class TrainingSetup:
         return "float16" if self.settings.fp16 else self.config.base.dtype
 
     @property
+    def activation_width(self) -> int:
+        """Bytes of a number of the activations."""
+        return 4 if self.compute_dtype == "float32" else 2
+
+    @property
     def weight_format(self) -> str:
         """The format of the frozen weights: a dtype, fp8 or nf4."""
         return self.config.base.quantization or self.config.base.dtype

@@ -209,7 +209,7 @@ def _expected_memory(setup: TrainingSetup, shape: ModelShape, choices: EngineCho
         StepMemory(
             tokens, setup.learned_share, recompute, choices.layers_recomputed, bool(choices.elementwise_recomputed)
         ),
-        width=4 if setup.compute_dtype == "float32" else 2,
+        width=setup.activation_width,
         devices=setup.group.size if choices.base_sharded else 1,
     )
 

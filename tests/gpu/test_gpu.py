@@ -109,6 +109,39 @@ def test_the_gpu_matches_the_cpu(tmp_path, tiny):
     assert gpu == pytest.approx(cpu, abs=5e-3)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 64), (9, 3, 64), (4, 1, 96), (2, 2, 256), (2, 2, 20)])
+def test_float32_attention_is_that_of_each_document_alone(heads, kv_heads, width, window):
+    from loraflow.training.attention import by_document, efficient
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    tensors = [
+        torch.randn(333, number, width, device="cuda", generator=generator) for number in (heads, kv_heads, kv_heads)
+    ]
+    begins = torch.tensor([0, 1, 130, 300, 333, 333, 333], dtype=torch.int32, device="cuda")
+    slope = torch.randn(333, heads, width, device="cuda", generator=generator)
+    found = []
+    for kernel in (efficient, by_document, efficient):
+        inputs = [tensor.clone().requires_grad_() for tensor in tensors]
+        out = kernel(*inputs, begins, 170, 0.3, (-1, 0) if window is None else (window - 1, 0))
+        found.append([out.detach(), *torch.autograd.grad(out, inputs, slope)])
+    for ours, expected, again in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(ours, again)
+
+
+def test_float32_documents_are_concatenated_recorded_and_equal_to_padded_rows(tiny, shards, tmp_path, caplog):
+    exact = {"base.dtype": "float32", "training_config.bf16": False}
+    ordinary = train(tiny, shards, tmp_path / "ordinary", **exact)
+    assert train(tiny, shards, tmp_path / "recorded", **exact, **{"runtime.cuda_graphs": "on"}) == ordinary
+    assert "without CUDA graphs" not in caplog.text
+    for name, change in {
+        "grid": {"runtime.attn_implementation": "sdpa"}, "compiled": {"runtime.compile": "on"},
+        "small": {"runtime.micro_tokens": 256}, "stock": {"runtime.engine": "stock"},
+    }.items():  # fmt: skip
+        assert train(tiny, shards, tmp_path / name, **exact, **change) == pytest.approx(ordinary, rel=1e-4)
+
+
 def test_phi3_mini_at_full_size_trains_merges_and_answers(tmp_path, capsys):
     """3.82 billion random parameters, packed rows, checkpointing as in configs/phi3-mini.yaml."""
     from transformers import AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM

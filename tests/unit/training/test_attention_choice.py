@@ -82,13 +82,12 @@ def test_a_requested_kernel_that_is_not_available_is_an_error(gpu):
     ("settings", "reason"),
     [
         ({"device": "cpu"}, "no GPU"),
-        ({"dtype": "float32"}, "flash attention has no float32"),
         ({"config": Phi3Config(hidden_size=2048, num_attention_heads=4, pad_token_id=0)}, "heads are 512 wide"),
         ({"config": Phi3Config(attention_dropout=0.1, pad_token_id=0)}, "the model uses attention dropout"),
         ({"config": GPT2Config(attn_pdrop=0.1)}, "the model uses attention dropout"),
         ({"config": Gemma2Config(attn_logit_softcapping=50.0)}, "the model soft-caps its attention logits"),
     ],
-    ids=["device", "dtype", "width", "dropout", "gpt2's name of dropout", "soft cap"],
+    ids=["device", "width", "dropout", "gpt2's name of dropout", "soft cap"],
 )
 def test_cases_that_flash_attention_cannot_compute_use_sdpa_or_are_refused(gpu, settings, reason):
     gpu((9, 0), FA4)
@@ -100,6 +99,26 @@ def test_cases_that_flash_attention_cannot_compute_use_sdpa_or_are_refused(gpu, 
         with pytest.raises(BadConfig, match="is not available here") as caught:
             choose(requested, **settings)
         assert caught.value.got.startswith(reason)
+
+
+def test_float32_takes_memory_efficient_attention_or_sdpa(gpu):
+    gpu((9, 0), FA4)
+    chosen, kernel = choose(dtype="float32")
+    assert (chosen.implementation, chosen.concatenated, kernel) == (DOCUMENTS, True, "efficient")
+
+    def load(name):
+        raise RuntimeError("_efficient_attention_forward() expected at most 9 arguments")
+
+    chosen, kernel = choose(dtype="float32", load=load)
+    assert (chosen.implementation, chosen.concatenated, kernel) == ("sdpa", False, None)
+    assert chosen.why == (
+        "flash attention has no float32, and torch's memory-efficient attention does not work here: "
+        "RuntimeError: _efficient_attention_forward() expected at most 9 arguments"
+    )
+    for requested in ("varlen", "fa3", "fa4"):
+        with pytest.raises(BadConfig, match="is not available here") as caught:
+            choose(requested, dtype="float32")
+        assert caught.value.got == "flash attention has no float32"
 
 
 def test_older_gpus_use_sdpa(gpu):
