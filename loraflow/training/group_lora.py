@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from loraflow.training.frozen_linear import mm_onto
-from loraflow.training.lora_kernels import FastLora, add_key_buffers, frozen_weight, keep_mask
+from loraflow.training.lora_kernels import FastLora, add_key_buffers, drop, frozen_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +84,7 @@ class GroupProduct(torch.autograd.Function):
         """Return the products [K, tokens, out]."""
         dropped = x
         if token_keys is not None and dropped_below is not None and kept_scale is not None:
-            dropped = _dropout(x, _keep(x, token_keys, module_key, dropped_below), kept_scale)
+            (dropped,) = drop([x], token_keys, module_key, dropped_below, kept_scale)
         h = torch.bmm(dropped, down.transpose(1, 2))
         ctx.save_for_backward(x, h, down, up, token_keys, module_key, dropped_below, kept_scale, weight)  # type: ignore[arg-type]
         y = torch.bmm(h, up)
@@ -96,27 +96,15 @@ class GroupProduct(torch.autograd.Function):
         """Return the gradients of x, A and B."""
         x, h, down, up, token_keys, module_key, dropped_below, kept_scale, weight = ctx.saved_tensors
         dy = dy.contiguous()
-        dh, dx, dropped, keep = torch.bmm(dy, up.transpose(1, 2)), None, x, None
+        dh = torch.bmm(dy, up.transpose(1, 2))
+        dx = torch.bmm(dh, down) if ctx.needs_input_grad[0] else None
+        dropped = x
         if token_keys is not None:
-            keep = _keep(x, token_keys, module_key, dropped_below)
-            dropped = _dropout(x, keep, kept_scale)
-        if ctx.needs_input_grad[0]:
-            dx = torch.bmm(dh, down)
-            if keep is not None:
-                dx = _dropout(dx, keep, kept_scale)
+            dropped, *updates = drop([x] if dx is None else [x, dx], token_keys, module_key, dropped_below, kept_scale)
+            dx = updates[0] if updates else None
+        if dx is not None:
             mm_onto(dx.view(-1, dx.shape[-1]), dy.view(-1, dy.shape[-1]), weight)
         return dx, torch.bmm(dh.transpose(1, 2), dropped), torch.bmm(h.transpose(1, 2), dy), *[None] * 5
-
-
-def _keep(x: Tensor, token_keys: Tensor, module_key: Tensor | None, dropped_below: Tensor) -> Tensor:
-    """Return which elements of x are kept: those that each adapter keeps when it is trained alone."""
-    count, tokens, features = x.shape
-    limits = dropped_below.expand(count, tokens, 1).reshape(-1, 1)
-    return keep_mask(token_keys, module_key, features, limits).view(x.shape)
-
-
-def _dropout(x: Tensor, keep: Tensor, kept_scale: Tensor) -> Tensor:
-    return torch.where(keep, x * kept_scale, 0).to(x.dtype)
 
 
 def stack_adapters(model: PreTrainedModel, names: Sequence[str], dtype: torch.dtype) -> Adapters | None:

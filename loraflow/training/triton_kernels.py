@@ -1,10 +1,13 @@
-"""Triton kernels of the training on a GPU: the loss with its gradient, and two products of a LoRA layer's backward pass.
+"""Triton kernels of the training on a GPU: the loss with its gradient, two products of a LoRA layer's backward pass, and
+dropout.
 
 With torch's operations, the loss and its gradient pass over fp32 copies of the logits about ten times; with a vocabulary of
 128,256 that was a tenth of a step. The kernel reads the logits twice and writes the gradient over them.
 
 The two products both read the output's gradient. The kernel reads it once, torch twice; for a wide layer that
 is most of their time (`benchmarks/lora_products.py`).
+
+Dropout's mask is a hash. By torch's operations, it is about 19 passes over arrays of the input's size; the kernel makes one.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ COLUMNS, STEP, WARPS, STAGES = 512, 64, 8, 3  # measured on an H100 with rank 16
 LEAST_COLUMNS = 4096  # a narrower layer gains nothing
 LARGEST_RANK = 16  # with 64, torch's products are faster
 LEAST_PROGRAMS = 2 * 132  # two for each multiprocessor of an H100
+DROP_BLOCK = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -125,3 +129,37 @@ def products(dy: Tensor, up: Tensor, h: Tensor, block_tokens: int) -> tuple[Tens
             lanes=max(16, triton.next_power_of_2(rank)), stages=STAGES, num_warps=WARPS,
         )  # fmt: skip
     return dh.sum(0).to(dy.dtype), d_up.sum(0).to(dy.dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _drop(  # type: ignore[no-untyped-def]
+    x, keys, module, below, scale, out, features, stride, tokens_each, of_each: tl.constexpr, block: tl.constexpr
+):
+    """Write a block of a token's features with dropout: the hash of `lora_kernels.hash_features`."""
+    token = tl.program_id(0)
+    lanes = tl.program_id(1) * block + tl.arange(0, block)
+    adapter = token // tokens_each
+    limit = tl.load(below + adapter) if of_each else below
+    factor = tl.load(scale + adapter) if of_each else scale
+    z = (tl.load(keys + token) ^ tl.load(module)) + lanes * -1640531527
+    z = (z ^ ((z >> 16) & 0xFFFF)) * -2048144789
+    z = (z ^ ((z >> 13) & 0x7FFFF)) * -1028477387
+    z = z ^ ((z >> 16) & 0xFFFF)
+    inside, at = lanes < features, token.to(tl.int64)
+    kept = tl.load(x + at * stride + lanes, mask=inside & ((z & 0xFFFF) >= limit), other=0.0).to(tl.float32)
+    tl.store(out + at * features + lanes, (kept * factor).to(out.dtype.element_ty), mask=inside)
+
+
+def drop(x: Tensor, token_keys: Tensor, module_key: Tensor, below: int | Tensor, scale: float | Tensor) -> Tensor:
+    """Return x [..., features] with dropout; see `lora_kernels.drop`. Equal bits."""
+    features = x.shape[-1]
+    rows = x.reshape(-1, features)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    adapters = len(below) if isinstance(below, Tensor) else 1
+    with torch.cuda.device(x.device):
+        _drop[(len(rows), triton.cdiv(features, DROP_BLOCK))](
+            rows, token_keys, module_key, below, scale, out, features, rows.stride(0),
+            len(rows) // adapters, of_each=isinstance(below, Tensor), block=DROP_BLOCK,
+        )  # fmt: skip
+    return out
