@@ -8,9 +8,9 @@ because a graph writes to fixed addresses. If recording fails, or the replayed r
 training continues without graphs.
 
 Graphs are chosen by an estimate of what compiling the layers saves: it costs once and saves in each pass (forward and
-backward of a micro-batch). The figures were measured by `benchmarks/compile_gain.py` on one H100 with 16 cores and torch
-2.11, November 2026. Other cards were not measured: with slower kernels, fewer launches save less, and fewer reads and
-writes save more.
+backward of a micro-batch). The figures were measured by `benchmarks/compile_gain.py` on one H200 with 16 cores and torch
+2.11, November 2026; an H100 gave 5.0, 3.6 and 3.6 ms without dropout. Other cards were not measured: with slower kernels, fewer
+launches save less, and fewer reads and writes save more.
 """
 
 from __future__ import annotations
@@ -271,7 +271,6 @@ def _pays_off(setup: TrainingSetup, shape: ModelShape, fit: MemoryFit) -> tuple[
 
 COMPILE_SECONDS = 30.0  # in a new process without a cache of compiled code; 5 to 12 s were measured in a warm process
 LENGTH_SECONDS = 10.0  # to compile for one more length of micro-batches
-MEASURED_TOKENS = 8192
 
 
 class Saved(NamedTuple):
@@ -282,12 +281,10 @@ class Saved(NamedTuple):
     with_dropout: float
 
 
-TABLE = (Saved(576, 5.0, 9.7), Saved(2048, 3.6, 17.7), Saved(3072, 3.6, 24.3))
-# A pass of 1,024 tokens saved as much as one of 8,192 at width 576: there, launching the kernels takes the time.
-LAUNCHES_WITH_DROPOUT = TABLE[0].with_dropout
+TABLE = (Saved(576, 4.1, 6.0), Saved(2048, 5.5, 3.6), Saved(3072, 3.7, 5.2))
 # Milliseconds for each layer, token and unit of width, where the passes are recorded as CUDA graphs: nothing but reads and
-# writes is saved then. Measured 1.6e-7 to 5.9e-7 without dropout and 8.9e-7 to 14.6e-7 with it.
-GRAPHED, GRAPHED_WITH_DROPOUT = 1.6e-7, 8.9e-7
+# writes is saved then. Measured 1.3e-7 to 1.5e-7 with 8,192 tokens, with and without dropout.
+GRAPHED = 1.3e-7
 
 
 def seconds_saved(width: int, layers: int, dropout: float, passes: int, tokens: int, *, graphed: bool = False) -> float:
@@ -295,13 +292,10 @@ def seconds_saved(width: int, layers: int, dropout: float, passes: int, tokens: 
 
     Args:
         width: the model's hidden size. Between and beyond the measured widths, the next narrower one counts.
-        dropout: LoRA's dropout. Its masks are most of what an uncompiled layer computes in addition.
+        dropout: LoRA's dropout.
+        tokens: of a pass, which count where passes are recorded. Otherwise, launching the kernels takes the time.
     """
     if graphed:
-        return passes * layers * tokens * width * (GRAPHED_WITH_DROPOUT if dropout > 0 else GRAPHED) / 1e3
+        return passes * layers * tokens * width * GRAPHED / 1e3
     row = max((row for row in TABLE if row.width <= width), default=TABLE[0])
-    milliseconds = row.without_dropout
-    if dropout > 0:
-        share = min(1.0, tokens / MEASURED_TOKENS)
-        milliseconds = LAUNCHES_WITH_DROPOUT + (row.with_dropout - LAUNCHES_WITH_DROPOUT) * share
-    return passes * layers * milliseconds / 1e3
+    return passes * layers * (row.with_dropout if dropout > 0 else row.without_dropout) / 1e3
