@@ -9,8 +9,8 @@ training continues without graphs.
 
 Graphs are chosen by an estimate of what compiling the layers saves: it costs once and saves in each pass (forward and
 backward of a micro-batch). The figures were measured by `benchmarks/compile_gain.py` on one H200 with 16 cores and torch
-2.11, November 2026; an H100 gave 5.0, 3.6 and 3.6 ms without dropout. Other cards were not measured: with slower kernels, fewer
-launches save less, and fewer reads and writes save more.
+2.11, November 2026; an H100 gave 5.0, 3.6 and 3.6 ms without dropout. Other cards were not measured: with slower kernels,
+fewer launches save less, and fewer reads and writes save more.
 """
 
 from __future__ import annotations
