@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
+from loraflow.config.evaluation import LOWER_IS_BETTER
 from loraflow.data.checks.findings import refuses
 from loraflow.data.checks.split import CLUSTER
 from loraflow.evaluation.gate import paired_rows
 from loraflow.evaluation.label_scores import label
-from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.pairing import refusal, require_same_tokens, scores
 from loraflow.evaluation.slices import last_message
 from loraflow.evaluation.values import BehaviourResult, Decision, FailedRow, WorseRow, WorseRows
@@ -108,11 +108,9 @@ def _check(
     name: str, rule: BehaviourRule, challenger: pd.DataFrame, others: Mapping[str, pd.DataFrame]
 ) -> BehaviourResult:
     rows = _rows_of(challenger, rule, name, "challenger")
-    ids: list[str] = list(rows["id"])
-    answers: list[str] = list(rows["answer"])
     failed = [
-        FailedRow(row_id, question(prompt), cut(answer))
-        for row_id, prompt, answer, meets in zip(ids, _prompts(rows), answers, rule.met_by(rows), strict=True)
+        FailedRow(str(rows["id"].iloc[i]), question(text_of(rows, "prompt", i)), cut(text_of(rows, "answer", i)))
+        for i, meets in enumerate(rule.met_by(rows))
         if not meets
     ]
     passed, total = len(rows) - len(failed), len(rows)
@@ -161,10 +159,6 @@ def _paraphrases(rows: pd.DataFrame, check: str) -> pd.DataFrame:
             "evaluation.max_rows: a sample may have only one row of a group",
         )
     return rows.iloc[found]
-
-
-def _prompts(rows: pd.DataFrame) -> list[str]:
-    return [str(prompt) for prompt in rows["prompt"]] if "prompt" in rows else [""] * len(rows)
 
 
 def _refuse_constant(constant: str) -> NoReturn:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loraflow.config.evaluation import LOWER_IS_BETTER
 from loraflow.evaluation.behaviour import text_of
 from loraflow.evaluation.intervals import Bounds, Interval
-from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.pairing import NO_RANGES, pair, rows_with_other_tokens, scores, token_weights
 from loraflow.evaluation.score import score_columns
 from loraflow.evaluation.slices import last_message

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from loraflow.config.evaluation import BINARY, LOWER_IS_BETTER, RANGES, ROW_COLUMNS
 from loraflow.evaluation.evidence import Evidence
 from loraflow.evaluation.intervals import group_labels, is_binary
-from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
-from loraflow.evaluation.values import BINARY, LARGEST_SCORE, LARGEST_VOCABULARY, RANGES, ROW_COLUMNS
+from loraflow.evaluation.values import LARGEST_SCORE, LARGEST_VOCABULARY
 from loraflow.failures import BadConfig, BadData
 
 if TYPE_CHECKING:

@@ -172,11 +172,10 @@ class StallWatch:
         return read_tail(self.work / f"{_STACKS}{pid}.txt", 8000)
 
     def _innermost_frames(self) -> str:
-        """Return the innermost frame of the worker's main thread, from the stacks that it wrote before."""
-        found = [line.strip() for line in self._stacks(self.pid).splitlines() if line.strip().startswith("File ")]
-        thread = self._stacks(self.pid).rpartition("(most recent call first):")[2].splitlines()
-        main = [line.strip() for line in thread if line.strip().startswith("File ")]
-        return (main or found or ["it waits"])[0]
+        """Return the innermost frame of the worker's main thread, from the stacks that it wrote."""
+        main_thread = self._stacks(self.pid).rpartition("(most recent call first):")[2]  # faulthandler writes it last
+        frames = (line.strip() for line in main_thread.splitlines())
+        return next((frame for frame in frames if frame.startswith("File ")), "it waits")
 
 
 def write_stacks_on_request(work: Path) -> None:
