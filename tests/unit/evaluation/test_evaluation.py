@@ -16,11 +16,6 @@ from tests.job_factory import make_job
 from tests.unit.training.test_training import REF, recipe
 
 
-@pytest.fixture(autouse=True)
-def offline(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
-
-
 @pytest.fixture
 def evaluate(phi3, tmp_path):
     """Run the evaluate stage on seven rows of two sets; return its folder and its summary."""

@@ -25,7 +25,7 @@ from loraflow.registry.anchor import write_anchor
 from loraflow.registry.looks import LookRecord
 from loraflow.registry.runs import LogHead, Publication, read_report, read_run, write_report
 from loraflow.serving.publish import _write_publication, find_publication
-from loraflow.store import LocalStore, Ref, Summary
+from loraflow.store import Ref, Summary
 from loraflow.store.artifact import Manifest
 from loraflow.store.checkpoints import finalize_checkpoint, is_intact, prune_to_newest_intact
 from loraflow.store.checksum import ChangedDocument, add_checksum, check_document
@@ -37,11 +37,6 @@ from tests.promoted_models import add_model, commit, promote, record_run
 
 FIRST, SECOND = "20260101-000000-aaaaaa", "20260102-000000-bbbbbb"
 ROWS = {f"row{i}" for i in range(50)}
-
-
-@pytest.fixture
-def store(tmp_path):
-    return LocalStore(tmp_path / "store")
 
 
 def flipped(data, position):

@@ -298,7 +298,7 @@ def test_an_artifact_that_another_process_recomputed_meanwhile_is_not_quarantine
 @pytest.mark.parametrize(
     "require", [require_intact, require_intact_in_store, lambda *args: read_intact(*args, "sub/a.txt")]
 )
-def test_whoever_requires_an_artifact_that_is_recomputed_meanwhile_goes_on(store, monkeypatch, require):
+def test_an_artifact_that_is_recomputed_while_it_is_checked_is_used(store, monkeypatch, require):
     ref = put(store)
     if not isinstance(store, LocalStore):
         store.cache.drop(ref)
