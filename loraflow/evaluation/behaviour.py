@@ -99,7 +99,7 @@ def check_behaviour(
 
 
 def with_behaviour(decision: Decision, found: tuple[BehaviourResult, ...]) -> Decision:
-    """Return the decision with these results. One that does not hold rejects the challenger."""
+    """Return the decision with these results. A result that does not hold rejects the challenger."""
     failed = [result.reason for result in found if not result.holds]
     return replace(decision.rejected_for(failed), behaviour=found)
 

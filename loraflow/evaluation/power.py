@@ -1,4 +1,4 @@
-"""What a gate can show with a number of held-out rows, before anything is trained, and what would decide an undecided one.
+"""What the gate can show with the held-out rows, before anything is trained; and what would decide an undecided run.
 
 No numpy: `loraflow plan` and cached runs are fast.
 """

@@ -64,7 +64,7 @@ class GroupResult:
 
 @dataclass(frozen=True)
 class Division:
-    """What a sweep that trains trials together does with each of them. Its plan and its run both ask `divide`."""
+    """What a sweep that trains trials together does with each trial. Its plan and its run both call `divide`."""
 
     known: Mapping[str, GroupResult]  # by label: what the store has of trials that were trained in some group
     groups: Groups  # groups of the remaining trials, which are neither known nor trained alone
@@ -130,7 +130,7 @@ def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -
 def _parts(trials: Sequence[Trial], size: int) -> Iterator[tuple[Trial, ...]]:
     """Yield as few parts of at most `size` trials as possible. Their sizes differ by one at most; larger ones come first.
 
-    So a sweep that continues after some of its groups were trained makes the others again as they were.
+    When a sweep continues after an interruption, it divides the trials that are left into the same groups again.
     """
     count = math.ceil(len(trials) / size)
     start = 0
@@ -141,7 +141,7 @@ def _parts(trials: Sequence[Trial], size: int) -> Iterator[tuple[Trial, ...]]:
 
 
 def _why_left(size: int, count: int, kinds: int) -> str:
-    """Return why a trial is by itself, although `count` trials have the same rows, batch and steps as it."""
+    """Return why a trial is trained alone, although `count` trials have the same rows, batch and steps."""
     if size == 1:
         return "runtime.trials_together is 1"
     if count > 1:

@@ -87,7 +87,7 @@ def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
                 anchor = Claim(LogHead.model_validate_json(check_document(name, data)), name)
             elif name.startswith(f"{FOLDER}/{model}/accepted-"):
                 accepted.append(Acceptance.model_validate_json(check_document(name, data)))
-        except ValueError as error:  # pydantic's error is one, too
+        except ValueError as error:  # ValidationError is a subclass
             text = f"{name} cannot be read: {first_problem(error)}"
             if name == _anchor_name(model):
                 problem = text

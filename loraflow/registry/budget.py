@@ -250,13 +250,14 @@ def _recycled(counted: Sequence[Look], number: int, promotions: Sequence[Entry])
 def gains_to_follow(
     log: PromotionLog, looks: Sequence[Look], groups: Iterable[str | None], *, independent: bool
 ) -> set[int] | None:
-    """Return the looks that the next one may follow with a higher level (`near_gains`); None without the recipe's word.
+    """Return the looks that the next look may follow with a higher level (`near_gains`); None if not `independent`.
 
     Rows of a group depend on each other, and no record says which groups the rows of earlier looks had. So rows with a
     group follow none.
 
     Args:
-        groups: of the rows of the next look; None for a row without one.
+        groups: of the rows of the next look; None for a row without a group.
+        independent: gate.independent_rows.
     """
     if not independent:
         return None

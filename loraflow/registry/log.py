@@ -247,8 +247,8 @@ class PromotionLog:
     def _anchor(self, head: LogHead) -> None:
         """Write the anchor, unless another writer has appended an entry and written it since.
 
-        Another writer may do both between the look at its anchor and the write of this one. So the log is read again
-        afterwards: whoever writes last names the last entry.
+        Another writer may do both after this one has read the anchor, and before it writes it. So the log is read again
+        afterwards: the last writer names the last entry.
 
         If that fails, the entry is valid nevertheless, and the next append writes the anchor.
         """
@@ -344,7 +344,7 @@ class PromotionLog:
             return None
         try:
             return JSON_OBJECT.validate_json(check_document(name, document))
-        except ValueError as error:  # pydantic's error is one, too
+        except ValueError as error:  # ValidationError is a subclass
             log.warning("a stored decision is not used, %s: %s", name, str(error).splitlines()[0])
             return None
 

@@ -207,10 +207,10 @@ class LookRecord:
         return sets
 
     def accept_loss(self, reason: str, actor: str) -> LostLooks | None:
-        """Go on with the looks that are intact, and store who decided this and why; None if nothing is damaged.
+        """Continue with the looks that are intact, and store who decided this and why; None if nothing is damaged.
 
-        Lost looks are counted: the next look has their number added. If it is no longer known which rows they used, no row
-        counts as fresh from now on.
+        Lost looks are counted: their number is added to the next look. If it is unknown which rows they used, no row
+        counts as fresh any more.
         """
         read, is_readable = self._read(), True
         try:
@@ -284,7 +284,7 @@ class LookRecord:
         return len(names) + len(others)
 
     def _acceptances(self) -> list[LostLooks]:
-        """Return the accepted losses. What they say is counted, so one that is lost or damaged is refused."""
+        """Return the accepted losses. Their looks are counted, so a lost or damaged document is refused."""
         found = read_losses(self.store, self.model)
         if found.damaged:
             name = min(found.damaged)
@@ -297,7 +297,7 @@ class LookRecord:
             return self._head_of_runs()
         try:
             return _Anchor.model_validate_json(check_document(self._anchor_name, data))
-        except ValueError as error:  # pydantic's error is one, too
+        except ValueError as error:  # ValidationError is a subclass
             raise self._damaged(self._anchor_name, "number and hash of a look", first_problem(error)) from error
 
     def _head_of_runs(self) -> _Anchor | None:
@@ -305,7 +305,7 @@ class LookRecord:
         return _Anchor(seq=claim.head.seq, hash=claim.head.hash) if claim is not None else None
 
     def _anchor(self, head: LogHead, digests: Collection[str]) -> None:
-        """Write the anchor, unless another process has recorded a look since: whoever writes last names the last look."""
+        """Write the anchor, unless another process has recorded a look since. The last writer names the last look."""
         rows = set(digests)
         while True:
             anchor = self._read_anchor()

@@ -234,7 +234,7 @@ def _resume(work: Path, request: _RequestIdentity) -> int:
 def _read_request(file: Path) -> _RequestIdentity:
     try:
         return _RequestIdentity.model_validate_json(check_document(file.name, file.read_bytes()))
-    except ValueError as error:  # pydantic's error is one, too
+    except ValueError as error:  # ValidationError is a subclass
         raise BadConfig(
             "The settings of the unfinished output are unknown.",
             where=str(file),
