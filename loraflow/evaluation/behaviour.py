@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
-from loraflow.config.evaluation import LOWER_IS_BETTER
 from loraflow.data.checks.findings import refuses
 from loraflow.data.checks.split import CLUSTER
 from loraflow.evaluation.gate import paired_rows
 from loraflow.evaluation.label_scores import label
-from loraflow.evaluation.pairing import refusal, require_same_tokens, scores
+from loraflow.evaluation.pairing import gains, refusal, require_same_tokens, scores
 from loraflow.evaluation.slices import last_message
 from loraflow.evaluation.values import BehaviourResult, Decision, FailedRow, WorseRow, WorseRows
 from loraflow.failures import BadConfig
@@ -206,7 +205,7 @@ def find_worse(
         BadConfig: there is no score of this name, or it is a loss per token of different tokens.
     """
     return tuple(
-        _worse(rows, other_rows, name, metric, limit, metric in lower_is_better)
+        _worse(rows, other_rows, name, metric, limit, lower_is_better)
         for name, rows, other_rows in paired_rows(challenger, others)
         for metric, limit in limits.items()
     )
@@ -224,13 +223,12 @@ def _worse(
     name: str,
     metric: str,
     limit: WorseLimit,
-    is_lower_better: bool,
+    lower_is_better: Collection[str],
 ) -> WorseRows:
-    sign = -1.0 if is_lower_better or metric in LOWER_IS_BETTER else 1.0
     mine, other = scores(challenger_rows, metric, "challenger"), scores(other_rows, metric, name)
     if metric == "token_loss":
         require_same_tokens(challenger_rows, other_rows, name)
-    drops = sign * (other - mine)
+    drops = gains(other, mine, metric, lower_is_better)
     order = np.argsort(-drops, kind="stable")
     count = int((drops >= limit.drop - _ROUNDING).sum())
     allowed = limit.of(len(challenger_rows))
