@@ -1,3 +1,5 @@
+"""The stage evaluate, with a tiny model."""
+
 import json
 import math
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Run a job in a worker process: its outcome, retries, deadlines, signals and progress. The worker is a fake one."""
+
 import os
 import signal
 import subprocess

@@ -1,3 +1,5 @@
+"""The bytes of manifests, remembered hashes, and the modes of files."""
+
 import hashlib
 import json
 import os
