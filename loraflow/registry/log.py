@@ -36,8 +36,7 @@ from loraflow.registry.entry import Entry as Entry
 from loraflow.registry.runs import LogHead
 from loraflow.registry.signature import sign, signing_key
 from loraflow.store import LocalStore, Ref, Store
-from loraflow.store.checksum import add_checksum, check_document
-from loraflow.store.files import json_bytes
+from loraflow.store.checksum import check_document, with_checksum
 
 log = logging.getLogger("loraflow")
 _MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # as in the recipe: register.model
@@ -351,7 +350,7 @@ class PromotionLog:
     def write_decision(self, head: Entry | None, digest: str, protocol: str, decision: Mapping[str, JsonValue]) -> None:
         """Store a decision about a model against this head."""
         name = self._decision_name(head, digest, protocol)
-        self.store.write_document(name, add_checksum(name, json_bytes(decision)))
+        self.store.write_document(name, with_checksum(name, decision))
 
     def _decision_name(self, head: Entry | None, digest: str, protocol: str) -> str:
         seen = short(head.hash) if head else "none"

@@ -26,8 +26,7 @@ from loraflow.registry.look_claims import ScoredRows, Sets, read_losses
 from loraflow.registry.look_claims import row_key as row_key
 from loraflow.registry.runs import LogHead
 from loraflow.store import LocalStore, Store
-from loraflow.store.checksum import add_checksum, check_document, first_problem
-from loraflow.store.files import json_bytes
+from loraflow.store.checksum import check_document, first_problem, with_checksum
 
 
 class _Anchor(LogHead):
@@ -320,7 +319,7 @@ class LookRecord:
     def _write_anchor(self, head: LogHead, digests: Collection[str]) -> None:
         accepted = len(read_losses(self.store, self.model).intact)
         values = {**head.model_dump(), "digests": sorted(digests), "accepted": accepted, "time": now()}
-        self.store.write_document(self._anchor_name, add_checksum(self._anchor_name, json_bytes(values)))
+        self.store.write_document(self._anchor_name, with_checksum(self._anchor_name, values))
 
     def _damaged(self, where: str, expected: str, got: str) -> DamagedLog:
         return DamagedLog(

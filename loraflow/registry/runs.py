@@ -23,8 +23,7 @@ from loraflow.registry.reserve import ReserveState
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.store import Ref, Store
 from loraflow.store.artifact import FolderName
-from loraflow.store.checksum import ChangedDocument, add_checksum, check_document, checksum, first_problem
-from loraflow.store.files import json_bytes
+from loraflow.store.checksum import ChangedDocument, check_document, checksum, first_problem, with_checksum
 
 log = logging.getLogger("loraflow")
 
@@ -144,7 +143,7 @@ class RunRecord(StoredModel):
     @property
     def document(self) -> bytes:
         """The record as the bytes of its file, with a checksum."""
-        return add_checksum(f"{FOLDER}{self.run}.json", json_bytes(self.model_dump()))
+        return with_checksum(f"{FOLDER}{self.run}.json", self.model_dump())
 
     @property
     def model(self) -> str | None:

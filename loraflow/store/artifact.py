@@ -18,10 +18,10 @@ from loraflow.identity import short
 from loraflow.store.checksum import MANIFEST as MANIFEST
 from loraflow.store.checksum import (
     ChangedDocument,
-    add_checksum,
     add_manifest_checksum,
     check_document,
     check_manifest_checksum,
+    with_checksum,
 )
 from loraflow.store.files import files_below, hash_file, is_inside, json_bytes
 
@@ -194,9 +194,8 @@ class Pointer(StoredModel):
     def pointing_to(self, ref: Ref, manifest: bytes) -> bytes:
         """Return the bytes of the pointer after a commit, with a checksum; what it knows of other digests stays."""
         manifests = {**self.manifests, ref.digest: hashlib.sha256(manifest).hexdigest()}
-        return add_checksum(
-            _pointer_name(ref.stage, ref.fingerprint), json_bytes({"digest": ref.digest, "manifests": manifests})
-        )
+        name = _pointer_name(ref.stage, ref.fingerprint)
+        return with_checksum(name, {"digest": ref.digest, "manifests": manifests})
 
 
 class ChangedManifest(ValueError):
@@ -350,7 +349,7 @@ def manifest_problem(error: Exception) -> str:
 def quarantine_record(folder: str, was: str, problems: list[str]) -> tuple[str, bytes]:
     """Return name and bytes of the document that says where a quarantined artifact was, and why it is there."""
     name = f"{QUARANTINE}/{folder}.json"
-    return name, add_checksum(name, json_bytes({"was": was, "problems": [*problems], "time": time.time()}))
+    return name, with_checksum(name, {"was": was, "problems": [*problems], "time": time.time()})
 
 
 def check_consistency(manifest: Manifest, ref: Ref) -> list[str]:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 
 from pydantic import ValidationError
+
+from loraflow.store.files import Json, json_bytes
 
 _START = b"{\n"
 _LINE = re.compile(rb'\{\n "checksum": "([0-9a-f]{64})",\n')
@@ -21,14 +24,14 @@ class ChangedDocument(ValueError):
     """A document has other bytes, or another name, than those that were written."""
 
 
-def add_checksum(name: str, document: bytes) -> bytes:
-    """Return a document of `json_bytes`, an object that is not empty, with its checksum.
+def with_checksum(name: str, values: Mapping[str, Json]) -> bytes:
+    """Return JSON values, at least one, as the bytes of a document with its checksum.
 
     Args:
         name: where the document belongs, such as its name in the store.
     """
-    assert document.startswith(_START), name
-    rest = document.removeprefix(_START)
+    assert values, name
+    rest = json_bytes(values).removeprefix(_START)
     return b'{\n "checksum": "%s",\n%s' % (checksum(name, rest).encode(), rest)
 
 
@@ -81,7 +84,7 @@ def check_manifest_checksum(document: bytes) -> bytes:
 
 
 def _has_checksum(document: bytes) -> bool:
-    """Tell whether a document is an object with a checksum that is not where `add_checksum` writes it."""
+    """Tell whether a document is an object with a checksum that is not where `with_checksum` writes it."""
     if b"checksum" not in document:
         return False
     try:
