@@ -11,7 +11,6 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import Field, JsonValue
 
-from loraflow.config import Recipe
 from loraflow.data.checks.check_report import why_wait
 from loraflow.data.versions.git_branch import newest_settings
 from loraflow.flows.finetune import decide_and_register, publish_and_report, repairs
@@ -46,11 +45,7 @@ def retrain(
     """
     if approval:
         refuse_without_deployment()
-
-    def newest_dataset(read: Recipe) -> dict[str, JsonValue]:
-        return newest_settings(read.data, branch)
-
-    with open_run(recipe, settings, [], newest_dataset) as run:
+    with open_run(recipe, settings, [], lambda read: newest_settings(read.data, branch)) as run:
         for attempt in repairs(run):
             with attempt:
                 if min_changed_rows or min_shift:  # before anything is trained

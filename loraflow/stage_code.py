@@ -202,6 +202,7 @@ DEAL_ROWS = ("loraflow.data.checks.deal_rows", "loraflow.data.checks.split", "lo
 
 EVALUATE = (
     "loraflow.evaluation.score",
+    "loraflow.config.evaluation",
     "loraflow.data.formats.call_parser",
     "loraflow.data.checks.split",
     "loraflow.evaluation.answers_file",

@@ -23,8 +23,8 @@ log = logging.getLogger("loraflow")
 def schedule_continuation(spent: BudgetSpent, computed: Sequence[str]) -> None:
     """Schedule the run that continues, and name it in the failure that ends this one.
 
-    A run that neither finished a stage nor saved anything is not followed by another, so a stage that never gets to its
-    first checkpoint within the time does not run for ever.
+    If the run finished no stage and saved nothing, no other run is scheduled: a stage that never reaches its first
+    checkpoint within the time would be started again and again.
 
     Args:
         spent: the failure that ends this run. Its details say whether the interrupted stage saved anything.

@@ -45,7 +45,7 @@ def gate(workspace: Workspace, result: PipelineResult) -> Decision:
     if head is not None:  # in use: a change of its files must not wait for the next user
         is_challenger = head.merged.digest == merged
         challenger_files = [result.merged, result.adapter] if is_challenger else []
-        for ref in challenger_files:  # damaged ones are recomputed by this run
+        for ref in challenger_files:  # this run recomputes damaged ones
             require_unchanged(workspace.store, ref, workspace.memo)
         if any(ref is not None and ref not in challenger_files for ref in (head.merged, head.adapter)):
             require_champion_intact(workspace.store, head, workspace.memo)
@@ -142,11 +142,11 @@ def _compare(workspace: Workspace, result: PipelineResult, protocol: str) -> Dec
     from loraflow.evaluation.guards import why_not_promoted
 
     tables = _comparable_tables(workspace, result)
-    hopeless = why_not_promoted(tables.challenger, tables.parts, tables.general, tables.unscored)
-    look = None if hopeless else _take_look(workspace, result, protocol, tables.challenger)
+    obstacles = why_not_promoted(tables.challenger, tables.parts, tables.general, tables.unscored)
+    look = None if obstacles else _take_look(workspace, result, protocol, tables.challenger)
     decision = _decide(workspace, result, tables, look)
     if look is None:
-        return replace(decision, budget=f"No look was used: it could not promote ({'; '.join(hopeless)}).")
+        return replace(decision, budget=f"No look was used: it could not promote ({'; '.join(obstacles)}).")
     looks = workspace.looks.entries()
     is_free = not (workspace.recipe.gate.independent_rows or has_followers(looks, look))
     budget = _budget(look, len(tables.challenger), error_of_period(looks, look), is_free=is_free)

@@ -42,7 +42,7 @@ def create_limit(client: SyncPrefectClient) -> bool:
 
 
 def _log_waiting(client: SyncPrefectClient) -> None:
-    """Log that the limit has no free slot. Prefect itself logs nothing, and waits for ever if the limit was set to 0."""
+    """Log that the limit has no free slot. Prefect logs nothing, and waits without end if the limit was set to 0."""
     limit = client.read_global_concurrency_limit_by_name(limit_name())
     if not limit.active or limit.active_slots < limit.limit:
         return

@@ -165,21 +165,14 @@ def open_run(
             if rename:
                 _retry_system_error(lambda: show_name(run.workspace))
             yield run
-        except BudgetSpent as caught:
-            error = caught
-            if is_deployed:
-                schedule_continuation(caught, run.computed)
-            raise
-        except TerminationSignal as caught:
-            error = caught
-            if is_deployed and run.workspace.recipe.runtime.preemptible:
-                schedule_continuation_after_signal(run.computed)
-            raise
-        except OSError as caught:
-            error = caught
-            raise from_os_error(caught, store.uri) or caught from caught
         except BaseException as caught:
             error = caught
+            if is_deployed and isinstance(caught, BudgetSpent):
+                schedule_continuation(caught, run.computed)
+            elif is_deployed and isinstance(caught, TerminationSignal) and run.workspace.recipe.runtime.preemptible:
+                schedule_continuation_after_signal(run.computed)
+            elif isinstance(caught, OSError):
+                raise from_os_error(caught, store.uri) or caught from caught
             raise
         finally:
             run.workspace.save()

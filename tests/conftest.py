@@ -8,12 +8,16 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 
+if TYPE_CHECKING:
+    from loraflow.store import LocalStore
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -177,6 +181,14 @@ def bucket_uri(s3_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> st
     """The uri of an empty store in a bucket, with an empty local cache."""
     monkeypatch.setenv("LORAFLOW_CACHE", str(tmp_path / "cache"))
     return s3_server.new_store_uri()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    """An empty store in a folder."""
+    from loraflow.store import LocalStore
+
+    return LocalStore(tmp_path / "store")
 
 
 @pytest.fixture(scope="session")

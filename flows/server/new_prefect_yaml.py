@@ -18,9 +18,9 @@ from string import Template
 import yaml
 from pydantic import JsonValue
 
-from loraflow.config.load import Upgraded
 from loraflow.config.project import FILE, PROJECT_ID, id_in
 from loraflow.config.recipe_text import find_recipe, recipe_names
+from loraflow.config.renamed_keys import Upgraded
 from loraflow.config.yaml import Edit, Scalar, Syntax, apply, load_plain, scalars
 from loraflow.data.versions.git import folder_in_repository, git_or_none
 from loraflow.data.versions.git_branch import MAIN, branch_for_retraining

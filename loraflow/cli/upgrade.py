@@ -16,7 +16,7 @@ from loraflow.failures import BadConfig
 from loraflow.store.files import replace_file
 
 if TYPE_CHECKING:
-    from loraflow.config.load import Upgraded
+    from loraflow.config.renamed_keys import Upgraded
 
 
 @click.command()
@@ -54,9 +54,9 @@ def upgrade(write: bool) -> None:
 def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
     """Yield each file of the project, with its new and its present text."""
     from loraflow.cli.init import FOR_DVCIGNORE, gitignore_lines, with_lines
-    from loraflow.config.load import Upgraded, upgrade_recipe
     from loraflow.config.project import FILE
     from loraflow.config.recipe_text import recipe_files
+    from loraflow.config.renamed_keys import Upgraded
     from loraflow.flows.server.new_prefect_yaml import upgrade_prefect_yaml
 
     recipes = recipe_files()
@@ -83,6 +83,24 @@ def _upgraded_files() -> Iterator[tuple[Path, Upgraded, str]]:
     if Path(".dvc").is_dir():
         text = _read(dvcignore) if dvcignore.is_file() else ""
         yield dvcignore, Upgraded(with_lines(text, FOR_DVCIGNORE), []), text
+
+
+def upgrade_recipe(text: str, name: str) -> Upgraded:
+    """Rename the old keys of a recipe. The recipe means the same afterwards, or it is left unchanged, with a note."""
+    from loraflow.config.load import parse_recipe
+    from loraflow.config.renamed_keys import Upgraded, rename_keys
+    from loraflow.config.yaml import Syntax
+
+    try:
+        new, notes = rename_keys(text)
+        if new == text or parse_recipe(text, name) == parse_recipe(new, name):
+            return Upgraded(new, notes)
+        problem = ": new names would change its meaning"
+    except Syntax as error:
+        return Upgraded(text, [f"line {error.line}: {error}"])
+    except BadConfig as failure:
+        problem = f", because it has other problems: {failure.got or failure.what}"
+    return Upgraded(text, [*notes, f"left unchanged{problem}"])
 
 
 def _read(file: Path) -> str:

@@ -10,16 +10,33 @@ from loraflow.frozen import Dtype, FrozenModel, Positive
 
 SliceBy = Annotated[str, Field(min_length=1)]  # one of BUILT_IN_SLICES, or a field of the rows
 BUILT_IN_SLICES = ("length", "script")
-# The scores of each built-in metric, to check the names in the gate before anything runs.
-SCORES = {
-    "token_loss": {"token_loss"},
-    "exact_match": {"exact_match"},
-    "labels": {"accuracy"},
-    "token_f1": {"token_f1"},
-    "chrf": {"chrf"},
-    "rouge": {"rouge1", "rouge2", "rougeL", "rougeLsum"},
-    "json_fields": {"json_valid", "field_f1"},
-    "tool_calls": {"tool_name", "tool_arguments_f1", "valid_call_rate"},
+
+# What is known about scores, so that names in the gate are checked before anything runs. docs/gate.md says how to add a
+# metric.
+
+# The scores of each built-in metric with their largest values. The smallest is 0. None: it has no largest value.
+SCORES: dict[str, dict[str, float | None]] = {
+    "token_loss": {"token_loss": None},
+    "exact_match": {"exact_match": 1.0},
+    "labels": {"accuracy": 1.0},
+    "token_f1": {"token_f1": 1.0},
+    "chrf": {"chrf": 100.0},
+    "rouge": {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0, "rougeLsum": 1.0},
+    "json_fields": {"json_valid": 1.0, "field_f1": 1.0},
+    "tool_calls": {"tool_name": 1.0, "tool_arguments_f1": 1.0, "valid_call_rate": 1.0},
+}
+# Scores that are 0 or 1 in each row.
+BINARY = frozenset({"exact_match", "accuracy", "json_valid", "stops", "tool_name", "valid_call_rate"})
+LOWER_IS_BETTER = frozenset({"token_loss", "perplexity"})
+OF_ALL_ROWS = frozenset({"stops", "perplexity", "macro_f1"})  # computed by evaluate itself, whatever the metrics
+# Columns of a score table that are not scores.
+ROW_COLUMNS = frozenset(
+    {"id", "set", "group", "prompt", "reference", "reference_calls", "reference_tokens"}
+    | {"answer", "answer_tokens", "finish", "nll"}
+)
+# The largest value of each score that has one. A score of another name, or outside of it, has no known range.
+RANGES = {name: most for scores in SCORES.values() for name, most in scores.items() if most is not None} | {
+    "stops": 1.0
 }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from loraflow.config.evaluation import SCORES, SliceBy
+from loraflow.config.evaluation import OF_ALL_ROWS, RANGES, ROW_COLUMNS, SCORES, SliceBy
 from loraflow.frozen import FrozenModel, Positive
 
 if TYPE_CHECKING:
@@ -147,20 +147,8 @@ class Gate(FrozenModel):
         return {str(score): margin for score, margin in self.forgetting.items()}
 
 
-# The largest difference of loraflow's own scores; the loss of a token has none that a recipe knows. A test compares this
-# with the ranges by which the gate bounds them.
-_LARGEST = {"chrf": 100.0}
-# Columns of a score table that are not scores, and scores that are no mean over rows. A test compares this, too.
-NOT_SCORES = frozenset(
-    {"id", "set", "group", "prompt", "reference", "reference_calls", "reference_tokens", "answer", "answer_tokens"}
-    | {"finish", "nll", "perplexity", "macro_f1"}
-)
-_NO_RANGE = frozenset({"token_loss"})
-
-
-def largest_difference(score: str) -> float | None:
-    """Return the largest difference of two values of one of loraflow's own scores; None if it has none."""
-    return None if score in _NO_RANGE else _LARGEST.get(score, 1.0)
+# What the gate cannot compare row by row: columns that are not scores, and scores that are no mean over rows.
+NOT_SCORES = ROW_COLUMNS | (OF_ALL_ROWS - {"stops"})
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -181,7 +169,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield from _names_of_other_metrics(gate, scored)
         yield from _scores_without_range(gate, scored)
     for name in gate.lower_is_better:
-        if name in scored and name not in _NO_RANGE:
+        if name in scored and name in RANGES:
             yield (
                 ("gate", "lower_is_better"),
                 f"gate.lower_is_better names {name}, where higher is better: the gate would promote the worse model",
@@ -293,7 +281,7 @@ def _largest(gate: Gate, score: str, scored: Set[str]) -> float | None:
     """Return the largest difference of a score that the recipe computes, or whose range it says; None if there is none."""
     if score in gate.ranges:
         return gate.ranges[score][1] - gate.ranges[score][0]
-    return largest_difference(score) if score in scored else None
+    return RANGES.get(score) if score in scored else None
 
 
 def _margins(gate: Gate) -> Iterator[tuple[tuple[str, ...], str, float]]:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
+from loraflow.config.yaml import apply, scalars
+
 # section → old name → new name. The value is unchanged.
 TRANSLATED: dict[str, dict[str, str]] = {
     "training_config": {
@@ -99,3 +101,34 @@ def translate(section: str, values: dict[str, JsonValue]) -> Translated:
         else:
             out[key] = value
     return Translated(out, warnings, refused)
+
+
+class Upgraded(NamedTuple):
+    """A file's text after the upgrade, and what a person has to do."""
+
+    text: str
+    notes: list[str]
+
+
+def rename_keys(text: str) -> Upgraded:
+    """Return a recipe's text with the current names, and a note for each key that a person has to look at.
+
+    Raises:
+        Syntax: the text is not valid YAML.
+    """
+    keys = [scalar for scalar in scalars(text) if scalar.is_key and len(scalar.path) == 2]
+    present = {scalar.path for scalar in keys}
+    edits, notes = [], []
+    for key in keys:
+        section, old = str(key.path[0]), key.value
+        line = text.count("\n", 0, key.start) + 1
+        new = TRANSLATED.get(section, {}).get(old)
+        if new is not None and (section, new) in present:
+            notes.append(f"line {line}: {section}.{old} and {section}.{new} are both set; leave {old} out")
+        elif new is not None:
+            edits.append(key.replaced_by(new))
+        elif old in IGNORED.get(section, {}):
+            notes.append(f"line {line}: {section}.{old} has no effect: {IGNORED[section][old]}")
+        elif old in REFUSED.get(section, {}):
+            notes.append(f"line {line}: {section}.{old} is not supported: {REFUSED[section][old]}")
+    return Upgraded(apply(text, edits), notes)

@@ -22,8 +22,7 @@ from loraflow.data.checks.findings import refuses
 from loraflow.data.checks.split import CLUSTER
 from loraflow.evaluation.gate import paired_rows
 from loraflow.evaluation.label_scores import label
-from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
-from loraflow.evaluation.pairing import refusal, require_same_tokens, scores
+from loraflow.evaluation.pairing import gains, refusal, require_same_tokens, scores
 from loraflow.evaluation.slices import last_message
 from loraflow.evaluation.values import BehaviourResult, Decision, FailedRow, WorseRow, WorseRows
 from loraflow.failures import BadConfig
@@ -99,7 +98,7 @@ def check_behaviour(
 
 
 def with_behaviour(decision: Decision, found: tuple[BehaviourResult, ...]) -> Decision:
-    """Return the decision with these results. One that does not hold rejects the challenger."""
+    """Return the decision with these results. A result that does not hold rejects the challenger."""
     failed = [result.reason for result in found if not result.holds]
     return replace(decision.rejected_for(failed), behaviour=found)
 
@@ -108,11 +107,9 @@ def _check(
     name: str, rule: BehaviourRule, challenger: pd.DataFrame, others: Mapping[str, pd.DataFrame]
 ) -> BehaviourResult:
     rows = _rows_of(challenger, rule, name, "challenger")
-    ids: list[str] = list(rows["id"])
-    answers: list[str] = list(rows["answer"])
     failed = [
-        FailedRow(row_id, question(prompt), cut(answer))
-        for row_id, prompt, answer, meets in zip(ids, _prompts(rows), answers, rule.met_by(rows), strict=True)
+        FailedRow(str(rows["id"].iloc[i]), question(text_of(rows, "prompt", i)), cut(text_of(rows, "answer", i)))
+        for i, meets in enumerate(rule.met_by(rows))
         if not meets
     ]
     passed, total = len(rows) - len(failed), len(rows)
@@ -163,10 +160,6 @@ def _paraphrases(rows: pd.DataFrame, check: str) -> pd.DataFrame:
     return rows.iloc[found]
 
 
-def _prompts(rows: pd.DataFrame) -> list[str]:
-    return [str(prompt) for prompt in rows["prompt"]] if "prompt" in rows else [""] * len(rows)
-
-
 def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(constant)  # NaN or Infinity, which Python reads and other parsers of JSON do not
 
@@ -212,7 +205,7 @@ def find_worse(
         BadConfig: there is no score of this name, or it is a loss per token of different tokens.
     """
     return tuple(
-        _worse(rows, other_rows, name, metric, limit, metric in lower_is_better)
+        _worse(rows, other_rows, name, metric, limit, lower_is_better)
         for name, rows, other_rows in paired_rows(challenger, others)
         for metric, limit in limits.items()
     )
@@ -230,13 +223,12 @@ def _worse(
     name: str,
     metric: str,
     limit: WorseLimit,
-    is_lower_better: bool,
+    lower_is_better: Collection[str],
 ) -> WorseRows:
-    sign = -1.0 if is_lower_better or metric in LOWER_IS_BETTER else 1.0
     mine, other = scores(challenger_rows, metric, "challenger"), scores(other_rows, metric, name)
     if metric == "token_loss":
         require_same_tokens(challenger_rows, other_rows, name)
-    drops = sign * (other - mine)
+    drops = gains(other, mine, metric, lower_is_better)
     order = np.argsort(-drops, kind="stable")
     count = int((drops >= limit.drop - _ROUNDING).sum())
     allowed = limit.of(len(challenger_rows))

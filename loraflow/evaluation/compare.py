@@ -10,8 +10,7 @@ import numpy as np
 
 from loraflow.evaluation.behaviour import text_of
 from loraflow.evaluation.intervals import Bounds, Interval
-from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
-from loraflow.evaluation.pairing import NO_RANGES, pair, rows_with_other_tokens, scores, token_weights
+from loraflow.evaluation.pairing import NO_RANGES, gains, pair, rows_with_other_tokens, scores, token_weights
 from loraflow.evaluation.score import score_columns
 from loraflow.evaluation.slices import last_message
 from loraflow.evaluation.values import LARGEST_VOCABULARY
@@ -140,10 +139,10 @@ def _difference(
         second, first, metric, "the first model", lower_is_better=lower, vocabulary=vocabulary, ranges=ranges
     )
     before, after = scores(first, metric, "the first model"), scores(second, metric, "the second model")
-    gains = (before - after) if metric in LOWER_IS_BETTER | set(lower) else (after - before)
-    order = np.argsort(-gains, kind="stable")
-    better = [int(i) for i in order[:_LISTED] if gains[i] > 0]
-    worse = [int(i) for i in order[::-1][:_LISTED] if gains[i] < 0]
+    gained = gains(after, before, metric, lower)
+    order = np.argsort(-gained, kind="stable")
+    better = [int(i) for i in order[:_LISTED] if gained[i] > 0]
+    worse = [int(i) for i in order[::-1][:_LISTED] if gained[i] < 0]
     return Difference(
         metric,
         _mean(first, metric, before),
@@ -153,8 +152,8 @@ def _difference(
         reported,
         tuple(_row(first, second, metric, before, after, i) for i in better),
         tuple(_row(first, second, metric, before, after, i) for i in worse),
-        int((gains > 0).sum()),
-        int((gains < 0).sum()),
+        int((gained > 0).sum()),
+        int((gained < 0).sum()),
     )
 
 

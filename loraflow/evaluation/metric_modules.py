@@ -220,7 +220,6 @@ def _is_file(path: Path) -> bool:
 
 
 BUILT_IN = Path(__file__).parent / "metrics"
-LOWER_IS_BETTER = frozenset({"token_loss", "perplexity"})
 
 
 class ModuleScores(NamedTuple):

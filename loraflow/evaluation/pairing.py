@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from loraflow.config.evaluation import BINARY, LOWER_IS_BETTER, RANGES, ROW_COLUMNS
 from loraflow.evaluation.evidence import Evidence
 from loraflow.evaluation.intervals import group_labels, is_binary
-from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
-from loraflow.evaluation.values import BINARY, LARGEST_SCORE, LARGEST_VOCABULARY, RANGES, ROW_COLUMNS
+from loraflow.evaluation.values import LARGEST_SCORE, LARGEST_VOCABULARY
 from loraflow.failures import BadConfig, BadData
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def pair(
     if metric == "token_loss":
         require_same_tokens(challenger_rows, other_rows, name)
         return _pair_of_losses(mine, other, token_weights(challenger_rows, "challenger"), labels, vocabulary)
-    sign = -1.0 if metric in LOWER_IS_BETTER | set(lower_is_better) else 1.0
-    differences = sign * (mine - other)
+    differences = gains(mine, other, metric, lower_is_better)
     if metric in ranges:
         require_in_range(challenger_rows, ranges[metric], metric, "challenger")
         require_in_range(other_rows, ranges[metric], metric, name)
@@ -74,6 +73,12 @@ def pair(
         independent = evidence.groups == evidence.rows
         evidence = replace(evidence, reach=1.0, binary=independent, is_assumed=metric not in BINARY)
     return Pair(evidence, float(differences.mean()))
+
+
+def gains(mine: np.ndarray, other: np.ndarray, metric: str, lower_is_better: Collection[str]) -> np.ndarray:
+    """Return how much better the first scores are than the others [rows]; `lower_is_better` are the user's metrics."""
+    found: np.ndarray = other - mine if metric in LOWER_IS_BETTER | set(lower_is_better) else mine - other
+    return found
 
 
 def require_in_range(table: pd.DataFrame, ends: tuple[float, float], metric: str, where: str) -> None:
@@ -109,18 +114,18 @@ def _pair_of_losses(
     cap = math.log(vocabulary or LARGEST_VOCABULARY)
     total = float(tokens.sum())
     reported = float((other * tokens).sum() / total - (mine * tokens).sum() / total)
-    gains = (np.minimum(other, cap) - np.minimum(mine, cap)) * tokens
-    return Pair(_grouped(gains, tokens, labels, cap), reported)
+    capped = (np.minimum(other, cap) - np.minimum(mine, cap)) * tokens
+    return Pair(_grouped(capped, tokens, labels, cap), reported)
 
 
-def _grouped(gains: np.ndarray, weights: np.ndarray, labels: np.ndarray, reach: float | None) -> Evidence:
+def _grouped(sums: np.ndarray, weights: np.ndarray, labels: np.ndarray, reach: float | None) -> Evidence:
     groups = int(labels.max()) + 1
-    residuals = gains - float(gains.sum() / weights.sum()) * weights
+    residuals = sums - float(sums.sum() / weights.sum()) * weights
     return Evidence(
-        np.bincount(labels, gains, groups) if groups < len(gains) else gains,
-        np.bincount(labels, weights, groups) if groups < len(gains) else weights,
+        np.bincount(labels, sums, groups) if groups < len(sums) else sums,
+        np.bincount(labels, weights, groups) if groups < len(sums) else weights,
         reach,
-        rows=len(gains),
+        rows=len(sums),
         spread=float(residuals @ residuals),
     )
 

@@ -1,4 +1,4 @@
-"""What a gate can show with a number of held-out rows, before anything is trained, and what would decide an undecided one.
+"""What the gate can show with the held-out rows, before anything is trained; and what would decide an undecided run.
 
 No numpy: `loraflow plan` and cached runs are fast.
 """
@@ -6,12 +6,14 @@ No numpy: `loraflow plan` and cached runs are fast.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from types import MappingProxyType
 
-from loraflow.evaluation.values import BINARY, RANGES, Comparison, Decision
+from loraflow.config.evaluation import BINARY, RANGES
+from loraflow.evaluation.values import Comparison, Decision
 
 MINIMUM_ROWS = 20  # independent rows: with fewer, nothing is promoted or rejected
 DISAGREEMENT = 0.1  # share of rows whose score of 0 or 1 differs between two models, as an example
@@ -48,21 +50,11 @@ def rows_for_margin(margin: float, confidence: float, metric: str, reach: float 
     For groups, the metric is empty. The arguments are those of `margin_of_unchanged`.
     """
 
-    def unchanged(rows: int) -> float:
-        return margin_of_unchanged(rows, confidence, metric, reach) or 0.0
-
     if margin <= 0 or margin_of_unchanged(1, confidence, metric, reach) is None:
         return None
-    low, high = 0, 1
-    while unchanged(high) >= margin:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if unchanged(middle) >= margin:
-            low = middle
-        else:
-            high = middle
-    return high
+    return 1 + bisect_left(
+        range(1, 2**62), True, key=lambda rows: (margin_of_unchanged(rows, confidence, metric, reach) or 0.0) < margin
+    )
 
 
 def largest_differences(largest_loss: float, ranges: Mapping[str, tuple[float, float]]) -> dict[str, float]:

@@ -13,18 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loraflow.config.evaluation import LOWER_IS_BETTER, OF_ALL_ROWS, RANGES, ROW_COLUMNS
 from loraflow.config.stage_configs import EvaluateConfig
 from loraflow.data.chats import GATE_SET, Message
 from loraflow.data.checks.split import prompt_key, spread_sample, spread_values
 from loraflow.evaluation.evidence import mean_interval
 from loraflow.evaluation.intervals import Interval, group_labels
 from loraflow.evaluation.label_scores import confusions, macro_f1
-from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
 from loraflow.evaluation.values import (
     LARGEST_SCORE,
-    OF_ALL_ROWS,
-    RANGES,
-    ROW_COLUMNS,
     EvaluationReport,
     MetricValue,
     Sample,

@@ -1,7 +1,7 @@
 """Scores of models that were trained with several seeds: their mean for the gate, and how much they differ (`gate.seeds`).
 
-The gate compares the mean of each row's scores, so that a lucky seed is not taken for a better recipe. Only the model of the
-first seed is registered: to choose the best one by the held-out rows would favour luck again.
+The gate compares the mean of each row's scores, so that a lucky seed does not look like a better recipe. Only the model
+of the first seed is registered: choosing the best model by the held-out rows would favour luck again.
 """
 
 from __future__ import annotations

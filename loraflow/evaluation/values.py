@@ -17,20 +17,6 @@ from pydantic.dataclasses import dataclass
 
 from loraflow.frozen import StoredModel
 
-# Scores of 0 and 1
-BINARY = frozenset({"exact_match", "accuracy", "json_valid", "stops", "tool_name", "valid_call_rate"})
-# Scores between 0 and this number. A score that is not here, or is outside, has no known range.
-RANGES = {
-    **dict.fromkeys(BINARY, 1.0),
-    **dict.fromkeys(("token_f1", "field_f1", "tool_arguments_f1", "rouge1", "rouge2", "rougeL", "rougeLsum"), 1.0),
-    "chrf": 100.0,
-}
-# Columns of a score table that are not scores.
-ROW_COLUMNS = frozenset(
-    {"id", "set", "group", "prompt", "reference", "reference_calls", "reference_tokens"}
-    | {"answer", "answer_tokens", "finish", "nll"}
-)
-OF_ALL_ROWS = frozenset({"stops", "perplexity", "macro_f1"})  # scores that evaluate computes without a metric's module
 LARGEST_SCORE = 1e100  # squares and sums of larger ones may be no finite numbers
 LARGEST_VOCABULARY = 2**18  # assumed if the base's config does not say how many tokens there are
 

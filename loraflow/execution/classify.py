@@ -32,7 +32,7 @@ _FAILED_WRITE = re.compile(
     r"|\d+ requested and \d+ written",
     re.IGNORECASE,
 )
-_NEARLY_FULL = 16 * 2**20  # bytes that are free where a failed write is taken for a full disk
+_NEARLY_FULL = 16 * 2**20  # with fewer free bytes, a failed write means a full disk
 _PROBE = 4 * 2**20  # bytes that are written to see whether a disk is full: quotas are not in the free space
 
 
@@ -107,7 +107,7 @@ def _disk_full(folder: Path) -> failures.DiskFull:
 
 
 def full_folder(folders: Sequence[Path]) -> Path | None:
-    """Return the first of the folders, and the folder for temporary files, whose disk or quota takes no more bytes."""
+    """Return the first folder whose disk or quota is full, the folder for temporary files last; None if none is."""
     for folder in [*folders, _temporary_folder()]:
         existing = next((path for path in (folder, *folder.parents) if path.is_dir()), None)
         if existing is not None and _is_full(existing):

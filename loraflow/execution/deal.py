@@ -139,7 +139,7 @@ def checked_rows(workspace: Workspace) -> Ref | None:
 def rows_of_a_look(workspace: Workspace, rows: Ref) -> list[tuple[str, HeldoutRow]]:
     """Return (key, row) for each row of the gate's set that will be scored.
 
-    With data.heldout_reserve, `plan` has to find out which rows are dealt before.
+    With data.heldout_reserve, call `preview_heldout` first: it chooses the rows.
     """
     scored = workspace.recipe.evaluation
     lines = workspace.store.read(rows, "heldout.jsonl")

@@ -34,7 +34,7 @@ from loraflow.stages import STAGES
 
 # Environment: torch counts GPUs without starting CUDA. A process that has started it cannot be forked.
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
-# Starts CUDA while it is imported, and peft imports it. The server and its workers do as if it was not installed.
+# Starts CUDA while it is imported, and peft imports it. In the server and its workers, it cannot be imported.
 STARTS_CUDA = "bitsandbytes"
 # What each stage imports. The server imports it before it forks the worker, or earlier while idle.
 MODULES = {name: (stage.module, *stage.worker_imports) for name, stage in STAGES.items() if stage.in_worker}

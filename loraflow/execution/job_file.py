@@ -21,8 +21,8 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from loraflow.config.stage_configs import StageConfig
 from loraflow.job import MEMORY_ESTIMATE, Inputs, Job
 from loraflow.stages import STAGES, Stage
-from loraflow.store.checksum import add_checksum, check_document
-from loraflow.store.files import json_bytes, write_atomic, write_json
+from loraflow.store.checksum import check_document, with_checksum
+from loraflow.store.files import write_atomic, write_json
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class JobFile:
             "out": str(self.out),
             "input_folders": {name: str(folder) for name, folder in self.input_folders.items()},
         }
-        write_atomic(path, add_checksum(_name(path), json_bytes(values)))
+        write_atomic(path, with_checksum(_name(path), values))
         return path
 
     @classmethod

@@ -73,7 +73,7 @@ def run_job(
         with _staging_folder(job, store, work, started) as staged:
             with store.mirror_checkpoints(job.stage, job.fingerprint):
                 folders = {name: store.path(ref) for name, ref in job.inputs.items()}
-                if not STAGES[job.stage].in_worker:  # and not again: its staging folder may have files
+                if not STAGES[job.stage].in_worker:  # no second attempt: the staging folder may have files
                     summary = stage_function(STAGES[job.stage])(job, Inputs(folders), staged, Progress(None, work))
                 else:
                     while True:

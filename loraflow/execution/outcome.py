@@ -19,8 +19,8 @@ from loraflow.execution.classify import classify, full_folder
 from loraflow.execution.job_file import JobFile
 from loraflow.execution.log_file import read_tail
 from loraflow.store import Summary
-from loraflow.store.checksum import ChangedDocument, add_checksum, check_document
-from loraflow.store.files import json_bytes, write_atomic
+from loraflow.store.checksum import ChangedDocument, check_document, with_checksum
+from loraflow.store.files import write_atomic
 
 PIPE = "LORAFLOW_OUTCOME"  # environment: the number of the pipe's end that the worker writes to
 FILE = "outcome.json"
@@ -47,7 +47,7 @@ def report_outcome(
         else {"status": "failed", "failure": failure.to_dict()}
     )
     try:
-        write_atomic(file.work / name, add_checksum(f"{file.work.name}/{name}", json_bytes(outcome)))
+        write_atomic(file.work / name, with_checksum(f"{file.work.name}/{name}", outcome))
     except OSError as error:
         if failure is None or isinstance(failure, failures.Crashed):  # the full disk may be what it crashed of
             failure = classify(error, file.job.stage, [file.work])

@@ -199,7 +199,7 @@ class PlannedMemory:
 def planned_memory(workspace: Workspace) -> PlannedMemory | None:
     """Return the memory of a recipe's stages on this machine's device; None if the base's config is not on this machine.
 
-    Rows are taken as long as training_config.max_length allows, until they are tokenized.
+    Before the rows are tokenized, they are assumed to have training_config.max_length tokens.
     """
     recipe, config = workspace.recipe, base_config(workspace)
     shape = memory.shape_of(json.loads(config.read_text(encoding="utf-8"))) if config else None
@@ -229,7 +229,7 @@ def planned_memory(workspace: Workspace) -> PlannedMemory | None:
 
 
 def _tokens(recipe: Recipe, device: str, longest: int) -> int:
-    """Return the tokens that are computed at a time: padded rows on a CPU, concatenated ones on a GPU."""
+    """Return the tokens that are computed at a time: of padded rows on a CPU, of concatenated rows on a GPU."""
     runtime, training = recipe.runtime, recipe.training_config
     if device == "cpu":
         return (runtime.micro_batch or training.per_device_train_batch_size) * longest

@@ -31,8 +31,8 @@ from loraflow.registry.runs import RunRecord, StageRun
 from loraflow.serving.lineage import device_of
 from loraflow.stages import STAGES
 from loraflow.store import Manifest, Ref, Store
-from loraflow.store.artifact import TELEMETRY, result_problems
-from loraflow.store.files import HashMemo, hash_file
+from loraflow.store.artifact import TELEMETRY, result_hashes, result_problems
+from loraflow.store.files import HashMemo, files_below, hash_file
 
 
 @dataclass(frozen=True)
@@ -165,19 +165,15 @@ def _merge_again(store: Store, manifest: Manifest) -> Check:
 
 
 def _differences(folder: Path, manifest: Manifest) -> Iterator[str]:
-    expected = {name: entry.sha256 for name, entry in manifest.files.items() if not name.startswith(TELEMETRY)}
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    names = {name for name in names if not name.startswith(TELEMETRY)}
-    for name in sorted(expected.keys() | names):
-        if name not in names:
+    expected = result_hashes(manifest.files)
+    written = {name: hash_file(path) for name, path in files_below(folder) if not name.startswith(TELEMETRY)}
+    for name in sorted(expected.keys() | written.keys()):
+        if name not in written:
             yield f"{name}: was not written again"
         elif name not in expected:
             yield f"{name}: is not in the model"
-        elif hash_file(folder / name) != expected[name]:
+        elif written[name] != expected[name]:
             yield f"{name}: its bytes differ"
-
-
-_MACHINE = ("python", "machine")  # keys of a manifest's provenance
 
 
 @dataclass(frozen=True)
@@ -255,29 +251,19 @@ def _compared(store: Store, stage: StageRun, fresh: Store, now: Manifest) -> Rep
 def _machine(before: Manifest, now: Manifest, devices: tuple[str | None, str | None]) -> Iterator[str]:
     """Yield the versions and the hardware that differ."""
     old, new = _facts(before, devices[0]), _facts(now, devices[1])
-    same = True
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            same = False
-            yield f"{name} {old.get(name, 'not recorded')} → {new.get(name, 'not recorded')}"
-    if same:
+    for name in sorted({name for name, _ in old.items() ^ new.items()}):
+        yield f"{name} {old.get(name, 'not recorded')} → {new.get(name, 'not recorded')}"
+    if old == new:
         yield "versions and hardware are the recorded ones"
 
 
 def _facts(manifest: Manifest, device: str | None) -> dict[str, str]:
     versions = manifest.provenance.get("versions")
-    found = {name: str(value) for name, value in (versions if isinstance(versions, Mapping) else {}).items()}
-    for name in _MACHINE:
-        if manifest.provenance.get(name) is not None:
-            found[name] = str(manifest.provenance[name])
-    return found if device is None else {**found, "device": device}
+    machine = {name: manifest.provenance.get(name) for name in ("python", "machine")}
+    found = {**(versions if isinstance(versions, dict) else {}), **machine, "device": device}
+    return {name: str(value) for name, value in found.items() if value is not None}
 
 
 def _files(before: Manifest, now: Manifest) -> Iterator[str]:
-    changed = [
-        name
-        for name in sorted(before.files.keys() | now.files.keys())
-        if not name.startswith("telemetry/")
-        and (name not in before.files or name not in now.files or before.files[name].sha256 != now.files[name].sha256)
-    ]
+    changed = sorted({name for name, _ in result_hashes(before.files).items() ^ result_hashes(now.files).items()})
     yield f"files that differ: {', '.join(changed[:5])}{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}"

@@ -38,8 +38,8 @@ _STACKS = "stacks-"  # files in the work folder
 class AwakeClock:
     """Count the seconds in which this process ran.
 
-    A suspended machine, a paused container and a stopped launcher see a gap between two readings. A gap counts as one
-    step, so that a worker that was paused with its launcher is not taken for a stalled one.
+    Between two readings there is a gap if the machine was suspended, or the container or the launcher was stopped. A gap
+    counts as one step, so a worker that was paused together with its launcher does not count as stalled.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic):
@@ -67,7 +67,7 @@ class StallWatch:
 
     Args:
         minutes: time without progress after which it has stalled; None is never.
-        silent_minutes: time with nothing but processor time after which it is taken to be in a loop; None is never.
+        silent_minutes: time with nothing but processor time after which it counts as a loop; None is never.
     """
 
     def __init__(self, pid: int, work: Path, minutes: float | None, silent_minutes: float | None = None):
@@ -112,7 +112,7 @@ class StallWatch:
 
     def _watch_output(self, sample: _Sample, now: float) -> None:
         """Warn once if there was nothing but processor time for as long as a worker may be idle."""
-        # What waits is left to `stall_minutes`; its minutes are not minutes of a loop.
+        # A worker that waits is ended by `stall_minutes`; that time does not count as a loop.
         is_idle = now - self._progress_at >= min(self.limit, self.silent_limit) / 3
         if self._last_output is None or is_idle or _is_output(self._last_output, sample):
             self._last_output, self._output_at, self._has_warned_of_loop = sample, now, False
@@ -172,11 +172,10 @@ class StallWatch:
         return read_tail(self.work / f"{_STACKS}{pid}.txt", 8000)
 
     def _innermost_frames(self) -> str:
-        """Return the innermost frame of the worker's main thread, from the stacks that it wrote before."""
-        found = [line.strip() for line in self._stacks(self.pid).splitlines() if line.strip().startswith("File ")]
-        thread = self._stacks(self.pid).rpartition("(most recent call first):")[2].splitlines()
-        main = [line.strip() for line in thread if line.strip().startswith("File ")]
-        return (main or found or ["it waits"])[0]
+        """Return the innermost frame of the worker's main thread, from the stacks that it wrote."""
+        main_thread = self._stacks(self.pid).rpartition("(most recent call first):")[2]  # faulthandler writes it last
+        frames = (line.strip() for line in main_thread.splitlines())
+        return next((frame for frame in frames if frame.startswith("File ")), "it waits")
 
 
 def write_stacks_on_request(work: Path) -> None:

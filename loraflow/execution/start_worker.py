@@ -158,7 +158,7 @@ class _ForkServer:
             if not worker.started(START_SECONDS):
                 raise ChildProcessError(f"the fork server ended with {self.process.poll()}, or it does not answer")
             self._workers = [running for running in (*self._workers, worker) if not running.has_ended]
-        # An interruption too: the server may be about to fork, and nobody would follow the worker.
+        # After an interruption too: the server may be about to fork a worker that no process would follow.
         except BaseException:
             worker.close()
             self._socket.close()
@@ -213,7 +213,7 @@ def start_worker(
 def _can_fork(config: StageConfig) -> bool:
     """Tell whether a worker can be a fork: on Linux, unless it needs bitsandbytes.
 
-    bitsandbytes starts CUDA when it is imported, so the fork server and its workers do as if it was not installed.
+    bitsandbytes starts CUDA when it is imported, so it cannot be imported in the fork server and its workers.
     """
     return sys.platform == "linux" and not _needs_bitsandbytes(config)
 

@@ -215,6 +215,14 @@ def _warnings_once() -> Iterator[None]:
 NOT_MEASURED = "its adapter is in the store, without a measured validation loss"
 
 
+def own_loss(trial: Trial, fingerprint: str) -> float | None:
+    """Return the validation loss of a trial's own training, whose fingerprint is given; None if the store has none."""
+    store = trial.workspace.store
+    ref = store.find(TRAIN.name, fingerprint)
+    curves = None if ref is None else read_curves(store, ref)
+    return None if curves is None else curves.validation_loss(trial.config.training_config)
+
+
 def read_curves(store: Store, adapter: Ref, name: str = CURVES) -> Curves | None:
     """Return the losses that a training logged; None if the log is damaged, which the adapter's digest does not cover."""
     try:

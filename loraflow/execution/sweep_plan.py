@@ -14,7 +14,7 @@ from loraflow.execution.sweep import (
     SHARED,
     STEPS,
     Trial,
-    read_curves,
+    own_loss,
     sharing_lines,
     stage_counts,
 )
@@ -82,7 +82,7 @@ def plan_sweep(trials: Sequence[Trial], keys: Sequence[str]) -> SweepPlan:
         train = steps[TRAIN.name]
         status, why, loss = train.status, tuple(train.why), None
         if train.status == "cached" and train.fingerprint is not None:
-            loss = _known_loss(trial, train.fingerprint)
+            loss = own_loss(trial, train.fingerprint)
             if loss is None:
                 status, why = "runs", (NOT_MEASURED,)
         if (result := division.known.get(trial.label)) is not None:
@@ -141,10 +141,3 @@ def _inputs(trial: Trial, steps: Mapping[str, PlannedStep]) -> dict[str, Ref]:
             if ref is not None:
                 found[name] = ref
     return found
-
-
-def _known_loss(trial: Trial, fingerprint: str) -> float | None:
-    store = trial.workspace.store
-    ref: Ref | None = store.find(TRAIN.name, fingerprint)
-    curves = read_curves(store, ref) if ref is not None else None
-    return None if curves is None else curves.validation_loss(trial.config.training_config)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from loraflow.config.stage_configs import TrainGroupConfig
-from loraflow.execution.sweep import Trial, read_curves
+from loraflow.execution.sweep import Trial, own_loss
 from loraflow.job import Job
 from loraflow.stages import TRAIN, TRAIN_GROUP
 from loraflow.store import Ref, Store
@@ -64,7 +64,7 @@ class GroupResult:
 
 @dataclass(frozen=True)
 class Division:
-    """What a sweep that trains trials together does with each of them. Its plan and its run both ask `divide`."""
+    """What a sweep that trains trials together does with each trial. Its plan and its run both call `divide`."""
 
     known: Mapping[str, GroupResult]  # by label: what the store has of trials that were trained in some group
     groups: Groups  # groups of the remaining trials, which are neither known nor trained alone
@@ -86,21 +86,15 @@ def divide(trials: Sequence[Trial], inputs: Mapping[str, Mapping[str, Ref]]) -> 
     left, reads = [], {}
     for trial in trials:
         label, refs = trial.label, inputs[trial.label]
-        if label in known or (label in ready and _is_trained(trial, refs)):
+        if label in known:
+            continue
+        if label in ready and own_loss(trial, trial.workspace.job(TRAIN, refs).fingerprint) is not None:
             continue
         left.append(trial)
         reads[label] = json.dumps(
             [refs[name].digest if label in ready else trial.identities[step] for name, step in TRAIN_INPUTS.items()]
         )
     return Division(known, make_groups(left, reads, size))
-
-
-def _is_trained(trial: Trial, inputs: Mapping[str, Ref]) -> bool:
-    """Tell whether the store has a trial's own adapter, with its validation loss."""
-    store = trial.workspace.store
-    ref = store.find(TRAIN.name, trial.workspace.job(TRAIN, inputs).fingerprint)
-    curves = None if ref is None else read_curves(store, ref)
-    return curves is not None and curves.validation_loss(trial.config.training_config) is not None
 
 
 def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -> Groups:
@@ -136,7 +130,7 @@ def make_groups(trials: Sequence[Trial], inputs: Mapping[str, str], size: int) -
 def _parts(trials: Sequence[Trial], size: int) -> Iterator[tuple[Trial, ...]]:
     """Yield as few parts of at most `size` trials as possible. Their sizes differ by one at most; larger ones come first.
 
-    So a sweep that continues after some of its groups were trained makes the others again as they were.
+    When a sweep continues after an interruption, it divides the trials that are left into the same groups again.
     """
     count = math.ceil(len(trials) / size)
     start = 0
@@ -147,7 +141,7 @@ def _parts(trials: Sequence[Trial], size: int) -> Iterator[tuple[Trial, ...]]:
 
 
 def _why_left(size: int, count: int, kinds: int) -> str:
-    """Return why a trial is by itself, although `count` trials have the same rows, batch and steps as it."""
+    """Return why a trial is trained alone, although `count` trials have the same rows, batch and steps."""
     if size == 1:
         return "runtime.trials_together is 1"
     if count > 1:
@@ -215,13 +209,11 @@ def known_results(
         if trial.label in jobs:
             by_key.setdefault(_key(jobs[trial.label].payload, 0), []).append(trial)
     found: dict[str, GroupResult] = {}
-    if not by_key:
-        return found
-    for ref in store.artifacts():
+    for ref in store.artifacts() if by_key else ():
         if ref.stage != TRAIN_GROUP.name or store.find(ref.stage, ref.fingerprint) is None:
             continue
         payload = store.manifest(ref).payload
-        for number in range(_size(payload)):
+        for number in range(len(_trials(payload))):
             for trial in by_key.pop(_key(payload, number), []):
                 found[trial.label] = read_result(store, ref, number, trial)
     return found
@@ -241,16 +233,12 @@ def read_curves_of(store: Store, ref: Ref, number: int) -> Curves:
     return Curves.parse(store.read(ref, curves_of_trial(number)))
 
 
-def _size(payload: Mapping[str, JsonValue]) -> int:
-    return sum(1 for _ in _trials(payload))
-
-
-def _trials(payload: Mapping[str, JsonValue]) -> Iterator[JsonValue]:
+def _trials(payload: Mapping[str, JsonValue]) -> list[JsonValue]:
     config = payload["config"]
     assert isinstance(config, dict) and isinstance(config["trials"], list)
-    yield from config["trials"]
+    return config["trials"]
 
 
 def _key(payload: Mapping[str, JsonValue], number: int) -> str:
     """Return what identifies a trial in a group's payload: version and inputs of the stage, and its own config."""
-    return json.dumps([payload["version"], payload["inputs"], [*_trials(payload)][number]], sort_keys=True)
+    return json.dumps([payload["version"], payload["inputs"], _trials(payload)[number]], sort_keys=True)

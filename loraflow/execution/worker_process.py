@@ -169,17 +169,17 @@ def check_budget(job: Job[StageConfig], ends: float | None) -> None:
 
 
 class _Display:
-    """Pass lines of progress to a function. If it fails, that must not end the stage: each kind of error is logged once.
+    """Pass lines of progress to a function. If it fails, the stage continues; each kind of error is logged once.
 
-    Prefect's client repeats a call to a lost server for half a minute, in which nobody looks at the worker. So the lines of
-    the next minute are left out.
+    Prefect's client repeats a call to a lost server for half a minute, during which the worker is not checked. So after
+    an error, lines are left out for a minute.
     """
 
     def __init__(self, on_progress: OnProgress | None):
         self._on_progress, self._logged, self._pauses_until = on_progress, set[type[Exception]](), 0.0
 
     def show(self, lines: list[bytes]) -> None:
-        """Show lines of JSON. One that cannot be parsed is left out."""
+        """Show lines of JSON, without those that cannot be parsed."""
         for line in lines:
             if self._on_progress is None or time.monotonic() < self._pauses_until:
                 return

@@ -24,8 +24,7 @@ from loraflow.identity import short
 from loraflow.registry.runs import FOLDER as RUNS
 from loraflow.registry.runs import LogHead, run_ids
 from loraflow.store import Store
-from loraflow.store.checksum import add_checksum, check_document, first_problem
-from loraflow.store.files import json_bytes
+from loraflow.store.checksum import check_document, first_problem, with_checksum
 
 log = logging.getLogger("loraflow")
 FOLDER = "anchors"
@@ -87,7 +86,7 @@ def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
                 anchor = Claim(LogHead.model_validate_json(check_document(name, data)), name)
             elif name.startswith(f"{FOLDER}/{model}/accepted-"):
                 accepted.append(Acceptance.model_validate_json(check_document(name, data)))
-        except ValueError as error:  # pydantic's error is one, too
+        except ValueError as error:  # ValidationError is a subclass
             text = f"{name} cannot be read: {first_problem(error)}"
             if name == _anchor_name(model):
                 problem = text
@@ -103,8 +102,8 @@ def read_known(store: Store, model: str, *, all_runs: bool) -> Known:
 
 def write_anchor(store: Store, model: str, head: LogHead, name: str = "") -> None:
     """Name the last entry of a model's log, or of the record whose anchor has this name."""
-    name, document = name or _anchor_name(model), json_bytes({**head.model_dump(), "model": model, "time": now()})
-    store.write_document(name, add_checksum(name, document))
+    name, values = name or _anchor_name(model), {**head.model_dump(), "model": model, "time": now()}
+    store.write_document(name, with_checksum(name, values))
 
 
 def read_anchor(store: Store, name: str) -> LogHead:
@@ -129,8 +128,8 @@ def now() -> str:
 
 def write_acceptance(store: Store, prefix: str, acceptance: StoredModel) -> None:
     """Store a person's decision under the next free number."""
-    number, document = 1, json_bytes(acceptance.model_dump())
-    while not store.create_document(name := f"{prefix}{number:06d}.json", add_checksum(name, document)):
+    number, values = 1, acceptance.model_dump()
+    while not store.create_document(name := f"{prefix}{number:06d}.json", with_checksum(name, values)):
         number += 1
 
 

@@ -118,7 +118,7 @@ def _read_registry(store: Store) -> dict[str, bytes]:
 
 
 def _write_documents(copy: LocalStore, documents: Mapping[str, bytes]) -> None:
-    """Write documents that differ. One that is damaged in the store does not replace the copy's."""
+    """Write documents that differ. A document that is damaged in the store does not replace the copy's."""
     for name, data in documents.items():
         before = copy.read_document(name) if is_inside(name) else data
         if before is None or (before != data and not lost_checksum(name, before, data)):

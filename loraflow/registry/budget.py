@@ -16,15 +16,13 @@ When the looks of a period are used up, the next period begins with rows of whic
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import JsonValue, ValidationError
 
 from loraflow.evaluation.values import Decision
-from loraflow.identity import canonical
-from loraflow.registry.entry import Entry, active_promotions
+from loraflow.registry.entry import ChainedEntry, Entry, active_promotions
 from loraflow.registry.log import PromotionLog
 
 _PASSED_AT_ONCE = 0.5  # share of a promotion's level that the next look gets
@@ -37,13 +35,9 @@ _MOST_FOLLOWERS = 6  # in `looks` looks in a row
 _ROUNDING = 1e-12  # a level that is not larger is a rounding error
 
 
-class Look(BaseModel):
+class Look(ChainedEntry):
     """A line of the record: one comparison of a challenger with base and champion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seq: int
-    before: str | None  # hash of the look before this one
     model: str
     key: str  # identity of scores, rules and champion: the same comparison again is the same look
     challenger: str  # digest of the merged model
@@ -61,12 +55,7 @@ class Look(BaseModel):
     fresh: int | None = None  # rows that were never scored before
     following: float | None = None  # part of `spent` for a gain that a look before it nearly showed
 
-    @property
-    def hash(self) -> str:
-        """The hash that the next look is chained to."""
-        return hashlib.sha256(canonical(self.stored())).hexdigest()
-
-    def stored(self) -> dict[str, str | int | float | None]:
+    def stored(self) -> dict[str, JsonValue]:
         """Return the values of the file, without those that earlier versions did not have."""
         return {name: value for name, value in self.model_dump().items() if not (name in _NEW and value is None)}
 
@@ -261,13 +250,14 @@ def _recycled(counted: Sequence[Look], number: int, promotions: Sequence[Entry])
 def gains_to_follow(
     log: PromotionLog, looks: Sequence[Look], groups: Iterable[str | None], *, independent: bool
 ) -> set[int] | None:
-    """Return the looks that the next one may follow with a higher level (`near_gains`); None without the recipe's word.
+    """Return the looks that the next look may follow with a higher level (`near_gains`); None if not `independent`.
 
     Rows of a group depend on each other, and no record says which groups the rows of earlier looks had. So rows with a
     group follow none.
 
     Args:
-        groups: of the rows of the next look; None for a row without one.
+        groups: of the rows of the next look; None for a row without a group.
+        independent: gate.independent_rows.
     """
     if not independent:
         return None

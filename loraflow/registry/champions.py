@@ -88,22 +88,18 @@ def choose_intact(store: Store, targets: Sequence[Entry], *, skip_missing: bool 
             where = store.quarantine(entry.merged, problems)
         if where is None:  # another worker recomputed it meanwhile
             return entry
-        raise _cannot_return(store, entry, where, problems)
+        raise CorruptArtifact(
+            f"The model of entry {entry.seq} is missing or damaged, so there was no rollback.",
+            where=where,
+            got="; ".join(problems[:3]),
+            next_step=f"{how_to_rebuild(store, entry.merged)}, then roll back again; or go further back with "
+            "`loraflow rollback --skip-missing --reason …`",
+        )
     raise CorruptArtifact(
         "None of the earlier models is intact.",
         where=f"registry of {targets[0].model}",
         got=f"{len(targets)} earlier models, all missing or damaged",
         next_step=how_to_rebuild(store, targets[0].merged),
-    )
-
-
-def _cannot_return(store: Store, entry: Entry, where: str, problems: list[str]) -> CorruptArtifact:
-    return CorruptArtifact(
-        f"The model of entry {entry.seq} is missing or damaged, so there was no rollback.",
-        where=where,
-        got="; ".join(problems[:3]),
-        next_step=f"{how_to_rebuild(store, entry.merged)}, then roll back again; or go further back with "
-        "`loraflow rollback --skip-missing --reason …`",
     )
 
 

@@ -102,7 +102,7 @@ def _unused(store: Store, keep: int, keep_champions: int) -> Iterator[tuple[Ref,
                 continue
             if current is not None and current.digest != ref.digest:
                 yield ref, "superseded"
-            elif stage == "merge":  # one that no lookup finds must not take the place of one that is found
+            elif stage == "merge":  # those that a lookup finds are kept first
                 merged.append((current is not None, store.committed_at(ref), ref))
     merged.sort(key=lambda item: item[:2], reverse=True)
     for _, _, ref in merged[keep:]:

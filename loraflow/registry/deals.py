@@ -198,11 +198,11 @@ class DealRecord:
     def _read_anchor(self) -> LogHead:
         try:
             return read_anchor(self._store, self._anchor)
-        except ValueError as error:  # pydantic's error is one, too
+        except ValueError as error:  # ValidationError is a subclass
             raise self._damaged(self._anchor, "number and hash of all deals", first_problem(error)) from error
 
     def _write_anchor(self, entries: Sequence[Deal]) -> None:
-        """Bring the anchor up to date: whoever writes last names the last deal."""
+        """Bring the anchor up to date. The last writer names the last deal."""
         while self._read_anchor().seq < len(entries):
             write_anchor(self._store, self._model, _head(entries), self._anchor)
             entries = self._read()[0]

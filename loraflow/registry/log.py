@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from pydantic import JsonValue
 
@@ -32,13 +31,12 @@ from loraflow.registry.anchor import (
     write_acceptance,
     write_anchor,
 )
-from loraflow.registry.entry import JSON_OBJECT, Action, active_promotions, parse_entry
+from loraflow.registry.entry import JSON_OBJECT, Action, Chain, active_promotions, head_of, read_chain
 from loraflow.registry.entry import Entry as Entry
 from loraflow.registry.runs import LogHead
 from loraflow.registry.signature import sign, signing_key
 from loraflow.store import LocalStore, Ref, Store
-from loraflow.store.checksum import add_checksum, check_document
-from loraflow.store.files import json_bytes
+from loraflow.store.checksum import check_document, with_checksum
 
 log = logging.getLogger("loraflow")
 _MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # as in the recipe: register.model
@@ -68,14 +66,6 @@ def models(store: Store, *, of_runs: bool = False) -> list[str]:
     if of_runs or not found:
         found |= models_of_runs(store)
     return sorted(filter(_MODEL_NAME.fullmatch, found))
-
-
-class _Read(NamedTuple):
-    """The entries at the beginning of a log that are intact, the files after them, and what is wrong there."""
-
-    entries: list[Entry]
-    rest: dict[str, bytes]
-    problem: str
 
 
 class PromotionLog:
@@ -111,7 +101,7 @@ class PromotionLog:
             entries = self._checked_entries(all_runs)
         except DamagedLog:  # a listing can miss a file that another process adds at this moment
             entries = self._checked_entries(all_runs)
-        self.last_seen = _head(entries)
+        self.last_seen = head_of(entries)
         return entries
 
     def _checked_entries(self, all_runs: bool) -> list[Entry]:
@@ -134,22 +124,10 @@ class PromotionLog:
     def _known(self, all_runs: bool) -> Known:
         return read_known(self.store, self.model, all_runs=all_runs)
 
-    def _read(self) -> _Read:
-        """Read the log up to the first entry that is missing or damaged."""
-        files = self._files()
-        found: list[Entry] = []
-        for position, (name, content) in enumerate(files.items()):
-            try:
-                entry = parse_entry(content, found)
-            except ValueError as error:
-                problem = f"{name.rsplit('/', 1)[1]}: {error}".splitlines()[0]
-                return _Read(found, dict(list(files.items())[position:]), problem)
-            found.append(
-                entry.model_copy(
-                    update={"merged": self._in_store(entry.merged), "adapter": self._in_store(entry.adapter)}
-                )
-            )
-        return _Read(found, {}, "")
+    def _read(self) -> Chain[Entry]:
+        """Read the log. Its models are those of this store, which may have moved."""
+        read = read_chain(Entry, self._files())
+        return read._replace(entries=[self._in_store(entry) for entry in read.entries])
 
     def _files(self) -> dict[str, bytes]:
         """Return the files of the entries. Other files beside them are ignored, with one warning."""
@@ -162,8 +140,10 @@ class PromotionLog:
             log.warning("ignored in the promotion log, remove them: %s", ", ".join(stray))
         return {name: data for name, data in documents.items() if name not in stray}
 
-    def _in_store(self, ref: Ref | None) -> Ref | None:
-        return ref.model_copy(update={"uri": self.store.uri}) if ref else None
+    def _in_store(self, entry: Entry) -> Entry:
+        refs = {"merged": entry.merged, "adapter": entry.adapter}
+        here = {name: ref.model_copy(update={"uri": self.store.uri}) for name, ref in refs.items() if ref}
+        return entry.model_copy(update=here)
 
     def head(self) -> Entry | None:
         """Return the last entry, whose model is the champion; None if there is none."""
@@ -194,20 +174,19 @@ class PromotionLog:
                 where=f"{self.store.uri}/{self.folder}/log",
                 next_step="nothing has to be accepted; `loraflow registry` shows the log",
             )
-        kept = _head(read.entries)
         acceptance = Acceptance(
             reason=reason,
             actor=actor,
             time=now(),
             problem=read.problem or known.problem,
-            kept=kept,
+            kept=read.head,
             lost=sorted(lost, key=lambda head: (head.seq, head.hash)),
             set_aside={name: data.decode(errors="backslashreplace") for name, data in read.rest.items()},
         )
         write_acceptance(self.store, f"{ANCHORS}/{self.model}/accepted-", acceptance)
         for name in reversed(read.rest):
             self.store.remove_document(name)
-        write_anchor(self.store, self.model, kept)
+        write_anchor(self.store, self.model, read.head)
         return acceptance
 
     def acceptances(self) -> list[Acceptance]:
@@ -246,10 +225,10 @@ class PromotionLog:
             actor=actor,
             time=now(),
         )
-        document = json_bytes({**entry.model_dump(), "hash": entry.hash})
-        if not self.store.create_document(f"{self.folder}/log/{entry.seq:06d}.json", document):
-            raise self._not_created(f"{self.folder}/log/{entry.seq:06d}.json", head)
-        self.last_seen = LogHead(seq=entry.seq, hash=entry.hash)
+        name = f"{self.folder}/log/{entry.seq:06d}.json"
+        if not self.store.create_document(name, entry.document):
+            raise self._not_created(name, head)
+        self.last_seen = head_of([entry])
         self._anchor(self.last_seen)
         self._sign(self.last_seen)
         return entry
@@ -267,8 +246,8 @@ class PromotionLog:
     def _anchor(self, head: LogHead) -> None:
         """Write the anchor, unless another writer has appended an entry and written it since.
 
-        Another writer may do both between the look at its anchor and the write of this one. So the log is read again
-        afterwards: whoever writes last names the last entry.
+        Another writer may do both after this one has read the anchor, and before it writes it. So the log is read again
+        afterwards: the last writer names the last entry.
 
         If that fails, the entry is valid nevertheless, and the next append writes the anchor.
         """
@@ -277,7 +256,7 @@ class PromotionLog:
                 anchor, hashes = self._known(all_runs=False).anchor, self.hashes()
                 if anchor is None or anchor.head.seq <= head.seq or not anchor.is_met_by(hashes):
                     write_anchor(self.store, self.model, head)
-                newest = _head(self._read().entries)
+                newest = self._read().head
                 if newest.seq <= head.seq:
                     return
                 head = newest
@@ -364,19 +343,15 @@ class PromotionLog:
             return None
         try:
             return JSON_OBJECT.validate_json(check_document(name, document))
-        except ValueError as error:  # pydantic's error is one, too
+        except ValueError as error:  # ValidationError is a subclass
             log.warning("a stored decision is not used, %s: %s", name, str(error).splitlines()[0])
             return None
 
     def write_decision(self, head: Entry | None, digest: str, protocol: str, decision: Mapping[str, JsonValue]) -> None:
         """Store a decision about a model against this head."""
         name = self._decision_name(head, digest, protocol)
-        self.store.write_document(name, add_checksum(name, json_bytes(decision)))
+        self.store.write_document(name, with_checksum(name, decision))
 
     def _decision_name(self, head: Entry | None, digest: str, protocol: str) -> str:
         seen = short(head.hash) if head else "none"
         return f"{self.folder}/decisions/{seen}-{short(digest)}-{short(protocol)}.json"
-
-
-def _head(entries: Sequence[Entry]) -> LogHead:
-    return LogHead(seq=entries[-1].seq, hash=entries[-1].hash) if entries else LogHead()

@@ -2,7 +2,7 @@
 
 anchors/<model>/looks-accepted-000001.json  an accepted loss; the anchor has their number, so that none is forgotten
 registry/<model>/rows/<digest>.json         the keys of the rows that looks refer to
-anchors/<model>/rows/<digest>.json          a copy: whatever is left of the two counts, whether or not a look names it
+anchors/<model>/rows/<digest>.json          a copy. A set counts if one of the two is left, even if no look names it
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LostLooks(StoredModel):
     unknown_rows: bool = False  # whether it is unknown which rows were scored: then no row is fresh any more
 
     def explains(self, head: LogHead) -> bool:
-        """Tell whether a look that a run record names is one of the lost ones."""
+        """Tell whether a look that a run record names was lost."""
         if self.lost_heads is not None:
             return head in self.lost_heads
         return self.kept.seq < head.seq <= self.kept.seq + self.lost
@@ -58,7 +58,7 @@ def read_losses(store: Store, model: str) -> AcceptedLosses:
         if name.startswith(f"{ANCHORS}/{model}/looks-accepted-"):
             try:
                 found.intact.append(LostLooks.model_validate_json(check_document(name, data)))
-            except ValueError:  # pydantic's error is one, too
+            except ValueError:  # ValidationError is a subclass
                 found.damaged[name] = data
     return found
 

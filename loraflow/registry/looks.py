@@ -14,21 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
-from typing import NamedTuple
 
 from loraflow.failures import DamagedLog
 from loraflow.registry.anchor import FOLDER as ANCHORS
 from loraflow.registry.anchor import Claim, claims_of_runs, newest_claim, now, write_acceptance
 from loraflow.registry.budget import Look as Look
 from loraflow.registry.budget import NextLook, next_look
-from loraflow.registry.entry import JSON_OBJECT, Entry
+from loraflow.registry.entry import Chain, Entry, head_of, read_chain
 from loraflow.registry.look_claims import LostLooks as LostLooks
 from loraflow.registry.look_claims import ScoredRows, Sets, read_losses
 from loraflow.registry.look_claims import row_key as row_key
 from loraflow.registry.runs import LogHead
 from loraflow.store import LocalStore, Store
-from loraflow.store.checksum import add_checksum, check_document, first_problem
-from loraflow.store.files import json_bytes
+from loraflow.store.checksum import check_document, first_problem, with_checksum
 
 
 class _Anchor(LogHead):
@@ -44,12 +42,6 @@ class _Anchor(LogHead):
 
 _NO_ANCHOR = _Anchor()
 _NEWEST_RUNS = 50  # run records to read if there is no anchor: stores of earlier versions have none
-
-
-class _Read(NamedTuple):
-    looks: list[Look]
-    rest: dict[str, bytes]  # files from the first that is damaged
-    problem: str
 
 
 class LookRecord:
@@ -72,7 +64,7 @@ class LookRecord:
             looks = self._checked(all_runs)
         except DamagedLog:  # a listing can miss a file that another process adds at this moment
             looks = self._checked(all_runs)
-        self.last_seen = _head(looks)
+        self.last_seen = head_of(looks)
         return looks
 
     def check(self) -> None:
@@ -132,8 +124,8 @@ class LookRecord:
                 time=now(),
                 **upcoming._asdict(),
             )
-            if self.store.create_document(self._name(look.seq), json_bytes({**look.stored(), "hash": look.hash})):
-                self.last_seen = LogHead(seq=look.seq, hash=look.hash)
+            if self.store.create_document(f"{self.folder}{look.seq:06d}.json", look.document):
+                self.last_seen = head_of([look])
                 self._anchor(self.last_seen, known_rows)
                 return look
 
@@ -214,36 +206,35 @@ class LookRecord:
         return sets
 
     def accept_loss(self, reason: str, actor: str) -> LostLooks | None:
-        """Go on with the looks that are intact, and store who decided this and why; None if nothing is damaged.
+        """Continue with the looks that are intact, and store who decided this and why; None if nothing is damaged.
 
-        Lost looks are counted: the next look has their number added. If it is no longer known which rows they used, no row
-        counts as fresh from now on.
+        Lost looks are counted: their number is added to the next look. If it is unknown which rows they used, no row
+        counts as fresh any more.
         """
         read, is_readable = self._read(), True
         try:
             anchor = self._read_anchor()
         except DamagedLog:
             anchor, is_readable = self._head_of_runs(), False
-        kept, losses = len(read.looks), read_losses(self.store, self.model)
-        claims = _unmet(claims_of_runs(self.store, self.model, "looks"), read.looks, losses.intact)
+        looks, losses = read.entries, read_losses(self.store, self.model)
+        claims = _unmet(claims_of_runs(self.store, self.model, "looks"), looks, losses.intact)
         stored = self.scored.read()
-        named = {look.rows for look in read.looks} | (anchor or _NO_ANCHOR).known
-        lost_rows, restored_rows = (
-            _lost_rows(named, stored, losses.intact),
-            sorted(named & stored.damaged & stored.intact.keys()),
-        )
-        is_met = is_readable and not claims and (anchor is None or _is_met(anchor, read.looks))
+        named = {look.rows for look in looks} | (anchor or _NO_ANCHOR).known
+        lost_rows = _lost_rows(named, stored, losses.intact)
+        restored_rows = sorted(named & stored.damaged & stored.intact.keys())
+        is_met = is_readable and not claims and (anchor is None or _is_met(anchor, looks))
         forgot = bool(losses.damaged) or (anchor or _NO_ANCHOR).accepted > len(losses.intact)
         if not read.rest and is_met and not forgot and not lost_rows and not restored_rows:
             return None
         has_lost_looks = bool(read.rest) or not is_met or forgot
+        kept = len(looks)
         lost = max(kept + len(read.rest), anchor.seq if anchor else 0, *(claim.head.seq for claim in claims)) - kept
         removed = {**losses.damaged, **read.rest}
         acceptance = LostLooks(
             reason=reason,
             actor=actor,
             time=now(),
-            kept=_head(read.looks),
+            kept=read.head,
             lost=max(lost, 1) if has_lost_looks else 0,
             lost_heads=[claim.head for claim in claims],
             set_aside={name: data.decode(errors="backslashreplace") for name, data in removed.items()},
@@ -255,7 +246,7 @@ class LookRecord:
         for name in reversed(removed):
             self.store.remove_document(name)
         self.scored.restore(named)
-        self._write_anchor(_head(read.looks), named | stored.intact.keys())
+        self._write_anchor(read.head, named | stored.intact.keys())
         return acceptance
 
     def _checked(self, all_runs: bool) -> list[Look]:
@@ -269,32 +260,16 @@ class LookRecord:
         read = self._read()
         if read.rest:
             raise self._damaged(next(iter(read.rest)), "", read.problem)
-        if anchor is not None and not _is_met(anchor, read.looks):
-            got = (
-                f"intact looks: {len(read.looks)}" if anchor.seq > len(read.looks) else "another look with this number"
-            )
+        looks = read.entries
+        if anchor is not None and not _is_met(anchor, looks):
+            got = f"intact looks: {len(looks)}" if anchor.seq > len(looks) else "another look with this number"
             raise self._damaged(self.folder, f"look {anchor.seq}, as the anchor or the newest run says", got)
-        for claim in _unmet(claims, read.looks, accepted):
+        for claim in _unmet(claims, looks, accepted):
             raise self._damaged(self.folder, f"look {claim.head.seq}, as {claim.source} says", "another look, or none")
-        return read.looks
+        return looks
 
-    def _read(self) -> _Read:
-        files = self.store.read_documents(self.folder, ".json")
-        found: list[Look] = []
-        for position, (name, content) in enumerate(files.items()):
-            try:
-                stored = JSON_OBJECT.validate_json(content)
-                claimed = stored.pop("hash", None)
-                look = Look.model_validate(stored)
-                if claimed != look.hash:
-                    raise ValueError("hash mismatch")
-                if look.seq != len(found) + 1 or look.before != (found[-1].hash if found else None):
-                    raise ValueError("a look before it is missing or was changed")
-            except ValueError as error:  # pydantic's error is one, too
-                problem = f"{name.rsplit('/', 1)[1]}: {error}".splitlines()[0]
-                return _Read(found, dict(list(files.items())[position:]), problem)
-            found.append(look)
-        return _Read(found, {}, "")
+    def _read(self) -> Chain[Look]:
+        return read_chain(Look, self.store.read_documents(self.folder, ".json"))
 
     def _assumed(self, seen: int, promotions: Sequence[Entry]) -> int:
         """Return how many looks must be counted that have no record: those of earlier versions, and lost ones."""
@@ -308,7 +283,7 @@ class LookRecord:
         return len(names) + len(others)
 
     def _acceptances(self) -> list[LostLooks]:
-        """Return the accepted losses. What they say is counted, so one that is lost or damaged is refused."""
+        """Return the accepted losses. Their looks are counted, so a lost or damaged document is refused."""
         found = read_losses(self.store, self.model)
         if found.damaged:
             name = min(found.damaged)
@@ -321,7 +296,7 @@ class LookRecord:
             return self._head_of_runs()
         try:
             return _Anchor.model_validate_json(check_document(self._anchor_name, data))
-        except ValueError as error:  # pydantic's error is one, too
+        except ValueError as error:  # ValidationError is a subclass
             raise self._damaged(self._anchor_name, "number and hash of a look", first_problem(error)) from error
 
     def _head_of_runs(self) -> _Anchor | None:
@@ -329,22 +304,22 @@ class LookRecord:
         return _Anchor(seq=claim.head.seq, hash=claim.head.hash) if claim is not None else None
 
     def _anchor(self, head: LogHead, digests: Collection[str]) -> None:
-        """Write the anchor, unless another process has recorded a look since: whoever writes last names the last look."""
+        """Write the anchor, unless another process has recorded a look since. The last writer names the last look."""
         rows = set(digests)
         while True:
             anchor = self._read_anchor()
             if anchor is None or anchor.seq <= head.seq:
                 self._write_anchor(head, rows | (anchor or _NO_ANCHOR).known)
-            looks = self._read().looks
-            if len(looks) <= head.seq:
+            read = self._read()
+            if read.head.seq <= head.seq:
                 return
-            head = _head(looks)
-            rows |= {look.rows for look in looks}
+            head = read.head
+            rows |= {look.rows for look in read.entries}
 
     def _write_anchor(self, head: LogHead, digests: Collection[str]) -> None:
         accepted = len(read_losses(self.store, self.model).intact)
         values = {**head.model_dump(), "digests": sorted(digests), "accepted": accepted, "time": now()}
-        self.store.write_document(self._anchor_name, add_checksum(self._anchor_name, json_bytes(values)))
+        self.store.write_document(self._anchor_name, with_checksum(self._anchor_name, values))
 
     def _damaged(self, where: str, expected: str, got: str) -> DamagedLog:
         return DamagedLog(
@@ -355,9 +330,6 @@ class LookRecord:
             next_step="restore it from a backup of the store (docs/backup.md). Without a backup, `loraflow registry accept "
             f"--model {self.model} --reason …` counts the lost looks as spent. Until then the gate promotes nothing",
         )
-
-    def _name(self, seq: int) -> str:
-        return f"{self.folder}{seq:06d}.json"
 
     @property
     def _anchor_name(self) -> str:
@@ -384,7 +356,3 @@ def _unmet(claims: Sequence[Claim], looks: Sequence[Look], accepted: Sequence[Lo
     """Return the claims of run records that a record of looks does not meet, without losses that were accepted."""
     unmet = [claim for claim in claims if not _is_met(claim.head, looks)]
     return [claim for claim in unmet if not any(loss.explains(claim.head) for loss in accepted)]
-
-
-def _head(looks: Sequence[Look]) -> LogHead:
-    return LogHead(seq=looks[-1].seq, hash=looks[-1].hash) if looks else LogHead()

@@ -23,8 +23,7 @@ from loraflow.registry.reserve import ReserveState
 from loraflow.registry.sweeps import SweepRecord
 from loraflow.store import Ref, Store
 from loraflow.store.artifact import FolderName
-from loraflow.store.checksum import ChangedDocument, add_checksum, check_document, checksum, first_problem
-from loraflow.store.files import json_bytes
+from loraflow.store.checksum import ChangedDocument, check_document, checksum, first_problem, with_checksum
 
 log = logging.getLogger("loraflow")
 
@@ -144,7 +143,7 @@ class RunRecord(StoredModel):
     @property
     def document(self) -> bytes:
         """The record as the bytes of its file, with a checksum."""
-        return add_checksum(f"{FOLDER}{self.run}.json", json_bytes(self.model_dump()))
+        return with_checksum(f"{FOLDER}{self.run}.json", self.model_dump())
 
     @property
     def model(self) -> str | None:
@@ -261,7 +260,7 @@ def _comment(name: str, content: str) -> str:
 
 
 def read_runs(store: Store) -> list[RunRecord]:
-    """Return the records of all runs, oldest first. One that cannot be read is logged and left out."""
+    """Return the records of all runs, oldest first. Records that cannot be read are logged and left out."""
     found = []
     for name, data in store.read_documents(FOLDER, ".json").items():
         if RUN_ID.fullmatch(name.removeprefix(FOLDER).removesuffix(".json")):
@@ -325,7 +324,7 @@ def require_consistent(store: Store, record: RunRecord) -> None:
         try:
             inputs = store.manifest(made.ref(store)).payload["inputs"]
             known = {used.digest, *store.manifest(used.ref(store)).facets.values()}
-        except CorruptArtifact:  # whoever uses it says so
+        except CorruptArtifact:  # reported where it is used
             continue
         if isinstance(inputs, dict) and inputs.get(name) not in known:
             raise CorruptArtifact(
@@ -355,7 +354,7 @@ def _parse(store: Store, name: str, data: bytes) -> RunRecord:
         if f"{FOLDER}{record.run}.json" != name:
             raise ChangedDocument(f"it is the record of run {record.run}")
         return record
-    except ValueError as error:  # pydantic's error is one, too
+    except ValueError as error:  # ValidationError is a subclass
         raise CorruptArtifact(
             "A run's record cannot be read.",
             where=f"{store.uri}/{name}",

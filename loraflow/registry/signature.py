@@ -98,7 +98,7 @@ def sign(store: Store, model: str, head: LogHead, key: str, hashes: Callable[[],
 def _read(store: Store, model: str) -> _Signed | None:
     try:
         return _Signed.model_validate_json(store.read_document(_name(model)) or b"")
-    except ValueError:  # pydantic's error is one
+    except ValueError:  # ValidationError is a subclass
         return None
 
 
@@ -122,7 +122,7 @@ def check_signature(store: Store, model: str, hashes: Sequence[str], signers: Pa
     data = store.read_document(_name(model))
     try:
         signed = _Signed.model_validate_json(data or b"")
-    except ValueError as error:  # pydantic's error is one
+    except ValueError as error:  # ValidationError is a subclass
         raise _not_signed(
             store, model, "no signature" if data is None else "a signature that cannot be read"
         ) from error

@@ -36,8 +36,8 @@ from loraflow.serving.tables import (
     write_answers,
 )
 from loraflow.serving.written_calls import reads_calls_of, written_calls
-from loraflow.store.checksum import add_checksum, check_document
-from loraflow.store.files import HashMemo, hash_file, json_bytes, write_atomic
+from loraflow.store.checksum import check_document, with_checksum
+from loraflow.store.files import HashMemo, hash_file, write_atomic
 from loraflow.store.lock import LockHeld, flock
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _resume(work: Path, request: _RequestIdentity) -> int:
     """Return the number of rows that an earlier attempt at the same work answered."""
     file = work / "begun.json"
     if not _has_answers(work) or not file.exists():
-        write_atomic(file, add_checksum(file.name, json_bytes(request.model_dump())))
+        write_atomic(file, with_checksum(file.name, request.model_dump()))
     before = _read_request(file)
     if before != request:
         changed = ["input"] if before.input != request.input else []
@@ -234,7 +234,7 @@ def _resume(work: Path, request: _RequestIdentity) -> int:
 def _read_request(file: Path) -> _RequestIdentity:
     try:
         return _RequestIdentity.model_validate_json(check_document(file.name, file.read_bytes()))
-    except ValueError as error:  # pydantic's error is one, too
+    except ValueError as error:  # ValidationError is a subclass
         raise BadConfig(
             "The settings of the unfinished output are unknown.",
             where=str(file),

@@ -25,8 +25,8 @@ from loraflow.serving.card import Facts, PublishedForm, collect_facts, write_car
 from loraflow.serving.models import MODEL_FILE_SUFFIXES, Model, check_unmerged, intact_folder
 from loraflow.store import Store, open_store
 from loraflow.store.base import MANIFEST
-from loraflow.store.checksum import add_checksum, check_document
-from loraflow.store.files import HashMemo, json_bytes
+from loraflow.store.checksum import check_document, with_checksum
+from loraflow.store.files import HashMemo
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -150,7 +150,7 @@ def _write_publication(store: Store, model: Model, publication: Publication) -> 
         return
     document = publication.model_copy(update={"time": now()}).model_dump(mode="json")
     name = _record_name(model, publication.repo, publication.what)
-    store.write_document(name, add_checksum(name, json_bytes(document)))
+    store.write_document(name, with_checksum(name, document))
 
 
 def _record_name(model: Model, repo: str, what: PublishedForm) -> str:

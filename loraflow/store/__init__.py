@@ -65,7 +65,8 @@ def open_store(uri: str) -> Store:
         BadConfig: the uri has an unknown scheme, or the settings of the bucket are wrong.
     """
     if uri.startswith("s3://"):
-        return _open_bucket(uri, tuple(sorted(item for item in os.environ.items() if _is_bucket_setting(item[0]))))
+        names = [name for name in os.environ if name.startswith("AWS_") or name in _FOLDERS]
+        return _open_bucket(uri, tuple((name, os.environ[name]) for name in sorted(names)))
     if "://" in uri and not uri.startswith("file://"):
         raise BadConfig(
             "This kind of store is not supported.",
@@ -95,8 +96,7 @@ def _refuse_file_in_path(folder: Path) -> None:
         raise from_os_error(error, str(folder)) or error from error
 
 
-def _is_bucket_setting(variable: str) -> bool:
-    return variable.startswith("AWS_") or variable in ("LORAFLOW_CACHE", "XDG_CACHE_HOME", "HOME")
+_FOLDERS = ("LORAFLOW_CACHE", "XDG_CACHE_HOME", "HOME")  # environment: where the cache of a bucket is
 
 
 @cache

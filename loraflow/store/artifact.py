@@ -15,17 +15,16 @@ from loraflow import identity
 from loraflow.failures import CorruptArtifact
 from loraflow.frozen import StoredModel
 from loraflow.identity import short
+from loraflow.store.checksum import MANIFEST as MANIFEST
 from loraflow.store.checksum import (
     ChangedDocument,
-    add_checksum,
-    add_inner_checksum,
+    add_manifest_checksum,
     check_document,
-    check_inner_checksum,
+    check_manifest_checksum,
+    with_checksum,
 )
 from loraflow.store.files import files_below, hash_file, is_inside, json_bytes
 
-MANIFEST = "manifest.json"
-_FREE = "provenance"  # the object of a manifest that may have any keys, also for earlier versions: it has the checksum
 POINTER = "current.json"
 TELEMETRY = "telemetry/"  # files below it are stored and hashed, but stay out of the digest
 # Top-level folders of a store that are not stages.
@@ -137,7 +136,7 @@ class Manifest(BaseModel):
             ValueError: it cannot be parsed, or it was changed after it was written (`ChangedManifest`).
         """
         try:
-            return cls._without_checksum(check_inner_checksum(MANIFEST, _FREE, content))
+            return cls._without_checksum(check_manifest_checksum(content))
         except ChangedDocument as error:
             raise ChangedManifest(content_problem(MANIFEST)) from error
 
@@ -151,7 +150,7 @@ class Manifest(BaseModel):
     @property
     def document(self) -> bytes:
         """The manifest as the bytes of its file, with a checksum, which earlier versions take for a part of `provenance`."""
-        return add_inner_checksum(MANIFEST, _FREE, json_bytes(self.model_dump()))
+        return add_manifest_checksum(json_bytes(self.model_dump()))
 
     @property
     def size(self) -> int:
@@ -195,9 +194,8 @@ class Pointer(StoredModel):
     def pointing_to(self, ref: Ref, manifest: bytes) -> bytes:
         """Return the bytes of the pointer after a commit, with a checksum; what it knows of other digests stays."""
         manifests = {**self.manifests, ref.digest: hashlib.sha256(manifest).hexdigest()}
-        return add_checksum(
-            _pointer_name(ref.stage, ref.fingerprint), json_bytes({"digest": ref.digest, "manifests": manifests})
-        )
+        name = _pointer_name(ref.stage, ref.fingerprint)
+        return with_checksum(name, {"digest": ref.digest, "manifests": manifests})
 
 
 class ChangedManifest(ValueError):
@@ -265,7 +263,7 @@ def build_manifest(
         for name, path in files_below(staged)
         if name != MANIFEST
     }
-    hashes = _result_hashes(files)
+    hashes = result_hashes(files)
     head = _PayloadHead.model_validate(payload)
     return Manifest(
         stage=head.stage,
@@ -351,7 +349,7 @@ def manifest_problem(error: Exception) -> str:
 def quarantine_record(folder: str, was: str, problems: list[str]) -> tuple[str, bytes]:
     """Return name and bytes of the document that says where a quarantined artifact was, and why it is there."""
     name = f"{QUARANTINE}/{folder}.json"
-    return name, add_checksum(name, json_bytes({"was": was, "problems": [*problems], "time": time.time()}))
+    return name, with_checksum(name, {"was": was, "problems": [*problems], "time": time.time()})
 
 
 def check_consistency(manifest: Manifest, ref: Ref) -> list[str]:
@@ -359,7 +357,7 @@ def check_consistency(manifest: Manifest, ref: Ref) -> list[str]:
     problems = []
     if (manifest.stage, manifest.fingerprint, manifest.digest) != (ref.stage, ref.fingerprint, ref.digest):
         problems.append(f"{MANIFEST}: it is the manifest of {manifest.ref('')}")
-    if identity.digest(_result_hashes(manifest.files)) != ref.digest:
+    if identity.digest(result_hashes(manifest.files)) != ref.digest:
         problems.append(f"{MANIFEST}: digest mismatch: the hashes of its files give another digest")
     if identity.fingerprint(manifest.payload) != ref.fingerprint:
         problems.append(f"{MANIFEST}: fingerprint mismatch: its payload gives another fingerprint")
@@ -386,7 +384,8 @@ def damaged_artifact(ref: Ref, where: str, problems: list[str]) -> CorruptArtifa
     )
 
 
-def _result_hashes(files: Mapping[str, FileEntry]) -> dict[str, str]:
+def result_hashes(files: Mapping[str, FileEntry]) -> dict[str, str]:
+    """Return the hashes of a manifest's files, by name, without telemetry."""
     return {name: entry.sha256 for name, entry in files.items() if not name.startswith(TELEMETRY)}
 
 

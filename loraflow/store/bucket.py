@@ -1,8 +1,8 @@
 """Objects of an S3 bucket below a prefix.
 
 Writes that must not overwrite each other are conditional, since S3 has no rename: `create` succeeds for one of several
-writers, and `replace` only if the object has not changed since it was read. An interrupted
-upload of a file continues at the part where it stopped.
+writers, and `replace` only if the object has not changed since it was read. An interrupted upload of a file continues at
+the part where it stopped.
 """
 
 from __future__ import annotations

@@ -16,14 +16,13 @@ from typing import TypedDict
 from pydantic import JsonValue
 
 from loraflow.failures import DISK_FAULTS, StorageError
-from loraflow.store.checksum import ChangedDocument, add_checksum, check_document
+from loraflow.store.checksum import ChangedDocument, check_document, with_checksum
 from loraflow.store.files import (
     file_type,
     files_below,
     fsync_tree,
     hash_file,
     is_inside,
-    json_bytes,
     raise_machine_fault,
     read_file,
     set_default_modes,
@@ -51,8 +50,7 @@ def finalize_checkpoint(checkpoint: Path, needs: str | None = None) -> None:
     set_default_modes(checkpoint)
     fsync_tree(checkpoint)
     hashes = {name: hash_file(path) for name, path in files_below(checkpoint) if name != COMPLETE}
-    document = json_bytes({"files": hashes, "needs": needs})
-    write_atomic(checkpoint / COMPLETE, add_checksum(_name(checkpoint), document))
+    write_atomic(checkpoint / COMPLETE, with_checksum(_name(checkpoint), {"files": hashes, "needs": needs}))
 
 
 def _name(checkpoint: Path) -> str:

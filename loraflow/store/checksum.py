@@ -10,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 
 from pydantic import ValidationError
+
+from loraflow.store.files import Json, json_bytes
 
 _START = b"{\n"
 _LINE = re.compile(rb'\{\n "checksum": "([0-9a-f]{64})",\n')
@@ -21,14 +24,14 @@ class ChangedDocument(ValueError):
     """A document has other bytes, or another name, than those that were written."""
 
 
-def add_checksum(name: str, document: bytes) -> bytes:
-    """Return a document of `json_bytes`, an object that is not empty, with its checksum.
+def with_checksum(name: str, values: Mapping[str, Json]) -> bytes:
+    """Return JSON values, at least one, as the bytes of a document with its checksum.
 
     Args:
         name: where the document belongs, such as its name in the store.
     """
-    assert document.startswith(_START), name
-    rest = document.removeprefix(_START)
+    assert values, name
+    rest = json_bytes(values).removeprefix(_START)
     return b'{\n "checksum": "%s",\n%s' % (checksum(name, rest).encode(), rest)
 
 
@@ -51,40 +54,37 @@ def check_document(name: str, document: bytes) -> bytes:
     return _START + rest
 
 
-def add_inner_checksum(name: str, key: str, document: bytes) -> bytes:
-    """Return a document with its checksum in one of its objects: for documents of which earlier versions refuse other keys.
-
-    Args:
-        key: of an object in the document that may have any keys. The checksum becomes its first one.
-    """
-    line = b'  "checksum": "%s"' % checksum(name, document).encode()
-    start, empty = b'\n "%s": {\n' % key.encode(), b'\n "%s": {}' % key.encode()
-    assert document.count(start) + document.count(empty) == 1, name  # a text in JSON has no line feed
-    return document.replace(start, start + line + b",\n").replace(empty, start + line + b"\n }")
+MANIFEST = "manifest.json"
+_PROVENANCE = b'\n "provenance": {'
 
 
-def check_inner_checksum(name: str, key: str, document: bytes) -> bytes:
-    """Return a document without the checksum that `add_inner_checksum` has put into it.
+def add_manifest_checksum(document: bytes) -> bytes:
+    """Return a manifest with its checksum, as the first key of `provenance`: earlier versions refuse new keys elsewhere."""
+    line = b'\n  "checksum": "%s"' % checksum(MANIFEST, document).encode()
+    assert document.count(_PROVENANCE) == 1  # a text in JSON has no line feed
+    before, _, after = document.partition(_PROVENANCE)
+    return before + _PROVENANCE + line + (b"\n " if after.startswith(b"}") else b",") + after
+
+
+def check_manifest_checksum(document: bytes) -> bytes:
+    """Return a manifest without the checksum that `add_manifest_checksum` has put into it.
 
     Raises:
-        ChangedDocument: the checksum is not that of this name and content.
+        ChangedDocument: the checksum is not that of this content.
     """
-    head = rb'\n "%s": \{' % key.encode()
-    found = re.search(head + rb'\n  "checksum": "([0-9a-f]{64})"(,\n|\n \})', document)
+    found = re.search(re.escape(_PROVENANCE) + rb'\n  "checksum": "([0-9a-f]{64})"(?:,|\n (?=\}))', document)
     if found is None:
-        if re.search(head + rb'\s*"checksum"', document):
+        if re.search(re.escape(_PROVENANCE) + rb'\s*"checksum"', document):
             raise ChangedDocument("its checksum cannot be read: the document was changed")
         return document
-    rest = b"\n" if found[2] == b",\n" else b"}"
-    before, after = document[: found.start()], document[found.end() :]
-    plain = before + b'\n "%s": {' % key.encode() + rest + after
-    if checksum(name, plain).encode() != found[1]:
+    plain = document[: found.start()] + _PROVENANCE + document[found.end() :]
+    if checksum(MANIFEST, plain).encode() != found[1]:
         raise ChangedDocument("its checksum is wrong: the document was changed, or is a copy of another one")
     return plain
 
 
 def _has_checksum(document: bytes) -> bool:
-    """Tell whether a document is an object with a checksum that is not where `add_checksum` writes it."""
+    """Tell whether a document is an object with a checksum that is not where `with_checksum` writes it."""
     if b"checksum" not in document:
         return False
     try:

@@ -67,7 +67,7 @@ class ChunkCache:
         return content
 
     def write(self, key: str, content: bytes) -> None:
-        """Write an entry. Its hash makes up for a flush to the disk: an incomplete one is damaged."""
+        """Write an entry, without a flush to the disk: the hash of an incomplete entry is wrong."""
         file = self._file(key)
         draft = file.with_name(f".draft-{secrets.token_hex(4)}")
         try:

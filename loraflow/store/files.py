@@ -69,7 +69,7 @@ def ask_again(read: Callable[[], _T], path: Path) -> _T:
 
 def _machine_fault(error: OSError) -> Failure:
     file = str(error.filename)
-    # With the file as the place, a missing permission would be taken for that of a store that cannot be written.
+    # With the file as `where`, a missing permission would be reported as a store that cannot be written.
     return from_os_error(error, f"{file}/") or StorageError(
         "A file cannot be read.", where=file, got=str(error.strerror), next_step="check its disk, then run again"
     )
@@ -343,7 +343,7 @@ def folder_size(folder: Path) -> int:
 
 
 class Memo(Generic[_T]):
-    """What this machine remembers, by key, in a JSON file. One that cannot be used costs time only."""
+    """What this machine remembers, by key, in a JSON file. Without the file, only time is lost."""
 
     def __init__(self, path: Path | None, values: TypeAdapter[dict[str, _T]]):
         self.path, self.changed = path, False

@@ -142,5 +142,5 @@ def _holder(seen: StoredObject | None) -> str:
     try:
         holder = json.loads(seen.data if seen else b"")
         return f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):  # damaged: only the message is poorer
+    except (ValueError, KeyError, TypeError):  # damaged: the message names no process then
         return "another worker"

@@ -355,8 +355,8 @@ class LocalStore(LocalDocuments, Store):
         folder = self._folder(ref)
         return ask_again(folder.stat, folder).st_mtime
 
+    @override
     def remove(self, ref: Ref) -> None:
-        """Do what `Store` says."""
         staging.remove(self.root / "staging", self._folder(ref))
 
     def stale_items(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:

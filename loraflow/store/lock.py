@@ -114,5 +114,5 @@ def _lock(fd: int, mode: int, path: Path) -> None:
 def _holder(path: Path) -> str:
     try:
         return f"process {json.loads(path.read_bytes())['pid']}"
-    except (OSError, ValueError, KeyError, TypeError):  # only the message is poorer
+    except (OSError, ValueError, KeyError, TypeError):  # the message names no process then
         return "another process"

@@ -101,8 +101,8 @@ class S3Store(S3Artifacts, Store):
             raise damaged_artifact(ref, self.location(ref), problems)
         return found.data
 
+    @override
     def verify(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
-        """Do what `Store` says."""
         return self.hash_objects(ref, self.cache.object_memo())
 
     def fetch(self, ref: Ref, memo: HashMemo | None = None) -> list[str]:
@@ -170,12 +170,12 @@ class S3Store(S3Artifacts, Store):
             self._checkpoints(stage, fingerprint).fetch(recompute_of.digest if recompute_of else None)
         return folder
 
+    @override
     def mirror_checkpoints(self, stage: str, fingerprint: str) -> AbstractContextManager[None]:
-        """Do what `Store` says."""
         return self._checkpoints(stage, fingerprint).mirror_checkpoints()
 
+    @override
     def remove_work_folder(self, stage: str, fingerprint: str) -> None:
-        """Do what `Store` says."""
         shutil.rmtree(self.scratch / "work" / stage / fingerprint, ignore_errors=True)
         try:
             self._checkpoints(stage, fingerprint).remove()
@@ -255,9 +255,9 @@ class S3Store(S3Artifacts, Store):
 
     # cleanup
 
+    @override
     @contextmanager
     def reader_lock(self) -> Iterator[None]:
-        """Do what `Store` says, on all machines."""
         with (
             leases.reader_lease(self.bucket, self.lease_seconds),
             flock(self.cache.local_folder("locks") / "readers", shared=True),
@@ -273,16 +273,16 @@ class S3Store(S3Artifacts, Store):
         ):
             yield
 
+    @override
     def committed_at(self, ref: Ref) -> float:
-        """Return when an artifact was committed, in seconds since 1970, by the server's clock."""
         return max((item.modified for item in self.bucket.listing(manifest_key(ref))), default=0.0)
 
+    @override
     def remove(self, ref: Ref) -> None:
-        """Delete an artifact, its manifest first: without it the other files are not an artifact."""
         remove_artifact(self, self.cache, ref)
 
+    @override
     def stale_items(self, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:
-        """Do what `Store` says."""
         return stale_items(self.bucket, self.scratch, before, remove=remove)
 
 

@@ -102,15 +102,10 @@ class MlflowTracker:
         params = [Param(name, value) for name, value in content.params.items()]
         metrics = [Metric(point.name, point.value, moment, point.step) for point in content.points]
         tags = [RunTag(name, value[:MAX_TAG]) for name, value in content.tags.items()]
-        for some_params in _batches(params, PARAMS):
-            with self._reported():
-                self._client.log_batch(run.id, params=some_params)
-        for some_metrics in _batches(metrics, METRICS):
-            with self._reported():
-                self._client.log_batch(run.id, metrics=some_metrics)
-        for some_tags in _batches(tags, TAGS):
-            with self._reported():
-                self._client.log_batch(run.id, tags=some_tags)
+        for kind, values, most in (("params", params, PARAMS), ("metrics", metrics, METRICS), ("tags", tags, TAGS)):
+            for some in _batches(values, most):
+                with self._reported():
+                    self._client.log_batch(run.id, **{kind: some})
         self._write_files(run, content)
         if content.tables:
             shown = [{"path": name, "type": "table"} for name in content.tables]

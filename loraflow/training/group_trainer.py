@@ -231,7 +231,7 @@ class GroupTrainer:
             shutil.rmtree(path)
 
     def resume(self, checkpoint: Path, step: int) -> None:
-        """Continue from a checkpoint. Its hashes were compared with its manifest by then."""
+        """Continue from a checkpoint, whose hashes were compared with its manifest before."""
         state = torch.load(checkpoint / STATE, map_location=self.model.device, weights_only=True)
         logs = json.loads((checkpoint / "logs.json").read_text(encoding="utf-8"))
         self.model.adapters.values.copy_(state["values"])

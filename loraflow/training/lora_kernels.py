@@ -29,7 +29,7 @@ from loraflow.training.frozen_linear import FrozenWeight
 
 log = logging.getLogger(__name__)
 
-# The mixin stands before one of peft's LoRA layers, whose attributes it uses.
+# The mixin comes before one of peft's LoRA layers, whose attributes it uses.
 if TYPE_CHECKING:
     _Layer = torch.nn.Module
 else:

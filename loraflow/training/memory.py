@@ -212,25 +212,26 @@ def fit_memory(
     def most(how: Recompute, share: float | None = None) -> int:
         return int(room / token_bytes(shape, how, width, recomputed=share, elementwise=compiled and how == "selective"))
 
+    def fit(how: Recompute, share: float, why: str, *, elementwise: bool = False) -> MemoryFit:
+        return MemoryFit(max(least, min(useful, most(how))), how, share, why, elementwise)
+
     if recompute == "elementwise" and not compiled:
-        tokens = max(least, min(useful, most("none")))
-        return MemoryFit(tokens, "none", 0.0, "elementwise is set, but the layers are not compiled")
+        return fit("none", 0.0, "elementwise is set, but the layers are not compiled")
     if recompute is not None:
-        tokens = max(least, min(useful, most(recompute)))
         share = {"none": 0.0, "elementwise": 0.0, "selective": 0.5}.get(recompute, 1.0)
-        return MemoryFit(tokens, recompute, share, "asked for", compiled and recompute in ("elementwise", "selective"))
+        is_elementwise = compiled and recompute in ("elementwise", "selective")
+        return fit(recompute, share, "asked for", elementwise=is_elementwise)
     enough = max(least, min(useful, enough))
     if most("none") >= enough:
-        return MemoryFit(max(least, min(useful, most("none"))), "none", 0.0, "activations fit")
+        return fit("none", 0.0, "activations fit")
     if compiled and most("elementwise") >= enough:
-        why = "activations fit if elementwise operations are recomputed"
-        return MemoryFit(max(least, min(useful, most("elementwise"))), "elementwise", 0.0, why, elementwise=True)
+        return fit("elementwise", 0.0, "activations fit if elementwise operations are recomputed", elementwise=True)
     for eighth in range(1, 8):
         share = eighth / 8
         if most("selective", share) >= enough:
             why = f"activations fit if {share:.0%} of the layers are recomputed"
             return MemoryFit(enough, "selective", share, why, elementwise=compiled)
-    return MemoryFit(max(least, min(useful, most("full"))), "full", 1.0, "activations fit only if all are recomputed")
+    return fit("full", 1.0, "activations fit only if all are recomputed")
 
 
 PROGRAM = 512 * 2**20  # resident bytes of Python with torch, transformers, peft and trl, before a model is loaded

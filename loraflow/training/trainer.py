@@ -280,7 +280,7 @@ class BuiltTrainer:
     initial: dict[str, Tensor]  # see `initialise_adapter`
 
     def final_choices(self) -> EngineChoices:
-        """Return the choices as they were at the end of training: graphs may have been given up on the way."""
+        """Return the choices at the end of training: recording CUDA graphs may have failed."""
         graphs = self.trainer.graphs if isinstance(self.trainer, FastTrainer) else None
         if graphs is None or graphs.is_on:
             return self.choices

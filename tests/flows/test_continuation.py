@@ -31,7 +31,9 @@ def deployed(client):
     client.delete_work_pool("continued")
 
 
-def test_a_run_without_time_goes_on_in_a_new_run_of_its_deployment_and_only_in_one(client, deployed, monkeypatch):
+def test_a_run_that_reaches_its_time_limit_continues_in_exactly_one_new_run_of_its_deployment(
+    client, deployed, monkeypatch
+):
     parameters = {
         "recipe": "phi3-mini",
         "force": ["tokenize", "train", "evaluate"],
@@ -73,7 +75,7 @@ def test_a_server_that_is_gone_leaves_the_failure_as_it_was(monkeypatch, caplog)
 
 
 @pytest.mark.parametrize("is_deployed", [True, False])
-def test_only_a_deployed_run_goes_on_by_itself(tmp_path, monkeypatch, is_deployed):
+def test_only_a_deployed_run_continues_by_itself(tmp_path, monkeypatch, is_deployed):
     asked = []
     monkeypatch.setattr(running, "deployment", SimpleNamespace(id="d" if is_deployed else None))
     for name in ("end_with_parent", "mask_parameters"):
@@ -109,7 +111,7 @@ def test_a_run_whose_credentials_are_masked_on_the_server_is_not_started_with_th
     ("state", "follows"),
     [("RUNNING", True), ("PENDING", True), ("CANCELLING", False), ("CANCELLED", False), (None, False)],
 )
-def test_a_run_that_gets_sigterm_goes_on_unless_the_server_says_that_it_is_cancelled(monkeypatch, state, follows):
+def test_a_run_that_gets_sigterm_continues_unless_it_was_cancelled_on_the_server(monkeypatch, state, follows):
     """`None` is a run without a state."""
     created = []
 
@@ -147,7 +149,9 @@ def test_a_run_whose_server_does_not_answer_after_sigterm_is_not_followed_by_ano
 
 
 @pytest.mark.parametrize(("is_deployed", "preemptible"), [(True, True), (True, False), (False, True)])
-def test_only_a_deployed_run_that_is_preemptible_goes_on_after_sigterm(tmp_path, monkeypatch, is_deployed, preemptible):
+def test_only_a_deployed_run_that_is_preemptible_continues_after_sigterm(
+    tmp_path, monkeypatch, is_deployed, preemptible
+):
     asked = []
     monkeypatch.setattr(running, "deployment", SimpleNamespace(id="d" if is_deployed else None))
     for name in ("end_with_parent", "mask_parameters"):

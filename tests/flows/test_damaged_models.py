@@ -18,6 +18,7 @@ from loraflow.execution.sweep import read_curves
 from loraflow.failures import CorruptArtifact
 from loraflow.registry import PromotionLog
 from loraflow.store import LocalStore, hash_memo
+from tests.command_line import loraflow
 from tests.flows.conftest import states
 from tests.promoted_models import forget_promotions
 
@@ -38,12 +39,6 @@ def champion(store, completed_project, monkeypatch):
     monkeypatch.chdir(store.root.parent)
     loraflow(store, "promote", completed_project[1]["run"], "--reason", "better")
     return store
-
-
-def loraflow(store, *arguments, fails=None):
-    done = CliRunner().invoke(cli, [*arguments, "--store", store.uri])
-    assert type(done.exception) is (fails or type(None)), done.exception
-    return done
 
 
 def artifact(store, stage):

@@ -43,9 +43,18 @@ def test_text_that_is_whole_is_not_called_broken_and_misread_text_is(sentence):
         assert broken_text(misread) is not None, misread
 
 
-@pytest.mark.parametrize("damaged", ["caf\ufffd", "half \ud83d of it", "itâ€™s", "CafÃ©", "20 Â°C"])
-def test_damaged_text_is_found(damaged):
-    assert broken_text(f"a text with {damaged}.") is not None
+@pytest.mark.parametrize(
+    ("damaged", "how"),
+    [
+        ("caf\ufffd", "U+FFFD in"),
+        ("half \ud83d of it", "a lone surrogate, U+D83D"),
+        ("itâ€™s", "UTF-8 read as another encoding"),
+        ("CafÃ©", "UTF-8 read as another encoding"),
+        ("20 Â°C", "UTF-8 read as another encoding"),
+    ],
+)
+def test_damaged_text_is_named_by_its_kind_of_damage(damaged, how):
+    assert broken_text(f"a text with {damaged}.").startswith(how)
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|end|>", "[/INST]", "<start_of_turn>", "<eos>", "</s>", "<<SYS>>", "<｜User｜>"])  # fmt: skip

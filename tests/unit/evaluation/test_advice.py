@@ -53,7 +53,7 @@ def test_two_claims_that_need_rows_ask_for_the_larger_number_once():
         assert step.startswith("raise evaluation.max_rows, and add held-out rows (about 200 are needed")
 
 
-def test_a_model_that_is_not_better_is_not_told_to_score_more_rows():
+def test_scoring_more_rows_is_not_advised_for_a_model_that_is_not_better():
     (step,) = said(decided(table(50, 100), table(50, 100)))
     assert step.startswith("more rows like these would not confirm exact_match: train a better model")
 

@@ -1,3 +1,5 @@
+"""The stage evaluate, with a tiny model."""
+
 import json
 import math
 from pathlib import Path
@@ -14,11 +16,6 @@ from loraflow.job import Inputs, Progress
 from tests.conftest import chat
 from tests.job_factory import make_job
 from tests.unit.training.test_training import REF, recipe
-
-
-@pytest.fixture(autouse=True)
-def offline(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ HARMS = {
 
 @pytest.mark.parametrize("both", [False, True], ids=["one table", "both tables"])
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_harmed_score_table_is_refused_with_one_message(harm, both):
+def test_a_damaged_score_table_is_refused_with_one_message(harm, both):
     if both and harm in ("another id", "one row less", "one row more", "another set"):
         return  # then the tables agree
     good, base = table(exact_match=ones, set="heldout"), table(exact_match=zeros, set="heldout")

@@ -48,7 +48,7 @@ ANSWERING = [
 ]  # fmt: skip
 
 
-def test_refusals_are_told_from_answers_by_how_they_begin():
+def test_refusals_are_recognised_by_how_they_begin():
     assert passed([*REFUSING, *ANSWERING], refuses=True) == len(REFUSING)
     assert passed([*REFUSING, *ANSWERING], refuses=False) == len(ANSWERING)
 

@@ -6,10 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from loraflow.config import parse_recipe
-from loraflow.config.evaluation import SCORES
-from loraflow.config.gate import NOT_SCORES, Gate, largest_difference
-from loraflow.evaluation.metric_modules import LOWER_IS_BETTER
-from loraflow.evaluation.values import OF_ALL_ROWS, RANGES, ROW_COLUMNS
+from loraflow.config.evaluation import BINARY, LOWER_IS_BETTER, RANGES, SCORES
+from loraflow.config.gate import Gate
 from loraflow.execution import rederive as reproducing
 from loraflow.execution.deal import recorded_workspace
 from loraflow.failures import BadConfig
@@ -176,7 +174,7 @@ def test_scores_of_own_metrics_have_any_range_and_direction():
         ({"slices": {"length": {"brevity": 20}}}, "gate.slices.length.brevity"),
     ],
 )
-def test_a_score_of_ones_own_that_is_compared_without_its_range_is_refused_before_the_training(gate, where):
+def test_a_guard_on_the_score_of_an_own_metric_without_a_range_is_refused_before_the_training(gate, where):
     gate = {"primary": "exact_match", **gate}
     with pytest.raises(BadConfig, match=rf"{where}: no model can be promoted by brevity(.|\n)*gate.ranges: \{{brevity"):
         recipe(["exact_match", "./metrics/brevity"], **gate)
@@ -197,12 +195,12 @@ def test_a_score_of_ones_own_that_is_compared_without_its_range_is_refused_befor
         ({"lower_is_better": ["perplexity"]}, "gate.lower_is_better names perplexity"),
     ],
 )
-def test_a_name_that_no_score_can_have_is_refused_beside_a_metric_of_ones_own(gate, where):
+def test_with_an_own_metric_too_the_name_of_a_column_is_refused_as_a_score(gate, where):
     gate = {"primary": "exact_match", **gate}
     with pytest.raises(BadConfig, match=where):
         recipe(["exact_match", "./metrics/brevity"], **gate)
     recipe(["exact_match", "./metrics/brevity"], is_recorded=True, **gate)
-    with pytest.raises(BadConfig):
+    with pytest.raises(BadConfig, match=where.partition(" ")[0]):
         recipe(["exact_match"], **gate)
 
 
@@ -217,8 +215,8 @@ def test_a_name_that_no_score_can_have_is_refused_beside_a_metric_of_ones_own(ga
         {"primary": "exact_match", "worst": {"token_f1": {"drop": 0.5, "rows": 0}}},
     ],
 )
-def test_a_score_of_a_built_in_metric_that_is_not_computed_is_refused_beside_a_metric_of_ones_own(gate):
-    """The metric of one's own may give a score of this name, and -20 in a row: nothing of the built-in one holds for it."""
+def test_with_an_own_metric_too_a_score_of_a_built_in_metric_that_is_not_computed_is_refused(gate):
+    """A user's metric may have a score of the same name with other values, such as -20: the built-in range does not hold."""
     metrics = ["exact_match", "./metrics/mine"]
     with pytest.raises(
         BadConfig, match=r"a score of the built-in metric \w+, which evaluation.metrics\s+does\s+not\s+have"
@@ -228,12 +226,9 @@ def test_a_score_of_a_built_in_metric_that_is_not_computed_is_refused_beside_a_m
         recipe([*metrics, "labels", "chrf", "token_loss", "rouge", "token_f1"], **gate)
 
 
-def test_the_share_of_answers_that_stop_is_a_score_beside_a_metric_of_ones_own():
-    recipe(["exact_match", "./metrics/brevity"], primary="exact_match", guards={"stops": 0.02})
-
-
-def test_names_that_no_score_has_are_those_that_an_evaluation_refuses():
-    assert ROW_COLUMNS | (OF_ALL_ROWS - {"stops"}) == NOT_SCORES
+def test_with_an_own_metric_too_a_guard_on_stops_is_accepted():
+    read = recipe(["exact_match", "./metrics/brevity"], primary="exact_match", guards={"stops": 0.02})
+    assert read.gate.guards == {"stops": 0.02}
 
 
 def test_margins_of_own_metrics_are_compared_with_the_range_that_the_recipe_says():
@@ -247,7 +242,7 @@ def test_margins_of_own_metrics_are_compared_with_the_range_that_the_recipe_says
         recipe(own, ranges={"brevity": [5, 5]}, primary="exact_match")
 
 
-def test_ranges_are_those_by_which_the_gate_bounds_scores():
+def test_only_scores_of_which_lower_is_better_have_no_range_and_scores_of_0_or_1_have_the_range_1():
     scores = {"stops"}.union(*SCORES.values())
-    assert {name: largest_difference(name) for name in scores} == {name: RANGES.get(name) for name in scores}
-    assert {name for name in scores if largest_difference(name) is None} == LOWER_IS_BETTER & scores
+    assert scores - RANGES.keys() == LOWER_IS_BETTER & scores
+    assert {name: RANGES[name] for name in BINARY} == dict.fromkeys(BINARY, 1.0)

@@ -89,7 +89,7 @@ def test_a_question_that_cannot_be_scored_is_refused_with_file_and_line(recipe, 
         ({"messages": [{"role": "user", "content": "what is the dog of red 1"}, {"role": "assistant", "content": "x"}]}, None),
     ],
 )  # fmt: skip
-def test_a_bad_row_or_a_row_that_is_there_twice_is_refused(recipe, row, problem):
+def test_malformed_and_duplicate_rows_are_refused(recipe, row, problem):
     if problem is None:
         general_of(recipe, CHAT, row)
         return
@@ -377,7 +377,7 @@ def test_models_that_were_scored_on_other_general_rows_are_not_compared():
 
 
 @pytest.mark.parametrize(("column", "value"), [("id", "g4"), ("prompt", "another"), ("token_loss", float("nan"))])
-def test_general_scores_that_cannot_be_compared_are_said_to_be_those_and_how_they_are_scored_again(column, value):
+def test_general_scores_that_cannot_be_compared_are_refused_with_the_command_that_scores_them_again(column, value):
     other = rows(n=120)
     other[CHATS].loc[3, column] = value
     with pytest.raises(BadData) as caught:

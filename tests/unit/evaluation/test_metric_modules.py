@@ -11,12 +11,6 @@ from loraflow.evaluation import metric_modules, score
 from loraflow.evaluation.metric_modules import ModuleScores, compute, find_module
 from loraflow.failures import BadConfig
 
-
-@pytest.fixture(autouse=True)
-def offline(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
-
-
 PAIRS = [
     ("the cat sat", "the cat sat"),
     ("a cat sits on the mat", "the cat sat on the mat"),

@@ -77,7 +77,7 @@ def test_a_field_that_divides_nothing_or_into_too_many_parts_is_refused(tmp_path
     assert "language" in failure.value.where
 
 
-def test_the_message_about_a_missing_field_names_the_fields_that_there_are(tmp_path):
+def test_the_message_about_a_missing_field_lists_the_fields_of_the_rows(tmp_path):
     with pytest.raises(BadData) as failure:
         values_of(tmp_path, ["de", "en"], fields=("langauge",))
     assert "language" in failure.value.expected and "length, script" in failure.value.expected

@@ -17,21 +17,10 @@ from loraflow.execution import launcher as launch
 from loraflow.execution.classify import classify
 from loraflow.execution.outcome import FILE, read_outcome, report_outcome
 from loraflow.job import Job
-from loraflow.stages import STAGES
-from loraflow.store import LocalStore, Summary
-from tests.fake_jobs import FAKE, job, work_of
-from tests.fake_worker import FAKE_STAGE
+from loraflow.store import Summary
+from tests.fake_jobs import job, work_of
 
-
-@pytest.fixture(autouse=True)
-def fake_worker(monkeypatch):
-    monkeypatch.setattr(launch, "WORKER", FAKE)
-    monkeypatch.setitem(STAGES, FAKE_STAGE.name, FAKE_STAGE)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return LocalStore(tmp_path / "store")
+pytestmark = pytest.mark.usefixtures("fake_worker")
 
 
 @pytest.mark.parametrize("how", ["fsize", "no-outcome"])

@@ -1,3 +1,5 @@
+"""Fingerprints, digests, and the digests of the code of stages."""
+
 import json
 import sys
 from pathlib import Path

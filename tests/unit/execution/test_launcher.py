@@ -1,3 +1,5 @@
+"""Run a job in a worker process: its outcome, retries, deadlines, signals and progress. The worker is a fake one."""
+
 import os
 import signal
 import subprocess
@@ -12,21 +14,10 @@ from loraflow import failures
 from loraflow.execution import launcher as launch
 from loraflow.execution import worker_process
 from loraflow.execution.worker_process import _Display
-from loraflow.stages import STAGES
 from loraflow.store import LocalStore
 from tests.fake_jobs import FAKE, alive_in_group, job, wait_for, work_of
-from tests.fake_worker import FAKE_STAGE
 
-
-@pytest.fixture(autouse=True)
-def fake_worker(monkeypatch):
-    monkeypatch.setattr(launch, "WORKER", FAKE)
-    monkeypatch.setitem(STAGES, FAKE_STAGE.name, FAKE_STAGE)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return LocalStore(tmp_path / "store")
+pytestmark = pytest.mark.usefixtures("fake_worker")
 
 
 def test_a_finished_job_commits_an_artifact_and_leaves_no_work_folder(store):

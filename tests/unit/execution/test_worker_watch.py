@@ -11,21 +11,9 @@ from loraflow.execution import log_file
 from loraflow.execution.log_file import ProgressReader
 from loraflow.execution.stall_watch import AwakeClock, StallWatch, _is_progress, _Sample
 from loraflow.execution.worker_process import _stall_minutes
-from loraflow.stages import STAGES
-from loraflow.store import LocalStore
-from tests.fake_jobs import FAKE, alive_in_group, job, work_of
-from tests.fake_worker import FAKE_STAGE
+from tests.fake_jobs import alive_in_group, job, work_of
 
-
-@pytest.fixture(autouse=True)
-def fake_worker(monkeypatch):
-    monkeypatch.setattr(launch, "WORKER", FAKE)
-    monkeypatch.setitem(STAGES, FAKE_STAGE.name, FAKE_STAGE)
-
-
-@pytest.fixture
-def store(tmp_path):
-    return LocalStore(tmp_path / "store")
+pytestmark = pytest.mark.usefixtures("fake_worker")
 
 
 def test_a_worker_without_progress_is_warned_about_with_its_stacks_then_ended_and_retried(store, caplog):

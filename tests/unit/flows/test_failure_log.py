@@ -66,7 +66,7 @@ UNTAKEN = {
 }  # fmt: skip
 
 
-def test_what_a_server_does_not_take_is_told_once_each_in_words_of_its_own():
+def test_events_and_logs_that_a_server_does_not_accept_are_reported_once_each():
     once = EventsInOneSentence()
     for sentence, (name, message) in UNTAKEN.items():
         first, second = (record_of(message, name=name) for _ in range(2))
@@ -99,7 +99,7 @@ def test_the_words_of_those_lines_are_prefects_own():
     assert {services.logger.name, clients.logger.name} == set(_EVENT_LOGS)
 
 
-def test_a_lost_server_is_told_from_another_host_and_from_a_failing_stage():
+def test_a_lost_server_is_distinguished_from_another_host_and_from_a_failing_stage():
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     def lost(url: str) -> httpx.ConnectError:

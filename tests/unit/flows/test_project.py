@@ -14,7 +14,7 @@ from loraflow.flows.server.prefect_yaml import read_all
 from tests.unit.data.test_git_branch import git
 
 
-def test_decisions_of_a_worker_without_prefect_yaml_carry_the_project_that_it_was_told(tmp_path, monkeypatch):
+def test_decisions_of_a_worker_without_prefect_yaml_name_the_project_of_its_environment(tmp_path, monkeypatch):
     monkeypatch.delenv(PROJECT_VARIABLE, raising=False)
     assert served_project(tmp_path) is None
     monkeypatch.setenv(PROJECT_VARIABLE, " tickets ")

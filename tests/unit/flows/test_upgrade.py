@@ -5,8 +5,8 @@ import yaml
 from click.testing import CliRunner
 
 from loraflow.cli import cli
+from loraflow.cli.upgrade import upgrade_recipe
 from loraflow.config import load_recipe
-from loraflow.config.load import upgrade_recipe
 from loraflow.config.project import PROJECT_ID, id_in
 from loraflow.flows.server.new_prefect_yaml import upgrade_prefect_yaml, write_prefect_yaml
 

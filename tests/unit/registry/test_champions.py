@@ -5,9 +5,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from click.testing import CliRunner
 
-from loraflow.cli import cli
 from loraflow.config.runtime import Runtime
 from loraflow.failures import CorruptArtifact, Failure
 from loraflow.registry import PromotionLog
@@ -19,13 +17,8 @@ from loraflow.store.bucket import Bucket
 from loraflow.store.files import hash_file
 from loraflow.store.s3_artifacts import artifact_prefix
 from loraflow.tasks.gate import gate
+from tests.command_line import loraflow
 from tests.promoted_models import add_model, commit, promote, record_run
-
-
-def loraflow(store, *arguments, fails=None):
-    done = CliRunner().invoke(cli, [*arguments, "--store", store.uri])
-    assert type(done.exception) is (fails or type(None)), done.exception
-    return done
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -35,11 +28,6 @@ def any_store(request, tmp_path):
         if request.param == "folder"
         else open_store(request.getfixturevalue("bucket_uri"))
     )
-
-
-@pytest.fixture
-def store(tmp_path):
-    return LocalStore(tmp_path / "store")
 
 
 def promoted(store, names, model="tickets"):
@@ -125,7 +113,7 @@ def test_a_damaged_adapter_of_another_champion_is_quarantined_with_a_warning(any
     assert any_store.check(adapter) != [] and any_store.verify(champion) == []
 
 
-def test_cleanup_keeps_as_many_champions_as_it_is_told(store):
+def test_cleanup_keeps_the_given_number_of_champions(store):
     _, refs = promoted(store, "abcde")
     loraflow(store, "gc", "--keep", "0", "--keep-champions", "3")
     assert [store.check(ref) == [] for ref in refs] == [False, False, True, True, True]
@@ -204,7 +192,7 @@ def test_a_rollback_to_a_missing_or_damaged_model_is_refused_and_names_the_run_t
     assert log.head().merged.digest == a.digest
 
 
-def test_a_rollback_skips_missing_models_only_if_it_is_told(store):
+def test_a_rollback_skips_missing_models_only_with_skip_missing(store):
     log, (a, b, c, d) = promoted(store, "abcd")
     for ref in (b, c):
         shutil.rmtree(store.path(ref))

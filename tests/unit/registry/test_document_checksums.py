@@ -25,10 +25,10 @@ from loraflow.registry.anchor import write_anchor
 from loraflow.registry.looks import LookRecord
 from loraflow.registry.runs import LogHead, Publication, read_report, read_run, write_report
 from loraflow.serving.publish import _write_publication, find_publication
-from loraflow.store import LocalStore, Ref, Summary
+from loraflow.store import Ref, Summary
 from loraflow.store.artifact import Manifest
 from loraflow.store.checkpoints import finalize_checkpoint, is_intact, prune_to_newest_intact
-from loraflow.store.checksum import ChangedDocument, add_checksum, check_document
+from loraflow.store.checksum import ChangedDocument, check_document, with_checksum
 from loraflow.store.files import json_bytes
 from loraflow.store.lock import flock
 from loraflow.tasks.gate import _decided_before
@@ -37,11 +37,6 @@ from tests.promoted_models import add_model, commit, promote, record_run
 
 FIRST, SECOND = "20260101-000000-aaaaaa", "20260102-000000-bbbbbb"
 ROWS = {f"row{i}" for i in range(50)}
-
-
-@pytest.fixture
-def store(tmp_path):
-    return LocalStore(tmp_path / "store")
 
 
 def flipped(data, position):
@@ -117,7 +112,7 @@ def test_documents_of_earlier_versions_have_no_checksum_and_are_read(runs):
 
 
 def test_a_document_with_another_name_is_refused():
-    document = add_checksum("a", json_bytes({"x": 1}))
+    document = with_checksum("a", {"x": 1})
     assert json.loads(check_document("a", document)) == {"x": 1}
     with pytest.raises(ChangedDocument):
         check_document("b", document)

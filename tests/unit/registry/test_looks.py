@@ -11,14 +11,9 @@ from loraflow.identity import canonical
 from loraflow.registry import Entry, PromotionLog
 from loraflow.registry.budget import Look, next_look
 from loraflow.registry.looks import LookRecord, row_key
-from loraflow.store import LocalStore, Ref
+from loraflow.store import Ref
 from tests.looks import ROWS, nights_on_fresh_rows, take
 from tests.promoted_models import add_model
-
-
-@pytest.fixture
-def store(tmp_path):
-    return LocalStore(tmp_path / "store")
 
 
 @pytest.fixture

@@ -17,11 +17,6 @@ from tests.looks import ROWS, take
 
 
 @pytest.fixture
-def store(tmp_path):
-    return LocalStore(tmp_path / "store")
-
-
-@pytest.fixture
 def record(store):
     return LookRecord(store, "tickets")
 

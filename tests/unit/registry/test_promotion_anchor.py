@@ -5,9 +5,7 @@ import logging
 import shutil
 
 import pytest
-from click.testing import CliRunner
 
-from loraflow.cli import cli
 from loraflow.failures import BadConfig, CorruptArtifact, DamagedLog, Failure
 from loraflow.registry import PromotionLog
 from loraflow.registry import log as log_module
@@ -16,6 +14,7 @@ from loraflow.registry.log import models
 from loraflow.registry.runs import LogHead
 from loraflow.serving.models import find_model
 from loraflow.store import LocalStore, open_store
+from tests.command_line import loraflow
 from tests.promoted_models import add_model, promote, record_run
 
 LOG = "registry/tickets/log"
@@ -68,12 +67,6 @@ def delete(store, *names):
         found = store.documents(prefix) if prefix.endswith("/") else [prefix]
         for name in found:
             store.remove_document(name)
-
-
-def loraflow(store, *arguments, fails=None):
-    done = CliRunner().invoke(cli, [*arguments, "--store", store.uri])
-    assert type(done.exception) is (fails or type(None)), done.exception
-    return done
 
 
 HARMS = {

@@ -1,3 +1,5 @@
+"""The promotion log: its entries, writers at the same time, rollbacks, and stored decisions."""
+
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor

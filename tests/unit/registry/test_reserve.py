@@ -35,11 +35,6 @@ ROWS = rows_named(*(f"r{i}" for i in range(100)))
 
 
 @pytest.fixture
-def store(tmp_path):
-    return LocalStore(tmp_path / "store")
-
-
-@pytest.fixture
 def record(store):
     return DealRecord(store, "tickets")
 

@@ -8,15 +8,10 @@ import pytest
 
 from loraflow.failures import BudgetSpent, CorruptArtifact
 from loraflow.registry.runs import Publication, RunRecord, RunSummary, find_named_run, find_run, read_run, read_runs
-from loraflow.store import LocalStore, Ref
+from loraflow.store import Ref
 
 FIRST, SECOND, THIRD = "20260101-000000-aaaaaa", "20260102-000000-bbbbbb", "20260103-000000-cccccc"
 MERGED = Ref(stage="merge", fingerprint="f" * 64, digest="d" * 64, uri="/somewhere")
-
-
-@pytest.fixture
-def store(tmp_path):
-    return LocalStore(tmp_path / "store")
 
 
 def merge(state):

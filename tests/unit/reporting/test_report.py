@@ -213,7 +213,7 @@ def test_the_loss_curve_is_an_image_if_images_are_supported():
     ]
 
 
-def test_the_answer_of_the_base_stands_beside_that_of_the_tuned_model():
+def test_the_report_shows_the_answer_of_the_base_beside_that_of_the_tuned_model():
     [sample] = report().samples
     text = markdown.run_report(report(base_answers={sample.id: "base's words", "another row": "x"}))
     assert '- expected: `{"a": 1}`\n- base: `base\'s words`\n- tuned: `no' in text and "`x`" not in text

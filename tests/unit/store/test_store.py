@@ -1,3 +1,5 @@
+"""Artifacts in a store, local and in a bucket: what is found, what counts as damaged, and what is quarantined."""
+
 import hashlib
 import json
 import os
@@ -61,7 +63,7 @@ def test_a_forced_computation_replaces_the_first(store):
     assert store.find("tokenize", FP) == second
 
 
-def test_a_damaged_mark_of_a_forced_computation_is_that_of_another_one(tmp_path):
+def test_the_damaged_mark_of_a_forced_computation_counts_as_that_of_another_computation(tmp_path):
     reset_work_folder(tmp_path / "work", "a" * 64)
     assert recompute_digest(tmp_path / "work") == "a" * 64
     (tmp_path / "work" / "forced").write_bytes(b"\xff" * 64)
@@ -205,7 +207,7 @@ def ref_size(store, ref):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("harm", ["a pipe", "a device", "a link to itself"])
 @pytest.mark.parametrize("name", ["manifest.json", "../current.json"])
-def test_a_pipe_or_a_device_in_the_place_of_a_manifest_or_pointer_is_not_read_for_ever(tmp_path, name, harm):
+def test_a_pipe_or_a_device_in_the_place_of_a_manifest_or_pointer_does_not_block_a_read(tmp_path, name, harm):
     store = LocalStore(tmp_path)
     ref = put(store)
     path = store.path(ref) / name
@@ -219,7 +221,7 @@ def test_a_pipe_or_a_device_in_the_place_of_a_manifest_or_pointer_is_not_read_fo
 
 
 @pytest.mark.timeout(60)
-def test_a_pipe_in_the_place_of_a_document_is_not_read_for_ever(tmp_path):
+def test_a_pipe_in_the_place_of_a_document_does_not_block_a_read(tmp_path):
     replace_by(tmp_path / "x.json", "a pipe")
     with pytest.raises(OSError, match="not a regular file"):
         LocalStore(tmp_path).read_document("x.json")
@@ -298,7 +300,7 @@ def test_an_artifact_that_another_process_recomputed_meanwhile_is_not_quarantine
 @pytest.mark.parametrize(
     "require", [require_intact, require_intact_in_store, lambda *args: read_intact(*args, "sub/a.txt")]
 )
-def test_whoever_requires_an_artifact_that_is_recomputed_meanwhile_goes_on(store, monkeypatch, require):
+def test_an_artifact_that_is_recomputed_while_it_is_checked_is_used(store, monkeypatch, require):
     ref = put(store)
     if not isinstance(store, LocalStore):
         store.cache.drop(ref)
@@ -344,7 +346,7 @@ def test_a_pointer_without_the_hash_of_its_own_manifest_is_not_believed(store):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"digest": 3}', b"\xff"])
-def test_a_pointer_that_cannot_be_read_vouches_for_no_manifest(store, content):
+def test_no_manifest_is_believed_because_of_a_pointer_that_cannot_be_read(store, content):
     """It is not taken for a pointer that is missing: copies of artifacts that were never current have none."""
     ref = put(store)
     edit_report(store, ref)
@@ -432,7 +434,7 @@ def test_cleanup_keeps_the_newest_and_stops_while_a_run_reads(store, monkeypatch
         list(remove_unused(store, keep=0))
 
 
-def test_a_wrong_memo_makes_no_intact_artifact_damaged(store, monkeypatch):
+def test_an_intact_artifact_is_not_reported_as_damaged_because_of_a_wrong_memo(store, monkeypatch):
     remember(monkeypatch)
     ref, memo = put(store), HashMemo(None)
     for path in store.path(ref).rglob("*.*"):
@@ -462,7 +464,7 @@ def test_an_unchanged_artifact_is_hashed_once(store, monkeypatch):
     assert len(hashed) == (5 if isinstance(store, LocalStore) else 3), "verify hashes what is in the store, always"
 
 
-def test_a_damaged_file_is_quarantined_by_whoever_requires_the_artifact(store, monkeypatch):
+def test_an_artifact_with_a_damaged_file_is_quarantined_when_it_is_required(store, monkeypatch):
     remember(monkeypatch)
     for number, require in enumerate((require_intact, require_unchanged, require_intact_in_store)):
         ref = put(store, payload=identity.payload("tokenize", 1, {}, {"x": number}))

@@ -1,3 +1,5 @@
+"""A full, failing, read-only or unmounted disk: one failure with a next step, and no artifact is lost or believed."""
+
 import errno
 import io
 import os
@@ -263,7 +265,7 @@ def test_a_file_that_is_a_mount_point_is_written_in_place(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
-def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, monkeypatch, number):
+def test_a_folder_that_cannot_be_listed_does_not_count_as_empty(tmp_path, monkeypatch, number):
     """`Path.glob` of Python 3.13 skips it: verify, gc, backup and the promotion log would see less than there is."""
     store = LocalStore(tmp_path)
     ref = put(store)
@@ -374,7 +376,7 @@ OTHERS = [errno.ENOSYS, errno.EINVAL, errno.ENXIO, errno.ECONNRESET, errno.EACCE
 
 
 @pytest.mark.parametrize("number", OF_SYSTEM + OTHERS)
-def test_a_fault_of_the_machine_is_not_taken_for_a_damaged_artifact(tmp_path, monkeypatch, number):
+def test_a_fault_of_the_machine_does_not_count_as_a_damaged_artifact(tmp_path, monkeypatch, number):
     store = LocalStore(tmp_path)
     ref, opened, asked = put(store), Path.open, []
 
@@ -416,7 +418,7 @@ def test_a_read_that_fails_midway_says_which_file_and_leaves_the_artifact(tmp_pa
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "circle", "below a file"])
 @pytest.mark.parametrize("check", [lambda store, ref: read_intact(store, ref, "sub/a.txt"), require_intact])
-def test_what_is_no_file_in_an_artifact_is_damage_and_is_quarantined(tmp_path, kind, check):
+def test_an_artifact_with_something_other_than_files_is_quarantined_as_damaged(tmp_path, kind, check):
     store = LocalStore(tmp_path)
     ref = put(store)
     file = store.path(ref) / "sub" / "a.txt"
@@ -436,7 +438,7 @@ def test_what_is_no_file_in_an_artifact_is_damage_and_is_quarantined(tmp_path, k
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT, errno.ENOSYS])
-def test_a_path_that_cannot_be_asked_for_is_not_taken_for_missing(tmp_path, monkeypatch, number):
+def test_a_path_whose_state_cannot_be_read_does_not_count_as_missing(tmp_path, monkeypatch, number):
     """As `Path.exists`, `is_file` and `is_dir` of Python 3.14 do, which are False for any error."""
     store = LocalStore(tmp_path)
     put(store)
@@ -473,7 +475,7 @@ def test_a_folder_that_cannot_be_listed_is_not_committed_as_empty(tmp_path, monk
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
 @pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"])
-def test_a_fault_of_the_machine_is_not_taken_for_a_damaged_base_by_worker_launcher_or_command(
+def test_a_fault_of_the_machine_does_not_count_as_a_damaged_base_in_worker_launcher_and_command(
     tmp_path, monkeypatch, capsys, number, file
 ):
     """ "Fetch the base again" would not help: the file may be intact."""

@@ -1,3 +1,5 @@
+"""The bytes of manifests, remembered hashes, and the modes of files."""
+
 import hashlib
 import json
 import os
@@ -15,7 +17,7 @@ from loraflow.store import (
     Summary,
 )
 from loraflow.store.checkpoints import finalize_checkpoint
-from loraflow.store.checksum import check_inner_checksum
+from loraflow.store.checksum import check_manifest_checksum
 from loraflow.store.files import HashMemo, json_bytes
 from tests.stored_artifacts import FP, PAYLOAD
 
@@ -120,7 +122,7 @@ def test_a_manifest_is_serialized_to_the_bytes_of_existing_stores(tmp_path):
         },
     )
     document = (store.path(ref) / "manifest.json").read_bytes()
-    assert check_inner_checksum("manifest.json", "provenance", document).decode() == MANIFEST_ON_DISK
+    assert check_manifest_checksum(document).decode() == MANIFEST_ON_DISK
     assert b"checksum" in document and "checksum" not in store.manifest(ref).provenance
     as_earlier = Manifest.model_validate_json(document)  # which refuses other keys, and has no other check
     assert as_earlier.provenance["seconds"] == 12.5 and as_earlier.model_dump().keys() == Manifest.model_fields.keys()

@@ -1,3 +1,5 @@
+"""Several processes at one store: kills, locks, staging folders and cleanups."""
+
 import fcntl
 import json
 import os
@@ -96,7 +98,7 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
 
 
 @pytest.mark.parametrize("is_renamed", [False, True])
-def test_a_lock_whose_file_its_holder_removed_is_not_shared_by_who_waited_and_who_came_later(
+def test_after_a_holder_removed_the_locks_file_a_waiting_and_a_new_process_do_not_both_hold_it(
     tmp_path, monkeypatch, is_renamed
 ):
     """`merge`, `adapters convert`, `predict` and `init` remove their lock's file with its folder.
@@ -127,7 +129,7 @@ def test_a_lock_whose_file_its_holder_removed_is_not_shared_by_who_waited_and_wh
             done.set()
 
 
-def test_a_lock_whose_folder_its_holder_removes_at_this_moment_is_made_again(tmp_path, monkeypatch):
+def test_a_lock_is_recreated_if_its_holder_removes_the_folder_at_this_moment(tmp_path, monkeypatch):
     file, opened = tmp_path / "work" / "lock", os.open
 
     def remove_first(path, *arguments, **options):
@@ -141,7 +143,7 @@ def test_a_lock_whose_folder_its_holder_removes_at_this_moment_is_made_again(tmp
     assert file.exists()
 
 
-def test_the_lock_of_a_folder_whose_file_a_cleanup_removes_at_this_moment_is_made_again(tmp_path, monkeypatch):
+def test_a_folders_lock_is_recreated_if_a_cleanup_removes_its_file_at_this_moment(tmp_path, monkeypatch):
     folder, owner, locked = tmp_path / "a", tmp_path / "a.owner", fcntl.flock
 
     def rename_first(*arguments):
@@ -156,7 +158,7 @@ def test_the_lock_of_a_folder_whose_file_a_cleanup_removes_at_this_moment_is_mad
     staging.discard(folder)
 
 
-def test_a_lock_whose_folder_is_removed_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+def test_a_lock_is_recreated_if_its_folder_is_removed_while_it_is_created(tmp_path, monkeypatch):
     file, made = tmp_path / "work" / "lock", os.mkdir
 
     def remove_first(path, *arguments, **options):

@@ -41,7 +41,7 @@ def score_one(prediction, reference):
         return float(ours is not None), 0.0
     try:
         have, want = fields(ours), fields(theirs)
-    except RecursionError:  # an answer that opens brackets for ever
+    except RecursionError:  # an answer with too many open brackets
         return 1.0, 0.0
     shared = sum((have & want).values())
     return 1.0, 2 * shared / (sum(have.values()) + sum(want.values()))
