@@ -117,7 +117,6 @@ def plain(text: str) -> str:
 
 
 def _kind(value: JsonValue) -> _Kind:
-    """Sort a label that has a value."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -161,7 +160,6 @@ class _Values:
     rows: Counter[str] = field(default_factory=Counter)  # of each label
 
     def add(self, value: JsonValue, row: dict[str, JsonValue]) -> None:
-        """Take a row's label into account."""
         if is_absent(value):
             return
         kind = _kind(value)
@@ -184,7 +182,6 @@ class _Values:
             self.are_numbers_of_answers = bool(answer) and self.answers.setdefault(label, answer) == answer
 
     def are_classes(self) -> bool:
-        """Return whether the labels are classes."""
         kinds, others = self.kinds, len(self.others)
         if not kinds:  # of messages that are not lists: the label that is met is not among them
             return False
@@ -209,12 +206,6 @@ class _Values:
         """Tell whether false may be a mark beside words that are classes: `no` beside yes, unknown and n/a."""
         return "other" in self.kinds and self.are_classes() and not self._are_of_answers()
 
-    def is_pair(self) -> bool:
-        """Tell whether they are two words, of which one or both say neither right nor wrong: yes and nein."""
-        kinds = self.kinds - {"other", "no"}
-        is_beside = len(self.others) == 1 and bool(kinds) and kinds <= {"true", "false", "weak", "binary"}
-        return not self.are_answers and (is_beside or (len(self.others) == 2 and not kinds))
-
 
 def answers_of(row: Mapping[str, JsonValue]) -> Iterable[str]:
     """Yield the answers of a row, as far as its usual keys have them."""
@@ -238,22 +229,13 @@ def class_of(row: Mapping[str, JsonValue]) -> str:
 @dataclass(frozen=True)
 class _Column:
     is_class: bool
-    is_pair: bool
     may_have_marks: bool
 
 
 class Labels:
     """Whether the labels of a file are marks or classes. The file is read for it when the first label is met.
 
-    Labels are classes if
-
-    - each is its row's answer;
-    - each stands beside one answer, and each answer beside one label, in two rows or more;
-    - they are whole numbers from 0, and three of them differ or one is above 2;
-    - they are texts that say neither right nor wrong; two of them are a question to the user;
-    - there are two more texts beside yes and no, which is a question to the user; or eight beside true and false.
-
-    Otherwise they are marks, and a label that is neither true nor false is refused.
+    docs/data.md has the rules ("Labels").
 
     Args:
         is_training: the file's rows may be learned; they are not all held out.
@@ -288,12 +270,6 @@ class Labels:
         self.asked["classes", key] = are_classes
         return are_classes
 
-    def are_pair(self, key: str) -> bool:
-        """Tell whether a key has two words, of which one or both say neither right nor wrong in a known language."""
-        is_pair = self._rows is not None and self._column(key).is_pair
-        self.asked["pair of words", key] = is_pair
-        return is_pair
-
     def may_have_marks(self, key: str) -> bool:
         """Tell whether false may be a mark in a column of words that are classes."""
         may_have_marks = self._rows is not None and self._column(key).may_have_marks
@@ -311,5 +287,5 @@ class Labels:
                     values.add(value, row)
                 if len(values.others) >= ENOUGH:
                     break
-            self._found[key] = _Column(values.are_classes(), values.is_pair(), values.may_have_marks())
+            self._found[key] = _Column(values.are_classes(), values.may_have_marks())
         return self._found[key]

@@ -146,7 +146,6 @@ def excludes(key: str, value: JsonValue) -> bool:
 
 
 def _mark(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside) -> Weight | None:
-    """Return the weight by a key; None if it says nothing."""
     name, here = normal_name(key), (key,)
     found: Judgement | None = None
     if name in LABELS:
@@ -176,7 +175,6 @@ def _mark(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside
 
 
 def _label(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside) -> Judgement | None:
-    """Return what a label says; None if it is a class."""
     side = label_side(value)
     path, of_messages = key, None
     if where:
@@ -372,7 +370,6 @@ def _strictest(found: Iterable[Judgement | None]) -> Judgement | None:
 
 
 def _agreed(found: list[Judgement | None]) -> Judgement | None:
-    """Return what a list says: nothing, unless all items that judge agree."""
     has_both = len({item.is_learned is True for item in found if item is not None}) > 1
     return None if has_both else _strictest(found)
 

@@ -352,7 +352,6 @@ def _hint_to_name(row: Mapping[str, JsonValue]) -> str:
 
 
 def _is_closed(text: JsonValue) -> bool:
-    """Tell whether the last label of a text has a message."""
     found = split_chat(text)
     if found is None:
         return False
@@ -429,7 +428,6 @@ def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: 
 
 
 def _path(key: str) -> str:
-    """Return the filter of jq that takes a key."""
     return f".{key}" if re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII) else f".[{json.dumps(key)}]"
 
 

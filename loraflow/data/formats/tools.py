@@ -271,7 +271,6 @@ def _without_nulls_of_other_tools(call: ToolCall, schema: JsonValue) -> ToolCall
 
 
 def _problem(validator: Validator, arguments: dict[str, JsonValue]) -> str | None:
-    """Return where and why arguments do not fit a schema; None if they do."""
     from referencing.exceptions import Unresolvable
 
     try:

@@ -194,7 +194,6 @@ def _role(label: re.Match[str]) -> JsonValue:
 
 
 def _turns(text: str, dialect: _Dialect) -> list[Turn]:
-    """Return the messages of a text."""
     labels = list(dialect.label.finditer(text))
     before = (text[: labels[0].start()] if labels else text).strip()
     turns: list[Turn] = []
