@@ -202,10 +202,6 @@ class _Values:
         has_names = self.are_numbers_of_answers and len(set(self.answers.values())) == len(self.answers) > 1
         return self.are_answers or (has_names and min(self.rows.values()) > 1)
 
-    def may_have_marks(self) -> bool:
-        """Tell whether false may be a mark beside words that are classes: `no` beside yes, unknown and n/a."""
-        return "other" in self.kinds and self.are_classes() and not self._are_of_answers()
-
 
 def answers_of(row: Mapping[str, JsonValue]) -> Iterable[str]:
     """Yield the answers of a row, as far as its usual keys have them."""
@@ -226,12 +222,6 @@ def class_of(row: Mapping[str, JsonValue]) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-@dataclass(frozen=True)
-class _Column:
-    is_class: bool
-    may_have_marks: bool
-
-
 class Labels:
     """Whether the labels of a file are marks or classes. The file is read for it when the first label is met.
 
@@ -248,7 +238,7 @@ class Labels:
     def __init__(self, rows: Callable[[], Iterable[JsonValue]] | None = None, *, is_training: bool = False):
         self._rows = rows
         self.is_training = is_training
-        self._found: dict[str, _Column] = {}
+        self._found: dict[str, bool] = {}
         self._facts: dict[tuple[str, ...], bool] = {}
         self.asked: dict[Question, bool] = {}
 
@@ -266,26 +256,15 @@ class Labels:
         Args:
             values: returns its values in a row, for a key inside an object.
         """
-        are_classes = self._rows is not None and self._column(key, values).is_class
-        self.asked["classes", key] = are_classes
-        return are_classes
-
-    def may_have_marks(self, key: str) -> bool:
-        """Tell whether false may be a mark in a column of words that are classes."""
-        may_have_marks = self._rows is not None and self._column(key).may_have_marks
-        self.asked["marks among classes", key] = may_have_marks
-        return may_have_marks
-
-    def _column(self, key: str, values_of: Callable[[dict[str, JsonValue]], list[JsonValue]] | None = None) -> _Column:
         if key not in self._found:
-            assert self._rows is not None
-            values = _Values()
-            for row in self._rows():
+            found = _Values()
+            for row in () if self._rows is None else self._rows():
                 if not isinstance(row, dict):
                     continue
-                for value in [row.get(key)] if values_of is None else values_of(row):
-                    values.add(value, row)
-                if len(values.others) >= ENOUGH:
+                for value in [row.get(key)] if values is None else values(row):
+                    found.add(value, row)
+                if len(found.others) >= ENOUGH:
                     break
-            self._found[key] = _Column(values.are_classes(), values.may_have_marks())
+            self._found[key] = found.are_classes()
+        self.asked["classes", key] = self._found[key]
         return self._found[key]

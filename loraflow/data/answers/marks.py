@@ -335,7 +335,6 @@ def _of_item(key: str, here: tuple[str, ...], item: Mapping[str, JsonValue], bes
 
 
 def _responses(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
-    """Return what annotators said, in Argilla's columns `correct.responses` and `correct.responses.status`."""
     if isinstance(value, str) and is_object_text(value):
         value = _parsed(value, here)
     if not isinstance(value, list) or not value:

@@ -228,7 +228,6 @@ def _way_out(key: str, used: Mapping[str, str]) -> str:
 
 
 def _is_text(value: JsonValue, answer: str) -> bool:
-    """Tell whether a value is the text of an answer. It may be a number, a message or a whole chat."""
     if isinstance(value, list) and value:
         value = value[-1]
     if isinstance(value, dict):

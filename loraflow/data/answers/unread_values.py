@@ -47,6 +47,7 @@ _NOT = re.compile(r"(?:not|non?|nicht|pas|niet|не) +(?=\w)|[不未]")
 _SHORT = 3  # letters of codes such as `ko`
 _MAX_LIST = 200  # characters of a list as text
 _MAX_DEPTH = 8
+_FEW = 8  # words of a column of opinions
 # Last words of names that are about something else than the answer
 _NEUTRAL = frozenset({
     "id", "ids", "idx", "index", "no", "number", "num", "count", "turn", "turns", "round", "step", "cluster", "seed",
@@ -94,7 +95,7 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
             pair for pair in _told(key, key, value, labels) if name not in _WORD_PAIRS or pair[1] not in _YES | _NO
         ]
         if pairs:
-            if labels and pairs == [(key, "false")] and name in LABELS and labels.may_have_marks(key):
+            if labels and pairs == [(key, "false")] and name in LABELS and _has_unknown(key, labels):
                 pairs = [(key, str(value).strip().lower())]
             is_named = "label_text" in row or "label_name" in row
             if not (labels and is_named and key == "label" and str(value).isdigit() and labels.are_classes(key)):
@@ -111,27 +112,42 @@ def _is_opposed(path: str, key: str, word: str, labels: Labels) -> bool:
     """
     if _kind_of(key) == "neutral":
         return False
-    here, seen = tuple(path.split(".")), set[str]()
-
-    def words(row: Mapping[str, JsonValue]) -> set[str]:
-        return {plain(str(value)) for value in values_at(row, here) if not is_absent(value)}
-
-    def has_third(row: Mapping[str, JsonValue]) -> bool:
-        seen.update(words(row))
-        return len(seen) > 2
-
-    def has_unknown(row: Mapping[str, JsonValue]) -> bool:
-        return any(map(_is_unknown, words(row) - set(map(plain, answers_of(row)))))
-
     if word in _APPROVED or (path == key and normal_name(key) in _WORD_PAIRS):
-        is_beside = labels.some_row(("an unknown word", path), has_unknown)
-        return is_beside and not labels.some_row(("a third word", path), has_third)
+        if not _has_unknown(path, labels) or _has_more(2, path, labels):
+            return False
+        return labels.some_row((f"not {word}", path), lambda row: not _words(path, row) <= {word})
     opposite = _NOT.sub("", word, count=1) if _NOT.match(word) else word
-    return opposite != word and labels.some_row((f"is {opposite}", path), lambda row: opposite in words(row))
+    if opposite == word or _has_more(_FEW, path, labels):
+        return False
+    return labels.some_row((f"is {opposite}", path), lambda row: opposite in _words(path, row))
+
+
+def _has_more(count: int, path: str, labels: Labels) -> bool:
+    """Tell whether a column has more than so many different words."""
+    seen = set[str]()
+
+    def holds(row: Mapping[str, JsonValue]) -> bool:
+        seen.update(_words(path, row))
+        return len(seen) > count
+
+    return labels.some_row((f"more than {count} words", path), holds)
+
+
+def _words(path: str, row: Mapping[str, JsonValue]) -> set[str]:
+    return {plain(str(value)) for value in values_at(row, tuple(path.split("."))) if not is_absent(value)}
+
+
+def _has_unknown(path: str, labels: Labels) -> bool:
+    """Tell whether a column has a word that neither judges nor is its row's answer."""
+    return labels.some_row(
+        ("an unknown word", path),
+        lambda row: any(map(_is_unknown, _words(path, row) - set(map(plain, answers_of(row))))),
+    )
 
 
 def _is_unknown(word: str) -> bool:
-    return word not in _APPROVED and word_side(word) is None and not _word_of_text("judging", word)
+    is_known = word in _APPROVED or word_side(word) is not None or as_number(word) is not None
+    return not is_known and not _word_of_text("judging", word)
 
 
 def _told(path: str, key: str, value: JsonValue, labels: Labels | None, judge: str = "") -> list[tuple[str, str]]:

@@ -326,7 +326,6 @@ def without_answer(items: list[RawRow]) -> list[RawRow]:
 
 
 def _is_open_call(item: RawRow) -> bool:
-    """Tell whether a message of ChatGLM3 is a call without its result."""
     return item.get("parameters") is not None and item.get("content") is None and item.get("observation") is None
 
 

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from loraflow.cli import cli
 from loraflow.config.data_sources import COLUMNS
-from loraflow.data.answers.unread_values import counted, doubtful, questions
+from loraflow.data.answers.labels import Labels
+from loraflow.data.answers.unread_values import counted, doubtful, questions, told_by
 from loraflow.data.checks.check_report import CheckReport
 from loraflow.data.files.guess_columns import columns_of
 from loraflow.data.files.readers import read_rows
@@ -304,3 +305,12 @@ def test_an_answer_with_a_thumb_up_is_read_like_one_with_a_thumb_down(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps(thumbs[0]) + "\n")
     (row,) = read_rows(tmp_path, ["t.jsonl"], "auto")
     assert (row.learned, row.unused_keys) == ((1,), ())
+
+
+@pytest.mark.parametrize("key", ["remark", "accepted", "status"])
+def test_a_column_of_many_words_is_looked_at_a_few_times(key):
+    rows = [{**PAIR, key: word} for n in range(300) for word in (f"not {n}", f"note {n}", "approved")]
+    read_again = []
+    labels = Labels(lambda: read_again.append(1) or iter(rows))
+    assert not any(told_by(row, [key], labels) for row in rows)
+    assert len(read_again) < 5 and len(labels.asked) < 5
