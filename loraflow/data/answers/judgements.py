@@ -337,7 +337,6 @@ def _numbers_at(row: dict[str, JsonValue], here: tuple[str, ...]) -> set[float]:
 
 
 def _is_answer(value: JsonValue, answers: Iterable[str]) -> bool:
-    """Tell whether a word or flag is one of the answers, which are as `plain` returns them."""
     if not isinstance(value, str | bool):
         return False
     text = plain(str(value)).rstrip(".!")
@@ -411,7 +410,6 @@ def _is_named(name: str, value: JsonValue, answers: Iterable[str]) -> bool:
 
 
 def _side(answer: str) -> bool | None:
-    """Return true or false if an answer is such a word, or begins with one: "no.", "yes, because …"."""
     side = label_side(answer.rstrip(".!"))
     if not isinstance(side, bool):
         found = _FIRST.match(answer)

@@ -111,9 +111,12 @@ def as_number(value: JsonValue) -> float | None:
 
 def plain(text: str) -> str:
     """Return a label in lower case, with single spaces for - and _, without accents."""
-    decomposed = unicodedata.normalize("NFKD", text.casefold())
-    letters = "".join(c for c in decomposed if not "\u0300" <= c <= "\u036f" and c != "\ufe0f").replace("ł", "l")
-    return " ".join(unicodedata.normalize("NFC", letters.replace("ø", "o")).replace("_", " ").replace("-", " ").split())
+    text = text.casefold()
+    if not text.isascii():  # most are, and need no more
+        decomposed = unicodedata.normalize("NFKD", text)
+        letters = "".join(c for c in decomposed if not "\u0300" <= c <= "\u036f" and c != "\ufe0f").replace("ł", "l")
+        text = unicodedata.normalize("NFC", letters.replace("ø", "o"))
+    return " ".join(text.replace("_", " ").replace("-", " ").split())
 
 
 def _kind(value: JsonValue) -> _Kind:

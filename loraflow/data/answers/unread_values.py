@@ -15,7 +15,17 @@ from typing import Literal
 from pydantic import JsonValue
 
 from loraflow.data.answers.judgements import FAILED_RUNS, HELD_OUT, TRAINED_ON, is_bad_word, values_at, word_side
-from loraflow.data.answers.labels import FALSE, NO, TRUE, Labels, answers_of, as_number, is_absent, may_be_no, plain
+from loraflow.data.answers.labels import (
+    ENOUGH,
+    FALSE,
+    NO,
+    TRUE,
+    Labels,
+    answers_of,
+    as_number,
+    is_absent,
+    plain,
+)
 from loraflow.data.answers.mark_names import CONTAINERS, JUDGEMENTS, LABELS, RUNS, normal_name
 from loraflow.data.cell_values import Unreadable, is_object_text, objects_of, parsed_text
 
@@ -43,11 +53,10 @@ _NO = NO | HELD_OUT
 _APPROVED = frozenset({
     "approved", "approve", "accepted", "accept", "correct", "good", "keep", "pass", "passed", "acceptable", "valid", "ok",
 })  # fmt: skip
-_NOT = re.compile(r"(?:not|non?|nicht|pas|niet|не) +(?=\w)|[不未]")
+_NOT = re.compile(r"^(?:(?:not|non?|nicht|pas|niet|не)[ _-]+(?=\w)|[不未])")
 _SHORT = 3  # letters of codes such as `ko`
 _MAX_LIST = 200  # characters of a list as text
 _MAX_DEPTH = 8
-_FEW = 8  # words of a column of opinions
 # Last words of names that are about something else than the answer
 _NEUTRAL = frozenset({
     "id", "ids", "idx", "index", "no", "number", "num", "count", "turn", "turns", "round", "step", "cluster", "seed",
@@ -91,39 +100,38 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
             words = [pair for item in turns for pair in _told(key, inner, item[inner], labels) if pair[1]]
             found += dict.fromkeys(words)
             continue
-        pairs = [
-            pair for pair in _told(key, key, value, labels) if name not in _WORD_PAIRS or pair[1] not in _YES | _NO
-        ]
+        hidden = _YES | _NO if name in LABELS else _YES | _PARTS if name in JUDGEMENTS else frozenset[str]()
+        pairs = [pair for pair in _told(key, key, value, labels) if pair[1] not in hidden]
         if pairs:
             if labels and pairs == [(key, "false")] and name in LABELS and _has_unknown(key, labels):
                 pairs = [(key, str(value).strip().lower())]
             is_named = "label_text" in row or "label_name" in row
             if not (labels and is_named and key == "label" and str(value).isdigit() and labels.are_classes(key)):
                 found += pairs
-        elif isinstance(value, str) and len(value) <= _MAX_WORD and name in JUDGEMENTS and may_be_no(value):
-            found.append((key, " ".join(value.split())))
     return tuple(found)
 
 
-def _is_opposed(path: str, key: str, word: str, labels: Labels) -> bool:
+def _is_opposed(path: str, key: str, value: str, labels: Labels) -> bool:
     """Tell whether a word has an opposite in its column: `not X` beside X, or one unknown word beside approval.
 
     Of a row's `label` and the like, any two words are opposites if one is unknown.
     """
-    if _kind_of(key) == "neutral":
+    text = value.strip().lower()
+    is_approval = text in _APPROVED or (path == key and normal_name(key) in _WORD_PAIRS)
+    if not (is_approval or _NOT.match(text)) or _kind_of(key) == "neutral":
         return False
-    if word in _APPROVED or (path == key and normal_name(key) in _WORD_PAIRS):
+    word = plain(value)
+    if is_approval:
         if not _has_unknown(path, labels) or _has_more(2, path, labels):
             return False
         return labels.some_row((f"not {word}", path), lambda row: not _words(path, row) <= {word})
-    opposite = _NOT.sub("", word, count=1) if _NOT.match(word) else word
-    if opposite == word or _has_more(_FEW, path, labels):
-        return False
-    return labels.some_row((f"is {opposite}", path), lambda row: opposite in _words(path, row))
+    opposite = _NOT.sub("", word, count=1)
+    return not _has_more(ENOUGH, path, labels) and labels.some_row(
+        (f"is {opposite}", path), lambda row: opposite in _words(path, row)
+    )
 
 
 def _has_more(count: int, path: str, labels: Labels) -> bool:
-    """Tell whether a column has more than so many different words."""
     seen = set[str]()
 
     def holds(row: Mapping[str, JsonValue]) -> bool:
@@ -177,7 +185,7 @@ def _told(path: str, key: str, value: JsonValue, labels: Labels | None, judge: s
             return list(dict.fromkeys(found))
     word = _word(key, value)
     if not word and labels and isinstance(value, str) and len(value) <= _MAX_WORD:
-        word = " ".join(value.split()) if _is_opposed(path, key, plain(value), labels) else word
+        word = " ".join(value.split()) if _is_opposed(path, key, value, labels) else word
     return [(path, word)] if word else []
 
 

@@ -206,7 +206,6 @@ def _refuse_two_chats(fields: RowFields) -> None:
 
 
 def _with_system(fields: RowFields, chat: list[Turn]) -> list[Turn]:
-    """Put the system message of a row's own column before the chat."""
     if not fields.used.keys().isdisjoint(_SYSTEM_KEYS):  # the format has read it
         return chat
     texts = {
