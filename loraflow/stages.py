@@ -71,8 +71,8 @@ VERSION_DATASET = Stage(
 CHECK_DATASET = Stage(
     name="check_dataset",
     # docs/upgrade.md lists what earlier versions of the stages changed.
-    # 17: an unread chat_history and retrieved passages are refused
-    version=17,
+    # 18: nulls in the schemas of tools are kept; a chat_history that is text is refused
+    version=18,
     module="loraflow.data.checks.check",
     config=configs.CheckDatasetConfig,
     inputs={"dataset": _from(VERSION_DATASET)},
@@ -187,7 +187,7 @@ EVALUATE = Stage(
 
 CHECK_GENERAL = Stage(
     name="check_general",
-    version=9,  # 9: chats as check_dataset 17 reads them
+    version=10,  # 10: chats as check_dataset 18 reads them
     module="loraflow.data.checks.general",
     config=configs.CheckGeneralConfig,
     inputs={"rows": _from(CHECK_DATASET, part="train")},

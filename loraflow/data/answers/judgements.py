@@ -222,7 +222,7 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
     if name in RECORD_STATES and text == "discarded":
         return Judgement(False, shown(here, value))
     is_reaction = name in REACTIONS
-    if (is_reaction and text in _UP) or (is_direct and label_side(value) is True):
+    if ((is_reaction or is_direct) and text in _UP) or (is_direct and label_side(value) is True):
         return Judgement(True, shown(here, value))
     is_wrong, is_down = _is_wrong(name, here, value, beside), is_reaction and text in _DOWN
     if not (is_wrong or is_down or _is_poor(name, value)):
@@ -237,7 +237,6 @@ def opinion(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
 
 
 def _is_wrong(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> bool:
-    """Tell whether an opinion says that the answer is wrong."""
     inner, is_direct = opinion_name(name)
     text = plain(value) if isinstance(value, str) else ""
     if not is_direct and name not in OPINIONS:
@@ -272,7 +271,6 @@ def _has_others(here: tuple[str, ...], value: JsonValue, beside: Beside) -> bool
 
 
 def _judges_nothing(value: JsonValue) -> bool:
-    """Tell whether a value is no word or number of judgements, such as medium or paid."""
     if is_absent(value) or isinstance(value, dict | list) or as_number(value) in (-1, 0, 1):
         return False
     return not isinstance(value, str) or word_side(value) is None
@@ -339,7 +337,6 @@ def _numbers_at(row: dict[str, JsonValue], here: tuple[str, ...]) -> set[float]:
 
 
 def _is_answer(value: JsonValue, answers: Iterable[str]) -> bool:
-    """Tell whether a word or flag is one of the answers, which are as `plain` returns them."""
     if not isinstance(value, str | bool):
         return False
     text = plain(str(value)).rstrip(".!")
@@ -378,7 +375,6 @@ def _unsafe(name: str, here: tuple[str, ...], value: JsonValue, beside: Beside) 
 
 
 def _is_bad(name: str, value: JsonValue) -> bool | None:
-    """Tell whether a judgement says unsafe or wrong; None if it says neither."""
     if name == HARM_LABEL:
         word = plain(value) if isinstance(value, str) else ""
         return True if _UNSAFE.fullmatch(word) else False if _SAFE.fullmatch(word) else None
@@ -414,7 +410,6 @@ def _is_named(name: str, value: JsonValue, answers: Iterable[str]) -> bool:
 
 
 def _side(answer: str) -> bool | None:
-    """Return true or false if an answer is such a word, or begins with one: "no.", "yes, because …"."""
     side = label_side(answer.rstrip(".!"))
     if not isinstance(side, bool):
         found = _FIRST.match(answer)

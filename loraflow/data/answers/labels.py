@@ -111,13 +111,15 @@ def as_number(value: JsonValue) -> float | None:
 
 def plain(text: str) -> str:
     """Return a label in lower case, with single spaces for - and _, without accents."""
-    decomposed = unicodedata.normalize("NFKD", text.casefold())
-    letters = "".join(c for c in decomposed if not "\u0300" <= c <= "\u036f" and c != "\ufe0f").replace("ł", "l")
-    return " ".join(unicodedata.normalize("NFC", letters.replace("ø", "o")).replace("_", " ").replace("-", " ").split())
+    text = text.casefold()
+    if not text.isascii():  # most are, and need no more
+        decomposed = unicodedata.normalize("NFKD", text)
+        letters = "".join(c for c in decomposed if not "\u0300" <= c <= "\u036f" and c != "\ufe0f").replace("ł", "l")
+        text = unicodedata.normalize("NFC", letters.replace("ø", "o"))
+    return " ".join(text.replace("_", " ").replace("-", " ").split())
 
 
 def _kind(value: JsonValue) -> _Kind:
-    """Sort a label that has a value."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -161,7 +163,6 @@ class _Values:
     rows: Counter[str] = field(default_factory=Counter)  # of each label
 
     def add(self, value: JsonValue, row: dict[str, JsonValue]) -> None:
-        """Take a row's label into account."""
         if is_absent(value):
             return
         kind = _kind(value)
@@ -184,7 +185,6 @@ class _Values:
             self.are_numbers_of_answers = bool(answer) and self.answers.setdefault(label, answer) == answer
 
     def are_classes(self) -> bool:
-        """Return whether the labels are classes."""
         kinds, others = self.kinds, len(self.others)
         if not kinds:  # of messages that are not lists: the label that is met is not among them
             return False
@@ -204,16 +204,6 @@ class _Values:
         """Tell whether labels are the answers, or numbers of them: 0 beside each answer "negative", 1 beside "positive"."""
         has_names = self.are_numbers_of_answers and len(set(self.answers.values())) == len(self.answers) > 1
         return self.are_answers or (has_names and min(self.rows.values()) > 1)
-
-    def may_have_marks(self) -> bool:
-        """Tell whether false may be a mark beside words that are classes: `no` beside yes, unknown and n/a."""
-        return "other" in self.kinds and self.are_classes() and not self._are_of_answers()
-
-    def is_pair(self) -> bool:
-        """Tell whether they are two words, of which one or both say neither right nor wrong: yes and nein."""
-        kinds = self.kinds - {"other", "no"}
-        is_beside = len(self.others) == 1 and bool(kinds) and kinds <= {"true", "false", "weak", "binary"}
-        return not self.are_answers and (is_beside or (len(self.others) == 2 and not kinds))
 
 
 def answers_of(row: Mapping[str, JsonValue]) -> Iterable[str]:
@@ -235,25 +225,10 @@ def class_of(row: Mapping[str, JsonValue]) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-@dataclass(frozen=True)
-class _Column:
-    is_class: bool
-    is_pair: bool
-    may_have_marks: bool
-
-
 class Labels:
     """Whether the labels of a file are marks or classes. The file is read for it when the first label is met.
 
-    Labels are classes if
-
-    - each is its row's answer;
-    - each stands beside one answer, and each answer beside one label, in two rows or more;
-    - they are whole numbers from 0, and three of them differ or one is above 2;
-    - they are texts that say neither right nor wrong; two of them are a question to the user;
-    - there are two more texts beside yes and no, which is a question to the user; or eight beside true and false.
-
-    Otherwise they are marks, and a label that is neither true nor false is refused.
+    docs/data.md has the rules ("Labels").
 
     Args:
         is_training: the file's rows may be learned; they are not all held out.
@@ -266,7 +241,7 @@ class Labels:
     def __init__(self, rows: Callable[[], Iterable[JsonValue]] | None = None, *, is_training: bool = False):
         self._rows = rows
         self.is_training = is_training
-        self._found: dict[str, _Column] = {}
+        self._found: dict[str, bool] = {}
         self._facts: dict[tuple[str, ...], bool] = {}
         self.asked: dict[Question, bool] = {}
 
@@ -284,32 +259,15 @@ class Labels:
         Args:
             values: returns its values in a row, for a key inside an object.
         """
-        are_classes = self._rows is not None and self._column(key, values).is_class
-        self.asked["classes", key] = are_classes
-        return are_classes
-
-    def are_pair(self, key: str) -> bool:
-        """Tell whether a key has two words, of which one or both say neither right nor wrong in a known language."""
-        is_pair = self._rows is not None and self._column(key).is_pair
-        self.asked["pair of words", key] = is_pair
-        return is_pair
-
-    def may_have_marks(self, key: str) -> bool:
-        """Tell whether false may be a mark in a column of words that are classes."""
-        may_have_marks = self._rows is not None and self._column(key).may_have_marks
-        self.asked["marks among classes", key] = may_have_marks
-        return may_have_marks
-
-    def _column(self, key: str, values_of: Callable[[dict[str, JsonValue]], list[JsonValue]] | None = None) -> _Column:
         if key not in self._found:
-            assert self._rows is not None
-            values = _Values()
-            for row in self._rows():
+            found = _Values()
+            for row in () if self._rows is None else self._rows():
                 if not isinstance(row, dict):
                     continue
-                for value in [row.get(key)] if values_of is None else values_of(row):
-                    values.add(value, row)
-                if len(values.others) >= ENOUGH:
+                for value in [row.get(key)] if values is None else values(row):
+                    found.add(value, row)
+                if len(found.others) >= ENOUGH:
                     break
-            self._found[key] = _Column(values.are_classes(), values.is_pair(), values.may_have_marks())
+            self._found[key] = found.are_classes()
+        self.asked["classes", key] = self._found[key]
         return self._found[key]

@@ -146,7 +146,6 @@ def excludes(key: str, value: JsonValue) -> bool:
 
 
 def _mark(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside) -> Weight | None:
-    """Return the weight by a key; None if it says nothing."""
     name, here = normal_name(key), (key,)
     found: Judgement | None = None
     if name in LABELS:
@@ -176,7 +175,6 @@ def _mark(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside
 
 
 def _label(key: str, value: JsonValue, where: str, labels: Labels, beside: Beside) -> Judgement | None:
-    """Return what a label says; None if it is a class."""
     side = label_side(value)
     path, of_messages = key, None
     if where:
@@ -337,7 +335,6 @@ def _of_item(key: str, here: tuple[str, ...], item: Mapping[str, JsonValue], bes
 
 
 def _responses(key: str, here: tuple[str, ...], value: JsonValue, beside: Beside) -> Judgement | None:
-    """Return what annotators said, in Argilla's columns `correct.responses` and `correct.responses.status`."""
     if isinstance(value, str) and is_object_text(value):
         value = _parsed(value, here)
     if not isinstance(value, list) or not value:
@@ -372,7 +369,6 @@ def _strictest(found: Iterable[Judgement | None]) -> Judgement | None:
 
 
 def _agreed(found: list[Judgement | None]) -> Judgement | None:
-    """Return what a list says: nothing, unless all items that judge agree."""
     has_both = len({item.is_learned is True for item in found if item is not None}) > 1
     return None if has_both else _strictest(found)
 

@@ -194,7 +194,6 @@ def _refuse_members(members: Mapping[str, JsonValue], answer: str, where: str) -
 
 
 def _is_correction(key: str, value: JsonValue, answer: str) -> bool:
-    """Tell whether a key holds another text that replaces an answer."""
     found = _correction(normal_name(key))
     if found is None or not answer or (found["bare"] and not (isinstance(value, str) and " " in value.strip())):
         return False  # not even an editor's name, or a flag
@@ -229,7 +228,6 @@ def _way_out(key: str, used: Mapping[str, str]) -> str:
 
 
 def _is_text(value: JsonValue, answer: str) -> bool:
-    """Tell whether a value is the text of an answer. It may be a number, a message or a whole chat."""
     if isinstance(value, list) and value:
         value = value[-1]
     if isinstance(value, dict):

@@ -14,8 +14,18 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from loraflow.data.answers.judgements import FAILED_RUNS, HELD_OUT, TRAINED_ON, is_bad_word, word_side
-from loraflow.data.answers.labels import FALSE, NO, TRUE, Labels, is_absent, may_be_no, plain
+from loraflow.data.answers.judgements import FAILED_RUNS, HELD_OUT, TRAINED_ON, is_bad_word, values_at, word_side
+from loraflow.data.answers.labels import (
+    ENOUGH,
+    FALSE,
+    NO,
+    TRUE,
+    Labels,
+    answers_of,
+    as_number,
+    is_absent,
+    plain,
+)
 from loraflow.data.answers.mark_names import CONTAINERS, JUDGEMENTS, LABELS, RUNS, normal_name
 from loraflow.data.cell_values import Unreadable, is_object_text, objects_of, parsed_text
 
@@ -31,13 +41,22 @@ _TICKS = frozenset({"true", "x", "✓", _ANY})
 # Words that judge only in a column that is named so: a size may be half
 _DEGREES = frozenset({"low", "very low", "half", "partial", "partly"})
 _ASKED = frozenset({
-    "do not use", "do not train", "needs work", "draft", "in progress", "unverified", "hallucination"
+    "do not use", "do not train", "needs work", "draft", "in progress", "unverified", "hallucination",
+    "refuse", "отклонено", "悪い",
 })  # fmt: skip
 # "Bad answer", "1 - poor", colours of thumbs
 _AROUND = re.compile(r"\b(?:answer|response|completion|output|quality|\d)\b|[:.!()\U0001f3fb-\U0001f3ff]")
-_YES = frozenset({"ja", "oui", "si", "sim", "da", "tak", "evet", "да", "はい", "是", "예"}) | TRAINED_ON
-_NO = NO | HELD_OUT - {"valid"}
+_PARTS = TRAINED_ON | HELD_OUT  # of a dataset
+_YES = frozenset({"ja", "oui", "si", "sim", "da", "tak", "evet", "да", "はい", "是", "예", "j", "s", "o"}) | TRAINED_ON
+_NO = NO | HELD_OUT
+# Beside one other word
+_APPROVED = frozenset({
+    "approved", "approve", "accepted", "accept", "correct", "good", "keep", "pass", "passed", "acceptable", "valid", "ok",
+})  # fmt: skip
+_NOT = re.compile(r"^(?:(?:not|non?|nicht|pas|niet|не)[ _-]+(?=\w)|[不未])")
 _SHORT = 3  # letters of codes such as `ko`
+_MAX_LIST = 200  # characters of a list as text
+_MAX_DEPTH = 8
 # Last words of names that are about something else than the answer
 _NEUTRAL = frozenset({
     "id", "ids", "idx", "index", "no", "number", "num", "count", "turn", "turns", "round", "step", "cluster", "seed",
@@ -50,7 +69,7 @@ _JUDGING = re.compile(
     r"(?:^|_)(?:in)?(?:verdict|quality|correct|verif|valid|judg|grad[ei]|rat(?:ing|ed)|approv|accept|reject|review|evaluat|"
     r"assess|helpful|hallucin|factual|accura|annotat|feedback|resolved|solved|checked|(?:pass(?:ed|es)?|fail(?:ed)?|good|bad|"
     r"wrong|right|ok(?:ay)?|keep|usable|(?:un)?safe|harmful|flag(?:ged)?|check|vote|label|thumbs?|reaction|status|result|"
-    r"outcome|answer|response|human|qa|eval|success|done|completed?)(?:_|$))"
+    r"outcome|answer|response|human|qa|eval|success|done|completed?|audit)(?:_|$))|results|scores|critique"
 )
 # Of these, only false is a question too.
 _DONE = re.compile(r"(?:.*_)?(?:success|successful|solved|resolved|(?:test|validation|verification)_result)")
@@ -74,44 +93,99 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
     """Return what the keys of a row that are not read say; `labels` knows the other rows."""
     found: list[tuple[str, str]] = []
     for key in unread:
-        value = row.get(key)
-        if key not in row and isinstance(messages := row.get(key.partition(".")[0]), list):
-            inner = key.partition(".")[2]
-            turns = (item for item in messages if isinstance(item, dict) and not is_absent(item.get(inner)))
-            words = [pair for item in turns for pair in _told(key, inner, item[inner]) if pair[1]]
+        value, name = row.get(key), normal_name(key)
+        column, _, inner = key.partition(".")
+        if key not in row and column in row:  # of a message
+            turns = (item for item in objects_of(row[column]) if not is_absent(item.get(inner)))
+            words = [pair for item in turns for pair in _told(key, inner, item[inner], labels) if pair[1]]
             found += dict.fromkeys(words)
-        elif pairs := _told(key, key, value):
-            if labels and pairs == [(key, "false")] and normal_name(key) in LABELS and labels.may_have_marks(key):
+            continue
+        hidden = _YES | _NO if name in LABELS else _YES | _PARTS if name in JUDGEMENTS else frozenset[str]()
+        pairs = [pair for pair in _told(key, key, value, labels) if pair[1] not in hidden]
+        if pairs:
+            if labels and pairs == [(key, "false")] and name in LABELS and _has_unknown(key, labels):
                 pairs = [(key, str(value).strip().lower())]
             is_named = "label_text" in row or "label_name" in row
             if not (labels and is_named and key == "label" and str(value).isdigit() and labels.are_classes(key)):
                 found += pairs
-        elif isinstance(value, str) and len(value) <= _MAX_WORD:
-            name, text = normal_name(key), " ".join(value.split())
-            is_asked = name in JUDGEMENTS and may_be_no(value)
-            if is_asked or (labels and name in _WORD_PAIRS and labels.are_pair(key)):
-                found.append((key, text))
-            elif (word := plain(text)) in _YES | _NO and name not in _WORD_PAIRS and _kind_of(key) != "neutral":
-                found.append((key, word))
     return tuple(found)
 
 
-def _told(path: str, key: str, value: JsonValue) -> list[tuple[str, str]]:
-    """Return what a value says, or the keys of an object such as `metadata`."""
-    is_container = normal_name(key) in CONTAINERS  # of a judge's object, only keys that judge are looked at
-    is_judge = isinstance(value, dict) and (_kind_of(key) == "judging" or normal_name(key) == "critique")
-    if is_judge or (is_container and (isinstance(value, dict | list) or is_object_text(value))):
+def _is_opposed(path: str, key: str, value: str, labels: Labels) -> bool:
+    """Tell whether a word has an opposite in its column: `not X` beside X, or one unknown word beside approval.
+
+    Of a row's `label` and the like, any two words are opposites if one is unknown.
+    """
+    text = value.strip().lower()
+    is_approval = text in _APPROVED or (path == key and normal_name(key) in _WORD_PAIRS)
+    if not (is_approval or _NOT.match(text)) or _kind_of(key) == "neutral":
+        return False
+    word = plain(value)
+    if is_approval:
+        if not _has_unknown(path, labels) or _has_more(2, path, labels):
+            return False
+        return labels.some_row((f"not {word}", path), lambda row: not _words(path, row) <= {word})
+    opposite = _NOT.sub("", word, count=1)
+    return not _has_more(ENOUGH, path, labels) and labels.some_row(
+        (f"is {opposite}", path), lambda row: opposite in _words(path, row)
+    )
+
+
+def _has_more(count: int, path: str, labels: Labels) -> bool:
+    seen = set[str]()
+
+    def holds(row: Mapping[str, JsonValue]) -> bool:
+        seen.update(_words(path, row))
+        return len(seen) > count
+
+    return labels.some_row((f"more than {count} words", path), holds)
+
+
+def _words(path: str, row: Mapping[str, JsonValue]) -> set[str]:
+    return {plain(str(value)) for value in values_at(row, tuple(path.split("."))) if not is_absent(value)}
+
+
+def _has_unknown(path: str, labels: Labels) -> bool:
+    """Tell whether a column has a word that neither judges nor is its row's answer."""
+    return labels.some_row(
+        ("an unknown word", path),
+        lambda row: any(map(_is_unknown, _words(path, row) - set(map(plain, answers_of(row))))),
+    )
+
+
+def _is_unknown(word: str) -> bool:
+    is_known = word in _APPROVED or word_side(word) is not None or as_number(word) is not None
+    return not is_known and not _word_of_text("judging", word)
+
+
+def _told(path: str, key: str, value: JsonValue, labels: Labels | None, judge: str = "") -> list[tuple[str, str]]:
+    """Return what a value says, or the keys of an object such as `metadata`, or of a list of them.
+
+    Args:
+        judge: the key of an object around it that judges. Of such objects, not all flags are looked at.
+    """
+    name = normal_name(key)
+    is_container = name in CONTAINERS or name.endswith("_metadata")
+    judge = key if _kind_of(key) == "judging" else judge
+    if (judge or is_container) and path.count(".") < _MAX_DEPTH:
         items = (
-            (f"{path}.{k}", k, v)
+            (f"{path}.{k}", (judge or key) if k == "value" else k, v)
             for members in objects_of(value)
             for k, v in members.items()
             if isinstance(k, str)
-            and (is_container or isinstance(v, str) or (_kind_of(k) == "judging" and not isinstance(v, dict)))
+            and (is_container or isinstance(v, str | dict | list) or k == "value" or _kind_of(k) == "judging")
         )
-        found = [pair for inner, k, v in items if not is_absent(v) for pair in _told(inner, k, v) or [(inner, _OTHER)]]
+        found = [
+            pair
+            for inner, k, v in items
+            if not is_absent(v)
+            for pair in _told(inner, k, v, labels, judge) or [(inner, _OTHER)]
+        ]
         if found:
             return list(dict.fromkeys(found))
     word = _word(key, value)
+    if not word and labels and isinstance(value, str) and len(value) <= _MAX_WORD:
+        word = " ".join(value.split()) if _is_opposed(path, key, value, labels) else word
     return [(path, word)] if word else []
 
 
@@ -124,7 +198,12 @@ def _word(key: str, value: JsonValue) -> str:
         is_word = isinstance(value, bool | str) and not text.isdigit() and len(text) <= _MAX_WORD
         return (is_word and _word_of_text("judging", text)) or _ANY
     if kind == "neutral":
-        return _OTHER
+        return word if isinstance(value, str) and (word := plain(value)) in _PARTS else _OTHER
+    if isinstance(value, str) and value.startswith("[") and len(value) <= _MAX_LIST:
+        try:
+            value = parsed_text(value)
+        except Unreadable:
+            return _OTHER
     if isinstance(value, list):  # of several judges
         words = {_OTHER if isinstance(item, list) else _word(key, item) for item in value}
         if len(words) == 1:
@@ -135,8 +214,8 @@ def _word(key: str, value: JsonValue) -> str:
         return value if isinstance(value, str) and plain(value) in _CUT_OFF else _OTHER
     if isinstance(value, bool):
         value = str(value)
-    if isinstance(value, int | float) and value in (0, 1, -1):
-        value = str(int(value))
+    if (number := as_number(value)) in (0, 1, -1) and str(value).strip()[-1:].isdigit():
+        value = str(int(number))  # 0.0 too
     if not isinstance(value, str) or len(value) > _MAX_WORD:
         return _OTHER
     if plain(value) in FAILED_RUNS and _OF_RUN.fullmatch(name):
@@ -171,7 +250,9 @@ def _word_of_text(kind: str, value: str) -> str:
     if text in _TICKS:
         return text
     word = " ".join(_AROUND.sub(" ", plain(text)).split())
-    is_code = len(text) <= _SHORT and text != "bad"
+    if word in _YES | _NO:
+        return word
+    is_code = len(text) <= _SHORT and text.isascii() and text != "bad"
     if kind != "judging" and (word in _DEGREES or is_code):
         return _OTHER
     return text if is_bad_word(text) or is_bad_word(word) or word in _ASKED else _OTHER
@@ -193,10 +274,12 @@ def doubtful(
 
 def _is_doubtful(key: str, words: Mapping[str, int], rows: int, total: int) -> bool:
     said = words.keys() - {_OTHER}
-    if said - _FLAGS - _TICKS - _YES - (frozenset() if normal_name(key) in JUDGEMENTS else _NO):
+    name = normal_name(key.rpartition(".")[2])
+    is_verdict = name in JUDGEMENTS or (name in LABELS and "." in key)  # labels of a row may be classes
+    if said - _FLAGS - _TICKS - _YES - (_PARTS if is_verdict else _NO):
         return True
     is_whole = sum(words[word] for word in said) >= rows
-    is_done = "false" in said and _DONE.fullmatch(normal_name(key.rpartition(".")[2])) is not None
+    is_done = "false" in said and _DONE.fullmatch(name) is not None
     if is_done and ("true" in said or is_whole):
         return True
     has_both = said & (_YES | {"true"}) and said & (_NO | {"false", _DOWN})

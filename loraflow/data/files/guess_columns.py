@@ -11,12 +11,12 @@ from pydantic import JsonValue
 
 from loraflow.data.answers.marks import MarkedFalse
 from loraflow.data.answers.preference_pairs import refuse_corrected
+from loraflow.data.cell_values import objects_of
 from loraflow.data.chats import BadRow
 from loraflow.data.files.readers import read_values
 from loraflow.data.formats.chat_formats import has_known_keys, is_bare_chat, read_chat
 from loraflow.data.formats.published_formats import are_messages, is_history, pair_keys
 from loraflow.data.formats.question_parts import LostPart, is_passage, is_phrase, question_parts
-from loraflow.data.formats.row_fields import objects
 
 # usual names of (question, answer), in lower case
 _PAIRS = (
@@ -305,9 +305,9 @@ def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
     """Return the column that holds a valid list of turns. Preference pairs, and chats to compare, are left to the user."""
     found: dict[str, str] = {}  # column of the row → loraflow's
     for name, value in row.items():
-        turns = objects(value) if isinstance(value, list) else None
+        turns = [dict(turn) for turn in objects_of(value)] if isinstance(value, list | str) else []
         if (
-            turns is None
+            not turns
             or _COMPARED.search(name.lower())
             or (is_history(name) and any(isinstance(row[key], str) and _LATER.fullmatch(key.lower()) for key in row))
         ):
@@ -318,13 +318,5 @@ def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
                 if any("from" in turn for turn in turns) and not any("role" in turn for turn in turns)
                 else "messages"
             )
-            found |= {name: column} if _is_chat(column, value) else {}
+            found |= {name: column} if _is_read({column: value}, {}) else {}
     return {column: name for name, column in found.items()} if len(found) == 1 else {}
-
-
-def _is_chat(column: str, turns: JsonValue) -> bool:
-    try:
-        read_chat({column: turns})
-    except BadRow:
-        return False
-    return True

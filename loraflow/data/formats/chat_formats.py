@@ -181,7 +181,6 @@ def is_bare_chat(value: JsonValue) -> bool:
 
 
 def _turns(fields: RowFields, format_name: str) -> list[Turn]:
-    """Read a row by a format, with the message of its system column first."""
     if format_name == "auto":
         format_name = detect_format(fields.row)
         if (
@@ -207,7 +206,6 @@ def _refuse_two_chats(fields: RowFields) -> None:
 
 
 def _with_system(fields: RowFields, chat: list[Turn]) -> list[Turn]:
-    """Put the system message of a row's own column before the chat."""
     if not fields.used.keys().isdisjoint(_SYSTEM_KEYS):  # the format has read it
         return chat
     texts = {
@@ -280,7 +278,6 @@ def has_known_keys(row: RawRow) -> bool:
 
 
 def _chat(column: str, fields: RowFields) -> list[Turn]:
-    """Read a list of messages, of pairs, or of texts in turn."""
     value = parsed_list(fields.value(column), column)
     if (pairs := read_pairs(fields, column, value)) is not None:
         return pairs

@@ -145,7 +145,6 @@ def is_parts(content: JsonValue) -> bool:
 
 
 def _result(value: JsonValue, where: str) -> str:
-    """Return a result as text: parts of text are joined, anything else is written as JSON."""
     if isinstance(value, str):
         return value
     if value is None or value == []:

@@ -101,7 +101,6 @@ def _refuse_nul(text: str, where: str) -> None:
 
 
 def _add_origin(message: Message, turn: Turn, before: list[Message], number: int) -> None:
-    """Note to which call a tool's result belongs, as far as the row says so."""
     calls = next((m.get("tool_calls", []) for m in reversed(before) if m["role"] != "tool"), [])
     if not calls:
         raise BadRow(f"message {number}: a tool's result that does not follow a call")

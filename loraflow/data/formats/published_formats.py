@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import JsonValue
 
 from loraflow.data.answers.marks import MarkedFalse, excludes
-from loraflow.data.cell_values import is_chat_as_text, parsed_list, strict_json
+from loraflow.data.cell_values import is_chat_as_text, objects_of, parsed_list, strict_json
 from loraflow.data.chats import BadRow, Message
 from loraflow.data.formats.question_parts import question_parts
 from loraflow.data.formats.row_fields import (
@@ -129,7 +129,6 @@ def read_tree(fields: RowFields) -> list[Turn]:
 
 
 def _excluded_by(message: RawRow) -> str:
-    """Return the mark by which a message of a tree is not followed, if any."""
     return next(
         (f"prompt.{key}: {message[key]}" for key in ("deleted", "review_result") if excludes(key, message.get(key))), ""
     )
@@ -326,7 +325,6 @@ def _hint_to_unpack(row: Mapping[str, JsonValue]) -> str:
 
 
 def _has_chat(value: Mapping[str, JsonValue]) -> bool:
-    """Tell whether an object has messages that end with an answer, or texts of a question and its answer."""
     for key in ("messages", "conversations"):
         if turns := objects(value.get(key)):
             return _role(turns[-1]) == ASSISTANT and any(isinstance(turns[-1].get(name), str) for name in CONTENTS)
@@ -337,7 +335,6 @@ def _has_chat(value: Mapping[str, JsonValue]) -> bool:
 
 
 def _hint_to_name(row: Mapping[str, JsonValue]) -> str:
-    """Return the columns that read texts, or a text and the number of its class."""
     texts = [
         key
         for key, value in row.items()
@@ -352,7 +349,6 @@ def _hint_to_name(row: Mapping[str, JsonValue]) -> str:
 
 
 def _is_closed(text: JsonValue) -> bool:
-    """Tell whether the last label of a text has a message."""
     found = split_chat(text)
     if found is None:
         return False
@@ -385,17 +381,17 @@ def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], u
         texts = [turn[name] for turn in turns for name in CONTENTS if isinstance(turn.get(name), str)]
         written = " ".join(" ".join(message["content"] for message in messages[:-1]).split())
         if not all(" ".join(str(text).split()) in written for text in texts):
-            made = _to_join(row, key, question, answer)
+            made = _to_join(row, key, question, answer) or "; write the row as messages"
             raise BadRow(f"{key} has earlier messages, which are not read{made}; or name {key} in data.ignore")
 
 
 def _messages_of(key: str, row: Mapping[str, JsonValue]) -> list[dict[str, JsonValue]]:
     """Return the messages in a column such as `context` or `chat_history`, if any."""
     value = row[key]
-    turns = objects(value) if is_history(key) and isinstance(value, list) else None
-    roles = list(map(_role, turns or ()))
+    turns = [dict(turn) for turn in objects_of(value)] if is_history(key) and isinstance(value, list | str) else []
+    roles = list(map(_role, turns))
     is_chat = "user" in roles or key.lower().startswith("context")
-    return turns if turns and is_chat and all(role in ("user", ASSISTANT, "system", TOOL) for role in roles) else []
+    return turns if is_chat and all(role in ("user", ASSISTANT, "system", TOOL) for role in roles) else []
 
 
 def _role(turn: Mapping[str, JsonValue]) -> JsonValue:
@@ -403,7 +399,6 @@ def _role(turn: Mapping[str, JsonValue]) -> JsonValue:
 
 
 def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
-    """Return how messages in `context` are joined with the question and answer beside it, if any."""
     names = {key.lower(): key for key in row if isinstance(row[key], str)}
     question = next(
         (names[name] for name in ("question", "query", "prompt", "problem", "input", "message") if name in names), None
@@ -414,9 +409,9 @@ def _hint_to_join(row: Mapping[str, JsonValue]) -> str:
 
 
 def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: str) -> str:
-    """Return how texts of a question and its answer are written behind earlier messages."""
     keys = (history, question, answer)
-    if not (isinstance(row[question], str) and isinstance(row[answer], str)) or "'" in "".join(keys):
+    kinds = tuple(type(row[key]) for key in keys)
+    if kinds != (list, str, str) or "'" in "".join(keys):  # a text may be a cell of CSV, which jq does not read
         return ""
     earlier = _messages_of(history, row)
     role = next(name for name in ROLE_KEYS if name in earlier[0])
@@ -429,7 +424,6 @@ def _to_join(row: Mapping[str, JsonValue], history: str, question: str, answer: 
 
 
 def _path(key: str) -> str:
-    """Return the filter of jq that takes a key."""
     return f".{key}" if re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII) else f".[{json.dumps(key)}]"
 
 

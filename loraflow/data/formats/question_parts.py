@@ -152,7 +152,6 @@ class _Asked:
 def _way_out(
     key: str, row: Mapping[str, JsonValue], pair: tuple[str, str], used: Mapping[str, str], columns: Mapping[str, str]
 ) -> str:
-    """Return what to do about a part that is not in the prompt."""
     if (name := next((name for name, column in columns.items() if column == key), None)) is not None:
         return f"in data.columns, {name} goes with instruction and output, not with {pair[0]} and {pair[1]}"
     way = "write it there"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from loraflow.data.answers.labels import ANSWERS, Labels, answers_of
+from loraflow.data.answers.labels import ANSWERS, Labels, answers_of, is_absent
 from loraflow.data.answers.marks import Weight, answer_weight, excludes, is_mark
 from loraflow.data.answers.unread_values import without_ignored
 from loraflow.data.cell_values import media_key
@@ -17,8 +17,6 @@ from loraflow.data.formats.tools import read_calls, read_tools
 
 RawRow = dict[str, JsonValue]  # a row as its file has it
 MARKS = ("train", "exclude")  # of data.columns: the column says which rows are learned; not every row must have it
-# Cells of CSV that need not be named as not read. As a text that is read, "{}" is a value: a JSON answer.
-_EMPTY_TEXTS = ("[]", "{}", "null")
 
 
 class Turn(NamedTuple):
@@ -258,7 +256,6 @@ class RowFields:
         return out
 
     def _marks_of_part(self, turn: Turn, part: RawRow, where: str, column: str) -> set[str]:
-        """Return the keys of a part that are marks: only answers are learned."""
         if turn.role != ASSISTANT or self.labels is None:
             return {key for key, value in part.items() if is_mark(key) and excludes(key, value)}
         used: set[str] = set()
@@ -280,7 +277,7 @@ class RowFields:
     def note_unread(self, column: str, item: RawRow, used: set[str]) -> None:
         """Record the keys of an object in a column that have a value and are not in `used`."""
         for key, value in item.items():
-            if key not in used and has_value(value) and value not in _EMPTY_TEXTS:
+            if key not in used and not is_absent(value):
                 self._inner_unread[f"{self.own_name(column)}.{key}"] = None
 
     def unread(self) -> tuple[str, ...]:
@@ -290,9 +287,7 @@ class RowFields:
             return tuple(self._inner_unread)
         if self._columns:
             used = {self._columns.get(key, key) for key in used}
-        found = [
-            str(key) for key, value in row.items() if key not in used and has_value(value) and value not in _EMPTY_TEXTS
-        ]
+        found = [str(key) for key, value in row.items() if key not in used and not is_absent(value)]
         return (*found, *self._inner_unread)
 
 
@@ -315,7 +310,6 @@ def _are_equal(calls: Sequence[ToolCall], others: Sequence[ToolCall]) -> bool:
 
 
 def _may_be_tools(value: JsonValue) -> bool:
-    """Tell whether a value is a list of functions, or its JSON text."""
     if isinstance(value, str):
         return '"name"' in value
     items = objects(value) or []
@@ -332,7 +326,6 @@ def without_answer(items: list[RawRow]) -> list[RawRow]:
 
 
 def _is_open_call(item: RawRow) -> bool:
-    """Tell whether a message of ChatGLM3 is a call without its result."""
     return item.get("parameters") is not None and item.get("content") is None and item.get("observation") is None
 
 

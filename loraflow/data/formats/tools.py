@@ -58,6 +58,9 @@ def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
     return _checked_tools(json.dumps(value, ensure_ascii=False, default=str), where) or None
 
 
+_SCHEMAS = ("parameters", "input_schema", "inputSchema")  # the last are Anthropic's and Bedrock's
+
+
 @lru_cache(256)
 def _checked_tools(text: str, where: str) -> list[Tool]:
     """Return the tools of a JSON list. Rows with the same tools share one list, which saves memory."""
@@ -66,15 +69,16 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
         field = f"{where}[{number}]"
         if not isinstance(item, dict):
             raise BadRow(f"{field} is {type(item).__name__}; expected an object with name and parameters")
-        function = _members(item.get("function", item))
-        if item.get("type") not in (None, "function") or function is None:
+        function = item.get("function", item)
+        if item.get("type") not in (None, "function") or not isinstance(function, dict):
             raise BadRow(f"{field} is of type {item.get('type')!r}; expected a function")
+        function = {k: v if k in _SCHEMAS else _without_nulls(v) for k, v in function.items() if v is not None}
         name = function.get("name")
         if not isinstance(name, str) or not name.strip():
             raise BadRow(f"{field}.function.name is {name!r}; expected the function's name")
         if any(tool["function"]["name"] == name for tool in tools):
             raise BadRow(f"{field}.function.name {name!r} is duplicated")
-        for key in ("input_schema", "inputSchema"):  # Anthropic's and Bedrock's names
+        for key in _SCHEMAS[1:]:
             if key in function and "parameters" not in function:
                 schema = function.pop(key)
                 function["parameters"] = (
@@ -86,9 +90,16 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
             if is_deep(parameters):
                 raise BadRow(f"{field}.function.parameters are nested too deeply; at most {MAX_DEPTH} levels")
             function["parameters"] = parameters
-        if is_bare_parameters(parameters):
-            parameters = function["parameters"] = schema_of(parameters)
-        _validator(json.dumps(parameters), f"{field}.function.parameters")
+        plain = _without_nulls(parameters)
+        if is_bare_parameters(plain):
+            parameters = schema_of(plain)
+        try:
+            _validator(json.dumps(parameters), f"{field}.function.parameters")
+        except BadRow:  # a null is a default of JSON, or a member that only other rows of Parquet have
+            parameters = plain
+            _validator(json.dumps(parameters), f"{field}.function.parameters")
+        if "parameters" in function:
+            function["parameters"] = parameters
         tools.append({"type": "function", "function": cast(Function, function)})
     return tools
 
@@ -135,11 +146,6 @@ def is_deep(value: JsonValue) -> bool:
         if not level:
             return False
     return True
-
-
-def _members(value: JsonValue) -> dict[str, JsonValue] | None:
-    plain = _without_nulls(value)
-    return plain if isinstance(plain, dict) else None
 
 
 def _without_nulls(value: JsonValue) -> JsonValue:
@@ -271,7 +277,6 @@ def _without_nulls_of_other_tools(call: ToolCall, schema: JsonValue) -> ToolCall
 
 
 def _problem(validator: Validator, arguments: dict[str, JsonValue]) -> str | None:
-    """Return where and why arguments do not fit a schema; None if they do."""
     from referencing.exceptions import Unresolvable
 
     try:

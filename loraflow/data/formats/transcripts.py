@@ -194,7 +194,6 @@ def _role(label: re.Match[str]) -> JsonValue:
 
 
 def _turns(text: str, dialect: _Dialect) -> list[Turn]:
-    """Return the messages of a text."""
     labels = list(dialect.label.finditer(text))
     before = (text[: labels[0].start()] if labels else text).strip()
     turns: list[Turn] = []
@@ -220,6 +219,8 @@ def _turns(text: str, dialect: _Dialect) -> list[Turn]:
                 )
             if dialect.preamble and role == "user":
                 content = "\n\n".join(part.strip() for part in _INPUT.split(content, 1) if part.strip())
+        elif role == ASSISTANT:
+            content = _without_end(content, dialect, (*_ENDS, "</s>"))
         turns.append(Turn(role, content.strip()))
     if turns and (system := _LLAMA_SYSTEM.match(str(turns[0].content))):
         turns[:1] = Turn("system", system[1].strip()), Turn("user", system.string[system.end() :].strip())

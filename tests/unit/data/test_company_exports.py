@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 
 from loraflow.data.answers.unread_values import counted, doubtful, questions
@@ -144,6 +145,19 @@ def test_earlier_messages_are_not_left_out(tmp_path, key, pair):
     assert first(tmp_path, {key: [], pair[0]: "Why?", pair[1]: "It is a shrub."})[0].messages
     written = {key: EARLIER, pair[0]: "Is tea a herb? No. Why?", pair[1]: "It is a shrub."}
     assert first(tmp_path, written)[0].messages, "the prompt has them"
+
+
+@pytest.mark.parametrize("as_text", [json.dumps, repr])
+def test_earlier_messages_that_are_text_in_a_cell_are_not_left_out(tmp_path, as_text):
+    cells = {"chat_history": [as_text(EARLIER), "[]", "none"], "question": ["Why?"] * 3, "answer": ["A shrub."] * 3}
+    pd.DataFrame(cells).to_csv(tmp_path / "x.csv", index=False)
+    columns = columns_of(tmp_path / "x.csv", "x.csv")
+    first, *others = read_rows(tmp_path, ["x.csv"], "auto", columns)
+    assert first.problem == (
+        "chat_history has earlier messages, which are not read; write the row as messages; "
+        "or name chat_history in data.ignore"
+    )
+    assert all(row.messages for row in others)
 
 
 def test_no_command_puts_the_answer_into_the_prompt(tmp_path):

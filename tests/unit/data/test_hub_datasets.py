@@ -445,3 +445,14 @@ def test_the_channel_of_an_answer_can_be_ignored_as_the_message_says():
     with pytest.raises(BadRow, match=r"message 2: .*messages\.channel in data\.ignore"):
         read_chat(row)
     assert len(read_chat(row, ignore=("messages.channel",)).messages) == 3
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>"])
+@pytest.mark.parametrize(
+    "labels", [("Human: ", "\n\nAssistant: "), ("### Human: ", "### Assistant: "), ("<human>: ", "\n<bot>: ")]
+)
+def test_the_token_that_ends_a_text_with_labels_is_no_part_of_the_answer(tmp_path, labels, end):
+    (row,) = read(tmp_path, [{"text": f"{labels[0]}q{labels[1]}a{end}"}])
+    assert [message["content"] for message in row.messages] == ["q", "a"]
+    (row,) = read(tmp_path, [{"text": f"{labels[0]}q{labels[1]}strike it: <s>a</s>"}])
+    assert row.messages[-1]["content"] == "strike it: <s>a</s>", "HTML"

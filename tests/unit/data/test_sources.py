@@ -387,3 +387,28 @@ def test_a_source_or_dataset_ignores_the_keys_that_its_recipe_names(here, is_sou
     assert "ignore" not in json.dumps(unset.identity())
     with pytest.raises(ValueError, match="ignore: answer is named in columns"):
         of(columns={"completion": "answer"}, ignore=["answer"])
+
+
+def test_the_same_rows_in_any_kind_of_file_give_the_same_mixture(here):
+    """Columns, marks and an ignored key of one source say nothing about another one."""
+    rows = [{"frage": f"q{n}?", "antwort": f"a{n}", "korrekt": n % 3 != 1, "label": n % 2 == 0} for n in range(30)]
+    chats = [{"messages": [{"role": "user", "content": f"r{n}?"}, {"role": "assistant", "content": f"b{n}"}], "label": n % 2 == 0}
+             for n in range(30)]  # fmt: skip
+    table = pd.DataFrame(rows)
+    table.to_csv(here / "c.csv", index=False)
+    table.to_parquet(here / "p.parquet")
+    table.to_json(here / "j.json", orient="records")
+    with closing(sqlite3.connect(here / "d.db")) as database:
+        table.to_sql("t", database, index=False)
+    (here / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    columns = {"prompt": "frage", "completion": "antwort", "train": "korrekt"}
+    found = []
+    for name in ("c.csv", "p.parquet", "j.json", "d.db"):
+        table_source = {"source": name, "name": "x", "columns": columns, "ignore": ["label"]}
+        mixture = Mixture(here / f"out-{name}", recipe(table_source, {"source": "chats.jsonl"}))
+        found.append({
+            split: sorted(json.loads(line)["messages"][1]["content"] for line in (mixture.out / f"{split}.jsonl").open())
+            for split in ("train", "heldout")
+        })  # fmt: skip
+    answers = {f"a{n}" for n in range(30) if n % 3 != 1} | {f"b{n}" for n in range(0, 30, 2)}
+    assert all(other == found[0] for other in found) and answers == {*found[0]["train"], *found[0]["heldout"]}

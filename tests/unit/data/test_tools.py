@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from loraflow.config.data import read_tools_file
 from loraflow.data.chats import BadRow
@@ -378,3 +379,22 @@ def test_a_file_of_tools_that_are_no_functions_is_refused(tmp_path, content):
     (tmp_path / "tools.json").write_text(content)
     with pytest.raises(Failure):
         dataset_tools(read_tools_file(str(tmp_path / "tools.json")), "data.tools")
+
+
+class Forecast(BaseModel):
+    """Its schema has `"default": null`, as that of each optional argument that pydantic describes."""
+
+    city: str
+    unit: str | None = None
+
+
+@pytest.mark.parametrize("wrap", [lambda tools: tools, json.dumps], ids=["objects", "text"])
+def test_a_schema_of_pydantic_is_rendered_as_a_server_renders_it(template_of, wrap):  # noqa: F811
+    function = {"name": "forecast", "description": "Get it.", "parameters": Forecast.model_json_schema()}
+    tools = [{"type": "function", "function": function}]
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    template, tokenizer = template_of("qwen2_5")
+    chat = read_chat({"messages": messages, "tools": wrap(tools)}).messages
+    (encoded,) = template.encode([chat], "assistant")
+    assert encoded.ids.tolist() == tokenizer.apply_chat_template(messages, tools=tools, return_dict=True)["input_ids"]
+    assert '"default": null' in tokenizer.decode(encoded.ids)

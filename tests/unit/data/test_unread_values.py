@@ -9,8 +9,10 @@ from click.testing import CliRunner
 
 from loraflow.cli import cli
 from loraflow.config.data_sources import COLUMNS
-from loraflow.data.answers.unread_values import counted, doubtful, questions
+from loraflow.data.answers.labels import Labels
+from loraflow.data.answers.unread_values import counted, doubtful, questions, told_by
 from loraflow.data.checks.check_report import CheckReport
+from loraflow.data.files.guess_columns import columns_of
 from loraflow.data.files.readers import read_rows
 from loraflow.reporting.rows import check_notes
 from tests.unit.data.test_check import run_check
@@ -216,3 +218,99 @@ def test_lines_in_cells_end_as_everywhere(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "one\r\ntwo", "completion": "a"}))
     (row,) = read_rows(tmp_path, ["t.jsonl"], "auto")
     assert row.messages[0]["content"] == "one\r\ntwo", "JSON says which characters it means"
+
+
+def asked_of(folder, rows):
+    """Return the questions about rows of JSON lines, as check_dataset asks them."""
+    found = read(folder, rows)
+    unread = {key: sum(key in row.unused_keys for row in found) for row in found for key in row.unused_keys}
+    return doubtful(counted([row.told for row in found]), unread, len(found))
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        ("metadata", {"korrekt": "ja"}, {"korrekt": "nein"}),
+        ("metadata", {"approuvé": "oui"}, {"approuvé": "non"}),
+        ("metadata", {"评价": "好"}, {"评价": "差"}),
+        ("metadata", {"moderation_note": "ok"}, {"moderation_note": "blocked"}),
+        ("test_result", {"report": {"resolved": True}}, {"report": {"resolved": False}}),
+        ("results", {"judge": {"verdict": "correct"}}, {"judge": {"verdict": "incorrect"}}),
+        ("eval_results", {"correctness": {"passed": True}}, {"correctness": {"passed": False}}),
+        ("scores", {"Factuality": 1}, {"Factuality": 0}),
+        ("scores", {"match": {"value": 1}}, {"match": {"value": 0}}),
+        ("scores", [{"name": "correctness", "value": 1}], [{"name": "correctness", "value": 0}]),
+        ("assessments", [{"feedback": {"value": "yes"}}], [{"feedback": {"value": "no"}}]),
+        ("judges", [{"name": "j1", "verdict": "right"}], [{"name": "j1", "verdict": "wrong"}]),
+        ("annotations", [{"result": [{"value": {"choices": ["Correct"]}}]}], [{"result": [{"value": {"choices": ["Incorrect"]}}]}]),
+        ("qa", '{"passed": true}', '{"passed": false}'),
+        ("audit", {"status": "passed"}, {"status": "failed"}),
+        ("distilabel_metadata", {"passed_filter": True}, {"passed_filter": False}),
+        ("flags", "[]", '["wrong"]'),
+        ("kommentar", ["gut"], ["schlecht"]),
+        ("decision", "keep", "discard"),
+        ("action", "Keep", "Remove"),
+        ("review_status", "approved", "changes requested"),
+        ("Status", "Freigegeben", "Nicht freigegeben"),
+        ("supported", "SUPPORTED", "NOT SUPPORTED"),
+        ("状态", "通过", "不通过"),
+        ("Gut?", "J", "N"),
+        ("exact_match", "1.0", "0.0"),
+        ("split_name", "train", "test"),
+        ("phase", "train", "valid"),
+    ],
+)  # fmt: skip
+def test_what_tools_and_people_write_is_a_question(tmp_path, key, good, bad):
+    questions_of = asked_of(tmp_path, [{key: good}, {key: bad}, {key: good}])
+    assert [name.partition(".")[0] for name in questions_of] == [key]
+    assert asked_of(tmp_path, [{key: good}, {key: good}]) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("priority", ["high", "normal"]), ("rating", ["good", "excellent"]), ("status", ["approved", "pending", "paid"]),
+        ("side", ["right", "left"]), ("invoice", ["not paid", "open"]), ("kind", ["structured", "unstructured"]),
+        ("code", ["ok", "other"]), ("payment", [{"result": {"valid": True}}, {"result": {"valid": False}}]),
+        ("file", ["train", "part2"]), ("level", ["0.0", "1.0"]),
+    ],
+)  # fmt: skip
+def test_words_without_an_opposite_and_objects_of_others_are_no_question(tmp_path, key, values):
+    assert asked_of(tmp_path, [{key: value} for value in values]) == {}
+
+
+@pytest.mark.parametrize("nothing", ["None", "nan", "NULL", " ", float("nan")], ids=str)
+def test_a_cell_that_says_nothing_hides_no_question(tmp_path, nothing):
+    flags = [{"human_verified": flag} for flag in (True, False, nothing)]
+    assert asked_of(tmp_path, flags) == {"human_verified": {"true": 1, "false": 1}}
+    assert asked_of(tmp_path, [{"note": nothing}]) == {} and not read(tmp_path, [{"note": nothing}])[0].unused_keys
+
+
+def test_messages_that_are_text_in_a_cell_are_asked_about(tmp_path):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    cells = [json.dumps([chat[0], {**chat[1], "label": word}]) for word in ("ja", "nein", False)]
+    pq.write_table(pa.table({"dialog": cells}), tmp_path / "t.parquet")
+    columns = columns_of(tmp_path / "t.parquet", "t.parquet")
+    assert columns == {"messages": "dialog"}
+    rows = list(read_rows(tmp_path, ["t.parquet"], "auto", columns))
+    assert [bool(row.messages) for row in rows] == [True, True, False], "false is a mark"
+    assert doubtful(counted([row.told for row in rows]), {"dialog.label": 2}) == {"dialog.label": {"ja": 1, "nein": 1}}
+    alone = [row.told for row in rows[1:2]]
+    assert doubtful(counted(alone), {"dialog.label": 1}) == {"dialog.label": {"nein": 1}}
+
+
+def test_an_answer_with_a_thumb_up_is_read_like_one_with_a_thumb_down(tmp_path):
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    thumbs = [{"messages": [user, {**answer, "answer_rating": "👍"}, user, {**answer, "answer_rating": "👎"}]}]
+    (tmp_path / "t.jsonl").write_text(json.dumps(thumbs[0]) + "\n")
+    (row,) = read_rows(tmp_path, ["t.jsonl"], "auto")
+    assert (row.learned, row.unused_keys) == ((1,), ())
+
+
+@pytest.mark.parametrize("key", ["remark", "accepted", "status"])
+def test_a_column_of_many_words_is_looked_at_a_few_times(key):
+    rows = [{**PAIR, key: word} for n in range(300) for word in (f"not {n}", f"note {n}", "approved")]
+    read_again = []
+    labels = Labels(lambda: read_again.append(1) or iter(rows))
+    assert not any(told_by(row, [key], labels) for row in rows)
+    assert len(read_again) < 5 and len(labels.asked) < 5
