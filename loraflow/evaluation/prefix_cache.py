@@ -95,6 +95,8 @@ def has_plain_cache(model: PreTrainedModel, length: int, side: Side = "unchanged
     generation = model.generation_config
     if generation.cache_implementation is not None or generation.use_cache is False:
         return False
+    if getattr(getattr(model, "active_peft_config", None), "alora_invocation_tokens", None):
+        return False  # peft looks for them in the whole prompt, at each call
     if hasattr(model.config, "decoder_layers"):  # a decoder of an encoder-decoder: num_hidden_layers are the encoder's
         return False
     rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}

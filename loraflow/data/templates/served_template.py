@@ -12,6 +12,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from loraflow.data.chats import Chat
 from loraflow.data.templates.template import MARKERS, TODAY
 from loraflow.data.templates.template_process import template_process
 from loraflow.data.templates.tokenizer_config import (
@@ -29,10 +30,8 @@ from loraflow.failures import BadConfig, BadModel
 
 _DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(["'])((?:(?!\1)[^\\{}])*)\1\s*\)""")
 _DATE_USE = re.compile(r"\bstrftime_now\b(?!\s+is\b)")
-_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _NOTE = re.compile(r"\A\{#- The date is fixed to (\S+),")
-_OPENS = re.compile(r"<think>(?:\\n|\s)*[\"']")  # the end of a text in the template
-_EMPTY = ("<|channel>thought\n<channel|>", "<|START_THINKING|><|END_THINKING|>")  # blocks of Gemma 4 and Cohere
+_REASONING = re.compile("(?i)think|thought")
 _TEXT = "loraflow_text"  # a variable of a template: what the base's own one writes
 _SWITCHES = ("enable_thinking", "thinking")
 
@@ -45,8 +44,7 @@ def read_named_template(name: str) -> str:
     """
     file = Path(name).expanduser()
     shipped = _shipped()
-    if not file.is_file() and name in shipped:
-        file = shipped[name]
+    file = file if file.is_file() else shipped.get(name, file)
     if not file.is_file():
         raise BadConfig(
             "There is no such chat template.",
@@ -77,7 +75,7 @@ def read_named_template(name: str) -> str:
 
 
 def _shipped() -> dict[str, Path]:
-    """Return the templates that the installed trl ships, by name. trl is not imported, which takes seconds."""
+    """Return the templates of the installed trl by name. trl is not imported, which takes seconds."""
     spec = find_spec("trl")
     folders = (spec.submodule_search_locations if spec else None) or []
     return {file.stem: file for folder in folders for file in sorted(Path(folder, "chat_templates").glob("*.jinja"))}
@@ -130,51 +128,62 @@ def pinned(source: str, *, no_thinking: bool = False) -> str:
             fixed.
     """
     if no_thinking:
-        prompts = _COMMENT.sub("", source).rpartition("add_generation_prompt")[2].replace(r"\n", "\n")
-        block = next((block for block in _EMPTY if block in prompts), None)
         read = template_process(source, {}).variables()
         switch = next((switch for switch in _SWITCHES if switch in read), None)
         if switch is not None:
             off = f"{{%- if {switch} is not defined %}}{{%- set {switch} = false %}}{{%- endif -%}}\n"
             source = source if off in source else off + source  # a merged model can be a base
-        if switch is None or block is not None:
+        block = _only_in_prompts(source)
+        if switch is None or block:
             return pinned(_without_block(source, block))
     if _DATE_CALL.search(source) and not _NOTE.match(source):
         source = _DATE_CALL.sub(lambda call: json.dumps(time.strftime(call[2], TODAY)), source)
         source = f"{{#- The date is fixed to {time.strftime('%Y-%m-%d', TODAY)}, as in training. -#}}\n" + source
-    if use := _DATE_USE.search(code := _COMMENT.sub("", source)):
+    if use := _DATE_USE.search(code := re.sub(r"(?s)\{#.*?#\}", "", source)):
         raise BadModel(
             "The chat template prints today's date in a way that cannot be fixed, so each day would serve another prompt "
             "than the trained one.",
             where="chat_template",
-            expected="strftime_now with the format as a text, such as strftime_now('%d %b %Y')",
-            got=repr(code[max(0, use.start() - 20) : use.end() + 30]),
+            expected="strftime_now with a text, such as strftime_now('%d %b %Y')",
+            got=code[use.start() :][:50],
             next_step="name a template with a fixed date: base.chat_template",
         )
     return source
 
 
-def _without_block(source: str, empty: str | None) -> str:
-    """Return a template whose prompts do not end with the start of the reasoning, or with empty reasoning.
+def _only_in_prompts(source: str) -> str:
+    """Return the reasoning that a template's prompts end with, and that its answers do not begin with.
 
-    DeepSeek-R1's end with the tag that opens it, Gemma 4's with an empty block. Their answers are rendered without
-    reasoning, so this is what they follow.
+    DeepSeek-R1's end with the tag that opens it, Gemma 4's with an empty block.
     """
+    template = template_process(source, {"bos_token": "", "eos_token": ""})
+    chat: Chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _TEXT}]
+    try:
+        (prompt,), (text,) = template.render([chat[:1]], prompt=True), template.render([chat], prompt=False)
+    except BadModel:  # a template that refuses this chat
+        return ""
+    head = text.partition(_TEXT)[0]
+    block = prompt.removeprefix(head).rstrip()
+    return block if prompt.startswith(head) and _REASONING.search(block) else ""
+
+
+def _without_block(source: str, block: str) -> str:
+    """Return a template whose prompts do not end with a block."""
     if _TEXT in source:
         return source  # a merged model can be a base
-    if (empty is None and not _OPENS.search(source)) or MARKERS.search(source):
+    if not block or MARKERS.search(source):
         raise BadModel(
             "The chat template cannot put an empty think block before an answer.",
             where="data.thinking",
-            expected="a template that reads enable_thinking, or whose prompts end with <think>",
+            expected="a template that reads enable_thinking, or prompts that end with <think>",
             next_step="set data.thinking to strip, or name another template: base.chat_template",
         )
-    asked, ending = ("add_generation_prompt and ", "<think>") if empty is None else ("", empty)
+    asked = "add_generation_prompt and " if block == "<think>" else ""
     # No white space may be added to what the template writes, or taken from it.
     return (
         f"{{% set {_TEXT} +%}}" + source.removesuffix("\n") + "{%+ endset -%}\n"
-        f"{{%- if {asked}{_TEXT}.rstrip().endswith({ending!r}) -%}}\n"
-        f"{{{{- {_TEXT}.rstrip()[:-{len(ending)}] -}}}}\n"
+        f"{{%- if {asked}{_TEXT}.rstrip().endswith({block!r}) -%}}\n"
+        f"{{{{- {_TEXT}.rstrip()[:-{len(block)}] -}}}}\n"
         "{%- else -%}\n"
         f"{{{{- {_TEXT} -}}}}\n"
         "{%- endif -%}"

@@ -71,14 +71,14 @@ class CompiledTemplate:
             self._takes_parts = self._reads_parts_only()
         messages = [aliased(message) for message in chat]
         if self._takes_parts:
-            messages = [_in_parts(message) for message in messages]
+            messages = [in_parts(message) for message in messages]
         tools = messages[0].pop("tools", None) if messages else None
         return {**self._variables, "messages": messages, **({} if tools is None else {"tools": tools})}
 
     def _reads_parts_only(self) -> bool:
         """Tell whether the template renders a text only in a list of parts, as some of vision models: servers send it so."""
         asked: dict[str, object] = {"role": "user", "content": _PROBE}
-        for message in (asked, _in_parts(asked)):
+        for message in (asked, in_parts(asked)):
             try:
                 text = self._template.render(**self._variables, messages=[message], add_generation_prompt=False)
             except Exception:  # a template may refuse such a chat, and can raise anything
@@ -88,7 +88,7 @@ class CompiledTemplate:
         return False
 
 
-def _in_parts(message: Mapping[str, object]) -> dict[str, object]:
+def in_parts(message: Mapping[str, object]) -> dict[str, object]:
     """Return a message whose content is a list of parts, with its text as the only part."""
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
 

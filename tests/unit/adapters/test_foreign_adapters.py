@@ -166,6 +166,30 @@ def test_adapters_that_are_not_lora_answer_as_in_peft_and_are_not_merged_or_conv
     assert "does not know these settings" not in caplog.text
 
 
+def test_an_activated_adapter_answers_as_in_peft_where_all_prompts_begin_with_its_tokens(tmp_path, quick_phi3):
+    """aLoRA applies behind certain tokens, so the prompts' common beginning must not be computed without the rest."""
+    lora = LoraConfig(r=4, target_modules=["qkv_proj", "o_proj"], alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
+    model = get_peft_model(load_plain(quick_phi3), lora)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load(Model("x", quick_phi3, unmerged_adapter=tmp_path / "adapter", base=quick_phi3), "float32")
+    prompts = [[*range(3, 40), 40], [*range(3, 40), 50, 60], [*range(3, 40), 70, 80, 90, 100], [*range(3, 40), 9]]
+    found = generate_answers(loaded.model, loaded.tokenizer, prompts, stop_ids=[499], max_new_tokens=6, batch_size=2)
+    theirs = PeftModel.from_pretrained(load_plain(quick_phi3), str(tmp_path / "adapter")).eval()
+    theirs.get_base_model().generation_config = GenerationConfig()
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        greedy = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False,
+                  "eos_token_id": 499, "pad_token_id": 0}  # fmt: skip
+        out = theirs.generate(**greedy)
+        with theirs.disable_adapter():
+            assert not torch.equal(theirs.generate(**greedy), out), "the adapter applies"
+        assert answer["text"] == loaded.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+
+
 def test_monteclora_is_merged_and_answers_as_in_peft(tmp_path, quick_phi3):
     """Its file also has the parameters of noise that it adds in training, which peft does not load to answer."""
     config = pytest.importorskip("peft.tuners.lora.config")

@@ -1,8 +1,11 @@
 """A base that cannot be trained is refused by its config.json, with one sentence and what to do, before anything heavy."""
 
 import json
+import os
 import shutil
 
+import gguf
+import numpy as np
 import pytest
 
 from loraflow.base import hub, resolve
@@ -11,7 +14,7 @@ from loraflow.config import parse_recipe
 from loraflow.config.locations import BaseLocation, FolderOrigin, HubOrigin
 from loraflow.config.recipe import Base
 from loraflow.failures import BadModel
-from loraflow.job import Inputs, Progress
+from loraflow.job import Inputs, Job, Progress
 from loraflow.store.files import HashMemo
 from tests.job_factory import Outside, make_job
 
@@ -246,3 +249,27 @@ def test_a_class_of_another_model_type_is_named_because_a_server_may_use_it(clas
     folder = folder_with({**LLAMA, "architectures": classes}, tmp_path)
     resolve._warn_of_config(folder)
     assert ("MistralForCausalLM of another type" in caplog.text) is is_named
+
+
+@pytest.mark.parametrize("size", [0, 1000, 300_000])
+def test_a_bundled_file_that_is_cut_off_is_refused_in_one_sentence(size, tmp_path, monkeypatch):
+    """As an installation that was interrupted leaves it."""
+    file, out = tmp_path / "cut.gguf", tmp_path / "out"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((300, 512), np.float32))
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    os.truncate(file, size)
+    monkeypatch.setattr(resolve, "_bundled", lambda model: file)
+    found = resolve.locate(Base(model="bundled:smollm2"), HashMemo(None))
+    out.mkdir()
+    config = {"source": found.source, "repack": None, "trust_remote_code": False, "dtype": "float32"}
+    job = Job(stage="resolve_base", version=1, config=config, runtime={"origin": found.origin.model_dump()})
+    with pytest.raises(BadModel, match="bundled model is damaged") as caught:
+        resolve.run(job, Inputs({}), out, Progress())
+    assert "force-reinstall" in caught.value.next_step

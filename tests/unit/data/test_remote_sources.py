@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -235,7 +236,12 @@ def test_an_empty_entry_of_the_lock_file_is_no_entry(hub):
 
 def test_the_lock_file_is_read_again_after_the_hub_has_answered(hub, monkeypatch):
     """A process that asks for another model at the same time has written meanwhile."""
-    monkeypatch.setattr(base_hub, "_ask_the_hub", lambda *of: LOCK.write_text(json.dumps({"b@main": OTHER})) and COMMIT)
+
+    def answer(*_, **__):
+        LOCK.write_text(json.dumps({"b@main": OTHER}))
+        return SimpleNamespace(sha=COMMIT)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", answer)
     assert base_hub.commit_of("a", "main") == COMMIT
     assert json.loads(LOCK.read_text()) == {"a@main": COMMIT, "b@main": OTHER}
 

@@ -104,9 +104,13 @@ def test_without_a_switch_the_prompt_no_longer_opens_the_reasoning(tmp_path, nam
     assert pinned(once, no_thinking=True) == once, "a merged model can be a base"
 
 
-@pytest.mark.parametrize("block", ["<|channel>thought\n<channel|>", "<|START_THINKING|><|END_THINKING|>"])
+@pytest.mark.parametrize(
+    "block",
+    ["<|channel>thought\n<channel|>", "<|START_THINKING|><|END_THINKING|>", "<think>\n\n</think>\n\n", "\n<think></think>",
+     "<seed:think></seed:think>"],
+)  # fmt: skip
 def test_an_empty_block_that_is_in_prompts_only_is_removed(tmp_path, block):
-    """Gemma 4 and Command R7B are served with it, and render answers without."""
+    """Gemma 4, Command R7B, EXAONE 4 and Nemotron Nano 2 are served with it, and render answers without."""
     start = "{{ '<|assistant|>\n' }}"
     with_block = PHI3_TEMPLATE.replace(start, start + f"{{% if not enable_thinking %}}{{{{ {block!r} }}}}{{% endif %}}")
     build_tokenizer(tmp_path, with_block)
