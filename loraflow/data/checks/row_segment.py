@@ -22,7 +22,7 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.answers.labels import Question
 from loraflow.data.chats import Chat, Message, with_system
 from loraflow.data.checks.broken_text import has_carriage_return
-from loraflow.data.checks.near import HASHES, comparable_text, sketch
+from loraflow.data.checks.near import HASHES, comparable_text, sketch, text_keys
 from loraflow.data.checks.placement import SPLITS, Split
 from loraflow.data.checks.split import (
     group_key,
@@ -34,6 +34,7 @@ from loraflow.data.checks.split import (
     without_call_ids,
 )
 from loraflow.data.files.readers import Row, is_answer_learned, is_partly_learned
+from loraflow.store.chunk_cache import split_head
 
 # Bits of `flags`
 LAST_LEARNED = 1  # the last answer is learned, or may be the reference of a held-out row
@@ -90,7 +91,7 @@ class RowSegment:
     """
 
     arrays: dict[str, np.ndarray]
-    texts: bytes
+    texts: bytes | memoryview
     groups: list[str]
     left_out: list[LeftOut]
     unread: dict[str, int]
@@ -117,10 +118,9 @@ class RowSegment:
         return b"".join(parts)
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> RowSegment:
+    def from_bytes(cls, content: bytes | memoryview) -> RowSegment:
         """Return what `as_bytes` wrote."""
-        begin = content.index(b"\n") + 1
-        head = json.loads(content[:begin])
+        head, begin = split_head(content)
         arrays: dict[str, np.ndarray] = {}
         for name, code in {**TYPES, **(_NEAR_TYPES if head["near"] else {})}.items():
             count = head["rows"] * (HASHES if name.endswith("sketches") else 1)
@@ -130,7 +130,14 @@ class RowSegment:
         asked = {tuple(question): answer for question, answer in head["asked"]}
         told = {(key, word): count for key, word, count in head["told"]}
         return cls(
-            arrays, content[begin:], head["groups"], left_out, head["unread"], told, head["carriage_returns"], asked
+            arrays,
+            memoryview(content)[begin:],
+            head["groups"],
+            left_out,
+            head["unread"],
+            told,
+            head["carriage_returns"],
+            asked,
         )
 
 
@@ -174,7 +181,7 @@ class SegmentBuilder:
         """Return the segment. `asked` has the questions about the file that were answered for it."""
         arrays = {name: np.frombuffer(values, np.dtype(values.typecode)) for name, values in self._arrays.items()}
         if self._is_near:
-            arrays["text_keys"] = np.fromiter(map(text_key, self._compared), np.uint64, len(self._compared))
+            arrays["text_keys"] = text_keys(self._compared)
             arrays["text_sketches"] = sketch(self._compared)
             arrays["prompt_keys"] = np.frombuffer(self._prompt_keys, np.uint64)
             arrays["prompt_sketches"] = sketch(self._compared_prompts)

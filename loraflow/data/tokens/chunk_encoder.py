@@ -35,7 +35,7 @@ from loraflow.data.tokens.token_labels import IGNORED, joined_weights
 from loraflow.data.tokens.token_report import LongRow, long_rows
 from loraflow.failures import Killed
 from loraflow.job import Job
-from loraflow.store.chunk_cache import ChunkCache
+from loraflow.store.chunk_cache import ChunkCache, split_head
 from loraflow.store.chunk_cache import segments as cut
 
 FORMAT = 2  # of the entries; those of version 1 had no key in their hash
@@ -88,10 +88,9 @@ class EncodedRows:
         return json.dumps(head).encode() + b"\n" + b"".join(part.tobytes() for part in parts)
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> EncodedRows:
+    def from_bytes(cls, content: bytes | memoryview) -> EncodedRows:
         """Return what `as_bytes` wrote."""
-        begin = content.index(b"\n") + 1
-        head = json.loads(content[:begin])
+        head, begin = split_head(content)
         tokens = head["tokens"]
 
         def take(dtype: type[np.generic], count: int) -> np.ndarray:
