@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -116,10 +117,7 @@ def key_of_job(job: Job[TokenizeConfig]) -> bytes:
 
 def key_of_rows(of_job: bytes, lines: Iterable[str]) -> str:
     """Return the key of a segment."""
-    found = hashlib.sha256(of_job)
-    for line in lines:
-        found.update(_content(line))
-    return found.hexdigest()
+    return hashlib.sha256(of_job + b"".join(map(_content, lines))).hexdigest()
 
 
 def segments(source: Path) -> Iterator[list[str]]:
@@ -130,11 +128,10 @@ def segments(source: Path) -> Iterator[list[str]]:
 
 
 def _content(line: str) -> bytes:
-    begin = line.find(_CONTENT)
-    return line[max(begin, 0) :].encode()
+    return line[max(line.find(_CONTENT), 0) :].encode()
 
 
-ONE_PROCESS_BYTES = 1_000_000  # a smaller file is encoded in this process
+ONE_PROCESS_BYTES = 1_000_000  # of new rows to the end of the file: fewer are encoded in this process
 
 Problem = Literal["special_tokens", "too_long", "nothing_to_learn", "cut_reasoning"]
 
@@ -181,26 +178,39 @@ def encoded_chunks(
     Raises:
         Killed: a process was killed.
     """
-    _set_worker_state(template, config, cache, key)
-    chunks = segments(source)
-    if processes == 1 or source.stat().st_size < ONE_PROCESS_BYTES:
-        yield from map(_encode, chunks)
-        return
+    _set_worker_state(template, config, cache)
+    left = source.stat().st_size
+    pool: ProcessPoolExecutor | None = None
+    pending: deque[Chunk | Future[Chunk]] = deque()
+    with ExitStack() as stack:
+        try:
+            for lines in segments(source):
+                entry = "" if cache is None else key_of_rows(key, lines)
+                content = None if cache is None else cache.read(entry)
+                if content is not None:
+                    pending.append(_chunk(lines, EncodedRows.from_bytes(content), is_new=False))
+                else:
+                    if pool is None and processes > 1 and left >= ONE_PROCESS_BYTES:
+                        pool = stack.enter_context(_started(processes))
+                    pending.append(_encode(entry, lines) if pool is None else pool.submit(_encode, entry, lines))
+                left -= sum(map(len, lines))
+                while pending and (isinstance(pending[0], Chunk) or len(pending) > 4 * processes):
+                    yield _result(pending.popleft())
+            yield from map(_result, pending)
+        except BrokenProcessPool as error:
+            raise Killed("A tokenizer process was killed.", where="tokenize", next_step="run again") from error
+
+
+def _started(processes: int) -> ProcessPoolExecutor:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
     # A forked process has the tokenizer already. gc.freeze keeps its garbage collector from touching, and so copying,
     # the parent's memory pages.
-    with ProcessPoolExecutor(processes, get_context("fork"), initializer=gc.freeze) as pool:
-        pending: deque[Future[Chunk]] = deque()
-        try:
-            for lines in chunks:
-                pending.append(pool.submit(_encode, lines))
-                if len(pending) > 4 * processes:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise Killed("A tokenizer process was killed.", where="tokenize", next_step="run again") from error
+    return ProcessPoolExecutor(processes, get_context("fork"), initializer=gc.freeze)
+
+
+def _result(chunk: Chunk | Future[Chunk]) -> Chunk:
+    return chunk if isinstance(chunk, Chunk) else chunk.result()
 
 
 def has_weights(source: Path) -> bool:
@@ -215,23 +225,17 @@ def has_weights(source: Path) -> bool:
 _template: ChatTemplate
 _config: TokenizeConfig
 _cache: ChunkCache | None
-_key: bytes
 
 
-def _set_worker_state(template: ChatTemplate, config: TokenizeConfig, cache: ChunkCache | None, key: bytes) -> None:
-    global _template, _config, _cache, _key
-    _template, _config, _cache, _key = template, config, cache, key
+def _set_worker_state(template: ChatTemplate, config: TokenizeConfig, cache: ChunkCache | None) -> None:
+    global _template, _config, _cache
+    _template, _config, _cache = template, config, cache
 
 
-def _encode(lines: list[str]) -> Chunk:
-    if _cache is None:
-        return _chunk(lines, _encoded(lines), is_new=True)
-    key = key_of_rows(_key, lines)
-    content = _cache.read(key)
-    if content is not None:
-        return _chunk(lines, EncodedRows.from_bytes(content), is_new=False)
+def _encode(key: str, lines: list[str]) -> Chunk:
     rows = _encoded(lines)
-    _cache.write(key, rows.as_bytes())
+    if _cache is not None:
+        _cache.write(key, rows.as_bytes())
     return _chunk(lines, rows, is_new=True)
 
 
