@@ -98,8 +98,8 @@ def _hash(key: str, content: bytes | memoryview) -> bytes:
 
 
 def split_head(content: bytes | memoryview) -> tuple[Any, int]:
-    """Return the JSON in the first line of a content, and the position behind the line. Nothing else is copied."""
-    end = next(re.finditer(rb"\n", content)).end()
+    """Return the JSON in the first line of a content, and where the next line begins."""
+    end = next(re.finditer(b"\n", content)).end()
     return json.loads(bytes(content[:end])), end
 
 

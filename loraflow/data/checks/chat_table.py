@@ -31,7 +31,7 @@ from loraflow.data.checks.split import group_key, to_json
 # Rows that are written together, and bytes of their texts
 _TOGETHER = 1024
 _TOGETHER_BYTES = 250_000
-_LATER = ("ids", "marks", "prompts", "answers", "asked", "turns", "prompt_characters", "answer_characters")
+_EARLY = ("drawn_keys", "flags", "drawn")  # numbers that are used while rows are read
 TRAIN = "train"  # the set of rows that are not in a held-out file
 
 Rows = NDArray[np.int64]  # row numbers
@@ -59,13 +59,9 @@ class ChatTable:
         self._start = array("q", [0])
         self._numbers = array("I")  # in the file
         self._places, self._place_begins = list[str](), list[int]()  # of segments: beginning of the place, first row
-        names = TYPES.keys() - {"numbers", "sizes"}
-        if not config.system:  # the prompt is what is drawn
-            names -= {"drawn_keys", "asked"}
-        # Numbers that are used only after all rows are read
-        self._files = {name: TemporaryFile(dir=folder) for name in names.intersection(_LATER)}  # noqa: SIM115 - the same
-        self._arrays = {name: array(TYPES[name]) for name in names.difference(_LATER)}
-        self._taken = names.difference(_LATER, ("groups",))  # from segments, unchanged
+        self._arrays = {name: array(TYPES[name]) for name in (*_EARLY, "groups")}
+        later = TYPES.keys() - self._arrays.keys() - {"numbers", "sizes"}
+        self._files = {name: TemporaryFile(dir=folder) for name in later}  # noqa: SIM115
         self.flags, self.drawn, self.group = (self._arrays[name] for name in ("flags", "drawn", "groups"))
         self._set = self._arrays["sets"] = array("h")
         self.source = self._arrays["sources"] = array("h")
@@ -98,7 +94,7 @@ class ChatTable:
             first: the number of the segment's first line in its file.
         """
         begin, rows, arrays = len(self), len(segment), segment.arrays
-        for name in self._taken:
+        for name in _EARLY:
             self._arrays[name].frombytes(arrays[name].tobytes())
         for name, file in self._files.items():
             file.write(arrays[name].data)
@@ -209,7 +205,7 @@ class ChatTable:
 
     def drawn_key(self, number: int) -> str:
         """Return the key of a row's prompt, without data.system."""
-        return f"{self._arrays['drawn_keys' if 'drawn_keys' in self._arrays else 'keys'][number]:016x}"
+        return f"{self._arrays['drawn_keys'][number]:016x}"
 
     def unit(self, number: int, key: int) -> str:
         """Return what the seeded hash draws: the key of the row's group or of its prompt, which is `key`."""
@@ -225,7 +221,7 @@ class ChatTable:
         for name, file in self._files.items():
             file.flush()
             found[name] = np.asarray(np.memmap(file, TYPES[name], "r")) if len(self) else np.empty(0, TYPES[name])
-        return Columns(**{"drawn_keys": found["keys"], "asked": found["prompts"], **found})
+        return Columns(**found)
 
 
 @dataclass(frozen=True)
@@ -259,9 +255,8 @@ def source_of(place: str) -> str:
 
 
 def _number(name: str, numbers: dict[str, int], names: list[str]) -> int:
-    number = numbers.get(name)
-    if number is None:
-        number = numbers[name] = len(names)
+    number = numbers.setdefault(name, len(names))
+    if number == len(names):
         names.append(name)
     return number
 

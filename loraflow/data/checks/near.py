@@ -33,37 +33,34 @@ _CHUNK = 100_000  # pairs whose sketches are compared together
 
 
 class Sketches:
-    """The sketches of rows and the keys of their texts, which are added one after another. They are in a temporary file.
+    """The sketches of rows and the keys of their texts, in a temporary file.
 
     Args:
         folder: where the file is.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path):
         self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
-        self._is_empty = True
 
     def append(self, sketches: NDArray[np.uint8], keys: NDArray[np.uint64]) -> None:
-        """Add rows by what `sketch` and `text_keys` return for their texts."""
+        """Add rows by what `sketch` and `text_key` return for their texts."""
         rows = np.empty(len(keys), _SKETCH)
         rows["sketch"], rows["key"] = sketches.reshape(-1, HASHES), keys
-        if self._file.write(rows.data):
-            self._is_empty = False
+        self._file.write(rows.data)
 
     def close(self) -> None:
         """Delete the sketches."""
         self._file.close()
 
     def candidates(self, order: NDArray[np.int64]) -> Candidates:
-        """Return the pairs that are worth comparing, and forget the sketches.
+        """Return the pairs that are worth comparing.
 
         Args:
             order: some or all rows, in another order; the pairs have the positions in it.
         """
         self._file.flush()
         # Mapped, so that they do not have to be in memory together. An empty file cannot be mapped.
-        rows = np.empty(0, _SKETCH) if self._is_empty else np.asarray(np.memmap(self._file, _SKETCH, "r"))
-        self._file.close()
+        rows = np.asarray(np.memmap(self._file, _SKETCH, "r")) if len(order) else np.empty(0, _SKETCH)
         return Candidates(rows["sketch"], rows["key"], order)
 
 
@@ -82,16 +79,14 @@ class Candidates:
         self.keys = keys[order]
         self.first = first_equal(self.keys)
         self.unproposed = 0
-        unique = np.flatnonzero(self.first == np.arange(len(order)))
+        is_first = self.first == np.arange(len(order))
+        unique = np.flatnonzero(is_first)
         pairs = self._propose(sketches, order[unique], unique)
         pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
         self._earlier = pairs[:, 0]
         self._starts = np.searchsorted(pairs[:, 1], np.arange(len(order) + 1))
         self.has_before = np.diff(self._starts) > 0
-        self.alone = (self.first == np.arange(len(order))) & ~self.has_before
-
-    def __len__(self) -> int:
-        return len(self.first)
+        self.alone = is_first & ~self.has_before
 
     def before(self, row: int) -> list[int]:
         """Return the rows before this one that may be near it, in ascending order, without rows of equal texts."""
@@ -192,7 +187,7 @@ class Compared:
 
 GRAM = 5  # characters
 HASHES = 80  # MinHash values of a text; a byte of each is kept
-_SKETCH = np.dtype([("sketch", np.uint8, HASHES), ("key", np.uint64)])  # of a row
+_SKETCH = np.dtype([("sketch", np.uint8, HASHES), ("key", np.uint64)])
 _SEED = 1
 # Of texts that are sketched together: their arrays stay in a core's cache, which is twice as fast as 1,000,000.
 _BATCH_CHARACTERS = 12_000
@@ -218,12 +213,8 @@ def comparable_text(messages: Chat) -> str:
 
 def candidates_of(texts: Sequence[str]) -> Candidates:
     """Return the pairs of texts that are worth comparing."""
-    return Candidates(sketch(texts), text_keys(texts), np.arange(len(texts)))
-
-
-def text_keys(texts: Sequence[str]) -> NDArray[np.uint64]:
-    """Return the `text_key` of each text."""
-    return np.fromiter(map(text_key, texts), np.uint64, len(texts))
+    keys = np.fromiter(map(text_key, texts), np.uint64, len(texts))
+    return Candidates(sketch(texts), keys, np.arange(len(texts)))
 
 
 def grams(text: str) -> set[str]:
@@ -301,8 +292,8 @@ def _with_equal(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np
     Args:
         keys: of which the highest 40 bits count [rows].
     """
-    # Numbers of a key and a position are sorted several times as fast as positions by their keys. Beyond 2**24 rows, fewer
-    # bits of the keys count.
+    # Numbers of a key and a position are sorted several times as fast as positions by keys. Beyond 2**24 rows, fewer
+    # bits count.
     bits = np.uint64(max(24, len(keys).bit_length()))
     numbers = keys >> bits
     numbers <<= bits

@@ -168,7 +168,7 @@ def place_near(
 def _placement(
     table: ChatTable, rows: Unplaced, order: Rows, config: CheckDatasetConfig, compared: Compared
 ) -> tuple[Placement, int]:
-    """Place the rows; return the number of pairs that were not proposed, too."""
+    """Place the rows; return also how many pairs were not proposed."""
     assert table.texts is not None
     candidates = table.texts.candidates(order)
     comparison = Comparison(

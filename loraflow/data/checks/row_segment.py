@@ -10,7 +10,6 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.answers.labels import Question
 from loraflow.data.chats import Chat, Message, with_system
 from loraflow.data.checks.broken_text import has_carriage_return
-from loraflow.data.checks.near import HASHES, comparable_text, sketch, text_keys
+from loraflow.data.checks.near import HASHES, comparable_text, sketch
 from loraflow.data.checks.placement import SPLITS, Split
 from loraflow.data.checks.split import (
     group_key,
@@ -181,7 +180,7 @@ class SegmentBuilder:
         """Return the segment. `asked` has the questions about the file that were answered for it."""
         arrays = {name: np.frombuffer(values, np.dtype(values.typecode)) for name, values in self._arrays.items()}
         if self._is_near:
-            arrays["text_keys"] = text_keys(self._compared)
+            arrays["text_keys"] = np.fromiter(map(text_key, self._compared), np.uint64, len(self._compared))
             arrays["text_sketches"] = sketch(self._compared)
             arrays["prompt_keys"] = np.frombuffer(self._prompt_keys, np.uint64)
             arrays["prompt_sketches"] = sketch(self._compared_prompts)
@@ -208,7 +207,7 @@ class SegmentBuilder:
         arrays["keys"].append(int(prompt_key, 16))
         arrays["groups"].append(-1 if row.group is None else self._groups.setdefault(row.group, len(self._groups)))
         if system and is_added:
-            prompt_key = _key([_hashed(message_json(message), message) for message in messages[:-1]])
+            prompt_key, _ = _keys([_hashed(message_json(message), message) for message in messages])
         arrays["drawn_keys"].append(int(prompt_key, 16))
         arrays["drawn"].append(SPLITS.index(self._draw(prompt_key, row.group)))
         self._add_normalized(messages, chat, is_simple=is_simple)
@@ -287,14 +286,9 @@ def _hashed(item: str, message: Message) -> str:
 
 
 def _keys(items: list[str]) -> tuple[str, str]:
-    """Return `_key` of the prompt's messages and of all messages. The prompt is hashed once."""
+    """Return what `row_id` returns for the prompt's messages and for all messages. The prompt is hashed once."""
     prompt = hashlib.sha256(f"[{', '.join(items[:-1])}".encode())
     row = prompt.copy()
     prompt.update(b"]")
     row.update(f"{', ' if len(items) > 1 else ''}{items[-1]}]".encode())
     return prompt.hexdigest()[:16], row.hexdigest()[:16]
-
-
-def _key(items: Iterable[str]) -> str:
-    """Return what `row_id` returns for messages with these texts."""
-    return hashlib.sha256(f"[{', '.join(items)}]".encode()).hexdigest()[:16]

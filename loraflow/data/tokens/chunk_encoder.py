@@ -14,15 +14,16 @@ import mmap
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 from pydantic import JsonValue
@@ -39,7 +40,7 @@ from loraflow.job import Job
 from loraflow.store.chunk_cache import ChunkCache, split_head
 from loraflow.store.chunk_cache import segments as cut
 
-FORMAT = 2  # of the entries; those of version 1 had no key in their hash
+FORMAT = 2  # of the entries
 MAX_BYTES = 4_000_000  # of a segment, but for its last row: the arrays of long documents must fit into memory
 _BATCH_CHARACTERS = 1_000_000  # of lines that are read together
 _CONTENT = ', "messages": '  # of a row begins here; what stands before it is its id, set and place
@@ -158,7 +159,7 @@ class Chunk:
     problems: Problems
     lengths: np.ndarray  # tokens of each row of the file, before rows are left out or cut, int32
     longest: list[LongRow]  # of the same rows
-    is_new: bool = True  # they were not in the cache
+    is_new: bool  # they were not in the cache
 
 
 def encoded_chunks(
@@ -181,22 +182,25 @@ def encoded_chunks(
     _set_worker_state(template, config, cache)
     left = source.stat().st_size
     pool: ProcessPoolExecutor | None = None
-    pending: deque[Chunk | Future[Chunk]] = deque()
+    pending: deque[Callable[[], Chunk]] = deque()
     with ExitStack() as stack:
         try:
             for lines in segments(source):
                 entry = "" if cache is None else key_of_rows(key, lines)
                 content = None if cache is None else cache.read(entry)
+                if content is None and pool is None and processes > 1 and left >= ONE_PROCESS_BYTES:
+                    pool = stack.enter_context(_started(processes))
                 if content is not None:
-                    pending.append(_chunk(lines, EncodedRows.from_bytes(content), is_new=False))
+                    pending.append(partial(_chunk, lines, EncodedRows.from_bytes(content), is_new=False))
+                elif pool is None:
+                    pending.append(partial(_encode, entry, lines))
                 else:
-                    if pool is None and processes > 1 and left >= ONE_PROCESS_BYTES:
-                        pool = stack.enter_context(_started(processes))
-                    pending.append(_encode(entry, lines) if pool is None else pool.submit(_encode, entry, lines))
+                    pending.append(pool.submit(_encode, entry, lines).result)
                 left -= sum(map(len, lines))
-                while pending and (isinstance(pending[0], Chunk) or len(pending) > 4 * processes):
-                    yield _result(pending.popleft())
-            yield from map(_result, pending)
+                while pending and (pool is None or len(pending) > 4 * processes):
+                    yield pending.popleft()()
+            while pending:
+                yield pending.popleft()()
         except BrokenProcessPool as error:
             raise Killed("A tokenizer process was killed.", where="tokenize", next_step="run again") from error
 
@@ -207,10 +211,6 @@ def _started(processes: int) -> ProcessPoolExecutor:
     # A forked process has the tokenizer already. gc.freeze keeps its garbage collector from touching, and so copying,
     # the parent's memory pages.
     return ProcessPoolExecutor(processes, get_context("fork"), initializer=gc.freeze)
-
-
-def _result(chunk: Chunk | Future[Chunk]) -> Chunk:
-    return chunk if isinstance(chunk, Chunk) else chunk.result()
 
 
 def has_weights(source: Path) -> bool:
@@ -251,18 +251,24 @@ def _encoded(lines: list[str]) -> EncodedRows:
 
 def _chunk(lines: list[str], rows: EncodedRows, *, is_new: bool) -> Chunk:
     """Leave rows out, or cut them, as the config says."""
-    places, problems = _Places(lines), Problems()
+    problems = Problems()
+
+    def place_of(number: int) -> str:
+        head, _, _ = lines[number].partition(_CONTENT)  # all else of a row need not be parsed
+        place: str = json.loads(f"{head}}}")["place"]
+        return place
+
     ends = np.cumsum(rows.lengths, dtype=np.int64)
     starts = ends - rows.lengths
     for number in rows.cut:
-        problems.add("cut_reasoning", places[number])
+        problems.add("cut_reasoning", place_of(number))
     kept = np.ones(len(lines), bool)
     if _config.special_tokens != "allow":
         for number, token in rows.special.items():
-            problems.add("special_tokens", f"{places[number]}: {token}")
+            problems.add("special_tokens", f"{place_of(number)}: {token}")
             kept[number] = False
     for number in np.flatnonzero(kept & (rows.lengths > _config.max_length)).tolist():
-        problems.add("too_long", f"{places[number]}: {rows.lengths[number]} tokens")
+        problems.add("too_long", f"{place_of(number)}: {rows.lengths[number]} tokens")
         # No stop token is added at the cut: the model would learn to stop in the middle of a sentence.
         kept[number] = _config.too_long == "truncate"
     lengths = np.minimum(rows.lengths, _config.max_length)
@@ -270,13 +276,13 @@ def _chunk(lines: list[str], rows: EncodedRows, *, is_new: bool) -> Chunk:
     # The first token is never predicted.
     nothing = kept & (learned[starts + lengths] == learned[np.minimum(starts + 1, starts + lengths)])
     for number in np.flatnonzero(nothing).tolist():
-        problems.add("nothing_to_learn", places[number])
+        problems.add("nothing_to_learn", place_of(number))
     kept &= ~nothing
     lengths = np.where(kept, lengths, 0).astype(np.int32)
     is_in = slice(None) if np.array_equal(lengths, rows.lengths) else _of_rows(starts, lengths, rows.lengths)
     weights = None if rows.weights is None else rows.weights[is_in]
     batch = TokenBatch(rows.ids[is_in], rows.labels[is_in], lengths[kept], weights)
-    return Chunk(batch, kept, problems, rows.lengths, long_rows(places, rows.lengths.tolist()), is_new)
+    return Chunk(batch, kept, problems, rows.lengths, long_rows(place_of, rows.lengths.tolist()), is_new)
 
 
 def _of_rows(starts: np.ndarray, lengths: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
@@ -284,23 +290,3 @@ def _of_rows(starts: np.ndarray, lengths: np.ndarray, of_rows: np.ndarray) -> np
     position = np.arange(int(of_rows.sum())) - np.repeat(starts, of_rows)
     is_in: np.ndarray = position < np.repeat(lengths, of_rows)
     return is_in
-
-
-class _Places(Sequence[str]):
-    """The places of rows, which are parsed only where they are needed."""
-
-    def __init__(self, lines: list[str]):
-        self._lines = lines
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    @overload
-    def __getitem__(self, number: int) -> str: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[str]: ...
-    def __getitem__(self, number: int | slice) -> str | list[str]:
-        if isinstance(number, slice):
-            return [self[n] for n in range(*number.indices(len(self)))]
-        record: ChatRecord = json.loads(self._lines[number])
-        return record["place"]
