@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
-from loraflow.data.checks.near import THRESHOLD, Comparison, Sketches, comparable_text, grams, jaccard
+from loraflow.data.checks.near import THRESHOLD, Comparison, candidates_of, comparable_text, grams, jaccard
 from loraflow.data.checks.split import normalize
 
 Chat = list[dict[str, str]]
@@ -87,9 +87,7 @@ def all_pairs(texts: list[str]) -> set[tuple[int, int]]:
 
 def found_pairs(texts: list[str]) -> set[tuple[int, int]]:
     """Return the pairs that the search finds."""
-    sketches = Sketches()
-    sketches.add(texts)
-    candidates, comparison = sketches.candidates(), Comparison(texts.__getitem__)
+    candidates, comparison = candidates_of(texts), Comparison(texts.__getitem__)
     equal = {(int(first), row) for row, first in enumerate(candidates.first) if first != row}
     return equal | {(a, b) for b in range(len(texts)) for a in candidates.before(b) if comparison.is_near(a, b)}
 

@@ -7,13 +7,15 @@ noticed: it is removed and computed again. Cleanup removes entries that nobody r
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+import re
 import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from loraflow.failures import Failure
 from loraflow.store.checkpoints import recompute_digest
@@ -48,12 +50,12 @@ class ChunkCache:
             return None
         return cls(work.parents[2] / FOLDER / stage)
 
-    def read(self, key: str) -> bytes | None:
+    def read(self, key: str) -> memoryview | None:
         """Return the content of an entry; None if there is none, or a damaged one, which is removed."""
         file = self._file(key)
         try:
             data = read_file(file)
-            content = data[_HASH:]
+            content = memoryview(data)[_HASH:]
             if _hash(key, content) != data[:_HASH]:
                 log.warning("%s is damaged; it is computed again", file)
                 file.unlink(missing_ok=True)
@@ -89,8 +91,16 @@ class ChunkCache:
         return self.folder / key[:2] / key
 
 
-def _hash(key: str, content: bytes) -> bytes:
-    return hashlib.sha256(key.encode() + b"\0" + content).digest()
+def _hash(key: str, content: bytes | memoryview) -> bytes:
+    found = hashlib.sha256(key.encode() + b"\0")
+    found.update(content)
+    return found.digest()
+
+
+def split_head(content: bytes | memoryview) -> tuple[Any, int]:
+    """Return the JSON in the first line of a content, and where the next line begins."""
+    end = next(re.finditer(b"\n", content)).end()
+    return json.loads(bytes(content[:end])), end
 
 
 def stale_entries(root: Path, before: float, *, remove: bool) -> Iterator[tuple[PurePosixPath, int]]:

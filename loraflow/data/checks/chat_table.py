@@ -1,6 +1,6 @@
-"""The rows that have a chat: their texts are in a temporary file, and a few numbers of each row are in memory.
+"""The rows that have a chat: their texts and most of their numbers are in temporary files.
 
-So a dataset of any size can be split, compared and counted; a row takes about 70 bytes of memory.
+So a dataset of any size can be split, compared and counted; 30 bytes of each row are in memory.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import json
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from json.encoder import encode_basestring
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -30,6 +31,7 @@ from loraflow.data.checks.split import group_key, to_json
 # Rows that are written together, and bytes of their texts
 _TOGETHER = 1024
 _TOGETHER_BYTES = 250_000
+_EARLY = ("drawn_keys", "flags", "drawn")  # numbers that are used while rows are read
 TRAIN = "train"  # the set of rows that are not in a held-out file
 
 Rows = NDArray[np.int64]  # row numbers
@@ -39,7 +41,7 @@ class ChatTable:
     """Rows with a chat, numbered from 0 in the order in which they are added.
 
     Args:
-        folder: where the temporary file is. It has no name, so it vanishes if the process ends.
+        folder: where the temporary files are. They have no names, so they vanish if the process ends.
 
     Attributes:
         flags: bits of each row, see `loraflow/data/checks/row_segment.py`.
@@ -55,13 +57,11 @@ class ChatTable:
         self._file = TemporaryFile(dir=folder, buffering=1 << 20)  # noqa: SIM115 - closed with the table
         self._is_unflushed = False
         self._start = array("q", [0])
-        self._numbers = array("q")  # in the file
+        self._numbers = array("I")  # in the file
         self._places, self._place_begins = list[str](), list[int]()  # of segments: beginning of the place, first row
-        self._arrays = {name: array(code) for name, code in TYPES.items() if name not in ("numbers", "sizes")}
-        self._read = tuple(name for name in self._arrays if name != "groups")  # are taken from segments unchanged
-        if not config.system:  # the prompt is what is drawn
-            self._arrays |= {"drawn_keys": self._arrays["keys"], "asked": self._arrays["prompts"]}
-            self._read = tuple(name for name in self._read if name not in ("drawn_keys", "asked"))
+        self._arrays = {name: array(TYPES[name]) for name in (*_EARLY, "groups")}
+        later = TYPES.keys() - self._arrays.keys() - {"numbers", "sizes"}
+        self._files = {name: TemporaryFile(dir=folder) for name in later}  # noqa: SIM115
         self.flags, self.drawn, self.group = (self._arrays[name] for name in ("flags", "drawn", "groups"))
         self._set = self._arrays["sets"] = array("h")
         self.source = self._arrays["sources"] = array("h")
@@ -77,10 +77,9 @@ class ChatTable:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
-        for sketches in (self.texts, self.prompts):
-            if sketches is not None:
-                sketches.close()
+        for file in (self._file, *self._files.values(), self.texts, self.prompts):
+            if file is not None:
+                file.close()
 
     def __len__(self) -> int:
         return len(self.flags)
@@ -95,8 +94,10 @@ class ChatTable:
             first: the number of the segment's first line in its file.
         """
         begin, rows, arrays = len(self), len(segment), segment.arrays
-        for name in self._read:
+        for name in _EARLY:
             self._arrays[name].frombytes(arrays[name].tobytes())
+        for name, file in self._files.items():
+            file.write(arrays[name].data)
         names = np.array([_number(name, self._groups, self._group_names) for name in segment.groups], np.int32)
         groups = arrays["groups"]
         self.group.frombytes((np.where(groups < 0, groups, names[groups]) if len(names) else groups).tobytes())
@@ -105,7 +106,7 @@ class ChatTable:
         if rows:
             self._places.append(place)
             self._place_begins.append(begin)
-            self._numbers.frombytes((arrays["numbers"].astype(np.int64) + first).tobytes())
+            self._numbers.frombytes((arrays["numbers"] + np.uint32(first)).tobytes())
             self._start.frombytes((np.cumsum(arrays["sizes"]) + self._start[-1]).tobytes())
             self._file.write(segment.texts)
             self._is_unflushed = True
@@ -122,16 +123,16 @@ class ChatTable:
 
     def id_of(self, number: int) -> str:
         """Return the id of a row's chat."""
-        return f"{self._arrays['ids'][number]:016x}"
+        return f"{self.columns.ids[number]:016x}"
 
     def raw(self, number: int) -> str:
         """Return the text of a row whose last answer is not learned or that has no group, as it was read."""
-        raw: str = json.loads(self._parts(number)[2])
+        raw: str = json.loads(self._lines([number])[2])
         return raw
 
     def messages(self, number: int) -> list[Message]:
         """Return a row's chat as it was read, without data.system."""
-        chat: list[Message] = json.loads(self._parts(number)[0])
+        chat: list[Message] = json.loads(self._lines([number])[0])
         return without_system(chat) if self.flags[number] & ADDED_SYSTEM else chat
 
     def lines(self, rows: Rows, split: Split, group: Callable[[int], str | None] | None) -> Iterator[bytes]:
@@ -142,8 +143,8 @@ class ChatTable:
         is_heldout = split == "heldout"
         names = [to_json(name if is_heldout else split) for name in self._set_names]
         places = [encode_basestring(place)[:-1] for place in self._places]
-        ids, sets = np.frombuffer(self._arrays["ids"], np.uint64), np.maximum(np.frombuffer(self._set, np.int16), 1)
-        in_file = np.frombuffer(self._numbers, np.int64)
+        ids, sets = self.columns.ids, np.maximum(self.columns.sets, 1)
+        in_file = np.frombuffer(self._numbers, np.uint32)
         starts = np.frombuffer(self._start, np.int64)
         while len(rows):
             some = rows[:_TOGETHER]
@@ -152,9 +153,8 @@ class ChatTable:
             rows = rows[len(some) :]
             of_places = np.searchsorted(self._place_begins, some, side="right") - 1
             digits = ids[some].astype(">u8").tobytes().hex()
-            chats, rests = self._texts(some)
-            if is_heldout:
-                rests = [""] * len(some)
+            lines = self._lines(some.tolist())
+            chats, rests = lines[::3], [""] * len(some) if is_heldout else lines[1::3]
             if group is not None:
                 groups = map(group, some.tolist())
                 rests = [
@@ -172,26 +172,19 @@ class ChatTable:
                 ]
             ).encode()
 
-    def _parts(self, number: int) -> list[str]:
-        return self._lines(number, number + 1)
-
-    def _lines(self, begin: int, end: int) -> list[str]:
-        """Return the texts of the rows from `begin` to `end`: three of each row."""
+    def _lines(self, rows: Sequence[int]) -> list[str]:
+        """Return the texts of rows, three of each row: its messages, its marks, and the row as it was read."""
         if self._is_unflushed:
             self._file.flush()
             self._is_unflushed = False
-        at = self._start[begin]
-        return os.pread(self._file.fileno(), self._start[end] - at, at).decode().split("\n")[:-1]
-
-    def _texts(self, rows: Rows) -> tuple[list[str], list[str]]:
-        """Return the messages of rows, and their marks."""
-        first, last = int(rows.min()), int(rows.max())
-        if self._start[last + 1] - self._start[first] > 4 * _TOGETHER_BYTES:
-            parts = [self._parts(number) for number in rows.tolist()]
-            return [chat for chat, _, _ in parts], [marks for _, marks, _ in parts]
-        found = self._lines(first, last + 1)
-        positions: list[int] = (3 * (rows - first)).tolist()
-        return [found[position] for position in positions], [found[position + 1] for position in positions]
+        file, start = self._file.fileno(), self._start
+        begin, end = start[min(rows)], start[max(rows) + 1]
+        if end - begin > 4 * _TOGETHER_BYTES:  # most of it would not be needed
+            parts = [os.pread(file, start[row + 1] - start[row], start[row]) for row in rows]
+        else:
+            content = os.pread(file, end - begin, begin)
+            parts = [content[start[row] - begin : start[row + 1] - begin] for row in rows]
+        return b"".join(parts).decode().split("\n")[:-1]
 
     def set_of(self, number: int, split: Split) -> str:
         """Return the name of a row's set, if it is in this split."""
@@ -221,9 +214,14 @@ class ChatTable:
 
     # -- after all rows are read -------------------------------------------------------------------------------------
 
+    @cached_property
     def columns(self) -> Columns:
-        """Return what is known of all rows. No row may be added after that."""
-        return Columns(**{name: np.frombuffer(values, values.typecode) for name, values in self._arrays.items()})
+        """What is known of all rows. No row may be added after it was asked for."""
+        found = {name: np.frombuffer(values, values.typecode) for name, values in self._arrays.items()}
+        for name, file in self._files.items():
+            file.flush()
+            found[name] = np.asarray(np.memmap(file, TYPES[name], "r")) if len(self) else np.empty(0, TYPES[name])
+        return Columns(**found)
 
 
 @dataclass(frozen=True)
@@ -257,9 +255,8 @@ def source_of(place: str) -> str:
 
 
 def _number(name: str, numbers: dict[str, int], names: list[str]) -> int:
-    number = numbers.get(name)
-    if number is None:
-        number = numbers[name] = len(names)
+    number = numbers.setdefault(name, len(names))
+    if number == len(names):
         names.append(name)
     return number
 

@@ -185,15 +185,15 @@ def _read(
     clusters = None
     if config.near_duplicates is None:
         placed = np.fromiter(_each_drawn(numbers, table, hold_out), np.int64)
-        sides = table.columns().drawn[placed]
+        sides = table.columns.drawn[placed]
     else:
         placed = np.fromiter(numbers, np.int64)
         clusters, sides = place_near(
-            table, table.columns(), placed, config, hold_out, reading.leave_out, reading.compared
+            table, table.columns, placed, config, hold_out, reading.leave_out, reading.compared
         )
         if clusters.held_out_of_few:
             reading.counts["held_out_of_few"] += clusters.held_out_of_few
-    columns = table.columns()
+    columns = table.columns
     splits: dict[Split, Rows] = {split: placed[sides == side] for side, split in enumerate(SPLITS)}
     splits["heldout"] = np.frombuffer(found, np.int64)
     for name, flag in (("weighted", WEIGHTED), ("partly_marked", PARTLY_LEARNED)):

@@ -23,7 +23,7 @@ import numpy as np
 
 from loraflow.config.data import Data
 from loraflow.config.locations import DvcOrigin
-from loraflow.data.chats import BadRow, ChatRecord
+from loraflow.data.chats import ChatRecord
 from loraflow.data.checks.check_report import CheckReport, DataDrift
 from loraflow.data.checks.split import label_values, prompt_key, row_id
 from loraflow.data.files.guess_columns import columns_of
@@ -109,7 +109,7 @@ def count_fields(folder: Path, name: str, found: Version, query: str | None = No
     """
     for value in read_values(folder / name, name, query):
         found.read += 1
-        if isinstance(value.value, dict) and not isinstance(value.value, BadRow):
+        if isinstance(value.value, dict):
             found.fields.update(str(key) for key, cell in value.value.items() if has_value(cell))
 
 
@@ -223,11 +223,7 @@ def measure_drift(before: CheckedRows, after: CheckedRows) -> DataDrift:
     largest = max(_shifts(before, after), default=_Shift(0.0, ""))
     drawn = {"the champion's rows": before.version.answers, "the rows of this run": after.version.answers}
     return DataDrift(
-        before=found.before,
-        after=found.after,
-        added=found.added,
-        removed=found.removed,
-        edited=found.edited,
+        **vars(found),
         shift=round(largest.size, 6),
         shifted=largest.what if largest.size else "",
         lines=[

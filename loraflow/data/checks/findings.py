@@ -75,13 +75,10 @@ class Detector:
             self._add_answer(number, set_name, chat, answer)
 
     def _add_texts(self, number: int, chat: Chat) -> None:
-        details: dict[ProfileCheckName, Callable[[], str | None]] = {
-            "broken_text": lambda: _first(broken_text, chat),
-            "control_tokens": lambda: _first(control_token, chat),
-            "personal": lambda: _first(personal_data, chat),
-        }
-        for name, detail in details.items():
-            if name in self._rules and (found := detail()) is not None:
+        details: dict[ProfileCheckName, Callable[[str], str | None]]
+        details = {"broken_text": broken_text, "control_tokens": control_token, "personal": personal_data}
+        for name, detect in details.items():
+            if name in self._rules and (found := _first(detect, chat)) is not None:
                 self._found[name][number] = found
 
     def _add_answer(self, number: int, set_name: str, chat: Chat, answer: str) -> None:

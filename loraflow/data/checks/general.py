@@ -82,7 +82,7 @@ def run(job: Job[CheckGeneralConfig], inputs: Inputs, out: Path, progress: Progr
     shutil.rmtree(files)  # general.jsonl has the rows
     if problems:
         raise BadData(
-            f"{len(problems)} row{'s' if len(problems) > 1 else ''} of the general set cannot be used.",
+            f"{len(problems)} row{'s' * (len(problems) > 1)} of the general set cannot be used.",
             where=problems[0].place,
             expected='chats, or {"question": …, "choices": [...], "answer": POSITION}; no duplicates, no training rows',
             got="".join(f"\n            {place}: {why}" for place, why in problems[:SHOWN]),

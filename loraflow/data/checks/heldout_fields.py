@@ -14,7 +14,6 @@ from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter
 
-from loraflow.data.chats import BadRow
 from loraflow.data.checks.chat_table import source_of
 from loraflow.data.files.readers import read_values
 from loraflow.failures import BadData
@@ -48,7 +47,7 @@ def write_field_values(
     others: Counter[str] = Counter()  # fields that rows have
     for name in dict.fromkeys(place.rpartition(":")[0] for place in rows):
         for place, value, _ in read_values(files / name, name, (queries or {}).get(source_of(name))):
-            if place in rows and isinstance(value, dict) and not isinstance(value, BadRow):
+            if place in rows and isinstance(value, dict):
                 others.update(str(key) for key in value)
                 values[place] = {field: _text(value.get(field), field, place) for field in fields}
     for field in fields if rows else ():  # without rows, the run stops with a message about that

@@ -10,10 +10,9 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,40 +33,35 @@ _CHUNK = 100_000  # pairs whose sketches are compared together
 
 
 class Sketches:
-    """The sketches of rows, which are added one after another. They take 88 bytes a row: in a temporary file, or in memory.
+    """The sketches of rows and the keys of their texts, in a temporary file.
 
     Args:
-        folder: where the file is; None for memory.
+        folder: where the file is.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._file: IO[bytes] = BytesIO() if folder is None else TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
-        self._keys = array("Q")
-
-    def add(self, texts: Sequence[str]) -> None:
-        """Add rows by their comparable texts."""
-        self.append(sketch(texts), np.fromiter(map(text_key, texts), np.uint64, len(texts)))
+    def __init__(self, folder: Path):
+        self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
 
     def append(self, sketches: NDArray[np.uint8], keys: NDArray[np.uint64]) -> None:
         """Add rows by what `sketch` and `text_key` return for their texts."""
-        self._file.write(sketches.data)
-        self._keys.frombytes(keys.tobytes())
+        rows = np.empty(len(keys), _SKETCH)
+        rows["sketch"], rows["key"] = sketches.reshape(-1, HASHES), keys
+        self._file.write(rows.data)
 
     def close(self) -> None:
         """Delete the sketches."""
         self._file.close()
 
-    def candidates(self, order: NDArray[np.int64] | None = None) -> Candidates:
-        """Return the pairs that are worth comparing, and forget the sketches.
+    def candidates(self, order: NDArray[np.int64]) -> Candidates:
+        """Return the pairs that are worth comparing.
 
         Args:
             order: some or all rows, in another order; the pairs have the positions in it.
         """
-        self._file.seek(0)
-        sketches = np.frombuffer(self._file.read(), np.uint8).reshape(-1, HASHES)
-        keys = np.frombuffer(self._keys, np.uint64)
-        self._file.close()
-        return Candidates(sketches, keys, np.arange(len(keys)) if order is None else order)
+        self._file.flush()
+        # Mapped, so that they do not have to be in memory together. An empty file cannot be mapped.
+        rows = np.asarray(np.memmap(self._file, _SKETCH, "r")) if len(order) else np.empty(0, _SKETCH)
+        return Candidates(rows["sketch"], rows["key"], order)
 
 
 class Candidates:
@@ -85,16 +79,14 @@ class Candidates:
         self.keys = keys[order]
         self.first = first_equal(self.keys)
         self.unproposed = 0
-        unique = np.flatnonzero(self.first == np.arange(len(order)))
+        is_first = self.first == np.arange(len(order))
+        unique = np.flatnonzero(is_first)
         pairs = self._propose(sketches, order[unique], unique)
         pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
         self._earlier = pairs[:, 0]
         self._starts = np.searchsorted(pairs[:, 1], np.arange(len(order) + 1))
         self.has_before = np.diff(self._starts) > 0
-        self.alone = (self.first == np.arange(len(order))) & ~self.has_before
-
-    def __len__(self) -> int:
-        return len(self.first)
+        self.alone = is_first & ~self.has_before
 
     def before(self, row: int) -> list[int]:
         """Return the rows before this one that may be near it, in ascending order, without rows of equal texts."""
@@ -103,27 +95,26 @@ class Candidates:
 
     def _propose(self, sketches: NDArray[np.uint8], of: NDArray[np.int64], rows: NDArray[np.int64]) -> np.ndarray:
         """Return pairs of row numbers [pairs, 2], the smaller one first. The sketch of rows[n] is sketches[of[n]]."""
-        packed = [np.empty(0, np.int64)]
+        found = np.empty(0, np.int64)
         for start in range(0, HASHES, BAND):
-            for first, second in self._in_bands(_band(sketches, start)[of]):
-                for begin in range(0, len(first), _CHUNK):
-                    a, b = first[begin : begin + _CHUNK], second[begin : begin + _CHUNK]
+            packed = [found]
+            begin = min(start, HASHES - 8)  # 8 bytes are read, of which BAND are the band's
+            words = sketches[:, begin : begin + 8].view("<u8")[:, 0][of]
+            words >>= np.uint64(8 * (start - begin))
+            words <<= np.uint64(64 - 8 * BAND)
+            for first, second in self._in_bands(words):
+                for at in range(0, len(first), _CHUNK):
+                    a, b = first[at : at + _CHUNK], second[at : at + _CHUNK]
                     near = np.count_nonzero(sketches[of[a]] == sketches[of[b]], axis=1) >= MIN_EQUAL
                     packed.append(a[near] * len(rows) + b[near])
-            packed = [np.unique(np.concatenate(packed))]
-        first, second = np.divmod(packed[0], max(len(rows), 1))
+            found = np.sort(np.concatenate(packed))  # np.unique would hash first, which takes longer
+            found = found[np.diff(found, prepend=-1) > 0]
+        first, second = np.divmod(found, max(len(rows), 1))
         return np.stack((rows[first], rows[second]), axis=1)
 
     def _in_bands(self, keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield pairs of positions whose keys are equal, at most WINDOW for each position."""
-        order = may_be_equal(keys)
-        order = order[np.argsort(keys[order], kind="stable")]
-        ordered = keys[order]
-        if len(order) == 0:
-            return
-        same = ordered[1:] == ordered[:-1]
-        shared = np.append(same, False) | np.append(False, same)
-        order, ordered = order[shared], ordered[shared]
+        order, ordered = _with_equal(keys)
         for distance in range(1, WINDOW + 1):
             equal = ordered[distance:] == ordered[:-distance]
             if not equal.any():
@@ -132,13 +123,6 @@ class Candidates:
         counts = np.unique(ordered, return_counts=True)[1]
         left = np.maximum(counts - WINDOW - 1, 0)
         self.unproposed += int((left * (left + 1) // 2).sum())
-
-
-def _band(sketches: NDArray[np.uint8], start: int) -> NDArray[np.uint64]:
-    """Return BAND values of each sketch [rows], the first of which is at `start`, as a number."""
-    begin = min(start, HASHES - 8)
-    words = np.ascontiguousarray(sketches[:, begin : begin + 8]).view("<u8")[:, 0]
-    return words >> np.uint64(8 * (start - begin)) & np.uint64((1 << 8 * BAND) - 1)
 
 
 class Comparison:
@@ -203,6 +187,7 @@ class Compared:
 
 GRAM = 5  # characters
 HASHES = 80  # MinHash values of a text; a byte of each is kept
+_SKETCH = np.dtype([("sketch", np.uint8, HASHES), ("key", np.uint64)])
 _SEED = 1
 # Of texts that are sketched together: their arrays stay in a core's cache, which is twice as fast as 1,000,000.
 _BATCH_CHARACTERS = 12_000
@@ -224,6 +209,12 @@ def comparable_text(messages: Chat) -> str:
             if others:  # such as tool calls; the tools themselves are often the same in all rows
                 parts.append(to_json(others))
     return normalize(" ".join(parts))
+
+
+def candidates_of(texts: Sequence[str]) -> Candidates:
+    """Return the pairs of texts that are worth comparing."""
+    keys = np.fromiter(map(text_key, texts), np.uint64, len(texts))
+    return Candidates(sketch(texts), keys, np.arange(len(texts)))
 
 
 def grams(text: str) -> set[str]:
@@ -295,20 +286,31 @@ def _rensa() -> Any:
     return rensa
 
 
-def may_be_equal(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the positions whose key may be that of another position, in ascending order.
+def _with_equal(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """Return the positions whose key is that of another position, ordered by key and position; and their keys.
 
-    All positions with equal keys are among them, and at most a fifth of the others, where keys are random.
+    Args:
+        keys: of which the highest 40 bits count [rows].
     """
-    bits = np.uint64(len(keys).bit_length() + 2)
-    slots = ((keys * _FACTOR) >> (np.uint64(64) - bits)).astype(np.int64)
-    return np.flatnonzero(np.bincount(slots)[slots] > 1)
+    # Numbers of a key and a position are sorted several times as fast as positions by keys. Beyond 2**24 rows, fewer
+    # bits count.
+    bits = np.uint64(max(24, len(keys).bit_length()))
+    numbers = keys >> bits
+    numbers <<= bits
+    numbers |= np.arange(len(keys), dtype=np.uint64)
+    numbers.sort()
+    same = (numbers[1:] ^ numbers[:-1]) >> bits == 0
+    shared = np.zeros(len(numbers), bool)
+    shared[1:] |= same
+    shared[:-1] |= same
+    ordered = numbers[shared] >> bits
+    return (numbers[shared] ^ ordered << bits).astype(np.int64), ordered
 
 
 def first_equal(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return for each position [rows] the first one with the same key: its own number if there is none before it."""
     first = np.arange(len(keys))
-    some = may_be_equal(keys)
+    some, _ = _with_equal(keys * _FACTOR)
     _, index, inverse = np.unique(keys[some], return_index=True, return_inverse=True)
     first[some] = some[index[inverse]]
     return first

@@ -14,7 +14,7 @@ from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chats import Chat
 from loraflow.data.checks.chat_table import ChatTable, Columns, Rows
 from loraflow.data.checks.check_report import NearDuplicates
-from loraflow.data.checks.near import Compared, Comparison, Sketches, comparable_text
+from loraflow.data.checks.near import Compared, Comparison, candidates_of, comparable_text
 from loraflow.data.checks.placement import (
     HELDOUT_FILE,
     HELDOUT_SIDE,
@@ -41,12 +41,11 @@ class ClusterNames:
 
 @dataclass(frozen=True)
 class Clusters:
-    """The clusters of near-duplicates, for each row of the table [rows]."""
+    """The clusters of near-duplicates."""
 
     clusters: ClusterNames
     groups: ClusterNames  # clusters among the held-out rows
-    near: Rows  # the earlier row that a row is near to; -1: none
-    position: Rows  # in the order in which rows were placed
+    near: Rows  # a row and the earlier row that it is near to [pairs, 2], in the order in which rows were placed
     held_out_of_few: int
     unproposed: int
 
@@ -121,12 +120,8 @@ class Clusters:
     def _pair(self, table: ChatTable, numbers: Rows) -> str:
         is_in = np.zeros(len(table), bool)
         is_in[numbers] = True
-        found = np.flatnonzero((self.near >= 0) & is_in & is_in[self.near])
-        if len(found) == 0:
-            return ""
-        # Held-out rows come first if each row keeps its side.
-        row = int(found[np.argmin(self.position[found])])
-        return f"{table.place(row)} and {table.place(int(self.near[row]))}"
+        found = self.near[is_in[self.near].all(axis=1)]
+        return " and ".join(map(table.place, found[0].tolist())) if len(found) else ""
 
 
 def place_near(
@@ -147,22 +142,12 @@ def place_near(
     Raises:
         MissingExtra: rensa is not installed.
     """
-    is_drop = config.near_duplicates == "drop"
     sides = np.where(columns.sets != 0, np.int8(HELDOUT_FILE), columns.drawn)
     # Without drop, held-out rows come first: their clusters must not depend on training rows.
-    order = numbers if is_drop else numbers[np.argsort(sides[numbers] < HELDOUT_SIDE, kind="stable")]
-    assert table.texts is not None
-    candidates = table.texts.candidates(order)
-    comparison = Comparison(
-        lambda position: comparable_text(table.messages(int(order[position]))), candidates.keys, compared
-    )
-    placer = Placer(_unplaced(table, columns, sides, order, config), candidates, comparison)
-    if not is_drop:
-        placement = placer.keep_sides()
-    elif config.heldout or not config.heldout_fraction:
-        placement = placer.separate(None)
-    else:
-        placement = placer.separate(lambda units: min(units, key=lambda unit: draw(unit, config.seed, "heldout")))
+    order = numbers
+    if config.near_duplicates != "drop":
+        order = numbers[np.argsort(sides[numbers] < HELDOUT_SIDE, kind="stable")]
+    placement, unproposed = _placement(table, _unplaced(table, columns, sides, order, config), order, config, compared)
     is_pinned = columns.has(PINNED_TO_TRAIN)
     positions = np.argsort(order, kind="stable")  # of each of `numbers`, which ascend
     of_numbers = placement.sides[positions]
@@ -177,7 +162,26 @@ def place_near(
         reason, other = placement.left_out[position]
         what = "held out" if reason == "near_leak" else "on another side of the split, and it is near to a row of each"
         leave_out(number, reason, f"nearly the same as {table.place(int(order[other]))}, which is {what}")
-    return _clusters(table, order, placement, candidates.unproposed), of_numbers
+    return _clusters(table, order, placement, unproposed), of_numbers
+
+
+def _placement(
+    table: ChatTable, rows: Unplaced, order: Rows, config: CheckDatasetConfig, compared: Compared
+) -> tuple[Placement, int]:
+    """Place the rows; return also how many pairs were not proposed."""
+    assert table.texts is not None
+    candidates = table.texts.candidates(order)
+    comparison = Comparison(
+        lambda position: comparable_text(table.messages(int(order[position]))), candidates.keys, compared
+    )
+    placer = Placer(rows, candidates, comparison)
+    if config.near_duplicates != "drop":
+        placement = placer.keep_sides()
+    elif config.heldout or not config.heldout_fraction:
+        placement = placer.separate(None)
+    else:
+        placement = placer.separate(lambda units: min(units, key=lambda unit: draw(unit, config.seed, "heldout")))
+    return placement, candidates.unproposed
 
 
 def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:
@@ -186,8 +190,7 @@ def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:
     Raises:
         MissingExtra: rensa is not installed.
     """
-    sketches = Sketches()
-    sketches.add([comparable_text(chat) for chat in chats])
+    candidates = candidates_of([comparable_text(chat) for chat in chats])
     comparison = Comparison(lambda number: comparable_text(chats[number]))
     count = len(chats)
     rows = Unplaced(
@@ -198,7 +201,7 @@ def near_policy(chats: Sequence[Chat]) -> Literal["report", "drop"]:
         may_be_held_out=np.ones(count, bool),
         unit=lambda row: "",
     )
-    sizes = np.bincount(Placer(rows, sketches.candidates(), comparison).keep_sides().cluster, minlength=1)
+    sizes = np.bincount(Placer(rows, candidates, comparison).keep_sides().cluster, minlength=1)
     return "drop" if sizes.max() <= max(3, MAX_CLUSTER * count) else "report"
 
 
@@ -222,16 +225,11 @@ def _unplaced(
 
 
 def _clusters(table: ChatTable, order: Rows, placement: Placement, unproposed: int) -> Clusters:
-    near = np.full(len(table), -1)
     has_near = placement.pairs >= 0
-    near[order[has_near]] = order[placement.pairs[has_near]]
-    position = np.zeros(len(table), np.int64)
-    position[order] = np.arange(len(order))
     return Clusters(
         clusters=_names(table, order, placement.cluster),
         groups=_names(table, order, placement.heldout_cluster),
-        near=near,
-        position=position,
+        near=np.stack((order[has_near], order[placement.pairs[has_near]]), axis=1),
         held_out_of_few=placement.held_out_of_few,
         unproposed=unproposed,
     )

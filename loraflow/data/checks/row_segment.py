@@ -10,7 +10,6 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import NamedTuple
@@ -34,6 +33,7 @@ from loraflow.data.checks.split import (
     without_call_ids,
 )
 from loraflow.data.files.readers import Row, is_answer_learned, is_partly_learned
+from loraflow.store.chunk_cache import split_head
 
 # Bits of `flags`
 LAST_LEARNED = 1  # the last answer is learned, or may be the reference of a held-out row
@@ -90,7 +90,7 @@ class RowSegment:
     """
 
     arrays: dict[str, np.ndarray]
-    texts: bytes
+    texts: bytes | memoryview
     groups: list[str]
     left_out: list[LeftOut]
     unread: dict[str, int]
@@ -117,10 +117,9 @@ class RowSegment:
         return b"".join(parts)
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> RowSegment:
+    def from_bytes(cls, content: bytes | memoryview) -> RowSegment:
         """Return what `as_bytes` wrote."""
-        begin = content.index(b"\n") + 1
-        head = json.loads(content[:begin])
+        head, begin = split_head(content)
         arrays: dict[str, np.ndarray] = {}
         for name, code in {**TYPES, **(_NEAR_TYPES if head["near"] else {})}.items():
             count = head["rows"] * (HASHES if name.endswith("sketches") else 1)
@@ -130,7 +129,14 @@ class RowSegment:
         asked = {tuple(question): answer for question, answer in head["asked"]}
         told = {(key, word): count for key, word, count in head["told"]}
         return cls(
-            arrays, content[begin:], head["groups"], left_out, head["unread"], told, head["carriage_returns"], asked
+            arrays,
+            memoryview(content)[begin:],
+            head["groups"],
+            left_out,
+            head["unread"],
+            told,
+            head["carriage_returns"],
+            asked,
         )
 
 
@@ -201,7 +207,7 @@ class SegmentBuilder:
         arrays["keys"].append(int(prompt_key, 16))
         arrays["groups"].append(-1 if row.group is None else self._groups.setdefault(row.group, len(self._groups)))
         if system and is_added:
-            prompt_key = _key([_hashed(message_json(message), message) for message in messages[:-1]])
+            prompt_key, _ = _keys([_hashed(message_json(message), message) for message in messages])
         arrays["drawn_keys"].append(int(prompt_key, 16))
         arrays["drawn"].append(SPLITS.index(self._draw(prompt_key, row.group)))
         self._add_normalized(messages, chat, is_simple=is_simple)
@@ -280,14 +286,9 @@ def _hashed(item: str, message: Message) -> str:
 
 
 def _keys(items: list[str]) -> tuple[str, str]:
-    """Return `_key` of the prompt's messages and of all messages. The prompt is hashed once."""
+    """Return what `row_id` returns for the prompt's messages and for all messages. The prompt is hashed once."""
     prompt = hashlib.sha256(f"[{', '.join(items[:-1])}".encode())
     row = prompt.copy()
     prompt.update(b"]")
     row.update(f"{', ' if len(items) > 1 else ''}{items[-1]}]".encode())
     return prompt.hexdigest()[:16], row.hexdigest()[:16]
-
-
-def _key(items: Iterable[str]) -> str:
-    """Return what `row_id` returns for messages with these texts."""
-    return hashlib.sha256(f"[{', '.join(items)}]".encode()).hexdigest()[:16]

@@ -40,18 +40,15 @@ class SegmentProcesses:
     def __init__(self, config: CheckDatasetConfig):
         self.count = min(processors(), MAX_PROCESSES)
         self._children: list[_Child] = []
+        self._threads = ThreadPoolExecutor(self.count, "segments")  # each waits for a process
+        self._free: SimpleQueue[_Child] = SimpleQueue()
         try:
             for _ in range(self.count):
                 self._children.append(_Child(config))
+                self._free.put(self._children[-1])
         except OSError:
-            for child in self._children:
-                child.kill()
-                child.close()
+            self.close()
             raise
-        self._free: SimpleQueue[_Child] = SimpleQueue()
-        for child in self._children:
-            self._free.put(child)
-        self._threads = ThreadPoolExecutor(self.count, "segments")  # each waits for a process
 
     def submit(self, segment: FileRows, file: RowsFile) -> Future[bytes | None]:
         """Read a segment; the result is its content, or None if the process raised an exception.
@@ -120,8 +117,7 @@ class _Child:
 
     def kill(self) -> None:
         """End the process."""
-        if self._process.poll() is None:
-            self._process.kill()
+        self._process.kill()
 
     def close(self) -> None:
         """Close the pipes of a process that was ended."""

@@ -77,8 +77,6 @@ class SegmentReader:
         """End the processes."""
         if self._processes is not None:
             self._processes.close()
-            self._processes = None
-            self._is_decided = False
 
     def read(self, file: RowsFile) -> Iterator[PlacedSegment]:
         """Yield the segments of a file, in order.
@@ -150,7 +148,7 @@ class SegmentReader:
                 found = RowSegment.from_bytes(content)
         answers |= found.asked
         if self._cache is not None and not pending.is_cached:
-            self._cache.write(pending.key, found.as_bytes() if content is None else content)
+            self._cache.write(pending.key, content or found.as_bytes())
         return PlacedSegment(found, pending.segment.place, pending.segment.first)
 
 

@@ -14,14 +14,16 @@ import mmap
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 from pydantic import JsonValue
@@ -35,10 +37,10 @@ from loraflow.data.tokens.token_labels import IGNORED, joined_weights
 from loraflow.data.tokens.token_report import LongRow, long_rows
 from loraflow.failures import Killed
 from loraflow.job import Job
-from loraflow.store.chunk_cache import ChunkCache
+from loraflow.store.chunk_cache import ChunkCache, split_head
 from loraflow.store.chunk_cache import segments as cut
 
-FORMAT = 2  # of the entries; those of version 1 had no key in their hash
+FORMAT = 2  # of the entries
 MAX_BYTES = 4_000_000  # of a segment, but for its last row: the arrays of long documents must fit into memory
 _BATCH_CHARACTERS = 1_000_000  # of lines that are read together
 _CONTENT = ', "messages": '  # of a row begins here; what stands before it is its id, set and place
@@ -88,10 +90,9 @@ class EncodedRows:
         return json.dumps(head).encode() + b"\n" + b"".join(part.tobytes() for part in parts)
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> EncodedRows:
+    def from_bytes(cls, content: bytes | memoryview) -> EncodedRows:
         """Return what `as_bytes` wrote."""
-        begin = content.index(b"\n") + 1
-        head = json.loads(content[:begin])
+        head, begin = split_head(content)
         tokens = head["tokens"]
 
         def take(dtype: type[np.generic], count: int) -> np.ndarray:
@@ -117,10 +118,7 @@ def key_of_job(job: Job[TokenizeConfig]) -> bytes:
 
 def key_of_rows(of_job: bytes, lines: Iterable[str]) -> str:
     """Return the key of a segment."""
-    found = hashlib.sha256(of_job)
-    for line in lines:
-        found.update(_content(line))
-    return found.hexdigest()
+    return hashlib.sha256(of_job + b"".join(map(_content, lines))).hexdigest()
 
 
 def segments(source: Path) -> Iterator[list[str]]:
@@ -131,11 +129,10 @@ def segments(source: Path) -> Iterator[list[str]]:
 
 
 def _content(line: str) -> bytes:
-    begin = line.find(_CONTENT)
-    return line[max(begin, 0) :].encode()
+    return line[max(line.find(_CONTENT), 0) :].encode()
 
 
-ONE_PROCESS_BYTES = 1_000_000  # a smaller file is encoded in this process
+ONE_PROCESS_BYTES = 1_000_000  # of new rows to the end of the file: fewer are encoded in this process
 
 Problem = Literal["special_tokens", "too_long", "nothing_to_learn", "cut_reasoning"]
 
@@ -162,7 +159,7 @@ class Chunk:
     problems: Problems
     lengths: np.ndarray  # tokens of each row of the file, before rows are left out or cut, int32
     longest: list[LongRow]  # of the same rows
-    is_new: bool = True  # they were not in the cache
+    is_new: bool  # they were not in the cache
 
 
 def encoded_chunks(
@@ -182,26 +179,38 @@ def encoded_chunks(
     Raises:
         Killed: a process was killed.
     """
-    _set_worker_state(template, config, cache, key)
-    chunks = segments(source)
-    if processes == 1 or source.stat().st_size < ONE_PROCESS_BYTES:
-        yield from map(_encode, chunks)
-        return
+    _set_worker_state(template, config, cache)
+    left = source.stat().st_size
+    pool: ProcessPoolExecutor | None = None
+    pending: deque[Callable[[], Chunk]] = deque()
+    with ExitStack() as stack:
+        try:
+            for lines in segments(source):
+                entry = "" if cache is None else key_of_rows(key, lines)
+                content = None if cache is None else cache.read(entry)
+                if content is None and pool is None and processes > 1 and left >= ONE_PROCESS_BYTES:
+                    pool = stack.enter_context(_started(processes))
+                if content is not None:
+                    pending.append(partial(_chunk, lines, EncodedRows.from_bytes(content), is_new=False))
+                elif pool is None:
+                    pending.append(partial(_encode, entry, lines))
+                else:
+                    pending.append(pool.submit(_encode, entry, lines).result)
+                left -= sum(map(len, lines))
+                while pending and (pool is None or len(pending) > 4 * processes):
+                    yield pending.popleft()()
+            while pending:
+                yield pending.popleft()()
+        except BrokenProcessPool as error:
+            raise Killed("A tokenizer process was killed.", where="tokenize", next_step="run again") from error
+
+
+def _started(processes: int) -> ProcessPoolExecutor:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
     # A forked process has the tokenizer already. gc.freeze keeps its garbage collector from touching, and so copying,
     # the parent's memory pages.
-    with ProcessPoolExecutor(processes, get_context("fork"), initializer=gc.freeze) as pool:
-        pending: deque[Future[Chunk]] = deque()
-        try:
-            for lines in chunks:
-                pending.append(pool.submit(_encode, lines))
-                if len(pending) > 4 * processes:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise Killed("A tokenizer process was killed.", where="tokenize", next_step="run again") from error
+    return ProcessPoolExecutor(processes, get_context("fork"), initializer=gc.freeze)
 
 
 def has_weights(source: Path) -> bool:
@@ -216,23 +225,17 @@ def has_weights(source: Path) -> bool:
 _template: ChatTemplate
 _config: TokenizeConfig
 _cache: ChunkCache | None
-_key: bytes
 
 
-def _set_worker_state(template: ChatTemplate, config: TokenizeConfig, cache: ChunkCache | None, key: bytes) -> None:
-    global _template, _config, _cache, _key
-    _template, _config, _cache, _key = template, config, cache, key
+def _set_worker_state(template: ChatTemplate, config: TokenizeConfig, cache: ChunkCache | None) -> None:
+    global _template, _config, _cache
+    _template, _config, _cache = template, config, cache
 
 
-def _encode(lines: list[str]) -> Chunk:
-    if _cache is None:
-        return _chunk(lines, _encoded(lines), is_new=True)
-    key = key_of_rows(_key, lines)
-    content = _cache.read(key)
-    if content is not None:
-        return _chunk(lines, EncodedRows.from_bytes(content), is_new=False)
+def _encode(key: str, lines: list[str]) -> Chunk:
     rows = _encoded(lines)
-    _cache.write(key, rows.as_bytes())
+    if _cache is not None:
+        _cache.write(key, rows.as_bytes())
     return _chunk(lines, rows, is_new=True)
 
 
@@ -248,18 +251,24 @@ def _encoded(lines: list[str]) -> EncodedRows:
 
 def _chunk(lines: list[str], rows: EncodedRows, *, is_new: bool) -> Chunk:
     """Leave rows out, or cut them, as the config says."""
-    places, problems = _Places(lines), Problems()
+    problems = Problems()
+
+    def place_of(number: int) -> str:
+        head, _, _ = lines[number].partition(_CONTENT)  # all else of a row need not be parsed
+        place: str = json.loads(f"{head}}}")["place"]
+        return place
+
     ends = np.cumsum(rows.lengths, dtype=np.int64)
     starts = ends - rows.lengths
     for number in rows.cut:
-        problems.add("cut_reasoning", places[number])
+        problems.add("cut_reasoning", place_of(number))
     kept = np.ones(len(lines), bool)
     if _config.special_tokens != "allow":
         for number, token in rows.special.items():
-            problems.add("special_tokens", f"{places[number]}: {token}")
+            problems.add("special_tokens", f"{place_of(number)}: {token}")
             kept[number] = False
     for number in np.flatnonzero(kept & (rows.lengths > _config.max_length)).tolist():
-        problems.add("too_long", f"{places[number]}: {rows.lengths[number]} tokens")
+        problems.add("too_long", f"{place_of(number)}: {rows.lengths[number]} tokens")
         # No stop token is added at the cut: the model would learn to stop in the middle of a sentence.
         kept[number] = _config.too_long == "truncate"
     lengths = np.minimum(rows.lengths, _config.max_length)
@@ -267,13 +276,13 @@ def _chunk(lines: list[str], rows: EncodedRows, *, is_new: bool) -> Chunk:
     # The first token is never predicted.
     nothing = kept & (learned[starts + lengths] == learned[np.minimum(starts + 1, starts + lengths)])
     for number in np.flatnonzero(nothing).tolist():
-        problems.add("nothing_to_learn", places[number])
+        problems.add("nothing_to_learn", place_of(number))
     kept &= ~nothing
     lengths = np.where(kept, lengths, 0).astype(np.int32)
     is_in = slice(None) if np.array_equal(lengths, rows.lengths) else _of_rows(starts, lengths, rows.lengths)
     weights = None if rows.weights is None else rows.weights[is_in]
     batch = TokenBatch(rows.ids[is_in], rows.labels[is_in], lengths[kept], weights)
-    return Chunk(batch, kept, problems, rows.lengths, long_rows(places, rows.lengths.tolist()), is_new)
+    return Chunk(batch, kept, problems, rows.lengths, long_rows(place_of, rows.lengths.tolist()), is_new)
 
 
 def _of_rows(starts: np.ndarray, lengths: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
@@ -281,23 +290,3 @@ def _of_rows(starts: np.ndarray, lengths: np.ndarray, of_rows: np.ndarray) -> np
     position = np.arange(int(of_rows.sum())) - np.repeat(starts, of_rows)
     is_in: np.ndarray = position < np.repeat(lengths, of_rows)
     return is_in
-
-
-class _Places(Sequence[str]):
-    """The places of rows, which are parsed only where they are needed."""
-
-    def __init__(self, lines: list[str]):
-        self._lines = lines
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    @overload
-    def __getitem__(self, number: int) -> str: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[str]: ...
-    def __getitem__(self, number: int | slice) -> str | list[str]:
-        if isinstance(number, slice):
-            return [self[n] for n in range(*number.indices(len(self)))]
-        record: ChatRecord = json.loads(self._lines[number])
-        return record["place"]

@@ -131,15 +131,14 @@ def _record_batch(batch: TokenBatch, schema: pa.Schema) -> pa.RecordBatch:
         _arrow(batch.lengths),
     ]
     if "loss_weights" in schema.names:
-        weights = all_weights(batch.labels, batch.weights)
-        values = pa.Array.from_buffers(pa.float32(), len(weights), [None, pa.py_buffer(weights)])
-        columns.append(pa.ListArray.from_arrays(_arrow(offsets), values))
+        weights = _arrow(all_weights(batch.labels, batch.weights))
+        columns.append(pa.ListArray.from_arrays(_arrow(offsets), weights))
     return pa.record_batch(columns, schema=schema)
 
 
 def _arrow(values: np.ndarray) -> pa.Array:
-    """Return int32 values as an Arrow array. `pa.array` would import pandas first."""
-    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+    """Return values as an Arrow array. `pa.array` would import pandas first."""
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
 Document = tuple[np.ndarray, np.ndarray]  # ids and labels, int32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from heapq import nlargest
 from typing import TYPE_CHECKING, Literal
 
@@ -94,7 +94,7 @@ def longest_of(rows: Iterable[LongRow]) -> list[LongRow]:
     return nlargest(LONGEST, rows, key=lambda row: row.tokens)
 
 
-def long_rows(places: Sequence[str], lengths: Sequence[int]) -> list[LongRow]:
+def long_rows(place_of: Callable[[int], str], lengths: Sequence[int]) -> list[LongRow]:
     """Return the longest of some rows."""
     numbers = nlargest(LONGEST, range(len(lengths)), key=lengths.__getitem__)
-    return [LongRow(place=places[n], tokens=lengths[n]) for n in numbers]
+    return [LongRow(place=place_of(n), tokens=lengths[n]) for n in numbers]

@@ -13,9 +13,11 @@ from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.chats import with_system, without_system
 from loraflow.data.checks import check
+from loraflow.data.checks.chat_table import ChatTable
 from loraflow.data.checks.row_drops import _first
-from loraflow.data.checks.row_segment import message_json
-from loraflow.data.checks.split import to_json
+from loraflow.data.checks.row_segment import SegmentBuilder, message_json
+from loraflow.data.checks.split import row_id, to_json
+from loraflow.data.files.readers import Row
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store import Summary
 from tests.job_factory import Outside
@@ -46,6 +48,29 @@ def test_the_texts_of_rows_are_not_in_memory(tmp_path, row):
         tracemalloc.stop()
     assert report["counts"]["read"] == 150
     assert peak < 4e6, peak
+
+
+def test_of_the_rows_of_a_large_dataset_a_few_numbers_are_in_memory(tmp_path):
+    config = CheckDatasetConfig.from_recipe(
+        Recipe.model_validate({"name": "x", "base": {"model": "b"}, "data": {"near_duplicates": "report"}}), Outside()
+    )
+    builder = SegmentBuilder(config, is_training=True, is_pinned=False)
+    chat = [{"role": "user", "content": "question " * 20}, {"role": "assistant", "content": "answer"}]
+    for number in range(1000):
+        builder.add(number, Row(f"x.jsonl:{number}", chat))
+    segment = builder.segment({})
+    tracemalloc.start()
+    try:
+        with ChatTable(tmp_path, config) as table:
+            in_memory = []
+            for number in range(50):
+                table.extend(segment, "x.jsonl:", 1 + 1000 * number, "train", None)
+                in_memory.append(tracemalloc.get_traced_memory()[0])
+            assert table.columns.turns.tolist() == [2] * 50_000 and table.place(49_999) == "x.jsonl:50000"
+            assert table.id_of(0) == table.id_of(49_000) == row_id(chat) and table.messages(31_234) == chat
+    finally:
+        tracemalloc.stop()
+    assert in_memory[-1] - in_memory[9] < 40 * 40_000, in_memory
 
 
 def test_a_dataset_without_a_valid_row_has_a_report_with_near_duplicates(tmp_path):

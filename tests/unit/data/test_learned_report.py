@@ -25,7 +25,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def lengths_of(values, max_length=128, too_long="drop"):
     values = list(values)
-    rows = long_rows([f"x:{n}" for n in range(len(values))], values)
+    rows = long_rows(lambda n: f"x:{n}", values)
     return Lengths.of(np.array(values, np.int32), rows, max_length=max_length, too_long=too_long)
 
 
@@ -57,8 +57,8 @@ def test_the_longest_rows_of_chunks_are_those_of_the_file_and_the_first_of_equal
     places = [f"x:{n}" for n in range(500)]
     longest: list[LongRow] = []
     for start in range(0, 500, 7):
-        longest = longest_of([*longest, *long_rows(places[start : start + 7], values[start : start + 7])])
-    assert longest == long_rows(places, values)
+        longest = longest_of([*longest, *long_rows(places[start : start + 7].__getitem__, values[start : start + 7])])
+    assert longest == long_rows(places.__getitem__, values)
     assert [row.place for row in longest] == [
         places[n] for n in sorted(range(500), key=lambda n: (-values[n], n))[:LONGEST]
     ]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from loraflow.config.data import Data
 from loraflow.config.recipe import Recipe
 from loraflow.config.stage_configs import CheckDatasetConfig
 from loraflow.data.checks import check, row_limits
+from loraflow.data.checks import near as near_module
 from loraflow.data.checks.check_report import CheckReport
-from loraflow.data.checks.near import Comparison, Sketches, comparable_text, grams, jaccard
+from loraflow.data.checks.near import Comparison, candidates_of, comparable_text, grams, jaccard
 from loraflow.data.checks.near_split import near_policy
 from loraflow.failures import LimitExceeded
 from loraflow.job import Inputs, Job, Progress
@@ -91,13 +93,53 @@ def test_thousands_of_rows_with_one_template_take_linear_work_and_are_counted():
     """Each row shares two thirds of its text with all others: below the threshold, and in many bands."""
     shared = text(1, 40)
     texts = [f"{shared} {text(n + 10, 12)}" for n in range(1500)]
-    sketches = Sketches()
-    sketches.add(texts)
-    candidates = sketches.candidates()
+    candidates = candidates_of(texts)
     proposed = sum(len(candidates.before(row)) for row in range(len(texts)))
     assert proposed <= 1500 * 64 * 16
     comparison = Comparison(texts.__getitem__)
     assert comparison.index(0, 1) < 0.8
+
+
+@pytest.mark.parametrize("window", [2, 64])
+def test_proposed_pairs_are_those_of_simple_loops(monkeypatch, window):
+    """Rows of one band, at most `window` before a row in its order, if enough of the sketches is equal."""
+    monkeypatch.setattr(near_module, "WINDOW", window)
+    rng = np.random.default_rng(window)
+    sketches = rng.integers(0, 256, (60, 80)).astype(np.uint8)
+    for row in range(20, 60):  # copies of earlier rows, of which up to 40 values are others
+        sketches[row] = sketches[rng.integers(row)]
+        sketches[row, rng.choice(80, rng.integers(41), replace=False)] = 0
+    order = rng.permutation(60)[:50]
+    candidates = near_module.Candidates(sketches, np.arange(60, dtype=np.uint64), order)
+    expected: dict[int, set[int]] = {row: set() for row in range(50)}
+    unproposed = 0
+    for start in range(0, 80, 5):
+        bands: dict[bytes, list[int]] = {}
+        for row, number in enumerate(order):
+            before = bands.setdefault(sketches[number, start : start + 5].tobytes(), [])
+            unproposed += max(len(before) - window, 0)
+            for other in before[-window:]:
+                if (sketches[number] == sketches[order[other]]).sum() >= near_module.MIN_EQUAL:
+                    expected[row].add(other)
+            before.append(row)
+    assert sum(map(len, expected.values())) > 20 and (unproposed > 0) == (window == 2)
+    assert [candidates.before(row) for row in range(50)] == [sorted(others) for others in expected.values()]
+    assert candidates.unproposed == unproposed
+
+
+def test_sketches_are_not_in_memory_together(tmp_path):
+    rows = 50_000
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    try:
+        sketches = near_module.Sketches(tmp_path)
+        for _ in range(rows // 500):
+            sketches.append(rng.integers(0, 256, (500, 80)).astype(np.uint8), rng.integers(0, 2**63, 500).astype("Q"))
+        candidates = sketches.candidates(np.arange(rows))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(candidates.first) == rows and peak < 80 * rows, peak / rows
 
 
 def test_training_rows_near_a_held_out_file_are_dropped_and_named(tmp_path):
@@ -234,9 +276,7 @@ def test_without_the_search_a_recipe_has_the_payload_of_before():
 
 def test_clusters_of_a_row_with_the_same_text_are_those_of_its_first():
     copied = text(1)
-    sketches = Sketches()
-    sketches.add([copied, text(2), copied, near(copied)])
-    candidates = sketches.candidates()
+    candidates = candidates_of([copied, text(2), copied, near(copied)])
     assert candidates.first.tolist() == [0, 1, 0, 3] and candidates.before(3) == [0]
     assert np.array_equal(candidates.before(2), [])
 

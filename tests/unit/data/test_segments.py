@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loraflow.data.chats import BadRow
-from loraflow.data.checks.near import first_equal, is_repeated, may_be_equal
+from loraflow.data.checks.near import first_equal, is_repeated
 from loraflow.data.files import json_reader
 from loraflow.store import chunk_cache
 
@@ -65,9 +65,3 @@ def test_rows_with_equal_keys_are_those_of_a_dictionary(keys):
     assert first_equal(array).tolist() == expected
     repeated = [keys.count(key) > 1 for key in keys]
     assert is_repeated(array).tolist() == repeated
-    assert set(np.flatnonzero(repeated)) <= set(may_be_equal(array).tolist())
-
-
-def test_few_different_keys_are_looked_at():
-    keys = np.random.default_rng(0).integers(0, 2**63, 50_000).astype(np.uint64)
-    assert len(may_be_equal(keys)) < 0.25 * len(keys)

@@ -111,7 +111,7 @@ class Template:
         return [Encoded(ids, np.where(np.arange(len(ids)) > 5, ids, IGNORED).astype(np.int32), 0) for ids in texts]
 
 
-def tokenized(folder: Path, numbers, cache, max_length=90) -> tuple[int, list]:
+def tokenized(folder: Path, numbers, cache, max_length=90, processes=1) -> tuple[int, list]:
     from loraflow.config.stage_configs import TokenizeConfig
 
     (folder / "rows.jsonl").write_text("".join(lines(numbers)))
@@ -119,7 +119,7 @@ def tokenized(folder: Path, numbers, cache, max_length=90) -> tuple[int, list]:
         loss_on="assistant", too_long="drop", special_tokens="drop", max_length=max_length, packing=False
     )
     template = Template()
-    chunks = list(chunk_encoder.encoded_chunks(folder / "rows.jsonl", template, config, 1, cache, b"key"))
+    chunks = list(chunk_encoder.encoded_chunks(folder / "rows.jsonl", template, config, processes, cache, b"key"))
     batches = list(batches_of((chunk.batch, chunk.kept) for chunk in chunks))
     return template.encoded, [(b.ids.tolist(), b.labels.tolist(), b.lengths.tolist()) for b in batches]
 
@@ -208,3 +208,20 @@ def test_the_key_of_a_job_is_all_that_the_tokens_of_a_row_depend_on():
     assert len({key(), *changed}) == 4, "tokenizer and template, loss_on, thinking"
     same = [key(training_config={"max_length": 77}), key(data={**data, "special_tokens": "allow"})]
     assert {key()} == set(same), "these concern the encoded rows"
+
+
+def test_processes_are_started_for_many_new_rows_only(tmp_path, monkeypatch):
+    started, start = [], chunk_encoder._started
+    monkeypatch.setattr(chunk_encoder, "_started", lambda processes: started.append(processes) or start(processes))
+    monkeypatch.setattr(chunk_encoder, "ONE_PROCESS_BYTES", 150_000)
+    cache = ChunkCache(tmp_path / "cache")
+    for numbers, expected in (
+        (range(3000), 1),
+        (range(3000), 0),
+        (range(3030), 0),
+        ([*range(4000, 4030), *range(3030)], 1),
+    ):
+        started.clear()
+        found = tokenized(tmp_path, numbers, cache, processes=2)[1]
+        assert len(started) == expected
+        assert found == tokenized(tmp_path, numbers, None)[1]
