@@ -132,7 +132,9 @@ class LookRecord:
                 time=now(),
                 **upcoming._asdict(),
             )
-            if self.store.create_document(self._name(look.seq), json_bytes({**look.stored(), "hash": look.hash})):
+            if self.store.create_document(
+                f"{self.folder}{look.seq:06d}.json", json_bytes({**look.stored(), "hash": look.hash})
+            ):
                 self.last_seen = LogHead(seq=look.seq, hash=look.hash)
                 self._anchor(self.last_seen, known_rows)
                 return look
@@ -355,9 +357,6 @@ class LookRecord:
             next_step="restore it from a backup of the store (docs/backup.md). Without a backup, `loraflow registry accept "
             f"--model {self.model} --reason …` counts the lost looks as spent. Until then the gate promotes nothing",
         )
-
-    def _name(self, seq: int) -> str:
-        return f"{self.folder}{seq:06d}.json"
 
     @property
     def _anchor_name(self) -> str:
