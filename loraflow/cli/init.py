@@ -96,7 +96,7 @@ def init(
 
 @dataclass(frozen=True)
 class _Options:
-    """The options of the command that decide what is written."""
+    """The options that decide what is written."""
 
     name: str
     base: str
@@ -106,7 +106,7 @@ class _Options:
 
 
 def _plain_name(name: str) -> str:
-    """Return a name of a-z, digits, dots, hyphens and underscores: März becomes marz."""
+    """Return a name of a-z, digits and . _ - alone: März becomes marz."""
     plain = unicodedata.normalize("NFKD", name)
     plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
     return re.sub(r"[^a-z0-9._-]+", "-", plain.lower()).strip("-.") or "mine"
@@ -315,7 +315,7 @@ class WrittenFiles:
 
 
 def print_dataset(dataset: UserDataset) -> None:
-    """Print the counts of rows, how they are split, and the settings that were chosen for their number."""
+    """Print the counts of rows, their split, and the chosen settings."""
     from loraflow.data.answers.judgements import is_bad_word
     from loraflow.data.files.readers import is_partly_learned, match_nothing
 
