@@ -106,7 +106,7 @@ class _Options:
 
 
 def _plain_name(name: str) -> str:
-    """Return a name of a-z, digits and . _ - alone: März becomes marz."""
+    """Return a name of a-z, digits and . _ -: März becomes marz."""
     plain = unicodedata.normalize("NFKD", name)
     plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
     return re.sub(r"[^a-z0-9._-]+", "-", plain.lower()).strip("-.") or "mine"

@@ -64,8 +64,6 @@ def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
     files = match_files(folder, patterns)
     named = choose_columns(folder / files[0], files[0], columns)
     rows = list(read_rows(folder, files, "auto", named, is_training=True))
-    if len(rows) <= FEW:
-        click.echo(f"only {len(rows)} rows: too few to train or to compare models; start with at least a hundred")
     chats = _chats(rows, source)
     if is_classification(named):
         classes = len({chat[-1]["content"] for chat in chats})
@@ -135,18 +133,21 @@ def _chats(rows: list[Row], data_file: Path) -> list[list[Message]]:
     """Return the well-formed rows; print the first malformed ones and the keys that are not read."""
     chats = [row.messages for row in rows if row.messages is not None]
     malformed = [row for row in rows if row.messages is None and not row.is_marked_false]
-    for row in malformed[:5]:
-        click.echo(f"malformed  {row.place}: {row.problem}", err=True)
-    if unread := unread_keys(rows):
-        click.echo(unread, err=True)
     if not chats:
         raise BadData(
             "No row of this file is a valid chat.",
             where=str(data_file),
-            got=malformed[0].problem or "" if malformed else "no rows",
-            expected="messages, ShareGPT, Alpaca or prompt/completion",
-            next_step="name the columns of question and answer: loraflow init --columns prompt=COLUMN,completion=COLUMN",
+            got=f"{malformed[0].place}: {malformed[0].problem}" if malformed else "no rows to learn",
+            next_step="name the columns of question and answer: loraflow init --columns prompt=COLUMN,completion=COLUMN"
+            if malformed
+            else "add rows",
         )
+    if len(rows) <= FEW:
+        click.echo(f"only {len(rows)} rows: too few to train or to compare models; start with at least a hundred")
+    for row in malformed[:5]:
+        click.echo(f"malformed  {row.place}: {row.problem}", err=True)
+    if unread := unread_keys(rows):
+        click.echo(unread, err=True)
     return chats
 
 

@@ -294,7 +294,7 @@ def check_requests() -> None:
 
 
 def _remove_at_exit(cache: Path) -> None:
-    """Remove the served folder when this process ends, also by SIGTERM."""
+    """Remove the served folder at exit, also by SIGTERM."""
 
     def end(number: int, _: object) -> None:
         shutil.rmtree(cache, ignore_errors=True)
