@@ -130,7 +130,7 @@ def _has_cuda() -> bool:
 
 
 def _lock(cache: Path) -> int:
-    """Lock a folder that no process serves; return its descriptor."""
+    """Lock a folder that no process serves."""
     folder = os.open(cache, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return folder
@@ -143,7 +143,7 @@ def _hub_cache(folder: Path, name: str) -> Path:
     """
     from loraflow.base.load import stop_ids
 
-    for old in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):  # of killed servers
+    for old in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):  # of dead servers
         with suppress(OSError):
             if old.lstat().st_uid == os.getuid():
                 locked = _lock(old)
