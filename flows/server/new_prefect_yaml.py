@@ -365,13 +365,13 @@ def _without_id(text: str, folder: Path) -> Iterator[str]:
 
 
 def _inserted_before(text: str, key: Scalar, entry: str) -> Edit:
-    """Insert an entry of a mapping before a key."""
+    """Insert an entry before a key."""
     indent = text[text.rfind("\n", 0, key.start) + 1 : key.start]
     return Edit(key.start, key.start, entry + (", " if indent.strip() else f"\n{indent}"))
 
 
 def _has_name(text: str, name: str) -> bool:
-    """Return whether a text is valid YAML whose project has this name; any, if none was needed."""
+    """Tell whether a text is valid YAML with this project name, if any."""
     try:
         document = load_plain(text)
     except Syntax:

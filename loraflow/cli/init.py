@@ -200,13 +200,13 @@ OF_DVC = ("/.dvc/cache", "/.dvc/tmp", "/.dvc/config.local")
 
 
 def extend_gitignore(target: Path) -> None:
-    """Add the store and the dataset to .gitignore: DVC does so only inside of a git repository, which may come later."""
+    """Add the store and the dataset to .gitignore: DVC does so only inside of a git repository."""
     outside_git = () if Path(".git").exists() else (f"/{target.as_posix()}",)
     _extend(Path(".gitignore"), (*gitignore_lines(), *outside_git))
 
 
 def extend_dvcignore() -> None:
-    """Add the store to .dvcignore, where the DVC repository is."""
+    """Add the store to .dvcignore."""
     if Path(".dvc").is_dir():
         _extend(Path(".dvcignore"), FOR_DVCIGNORE)
 
@@ -286,7 +286,7 @@ LOCK_FILE = Path(".loraflow", "project.lock")
 
 @contextmanager
 def project_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a project's folder; say so before waiting for another command that holds it."""
+    """Hold the lock of a project's folder; print that it is waited for."""
     file = folder / LOCK_FILE
     with ExitStack() as held:
         try:
@@ -342,7 +342,7 @@ def print_dataset(dataset: UserDataset) -> None:
 
 
 def print_files(dataset: UserDataset, written: WrittenFiles, name: str, base: str) -> None:
-    """Print each new file with what it is for, and the next command."""
+    """Print each new file, and the next command."""
     from loraflow.flows.server.new_prefect_yaml import deployment_to_add
     from loraflow.tracking.dvclive import PIPELINE
 

@@ -169,7 +169,7 @@ def align_comment(line: str) -> str:
 
 
 def _margin(heldout: int, least: float) -> float:
-    """Return a guard's margin that an unchanged model passes: whole hundredths. The recipe scores 200 rows at most."""
+    """Return a margin that an unchanged model passes. The recipe scores 200 rows at most."""
     from loraflow.evaluation.power import margin_of_unchanged
 
     of_unchanged = margin_of_unchanged(min(max(heldout, 1), 200), 0.95, "rougeL") or least
