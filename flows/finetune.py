@@ -11,7 +11,7 @@ from types import TracebackType
 
 from pydantic import JsonValue
 
-from loraflow.execution.results import PipelineResult, Registration
+from loraflow.execution.workspace import PipelineResult, Registration
 from loraflow.failures import CorruptArtifact, DamagedLog, Failure
 from loraflow.flows.parameters import (
     NO_OVERRIDES,

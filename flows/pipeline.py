@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from loraflow.execution.deal import deal_heldout
 from loraflow.execution.plan_notes import warn_of_other_tokens
-from loraflow.execution.results import PipelineResult, SeedResult
+from loraflow.execution.workspace import PipelineResult, SeedResult
 from loraflow.store import Ref
 from loraflow.tasks.run import Run
 from loraflow.tasks.stages import (

@@ -10,8 +10,8 @@ from typing import Annotated
 from pydantic import Field, JsonValue
 
 from loraflow.config.grid import MAX_TRIALS, check_grid
-from loraflow.execution.results import PipelineResult
 from loraflow.execution.sweep import Trial, make_trials
+from loraflow.execution.workspace import PipelineResult
 from loraflow.flows.finetune import decide_and_register, publish_and_report, repairs
 from loraflow.flows.parameters import NO_SETTINGS, THE_ONLY_RECIPE, JsonObject, RecipeName, Settings, flow
 from loraflow.flows.pipeline import pipeline

@@ -10,7 +10,7 @@ from prefect.runtime import deployment
 from pydantic import Field
 
 from loraflow.evaluation.values import Decision
-from loraflow.execution.results import PipelineResult
+from loraflow.execution.workspace import PipelineResult
 from loraflow.failures import BadConfig
 from loraflow.reporting.markdown import approval_request
 from loraflow.tasks.gate import record_decision

@@ -17,7 +17,7 @@ from prefect.settings import get_current_settings
 from pydantic import JsonValue
 
 from loraflow.config.project import served_project
-from loraflow.execution.results import Registration
+from loraflow.execution.workspace import Registration
 from loraflow.failures import BadConfig, Network, first_line
 
 log = logging.getLogger("loraflow")

@@ -12,8 +12,7 @@ from pydantic import JsonValue, ValidationError
 
 from loraflow import identity
 from loraflow.evaluation.values import BehaviourResult, Decision, vocabulary_of
-from loraflow.execution.results import PipelineResult
-from loraflow.execution.workspace import Workspace
+from loraflow.execution.workspace import PipelineResult, Workspace
 from loraflow.failures import BadData
 from loraflow.registry.budget import error_of_period, gains_to_follow, has_followers
 from loraflow.registry.champions import require_champion_intact

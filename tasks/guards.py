@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from loraflow.evaluation.values import Slice
 from loraflow.execution.deal import compared_rows
-from loraflow.execution.results import PipelineResult
-from loraflow.execution.workspace import Workspace
+from loraflow.execution.workspace import PipelineResult, Workspace
 from loraflow.failures import BadData, CorruptArtifact
 from loraflow.store import Ref, read_intact, read_table
 

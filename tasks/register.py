@@ -8,8 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from loraflow.evaluation.values import Decision
-from loraflow.execution.results import PipelineResult, Registration
-from loraflow.execution.workspace import Workspace
+from loraflow.execution.workspace import PipelineResult, Registration, Workspace
 from loraflow.failures import Failure
 from loraflow.registry.log import HeadChanged, actor
 from loraflow.registry.runs import Publication

@@ -13,8 +13,8 @@ from pydantic import JsonValue
 from loraflow.data.chats import GATE_SET
 from loraflow.data.tokens.token_report import TokenReport
 from loraflow.evaluation.values import Decision, scores_to_dict
-from loraflow.execution.results import PipelineResult
 from loraflow.execution.sweep import read_curves
+from loraflow.execution.workspace import PipelineResult
 from loraflow.failures import CorruptArtifact
 from loraflow.registry.runs import RunRecord, RunSummary, read_run, run_ids, write_report
 from loraflow.reporting.markdown import RunReport, drift_lines, run_report, scores_report

@@ -17,7 +17,7 @@ from loraflow.data.checks.check_report import CheckReport, DataDrift
 from loraflow.data.versions.git import has_uncommitted_changes, head_commit
 from loraflow.evaluation.power import HeldoutRows, advice
 from loraflow.evaluation.values import EvaluationReport, ModelScores, Scores, SeedScores
-from loraflow.execution.results import PipelineResult, Registration
+from loraflow.execution.workspace import PipelineResult, Registration
 from loraflow.failures import Failure
 from loraflow.registry.log import actor
 from loraflow.registry.runs import Publication, RecordedDecision, RowsSummary, RunRecord, RunState, RunSummary, find_run

@@ -166,7 +166,6 @@ def write_prefect_yaml(
 
 
 def _branch(folder: Path) -> str:
-    """Return the parameter that names the branch of retrainings; empty if it is the default."""
     branch = branch_for_retraining(folder)
     return "" if branch == MAIN else f", branch: {quoted(branch)}"
 
@@ -264,7 +263,6 @@ def deployment_to_add(folder: Path, recipe: str) -> str | None:
 
 
 def _item(entry: list[str], indent: int) -> list[str]:
-    """Return an entry as an item of a list whose hyphens are in the column `indent`."""
     return [" " * indent + ("  " if number else "- ") + line for number, line in enumerate(entry)]
 
 
@@ -357,32 +355,23 @@ def _without_id(text: str, folder: Path) -> Iterator[str]:
     """Yield a note for each deployment of loraflow's flows to a work pool whose runs do not have the project's id."""
     with suppress(Syntax, BadConfig):
         add = f'add {PROJECT_ID}: "{id_in(load_plain(text)) or _new_id(folder)}" to work_pool.job_variables.env'
-        for number, entry in _deployments(text):
-            is_ours = "work_pool" in entry and str(entry.get("entrypoint")).startswith("loraflow.flows.")
-            if is_ours and not id_in({"deployments": [entry]}):
+        document = load_plain(text)
+        entries = document.get("deployments") if isinstance(document, dict) else None
+        for number, entry in enumerate(entries if isinstance(entries, list) else []):
+            if not isinstance(entry, dict) or "work_pool" not in entry:
+                continue
+            if str(entry.get("entrypoint")).startswith("loraflow.flows.") and not id_in({"deployments": [entry]}):
                 yield f"deployments[{number}]: {add}, or another project of this name counts as this one"
 
 
-def _deployments(text: str) -> list[tuple[int, dict[str, JsonValue]]]:
-    """Return the deployments that are mappings, with their numbers."""
-    document = load_plain(text)
-    entries = document.get("deployments") if isinstance(document, dict) else None
-    listed = entries if isinstance(entries, list) else []
-    return [(number, entry) for number, entry in enumerate(listed) if isinstance(entry, dict)]
-
-
 def _inserted_before(text: str, key: Scalar, entry: str) -> Edit:
-    """Return the edit that makes an entry of a mapping the one before a key."""
-    indent = _before(text, key)
+    """Insert an entry before a key."""
+    indent = text[text.rfind("\n", 0, key.start) + 1 : key.start]
     return Edit(key.start, key.start, entry + (", " if indent.strip() else f"\n{indent}"))
 
 
-def _before(text: str, scalar: Scalar) -> str:
-    return text[text.rfind("\n", 0, scalar.start) + 1 : scalar.start]
-
-
 def _has_name(text: str, name: str) -> bool:
-    """Return whether a text is valid YAML whose project has this name; any, if none was needed."""
+    """Tell whether a text is valid YAML with this project name, if any."""
     try:
         document = load_plain(text)
     except Syntax:

@@ -110,6 +110,25 @@ def cli() -> None:
     """
 
 
+def require_free_port(host: str, port: int, next_step: str) -> None:
+    """Check that a server can listen on a port: most report a taken one only after loading everything.
+
+    Raises:
+        BadConfig: the port is in use, or the host is not an address of this machine.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise BadConfig(
+                f"The server cannot listen on port {port}.",
+                where=f"{host}:{port}",
+                got=error.strerror or str(error),
+                next_step=next_step,
+            ) from error
+
+
 def _check_folder() -> None:
     """Refuse a current folder that was removed, before Python 3.13.0's imports fail there with an error of its own."""
     try:

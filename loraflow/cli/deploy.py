@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from loraflow.cli import quiet_logging
+from loraflow.cli import quiet_logging, require_free_port
 from loraflow.credentials import mask
 from loraflow.failures import BadConfig
 
@@ -54,7 +54,6 @@ def up(port: int, host: str, pools: tuple[str, ...], limit: int, home: Path, onl
     """Start a Prefect server and workers here, with all deployments. Ctrl-C stops them, and active runs with them."""
     quiet_logging()
     from loraflow.flows.server.local_server import Processes, environment
-    from loraflow.serving.serve import require_free_port
     from loraflow.store.lock import LockHeld, flock
 
     os.environ.update(environment(home, host, port))

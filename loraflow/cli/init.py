@@ -96,7 +96,7 @@ def init(
 
 @dataclass(frozen=True)
 class _Options:
-    """The options of the command that decide what is written."""
+    """The options that decide what is written."""
 
     name: str
     base: str
@@ -106,7 +106,7 @@ class _Options:
 
 
 def _plain_name(name: str) -> str:
-    """Return a name of a-z, digits, dots, hyphens and underscores: März becomes marz."""
+    """Return a name of a-z, digits and . _ -: März becomes marz."""
     plain = unicodedata.normalize("NFKD", name)
     plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
     return re.sub(r"[^a-z0-9._-]+", "-", plain.lower()).strip("-.") or "mine"
@@ -200,13 +200,13 @@ OF_DVC = ("/.dvc/cache", "/.dvc/tmp", "/.dvc/config.local")
 
 
 def extend_gitignore(target: Path) -> None:
-    """Add the store and the dataset to .gitignore: DVC does so only inside of a git repository, which may come later."""
+    """Add the store and the dataset to .gitignore: DVC does so only inside of a git repository."""
     outside_git = () if Path(".git").exists() else (f"/{target.as_posix()}",)
     _extend(Path(".gitignore"), (*gitignore_lines(), *outside_git))
 
 
 def extend_dvcignore() -> None:
-    """Add the store to .dvcignore, where the DVC repository is."""
+    """Add the store to .dvcignore."""
     if Path(".dvc").is_dir():
         _extend(Path(".dvcignore"), FOR_DVCIGNORE)
 
@@ -286,7 +286,7 @@ LOCK_FILE = Path(".loraflow", "project.lock")
 
 @contextmanager
 def project_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a project's folder; say so before waiting for another command that holds it."""
+    """Hold the lock of a project's folder; print that it is waited for."""
     file = folder / LOCK_FILE
     with ExitStack() as held:
         try:
@@ -315,7 +315,7 @@ class WrittenFiles:
 
 
 def print_dataset(dataset: UserDataset) -> None:
-    """Print the counts of rows, how they are split, and the settings that were chosen for their number."""
+    """Print the counts of rows, their split, and the chosen settings."""
     from loraflow.data.answers.judgements import is_bad_word
     from loraflow.data.files.readers import is_partly_learned, match_nothing
 
@@ -335,14 +335,14 @@ def print_dataset(dataset: UserDataset) -> None:
             click.echo(f"question  does {file} have wrong answers? If so, remove it from data.train", err=True)
     if dataset.unused_files:
         click.echo(f"neither trained on nor held out: {', '.join(dataset.unused_files)}")
-    if lines := size.lines(len(chats)):
-        click.echo(f"chosen for {len(chats):,} rows:")
+    if lines := size.lines():
+        click.echo(f"chosen for {size.rows:,} rows:")
         for line in lines:
             click.echo(f"  {line}")
 
 
 def print_files(dataset: UserDataset, written: WrittenFiles, name: str, base: str) -> None:
-    """Print each new file with what it is for, and the next command."""
+    """Print each new file, and the next command."""
     from loraflow.flows.server.new_prefect_yaml import deployment_to_add
     from loraflow.tracking.dvclive import PIPELINE
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -44,6 +45,7 @@ class UserDataset:
     columns: dict[str, str]  # data.columns
     rows: list[Row]
     chats: list[list[Message]]  # messages of the well-formed rows
+    heldout_rows: int  # chats of heldout_files
     size: SizeSettings
     near_duplicates: Literal["report", "drop"]
 
@@ -62,13 +64,12 @@ def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
     files = match_files(folder, patterns)
     named = choose_columns(folder / files[0], files[0], columns)
     rows = list(read_rows(folder, files, "auto", named, is_training=True))
-    if len(rows) <= FEW:
-        click.echo(f"only {len(rows)} rows: too few to train or to compare models; start with at least a hundred")
     chats = _chats(rows, source)
     if is_classification(named):
         classes = len({chat[-1]["content"] for chat in chats})
         click.echo(f"a classification set: {named['prompt']} → {named['completion']}, {classes} classes")
     train, heldout, unused = split_by_name(files)
+    of_file = Counter(row.place.rpartition(":")[0] for row in rows if row.messages)
     return UserDataset(
         source=source,
         folder=folder,
@@ -79,7 +80,8 @@ def read_dataset(source: Path, columns: str | None, base: str) -> UserDataset:
         columns=named,
         rows=rows,
         chats=chats,
-        size=_size_settings(chats, base, has_heldout=bool(heldout)),
+        heldout_rows=sum(map(of_file.__getitem__, heldout)),
+        size=_size_settings(chats, sum(map(of_file.__getitem__, train)), base, has_heldout=bool(heldout)),
         near_duplicates=near_policy(chats),
     )
 
@@ -131,28 +133,31 @@ def _chats(rows: list[Row], data_file: Path) -> list[list[Message]]:
     """Return the well-formed rows; print the first malformed ones and the keys that are not read."""
     chats = [row.messages for row in rows if row.messages is not None]
     malformed = [row for row in rows if row.messages is None and not row.is_marked_false]
-    for row in malformed[:5]:
-        click.echo(f"malformed  {row.place}: {row.problem}", err=True)
-    if unread := unread_keys(rows):
-        click.echo(unread, err=True)
     if not chats:
         raise BadData(
             "No row of this file is a valid chat.",
             where=str(data_file),
-            got=malformed[0].problem or "" if malformed else "no rows",
-            expected="messages, ShareGPT, Alpaca or prompt/completion",
-            next_step="name the columns of question and answer: loraflow init --columns prompt=COLUMN,completion=COLUMN",
+            got=f"{malformed[0].place}: {malformed[0].problem}" if malformed else "no rows to learn",
+            next_step="name the columns of question and answer: loraflow init --columns prompt=COLUMN,completion=COLUMN"
+            if malformed
+            else "add rows",
         )
+    if len(rows) <= FEW:
+        click.echo(f"only {len(rows)} rows: too few to train or to compare models; start with at least a hundred")
+    for row in malformed[:5]:
+        click.echo(f"malformed  {row.place}: {row.problem}", err=True)
+    if unread := unread_keys(rows):
+        click.echo(unread, err=True)
     return chats
 
 
-def _size_settings(chats: list[list[Message]], base: str, *, has_heldout: bool) -> SizeSettings:
+def _size_settings(chats: list[list[Message]], rows: int, base: str, *, has_heldout: bool) -> SizeSettings:
     lengths = [tokens_of(chat) for chat in chats]
     max_length = min(2048, max(256, 1 << (max(lengths) - 1).bit_length()))
-    share = 0.0 if has_heldout else choose_heldout_fraction(len(chats))
+    share = 0.0 if has_heldout else choose_heldout_fraction(rows)
     # The template's own tokens are a part of the guess for the longest chat; on average there are fewer.
-    tokens = sum(lengths) - 20 * len(lengths)
-    return choose_settings(len(chats), share, tokens, max_length, may_pack=not base.startswith("bundled:"))
+    tokens = (sum(lengths) // len(lengths) - 20) * rows
+    return choose_settings(rows, share, tokens, max_length, may_pack=not base.startswith("bundled:"))
 
 
 EXPECTED = "prompt=COLUMN,completion=COLUMN"
@@ -241,6 +246,7 @@ SMALL_SET = 200  # below, a tenth is too few rows to score
 class SizeSettings:
     """The settings, and why."""
 
+    rows: int  # chats of the files to train on
     heldout_fraction: float
     max_length: int  # tokens of a row
     epochs: int
@@ -255,12 +261,12 @@ class SizeSettings:
         """Rows per optimizer step."""
         return 4 * self.accumulation
 
-    def lines(self, rows: int) -> list[str]:
+    def lines(self) -> list[str]:
         """Return the recipe's lines that differ from those for many rows, with their reasons."""
         found = []
         if self.heldout_fraction not in (0, choose_heldout_fraction(FEW_ROWS)):  # 0: whole files are held out
             found.append(
-                f"heldout_fraction: {self.heldout_fraction}   a tenth of {rows} rows is too few to compare models"
+                f"heldout_fraction: {self.heldout_fraction}   a tenth of {self.rows} rows is too few to compare models"
             )
         if self.accumulation != 4:
             found.append(f"gradient_accumulation_steps: {self.accumulation}   {self.batch} rows a step, for more steps")
@@ -283,7 +289,7 @@ def choose_settings(
     """Choose settings for a dataset.
 
     Args:
-        rows: the number of chats, held-out ones included.
+        rows: the number of chats.
         heldout_fraction: the share of rows to hold out; 0 if whole files are held out.
         max_length: tokens of a packed row.
     """
@@ -299,6 +305,7 @@ def choose_settings(
     epochs = max(epochs, min(MAX_EPOCHS, math.ceil(FEW_STEPS / math.ceil(per_epoch / batch))))
     steps = math.ceil(per_epoch / batch) * epochs
     return SizeSettings(
+        rows=rows,
         heldout_fraction=heldout_fraction,
         max_length=max_length,
         epochs=epochs,

@@ -77,11 +77,11 @@ def recipe_text(name: str, file: Path, source: str, base: str, dataset: UserData
         name=name,
         file=file,
         source=source,
-        rows=f"{len(chats):,}",
+        rows=f"{size.rows:,}",
         **_data_values(dataset),
         **_base_values(base, size),
         **_training_values(chats, size),
-        **_scoring_values(chats),
+        **_scoring_values(chats, dataset.heldout_rows or len(chats) // 10),
     )
     return "".join(map(align_comment, text.splitlines(keepends=True)))
 
@@ -121,7 +121,7 @@ def _base_values(base: str, size: SizeSettings) -> dict[str, object]:
 
 def _training_values(chats: list[list[Message]], size: SizeSettings) -> dict[str, object]:
     why_epochs = "enough to train on each once"
-    if len(chats) < FEW_ROWS:
+    if size.rows < FEW_ROWS:
         why_epochs = "few, so train on each several times" if size.epochs > 3 else "few, so train on each three times"
     return {
         "epochs": size.epochs,
@@ -135,19 +135,19 @@ def _training_values(chats: list[list[Message]], size: SizeSettings) -> dict[str
     }
 
 
-def _scoring_values(chats: list[list[Message]]) -> dict[str, object]:
+def _scoring_values(chats: list[list[Message]], heldout: int) -> dict[str, object]:
     """Return the settings of evaluation and gate for answers that are JSON, labels, or other texts."""
     answers = [chat[-1]["content"] for chat in chats]
     longest_answer = max(estimated_tokens(chat[-1]["content"] + call_text(chat[-1])) for chat in chats) + 8
     primary = "token_loss"
     if all(map(_is_object, answers)):
         metrics, primary = "token_loss, exact_match, json_fields", "field_f1"
-        guards = f"{{json_valid: {_margin(len(chats), 0.01)}}}"
+        guards = f"{{json_valid: {_margin(heldout, 0.01)}}}"
     elif label_values(answers) is not None:  # few short answers: accuracy, macro-F1, confusions
-        metrics, guards = "token_loss, labels", f"{{accuracy: {_margin(len(chats), 0.02)}}}"
+        metrics, guards = "token_loss, labels", f"{{accuracy: {_margin(heldout, 0.02)}}}"
     else:
         metrics = "token_loss, exact_match, token_f1, rouge, chrf"
-        guards = f"{{rougeL: {_margin(len(chats), 0.02)}}}"
+        guards = f"{{rougeL: {_margin(heldout, 0.02)}}}"
     return {
         "metrics": metrics,
         "primary": primary,
@@ -168,11 +168,11 @@ def align_comment(line: str) -> str:
     return f"{setting.rstrip():<{COMMENT_COLUMN - 2}}  # {comment.lstrip()}"
 
 
-def _margin(chats: int, least: float) -> float:
-    """Return a guard's margin that an unchanged model passes if a tenth of the rows is held out: whole hundredths."""
+def _margin(heldout: int, least: float) -> float:
+    """Return a margin that an unchanged model passes. The recipe scores 200 rows at most."""
     from loraflow.evaluation.power import margin_of_unchanged
 
-    of_unchanged = margin_of_unchanged(max(chats // 10, 1), 0.95, "rougeL") or least
+    of_unchanged = margin_of_unchanged(min(max(heldout, 1), 200), 0.95, "rougeL") or least
     return min(max(least, math.ceil(100 * of_unchanged + 0.5) / 100), 0.5)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from loraflow.cli import FORMATS, json_option, quiet_logging, store_option
+from loraflow.cli import FORMATS, json_option, quiet_logging, require_free_port, store_option
 from loraflow.failures import BadConfig, Failure
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def serve(
     from loraflow.serving.serve import plan_server
     from loraflow.store import open_store
 
+    require_free_port(host, port, f"name another port, such as --port {port + 1}")
     opened = open_store(store)
     with opened.reader_lock():
         server = plan_server(find_model(opened, model, base), engine, host, port, name, dtype, engine_options)

@@ -105,10 +105,12 @@ def _environment(threads: int | None, *, is_offline: bool) -> dict[str, str]:
     own = Path.cwd() if not Path("loraflow", "__init__.py").exists() else None
     kept = [path for path in paths if path and Path(path).resolve() != own]
     env = {
+        "TOKENIZERS_PARALLELISM": "true",
+        # `evaluate` writes there; the home may be read-only
+        **dict.fromkeys(("HF_METRICS_CACHE", "HF_MODULES_CACHE"), f"{file.work}/modules"),
         **os.environ,
         "PYTHONPATH": os.pathsep.join(kept),
         "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
     }

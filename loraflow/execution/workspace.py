@@ -1,14 +1,16 @@
-"""A recipe together with the store, promotion log, dataset and base model that it names."""
+"""A recipe together with the store, promotion log, dataset and base model that it names; and the results of its run."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from loraflow.config import Recipe
 from loraflow.config.locations import BaseLocation, DatasetLocation
 from loraflow.config.stage_configs import RecipeContext, StageConfig, TrainConfig
+from loraflow.evaluation.values import Decision
 from loraflow.failures import Failure
 from loraflow.job import Job
 from loraflow.registry import Entry, PromotionLog
@@ -134,3 +136,39 @@ def make_job(stage: Stage, recipe: Recipe, context: RecipeContext, inputs: Mappi
         config=stage.config.from_recipe(recipe, context),
         runtime=stage.runtime(recipe, context),
     )
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """The artifacts of a further training seed."""
+
+    seed: int
+    adapter: Ref
+    merged: Ref
+    scores: Ref
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """The artifacts of a run."""
+
+    dataset: Ref
+    rows: Ref
+    base: Ref
+    tokens: Ref
+    adapter: Ref
+    merged: Ref
+    verified: Ref
+    base_scores: Ref
+    tuned_scores: Ref
+    champion_scores: Ref | None  # None if there is no champion yet
+    further_seeds: tuple[SeedResult, ...] = ()  # by gate.seeds
+    general: Mapping[str, Ref] = field(default_factory=dict)  # {base, tuned, champion: scores on general rows}
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A decision, and the number of its entry in the promotion log if a model was promoted."""
+
+    decision: Decision
+    entry: int | None = None

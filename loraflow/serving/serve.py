@@ -8,13 +8,17 @@ it refuses such requests.
 
 from __future__ import annotations
 
+import atexit
+import fcntl
 import json
 import os
 import re
-import socket
+import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +33,7 @@ from loraflow.serving.models import Model, positions_of
 from loraflow.serving.written_calls import vllm_parser
 from loraflow.store.base import MANIFEST
 
+PREFIX = "loraflow-serve-"  # of the temporary folders that are served
 EXTRA = ("fastapi", "openai", "uvicorn")  # what `transformers serve` imports beyond transformers itself
 
 
@@ -60,7 +65,7 @@ def plan_server(
     """Return the server's command.
 
     Raises:
-        BadConfig: the adapter is not merged, the API does not allow the name, or the port is taken.
+        BadConfig: the adapter is not merged, or the API does not allow the name.
         MissingExtra: the engine is not installed.
     """
     model.refuse_unmerged("A server")
@@ -74,7 +79,6 @@ def plan_server(
             next_step="choose another --name",
         )
     engine = _pick_engine(engine)
-    require_free_port(host, port, f"name another port, such as --port {port + 1}")
     cache = _hub_cache(model.folder, name)
     address = ["--host", host, "--port", str(port)]
     if engine == "vllm":
@@ -125,23 +129,11 @@ def _has_cuda() -> bool:
     return available
 
 
-def require_free_port(host: str, port: int, next_step: str) -> None:
-    """Check that a server can listen on a port: most servers report a taken one only after they have loaded everything.
-
-    Raises:
-        BadConfig: the port is in use, or the host is not an address of this machine.
-    """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise BadConfig(
-                f"The server cannot listen on port {port}.",
-                where=f"{host}:{port}",
-                got=error.strerror or str(error),
-                next_step=next_step,
-            ) from error
+def _lock(cache: Path) -> int:
+    """Lock a folder that no process serves."""
+    folder = os.open(cache, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return folder
 
 
 def _hub_cache(folder: Path, name: str) -> Path:
@@ -151,7 +143,14 @@ def _hub_cache(folder: Path, name: str) -> Path:
     """
     from loraflow.base.load import stop_ids
 
-    cache = Path(tempfile.mkdtemp(prefix="loraflow-serve-"))
+    for old in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):  # of dead servers
+        with suppress(OSError):
+            if old.lstat().st_uid == os.getuid():
+                locked = _lock(old)
+                shutil.rmtree(old)
+                os.close(locked)
+    cache = Path(tempfile.mkdtemp(prefix=PREFIX))
+    os.set_inheritable(_lock(cache), True)  # held by this process, and by the server that replaces it
     repo, commit = cache / f"models--{name}", "0" * 40
     snapshot = repo / "snapshots" / commit
     for path in [path.name for path in folder.iterdir() if path.is_file()] + further_templates(folder):
@@ -294,7 +293,21 @@ def check_requests() -> None:
             setattr(manager, name, limited(getattr(manager, name)))
 
 
+def _remove_at_exit(cache: Path) -> None:
+    """Remove the served folder at exit, also by SIGTERM."""
+
+    def end(number: int, _: object) -> None:
+        shutil.rmtree(cache, ignore_errors=True)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    signal.signal(signal.SIGTERM, end)
+
+
 if __name__ == "__main__":  # the server's own process
+    if Path.cwd().name.startswith(PREFIX):
+        _remove_at_exit(Path.cwd())
     from transformers.cli.transformers import app
 
     check_requests()

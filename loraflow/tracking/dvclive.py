@@ -31,7 +31,8 @@ def write_dvclive(store: Store, record: RunRecord, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     metrics = json.dumps(_metrics(record), indent=1, ensure_ascii=False)
     replace_file(folder / "metrics.json", f"{metrics}\n".encode())
-    params = yaml.safe_dump(_settings(record), allow_unicode=True, sort_keys=True)
+    settings = {key: mask_json(value) for key, value in record.resolved.items() if key != "runtime"}  # the machine's
+    params = yaml.safe_dump(settings, allow_unicode=True, sort_keys=True)
     replace_file(folder / "params.yaml", params.encode())
     shutil.rmtree(folder / PLOTS, ignore_errors=True)
     plots: dict[str, list[str]] = {}
@@ -57,11 +58,6 @@ def _metrics(record: RunRecord) -> dict[str, JsonValue]:
         if scores
     }
     return {**found, "verdict": summary.decision.verdict} if summary.decision else found
-
-
-def _settings(record: RunRecord) -> dict[str, JsonValue]:
-    """Return the recipe with all defaults, but not the machine's settings."""
-    return {key: mask_json(value) for key, value in record.resolved.items() if key != "runtime"}
 
 
 def _is_in_pipeline(folder: Path) -> bool:

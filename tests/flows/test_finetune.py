@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import loraflow
 from loraflow.failures import Failure
 from loraflow.registry import PromotionLog
 from loraflow.store import LocalStore
@@ -78,6 +79,21 @@ def test_the_first_run_computes_all_stages(completed_project):
     assert not list((project.store / "staging").iterdir())
     assert not list((project.store / "work").glob("*/*"))
     assert (project.store / "runs" / f"{summary['run']}.md").read_text().startswith("# tiny: ")
+
+
+def test_manifests_and_the_run_record_have_loraflows_version_and_the_state_of_its_code_and_of_git(completed_project):
+    project, summary = completed_project
+    store, record = (
+        LocalStore(project.store),
+        json.loads((project.store / "runs" / f"{summary['run']}.json").read_text()),
+    )
+    for ref in store.artifacts():
+        provenance = store.manifest(ref).provenance
+        assert provenance["versions"]["loraflow"] == loraflow.__version__ and provenance["code"], ref
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD"]).returncode == 1
+    assert (record["loraflow"], record["commit"]) == (loraflow.__version__, head)
+    assert record["uncommitted"] == (None if head is None else changed)
 
 
 def test_the_second_run_is_fully_cached_and_prefect_shows_each_stage_once(completed_project):

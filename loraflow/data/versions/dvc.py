@@ -30,9 +30,7 @@ def resolve_commit(repo: str, rev: str) -> str:
     if is_url(repo):
         found = show_git(["ls-remote", "--", repo, rev], None, repo).split()
         return found[0] if found else rev
-    return show_git(
-        ["rev-parse", "--verify", "--end-of-options", f"{rev}^{{commit}}"], repo, f"{rev} in {repo}"
-    ).strip()
+    return show_git(["rev-parse", "--verify", f"{rev}^{{commit}}"], repo, f"{rev} in {repo}").strip()
 
 
 def work_tree_md5(path: Path, memo: HashMemo | None = None) -> str:

@@ -184,18 +184,20 @@ def _git_show(repo: str, rev: str, name: str, where: str) -> str:
     if is_url(repo):
         with tempfile.TemporaryDirectory() as folder:
             show_git(["clone", "--quiet", "--bare", "--filter=blob:none", "--", repo, folder], None, where)
-            return show_git(["show", "--end-of-options", f"{rev}:{name}"], folder, where)
+            return show_git(["show", f"{rev}:{name}"], folder, where)
     path = posixpath.normpath(folder_in_repository(repo) + name)
-    return show_git(["show", "--end-of-options", f"{rev}:{path}"], repo, where)
+    return show_git(["show", f"{rev}:{path}"], repo, where)
 
 
 def show_git(arguments: list[str], folder: str | None, where: str) -> str:
-    """Run a git command that reads the dataset's `.dvc` file or its commit.
+    """Run a git command that reads the dataset's `.dvc` file or its commit. Its last argument has the revision.
 
     Raises:
         BadData: git failed.
     """
     try:
+        if arguments[-1].startswith("-"):  # git before 2.30 lacks `--end-of-options`
+            raise GitError(arguments, "no revision begins with a hyphen")
         return git(arguments, folder)
     except GitError as error:
         raise BadData(

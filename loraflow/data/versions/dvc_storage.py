@@ -30,7 +30,6 @@ from loraflow.failures import (
 )
 
 if TYPE_CHECKING:
-    from dvc.output import Output
     from dvc.repo import Repo
     from dvc_data.hashfile.db import HashFileDB
 
@@ -121,17 +120,13 @@ def prepare_pull(repo: str, pin: Pin, remote: str | None) -> None:
                 )
 
 
-def _outputs(repo: Repo, pin: Pin) -> list[Output]:
-    return [out for out in repo.index.outs if out.hash_info and out.hash_info.value == pin.md5]
-
-
 def _find_listing(repo: Repo, pin: Pin, remote: str | None) -> tuple[list[ListedFile], bytes] | None:
     """Return the checked list of a folder's files and its bytes; None if it has to come from another repository."""
     raw = _read_object(repo.cache.local, pin.md5)
     if raw is not None:
         path = repo.cache.local.oid_to_path(pin.md5)
         return parse_listing(raw, pin.md5, path, f"rm -f '{path}'; then `loraflow data pull`"), raw
-    outputs = _outputs(repo, pin)
+    outputs = [out for out in repo.index.outs if out.hash_info and out.hash_info.value == pin.md5]
     for out in outputs:
         name = remote or out.remote or repo.config["core"].get("remote")
         source = repo.cloud.get_remote(name) if name else None

@@ -18,8 +18,8 @@ NO_PREVIEW = "import loraflow.execution.plan as plan; plan.base_report = lambda 
 
 
 def shell(command: str, cwd: Path, python: str = MAIN, **env: str) -> subprocess.CompletedProcess:
-    """Run a shell command in which `loraflow` is the command of this checkout."""
-    function = f"loraflow() {{ {sys.executable} -c '{python}' \"$@\"; }}\n"
+    """Run a shell command in which `loraflow` is the command of this checkout: not of the current folder, hence -P."""
+    function = f"loraflow() {{ {sys.executable} -P -c '{python}' \"$@\"; }}\n"
     return subprocess.run(
         ["bash", "-c", function + command], cwd=cwd, capture_output=True, text=True, env={**os.environ, **env}
     )

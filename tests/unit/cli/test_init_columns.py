@@ -70,6 +70,10 @@ def test_init_that_finds_no_chat_says_how_to_name_the_columns(tmp_path, monkeypa
     (tmp_path / "t.csv").write_text("frage,antwort\n" + "a,b\n" * 30)
     done = CliRunner().invoke(cli, ["init", "--data", "t.csv", "--base", "bundled:smollm2"])
     assert done.exit_code != 0 and "--columns prompt=COLUMN,completion=COLUMN" in str(done.exception or done.output)
+    assert "t.csv:row 1: " in done.exception.got and not done.output, "the same problem was printed six times"
+    (tmp_path / "t.csv").write_text("question,answer\n")
+    done = CliRunner().invoke(cli, ["init", "--data", "t.csv", "--base", "bundled:smollm2"])
+    assert (done.exception.got, done.exception.next_step, done.output) == ("no rows to learn", "add rows", "")
 
 
 def test_columns_may_be_keys_that_the_first_row_leaves_out(tmp_path):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
@@ -14,6 +15,7 @@ from loraflow.cli.init import LOCK_FILE, _held_out_line, extend_dvcignore, exten
 from loraflow.cli.init_dataset import choose_heldout_fraction, choose_settings, estimated_tokens, read_dataset
 from loraflow.cli.init_recipe import recipe_text
 from loraflow.config import parse_recipe
+from loraflow.evaluation.power import margin_of_unchanged
 from loraflow.failures import BadConfig
 from loraflow.store.lock import flock
 
@@ -27,7 +29,7 @@ def test_a_few_rows_get_enough_steps_and_a_first_step_that_learns(rows):
     assert settings.warmup_steps == 0 or settings.steps >= 100
     assert settings.steps // settings.logging_steps >= min(10, settings.steps), "a curve, not a point"
     assert settings.epochs <= 10
-    assert any("optimizer steps" in line for line in settings.lines(rows))
+    assert any("optimizer steps" in line for line in settings.lines())
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(20_000, 20_000 * 300), (1_000_000, 10**8)])
@@ -76,8 +78,50 @@ def chat(prompt: str) -> list:
 
 
 def test_files_that_are_held_out_are_not_explained_by_too_few_rows():
-    shares = [choose_settings(60, share, 6000, 512, may_pack=True).lines(60)[0] for share in (0.0, 0.2)]
+    shares = [choose_settings(60, share, 6000, 512, may_pack=True).lines()[0] for share in (0.0, 0.2)]
     assert "heldout_fraction" not in shares[0] and shares[1].startswith("heldout_fraction: 0.2   a tenth of 60 rows")
+
+
+@pytest.fixture
+def quick_policy(monkeypatch):
+    """Do not compare the rows with each other."""
+    monkeypatch.setattr("loraflow.cli.init_dataset.near_policy", lambda chats: "drop")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_sizes_are_those_of_the_rows_to_train_on(tmp_path, suffix, quick_policy):
+    """Hundreds of held-out rows beside sixty made the recipe train with a larger batch and fewer epochs."""
+    for name, count in (("train", 60), ("test", 400), ("validation", 100)):
+        rows = pd.DataFrame({"prompt": [f"{name} q{n}" for n in range(count)], "completion": "a short answer"})
+        file = tmp_path / f"{name}.{suffix}"
+        if suffix == "jsonl":
+            rows.to_json(file, orient="records", lines=True)
+        else:
+            getattr(rows, f"to_{suffix}")(file, index=False)
+    dataset = read_dataset(tmp_path, None, "x/y")
+    alone = choose_settings(60, 0, 60 * 26, 256, may_pack=True)
+    assert (dataset.size.epochs, dataset.size.accumulation, dataset.size.steps) == (alone.epochs, 1, alone.steps)
+    assert (dataset.size.rows, dataset.heldout_rows, len(dataset.chats)) == (60, 400, 560)
+    recipe = recipe_text("x", Path("x.yaml"), "data.dvc", "x/y", dataset)
+    assert "# 60 rows: few" in recipe
+
+
+@pytest.mark.parametrize(("train", "test"), [(60, 0), (6_000, 0), (1000, 20), (20, 300)])
+@pytest.mark.parametrize("answer", ['{"a": 1}', "yes", "a longer answer, in words"])
+def test_an_unchanged_model_passes_the_guard_of_a_new_recipe(tmp_path, train, test, answer, quick_policy):
+    """With 6,000 rows, its margin was that of 600 rows, and the recipe scores 200; with few test rows, that of many."""
+    for name, count in (("train", train), ("test", test)):
+        answers = [answer if answer != "yes" else ("yes", "no")[n % 2] for n in range(count)]
+        rows = ({"prompt": f"{name} {n}", "completion": text} for n, text in enumerate(answers))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not test:
+        (tmp_path / "test.jsonl").unlink()
+    dataset = read_dataset(tmp_path, None, "x/y")
+    recipe = parse_recipe(recipe_text("x", Path("x.yaml"), "data.dvc", "x/y", dataset))
+    scored = min(recipe.evaluation.max_rows, test or round(train * recipe.data.heldout_fraction))
+    [(guard, margin)] = recipe.gate.guards.items()
+    needed = margin_of_unchanged(scored, 0.95, guard)
+    assert needed < margin <= max(0.03, 2 * needed + 0.04), (guard, scored)
 
 
 def test_init_says_how_many_rows_are_held_out():

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from loraflow.cli import cli
 from loraflow.config.data import Data
 from loraflow.data.versions import dvc, version
+from loraflow.data.versions.git import GitError, git
 from loraflow.failures import BadConfig, BadData, DirtyData, MissingData
 from loraflow.job import Inputs, Job, Progress
 from loraflow.store.files import HashMemo
@@ -171,6 +172,43 @@ def test_a_pin_that_is_not_committed_yet_is_told_to_be(tmp_path):
 def test_a_revision_that_does_not_exist_is_a_failure(repository):
     with pytest.raises(BadData, match="Git cannot"):
         dvc.read_pin(str(repository), "data.dvc", "no-such-branch")
+
+
+OLD_GIT = """#!/bin/sh
+# what git 2.20 says of options that it does not know
+for argument; do case $argument in
+  --end-of-options) echo "fatal: unrecognized argument: $argument" >&2; exit 128;;
+  --show-current|--path-format=*|--pathspec-from-file=*|--initial-branch=*|--no-write-fetch-head|--porcelain=v2)
+    echo "error: unknown option $argument" >&2; exit 129;;
+esac; done
+exec GIT "$@"
+"""
+
+
+def test_revisions_are_read_with_an_old_git(repository, tmp_path, monkeypatch):
+    """`--end-of-options` needs git 2.24, and in rev-parse 2.30; Ubuntu 20.04 has 2.25."""
+    program = tmp_path / "bin" / "git"
+    program.parent.mkdir()
+    program.write_text(OLD_GIT.replace("GIT", shutil.which("git")))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    with pytest.raises(GitError, match="unrecognized argument"):
+        git(["show", "--end-of-options", "HEAD:data.dvc"], repository)
+    commit = dvc.resolve_commit(str(repository), "v1")
+    assert dvc.read_pin(str(repository), "data.dvc", commit) == dvc.read_pin(str(repository), "data.dvc", "v1")
+    assert dvc.read_pin(f"file://{repository}".replace(" ", "%20"), "data.dvc", "v2").md5 != dvc.read_pin(
+        str(repository), "data.dvc", "v1").md5  # fmt: skip
+
+
+@pytest.mark.parametrize("rev", ["--output=found", "-h", "--upload-pack=touch found", "-"])
+def test_an_option_is_no_revision(repository, tmp_path, monkeypatch, rev):
+    monkeypatch.chdir(tmp_path)
+    for repo in (str(repository), f"file://{repository}".replace(" ", "%20")):
+        with pytest.raises(BadData, match="no revision begins with a hyphen"):
+            dvc.read_pin(repo, "data.dvc", rev)
+        with pytest.raises(BadData, match="no revision begins with a hyphen"):
+            dvc.resolve_commit(repo, rev)
+    assert not list(tmp_path.iterdir()) and not (repository / "found").exists()
 
 
 def test_links_in_a_dataset_are_refused(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from loraflow import failures
 from loraflow.execution import launcher as launch
 from loraflow.execution import worker_process
+from loraflow.execution.job_file import JobFile
 from loraflow.execution.worker_process import _Display
 from loraflow.store import LocalStore
 from tests.fake_jobs import FAKE, alive_in_group, job, wait_for, work_of
@@ -29,6 +30,23 @@ def test_a_finished_job_commits_an_artifact_and_leaves_no_work_folder(store):
     assert not work_of(store, submitted).exists()
     assert list((store.root / "staging").iterdir()) == []
     assert launch.run_job(submitted, store) == ref
+
+
+def test_a_worker_computes_scores_where_the_home_cannot_be_written(tmp_path, monkeypatch):
+    """`evaluate` writes into two folders of the home. Its error was taken for one of the store."""
+    monkeypatch.setenv("HOME", os.devnull)  # no folder, so that root cannot write into it either
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "HF_MODULES_CACHE", "HF_METRICS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    script = (
+        "from loraflow.evaluation.metric_modules import compute; print(compute('exact_match', ['a'], ['a']).values)"
+    )
+    options = {"cwd": tmp_path, "capture_output": True, "text": True}
+    root = str(Path(__file__).parents[3])
+    file = JobFile(job("fine"), tmp_path, {}, tmp_path / "work")
+    env = {**worker_process._environment(file), "PYTHONPATH": root}
+    done = subprocess.run([sys.executable, "-c", script], env=env, **options)
+    assert "'exact_match': 1.0" in done.stdout, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from unittest.mock import patch
 import pytest
 import yaml
 
+from loraflow.cli import require_free_port
 from loraflow.failures import BadConfig
 from loraflow.flows.server import project
 from loraflow.flows.server.local_server import environment
-from loraflow.serving.serve import require_free_port
 from loraflow.store import Ref
 from tests.job_factory import make_job
 

@@ -8,8 +8,7 @@ import pytest
 
 from loraflow.config.load import read_recipe
 from loraflow.evaluation.values import Decision
-from loraflow.execution.results import Registration
-from loraflow.execution.workspace import Workspace
+from loraflow.execution.workspace import Registration, Workspace
 from loraflow.failures import BadConfig, BadPlacement, Crashed, DiskFull, Failure, NonFiniteLoss, OutOfMemory
 from loraflow.flows import pipeline as pipeline_module
 from loraflow.flows import sweep as flow_module

@@ -14,7 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
+from loraflow.cli import cli
 from loraflow.failures import BadConfig, MissingExtra
 from loraflow.serving import serve
 from loraflow.serving.models import Model
@@ -87,20 +89,59 @@ def test_the_openai_client_receives_the_answers_of_generate(tmp_path):
             assert list(threads.map(ask, 2 * list(expected_answers))) == 2 * list(expected_answers.values())
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) in (0, -signal.SIGTERM, 143), "the signal reached the server itself"
+        assert not list(tmp_path.glob(f"{serve.PREFIX}*"))
         greeting = process.stdout.read()
         assert f"http://127.0.0.1:{port}/v1" in greeting and '"model": "tickets"' in greeting
     finally:
         process.kill()
 
 
-def test_a_taken_port_is_refused_before_anything_loads(phi3, cache):
+def test_a_taken_port_is_refused_before_anything_loads(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(BadConfig, match="cannot listen") as caught:
-            plan_server(Model("tiny", phi3), "transformers", "127.0.0.1", port, None, None)
-    assert str(port) in caught.value.where and "--port" in caught.value.next_step
+        result = CliRunner().invoke(cli, ["serve", "no-such-model", "--port", str(port), "--store", str(tmp_path)])
+    assert isinstance(result.exception, BadConfig) and "cannot listen" in str(result.exception)
+    assert str(port) in result.exception.where and f"--port {port + 1}" in result.exception.next_step
+
+
+def test_folders_of_servers_that_were_killed_are_removed_at_the_next_start(phi3, cache, tmp_path):
+    def start() -> serve.Server:
+        return plan_server(Model("tiny", phi3), "transformers", "127.0.0.1", 8000, None, None)
+
+    killed, running = (tmp_path / f"{serve.PREFIX}{name}" for name in ("killed", "running"))
+    (tmp_path / "model").write_text("weights")
+    for folder in (killed, running):
+        (folder / "models--x").mkdir(parents=True)
+        (folder / "models--x" / "weights").symlink_to(tmp_path / "model")
+    (tmp_path / "other").mkdir()
+    (tmp_path / f"{serve.PREFIX}link").symlink_to("other")
+    lock = serve._lock(running)
+    os.set_inheritable(lock, True)  # as in `_hub_cache`: what replaces this process still holds the lock
+    holder = subprocess.Popen(["sleep", "60"], close_fds=False)
+    os.close(lock)
+    try:
+        kept = start().cache
+        assert not killed.exists() and running.exists()
+        assert (tmp_path / "model").exists() and (tmp_path / "other").exists(), "a link is not followed"
+    finally:
+        holder.kill()
+        holder.wait()
+    start()
+    assert not running.exists() and kept.exists()
+
+
+@pytest.mark.parametrize("end", ["sys.exit(2)", "raise KeyboardInterrupt", "signal.raise_signal(signal.SIGTERM)"])
+def test_a_server_that_ends_removes_its_folder_and_keeps_its_status(tmp_path, end):
+    code = f"import signal, sys; from pathlib import Path; from loraflow.serving import serve\n{end}"
+    expected = subprocess.run([sys.executable, "-c", code], capture_output=True).returncode
+    folder = tmp_path / f"{serve.PREFIX}x"
+    folder.mkdir()
+    code = code.replace("\n", "; serve._remove_at_exit(Path.cwd())\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == expected != 0, done.stderr
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
