@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from loraflow.failures import BadConfig
@@ -277,6 +278,12 @@ def require_unchanged(name: str, expected: str) -> None:
         )
 
 
+@cache
+def _temporary_folder() -> TemporaryDirectory[str]:
+    """Return a folder that is removed when the process ends."""
+    return TemporaryDirectory(prefix="loraflow-metrics-")
+
+
 def compute(name: str, predictions: Sequence[str | float], references: Sequence[str | int]) -> ModuleScores:
     """Return a module's scores.
 
@@ -284,6 +291,8 @@ def compute(name: str, predictions: Sequence[str | float], references: Sequence[
     """
     import evaluate
 
+    # It copies modules to a folder of the home, which may be read-only.
+    evaluate.config.HF_MODULES_CACHE = evaluate.config.HF_METRICS_CACHE = Path(_temporary_folder().name)
     module = evaluate.load(str(find_module(name).absolute()), keep_in_memory=True, experiment_id="loraflow", seed=0)
     result = module.compute(predictions=predictions, references=references)
     values = {key: float(value) for key, value in result.items() if isinstance(value, int | float)}

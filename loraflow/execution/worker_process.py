@@ -106,8 +106,6 @@ def _environment(threads: int | None, *, is_offline: bool) -> dict[str, str]:
     kept = [path for path in paths if path and Path(path).resolve() != own]
     env = {
         "TOKENIZERS_PARALLELISM": "true",
-        # `evaluate` writes there; the home may be read-only
-        **dict.fromkeys(("HF_METRICS_CACHE", "HF_MODULES_CACHE"), f"{file.work}/modules"),
         **os.environ,
         "PYTHONPATH": os.pathsep.join(kept),
         "PYTHONUNBUFFERED": "1",

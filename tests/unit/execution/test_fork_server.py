@@ -17,6 +17,7 @@ from loraflow.config.stage_configs import TrainGroupConfig
 from loraflow.execution import launcher, start_worker
 from loraflow.execution.fork_server import MODULES
 from loraflow.execution.runner import run_stage
+from loraflow.execution.worker_process import import_ahead
 from loraflow.execution.workspace import Workspace
 from loraflow.stages import STAGES
 from tests.conftest import build_phi3, chat
@@ -68,6 +69,18 @@ def walk(space, until="evaluate"):
     if until == "evaluate":
         stage("evaluate", model=stage("merge", base=base, adapter=adapter), rows=rows)
     return refs
+
+
+def test_the_server_that_starts_ahead_in_a_new_store_forks_the_first_workers(parts, tmp_path):
+    space = workspace(parts, tmp_path / "store")
+    import_ahead(space.recipe)
+    ahead = start_worker._server.process.pid
+    walk(space, until="tokenize")
+    assert start_worker._server.process.pid == ahead
+    start_worker.end_fork_server()
+    import_ahead(space.recipe)
+    assert start_worker._server is None, "the store has a base: the next run may be cached"
+
 
 
 def server():
