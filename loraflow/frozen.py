@@ -1,7 +1,5 @@
 """Base classes of frozen values, for what people and code write and for documents; and types of fields that are shared."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field

@@ -4,8 +4,6 @@
 that a stage's modules import is missing here.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 from contextlib import suppress

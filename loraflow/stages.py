@@ -7,8 +7,6 @@ If a change to a stage's code can change its result, raise the stage's version. 
 raised it or recorded the new code as equivalent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal

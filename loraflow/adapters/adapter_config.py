@@ -1,7 +1,5 @@
 """PEFT's `adapter_config.json`: what an adapter's matrices alone do not say, such as alpha."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

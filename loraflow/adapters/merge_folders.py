@@ -3,8 +3,6 @@
 Most adapters are merged from disk to disk (`streaming_merge`). Adapters with other settings are merged by peft.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

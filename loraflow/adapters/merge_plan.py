@@ -1,7 +1,5 @@
 """Plan a merge: which tensors of the base the adapter updates or replaces. Only headers and the config are read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

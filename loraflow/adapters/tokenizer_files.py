@@ -4,8 +4,6 @@ trl and peft's users save the tokenizer that they trained with beside the adapte
 Prompts must have the form that was trained, so these files take precedence over the base's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

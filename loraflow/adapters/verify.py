@@ -4,8 +4,6 @@ Merging rounds W + ΔW to the weights' dtype, so the two differ a little. A base
 compared as training saw it. The report says how much they differ; `check_limits` compares that with the recipe's limit.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Models on the Hugging Face hub, pinned by commit: a branch is resolved once, and the lock file remembers the commit."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import shlex

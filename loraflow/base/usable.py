@@ -1,7 +1,5 @@
 """Refuse a base that cannot be trained, by its config.json alone: before weights are downloaded, copied or loaded."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

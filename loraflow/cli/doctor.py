@@ -1,7 +1,5 @@
 """`loraflow doctor`: show what this machine supports and what is missing."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """`loraflow evaluate, merge, adapters, base`: score, merge, convert and install models."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

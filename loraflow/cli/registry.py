@@ -1,7 +1,5 @@
 """`loraflow registry, promote, rollback, mlflow`: show the promotion log, change the champion, send both to MLflow."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator

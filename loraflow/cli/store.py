@@ -1,7 +1,5 @@
 """`loraflow runs, verify, reproduce, repair, gc, backup`: list the runs of a store, check, recompute, clean and copy it."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

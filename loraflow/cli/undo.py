@@ -1,7 +1,5 @@
 """Leave a project's files as they were if the command that writes them fails."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

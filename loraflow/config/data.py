@@ -1,7 +1,5 @@
 """The section `data` of a recipe."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Literal, Self

@@ -1,7 +1,5 @@
 """The sources of a mixture: `data.sources` of a recipe."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import PurePosixPath

@@ -1,7 +1,5 @@
 """The section `evaluation` of a recipe: how models are scored."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """The grid of a sweep: keys of the recipe with the values to try, and the number of seeds."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

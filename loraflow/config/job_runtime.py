@@ -1,7 +1,5 @@
 """The runtime of a job: the settings that decide only where and how a stage runs."""
 
-from __future__ import annotations
-
 from typing import Literal, Self
 
 from pydantic import JsonValue, SerializerFunctionWrapHandler, model_serializer

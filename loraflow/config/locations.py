@@ -1,7 +1,5 @@
 """Facts about a dataset and a base model that are not in the recipe: content hashes, commits, and where files are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

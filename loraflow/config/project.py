@@ -1,7 +1,5 @@
 """The project that a folder belongs to: the `name` in its `prefect.yaml`."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

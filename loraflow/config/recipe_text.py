@@ -1,7 +1,5 @@
 """Find a recipe's file and read its text, with one sentence for each thing that prevents it."""
 
-from __future__ import annotations
-
 import difflib
 import stat
 from collections.abc import Iterator

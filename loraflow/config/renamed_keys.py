@@ -1,7 +1,5 @@
 """Keys that newer transformers, trl and peft renamed or removed: translated with a warning, or refused with a hint."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from pydantic import JsonValue

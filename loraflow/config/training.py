@@ -12,8 +12,6 @@
 | TrainConfig (stage_configs) | the config of the train stage: FingerprintedTraining, peft_config, base, method |
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator

@@ -5,8 +5,6 @@ files of other tools, which may use aliases and merge keys. `scalars` and `apply
 else: comments, quotes, order and line ends stay.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Texts and values of a table's cells: objects as JSON or in Python's notation, chats as text, missing values, and media."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -4,8 +4,6 @@ Each line has a checksum over the answer and its owner. A line that was cut off 
 setting wrote, is left out: its row is answered again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

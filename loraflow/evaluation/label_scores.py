@@ -3,8 +3,6 @@
 Macro-F1 is no mean over rows, so two models cannot be compared by it row by row: the gate takes accuracy.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence

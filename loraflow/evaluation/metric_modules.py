@@ -11,8 +11,6 @@ Scores of two models are comparable only if the same code computed them, and a s
 beside it. Installed packages are no part of it: like torch, they are recorded by their versions.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json

@@ -3,8 +3,6 @@
 No numpy: `loraflow plan` and cached runs are fast.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Decide whether a job's artifact can be reused, and say why not. Runs, plans and single commands all ask `look_up`."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Libraries wrap the system's errors: safetensors, torch and arrow report a full d
 only in a text. So the whole chain of exceptions is read. Where a text could mean several things, the disk is probed.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

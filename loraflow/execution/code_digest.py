@@ -5,8 +5,6 @@ a hash of the same source files as they are, and earlier digests that give the s
 are the recorded ones, nothing is parsed. `python tests/golden/write.py` records them.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import threading

@@ -11,8 +11,6 @@ a pipe for its status. The server writes the worker's process id and later its e
 closes the socket, the server ends after its last worker. When the launcher dies, it ends at once, and its workers with it.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import gc

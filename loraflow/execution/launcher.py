@@ -4,8 +4,6 @@ A worker has a process group of its own and a deadline, and ends when this proce
 ref, or raises a `Failure` whose class says how the worker ended.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import platform

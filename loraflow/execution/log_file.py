@@ -1,7 +1,5 @@
 """The log and the progress file of a worker, read in small parts and kept small on the disk."""
 
-from __future__ import annotations
-
 import logging
 import os
 from pathlib import Path

@@ -3,8 +3,6 @@
 A worker whose disk is full cannot write the file. The pipe needs no disk.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

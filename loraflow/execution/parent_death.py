@@ -1,7 +1,5 @@
 """End a process when the process that started it ends, however that ends. The kernel's signal is Linux only."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -4,8 +4,6 @@ Nothing is written to the store. `rederive` checks every hash from the dataset's
 merge in a temporary folder, and its files are compared.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

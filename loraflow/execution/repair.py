@@ -4,8 +4,6 @@ A damaged artifact is in the quarantine, so that a lookup misses it. The run tha
 settings: the same steps compute the same artifact again. Nothing is decided or promoted.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterable, Iterator

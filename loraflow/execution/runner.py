@@ -1,7 +1,5 @@
 """Run single stages without Prefect, for commands that need one artifact, such as `loraflow evaluate`."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -5,8 +5,6 @@ it started, so a job with other variables, such as another number of threads, st
 its last worker.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import json

@@ -4,8 +4,6 @@ A trial is exactly the training of `loraflow run` with its settings: it has the 
 measurement of the validation loss, which no fingerprint contains. `read_curves` reads it from a trained adapter.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """What a sweep will do: which trials are trained already, and how often each shared stage runs. Imports no prefect."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal

@@ -4,8 +4,6 @@ Trials of a group share base, tokens, batch and number of steps. Each has its ow
 rank, scale and dropout of LoRA.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -7,8 +7,6 @@ the job. The launcher commits the artifact. The same command runs a failed job a
 in the environment, the process is another node of the same training.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import logging

@@ -1,7 +1,5 @@
 """Run a job's worker process: start it, follow it to its end, and end its process group whatever happens."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

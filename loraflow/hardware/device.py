@@ -1,7 +1,5 @@
 """The device of a stage, and its capabilities."""
 
-from __future__ import annotations
-
 import platform
 from typing import Literal
 

@@ -8,8 +8,6 @@ The entry is written before the anchor, so the log may be ahead of the anchor, b
 writes it; stores of earlier versions have none until then.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence

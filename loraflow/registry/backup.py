@@ -5,8 +5,6 @@ copied too. Among the documents, run records and anchors are read before the log
 is written in the opposite order, so that it is a consistent store at any moment, also after a crash.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

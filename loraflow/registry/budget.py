@@ -14,8 +14,6 @@ ones. A lost look counts as one that had 0.02 more. See docs/decisions/0024-foll
 When the looks of a period are used up, the next period begins with rows of which none was ever scored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 

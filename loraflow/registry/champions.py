@@ -1,7 +1,5 @@
 """The files of champions: which ones are kept, and whether a rollback can return to them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

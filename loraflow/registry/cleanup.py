@@ -4,8 +4,6 @@ Champions stay, up to a bound, with all that they were made from: `loraflow roll
 `loraflow show champion` describes them.
 """
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Iterator

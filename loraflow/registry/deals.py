@@ -8,8 +8,6 @@ A deal is recorded before a model is scored. The same model gets the same rows a
 Rows of a deal are no longer fresh, whether or not a look followed.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple

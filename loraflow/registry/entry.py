@@ -1,7 +1,5 @@
 """Numbered entries, each with the hash of the one before it; and `Entry`, that of a promotion log."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Generic, Literal, NamedTuple, TypeAlias, TypeVar

@@ -5,8 +5,6 @@ same time, one succeeds; the other reads the new head and decides again. The anc
 whether entries were lost or edited.
 """
 
-from __future__ import annotations
-
 import getpass
 import logging
 import os

@@ -5,8 +5,6 @@ registry/<model>/rows/<digest>.json         the keys of the rows that looks refe
 anchors/<model>/rows/<digest>.json          a copy. A set counts if one of the two is left, even if no look names it
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Collection

@@ -10,8 +10,6 @@ whatever rows; `budget.py` deals it out.
     runs/<id>.json                       `looks_head`: the last look that the run saw or took, if the anchor is lost too
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 

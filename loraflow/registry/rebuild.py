@@ -1,7 +1,5 @@
 """Name the command that rebuilds an artifact: the run that made it recorded its recipe and all its settings."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterator, Mapping

@@ -8,8 +8,6 @@ When too few fresh rows are left for a look, it uses the rows that were used bef
 wait for more: held-out rows that are collected later join them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence, Set
 from typing import NamedTuple

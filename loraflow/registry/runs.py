@@ -4,8 +4,6 @@ A run writes its record when it ends, whether it succeeded or not. Keys that thi
 all but the names of run and recipe may be missing, so that records of other versions stay readable.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterator, Mapping

@@ -9,8 +9,6 @@ entry that was verified is remembered beside the list of signers, where those wh
     allowed_signers.verified.json   {store: {model: number and hash of the last entry that was verified}}
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex

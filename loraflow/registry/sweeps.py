@@ -3,8 +3,6 @@
 The choice uses validation losses only. Combinations are compared by the mean over their seeds.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

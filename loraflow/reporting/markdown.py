@@ -1,7 +1,5 @@
 """Reports as markdown: of a run, of one model's scores, and of a model that waits for approval."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """What became of a dataset's rows in a run: read, left out by reason, learned, held out, scored."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress

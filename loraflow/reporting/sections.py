@@ -4,8 +4,6 @@ What is learned: shares, lengths against max_length, and samples with the mask. 
 their loss curves.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence

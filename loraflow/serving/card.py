@@ -1,7 +1,5 @@
 """A model's card: the facts that the store knows about it, without paths, hosts, tokens or telemetry."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

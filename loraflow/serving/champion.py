@@ -4,8 +4,6 @@ The promotion log names the model. The other facts come from the record of its r
 If one of these documents is missing, its facts are left empty. From a bucket, only these documents are downloaded.
 """
 
-from __future__ import annotations
-
 from typing import Literal, TypeAlias
 
 from loraflow.evaluation.values import Scores, SeedScores, Slice

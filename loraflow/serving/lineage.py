@@ -1,7 +1,5 @@
 """What a model was made from: dataset, rows, base, libraries. Artifacts that are no longer in the store are skipped."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from pydantic import AliasPath, Field, ValidationError

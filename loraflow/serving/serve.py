@@ -6,8 +6,6 @@ which ignores fields that it does not support, drops images, and answers beyond 
 it refuses such requests.
 """
 
-from __future__ import annotations
-
 import atexit
 import fcntl
 import json

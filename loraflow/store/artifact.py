@@ -1,7 +1,5 @@
 """An artifact's values: the ref that names it, what its stage reports, and the manifest that describes its files."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence

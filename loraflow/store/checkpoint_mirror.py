@@ -3,8 +3,6 @@
 A checkpoint in the bucket is valid once its manifest is there, which is written last; downloads are hashed against it.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -3,8 +3,6 @@
 Checkpoints are in a job's work folder, in `checkpoints/checkpoint-<step>/`. The trainer writes these folders in place.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

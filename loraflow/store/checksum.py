@@ -5,8 +5,6 @@ all other bytes, so a document that was edited, damaged, formatted in another wa
 It does not protect against a person who computes it again. A document of an earlier version has none, and is taken as it is.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

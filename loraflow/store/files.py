@@ -1,7 +1,5 @@
 """Hashing and durable writing of plain files, and a folder of small documents."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

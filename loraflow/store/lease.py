@@ -5,8 +5,6 @@ network was down) keeps computing. This is safe: commits are idempotent and the 
 two workers that compute the same job only waste time.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

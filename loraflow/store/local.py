@@ -1,7 +1,5 @@
 """A store in a local folder, built on rename, fsync and flock."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import uuid

@@ -1,7 +1,5 @@
 """Locks between processes of one host: `flock`, which the kernel releases when its holder dies."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """A store in an S3 bucket, with a cache folder on each machine. See the package's docstring for its layout."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Read and check the artifacts of a bucket: the keys of their objects, and the hashes that this machine read."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping

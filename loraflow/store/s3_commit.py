@@ -4,8 +4,6 @@ The manifest is created and not replaced, and the pointer is replaced only if it
 either completely or not at all, so a crash at any moment leaves the old state or the new.
 """
 
-from __future__ import annotations
-
 import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor

@@ -5,8 +5,6 @@ they die. A process that gets an exclusive lock therefore knows that the folder 
 machine: network file systems may keep locks to one machine. So the file also names the machine and its boot.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import logging

@@ -4,8 +4,6 @@ The library dvclive is not used: it reads the git repository when it starts, and
 The files have no times and no ids, so a run that finds everything cached writes the same bytes.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

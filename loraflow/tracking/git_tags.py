@@ -11,8 +11,6 @@ version for a commit. If a commit has one already, the tag is on a new commit wi
 branch. The promotion log decides: missing tags are made at the next promotion or rollback.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta

@@ -1,7 +1,5 @@
 """What is mirrored of a run, and where to."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

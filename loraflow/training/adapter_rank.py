@@ -1,7 +1,5 @@
 """The rank that counts for the memory of adapters whose ranks differ between modules. Arithmetic only, no torch."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Callbacks of the trainer: log curves, report progress, finalize checkpoints, and stop on NaN or on SIGTERM."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -7,8 +7,6 @@ A token's key is a hash of (seed, step, row, token), from which the masks of dro
 these do not depend on the micro-batch, the device or the engine.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict, TypeGuard

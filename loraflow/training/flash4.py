@@ -3,8 +3,6 @@
 torch can switch to it by itself, but the functions that torch expects in the package changed with the package's version.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 

@@ -10,8 +10,6 @@ The LoRA update is written first, and every product accumulates onto it. Adding 
 pass over the output. The products are custom operators, because Inductor would copy the tensor that they accumulate onto.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

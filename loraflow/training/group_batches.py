@@ -4,8 +4,6 @@ Each training has the rows that it would have alone, in the same steps, with the
 micro-batch have equally many tokens, so that a layer can divide it by its number of parts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast

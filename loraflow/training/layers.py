@@ -1,7 +1,5 @@
 """Compile a model's layers one by one, and recompute the activations of a share of them in the backward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Logits of the whole vocabulary for every position would take gigabytes. trl's ow
 best token, which takes as long again.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from functools import cache

@@ -7,8 +7,6 @@ The estimate by part can be compared with the measured peak: on a CPU the proces
 libraries, on a GPU what torch allocates there. The CPU's constants were fitted by benchmarks/memory_estimate.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields

@@ -9,8 +9,6 @@ What differs from loralib 0.1.2, whose classes these are:
   and B, while loralib computes the whole ΔW in every forward pass.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Self, TypedDict

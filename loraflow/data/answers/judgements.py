@@ -4,8 +4,6 @@ A word such as `rejected` may be about anything: a loan, an order, a film. So it
 name says that it is about the answer. Other columns are a question to the user (loraflow/data/answers/unread_values.py).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Nothing in a file says which of the two it is, so the column's values decide. A 
 be learned because it is misspelled or in another language: what is neither plainly a mark nor plainly a class is refused.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import unicodedata

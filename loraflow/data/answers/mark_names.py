@@ -1,7 +1,5 @@
 """The names of keys by which datasets mark answers, in lower case with underscores."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from functools import lru_cache

@@ -4,8 +4,6 @@ ms-swift's `loss`, the `label` of trl's KTO, and their relatives, on a message o
 A mark is honoured or refused, in any spelling: CSV has only text, and spreadsheets write `FALSE` or `0,0`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache, partial

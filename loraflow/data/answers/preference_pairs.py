@@ -1,7 +1,5 @@
 """Preference pairs: which columns hold the two answers of a row, and rows whose answer is the worse one."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from functools import lru_cache, partial

@@ -4,8 +4,6 @@ No list of names is complete, so the values are looked at: a column has nothing 
 Such a column is a question to the user, and no row is left out by it.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence

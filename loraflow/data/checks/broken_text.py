@@ -3,8 +3,6 @@
 Also control tokens of common chat templates, which do not belong into a message's text, and the script of a text.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

@@ -2,8 +2,6 @@
 quarantine.jsonl, the rows that are left out, with the reason; and how training rows changed since the champion.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import IO, Annotated, Literal, TypedDict

@@ -9,8 +9,6 @@ from 0 (the same) to 1.
 - Fields of the rows: the change of the share of rows where a field has a value.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections import Counter

@@ -4,8 +4,6 @@ Which rows these are is decided by `loraflow/registry/deals.py`. The stage write
 fingerprints of the scores depend on the content of these rows, and on no other row of the dataset.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

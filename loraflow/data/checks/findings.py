@@ -2,8 +2,6 @@
 damaged text.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import re
 from array import array

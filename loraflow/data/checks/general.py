@@ -9,8 +9,6 @@ A row is a chat, whose last answer's loss is measured, or a multiple-choice ques
 These rows are few and chosen by hand, so none is left out: a bad row stops the run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -3,8 +3,6 @@
 They are in a file of their own, which is in no facet: a field that is added scores nothing again.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import unicodedata

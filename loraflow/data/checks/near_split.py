@@ -1,7 +1,5 @@
 """Split rows with a search for near-duplicates: `data.near_duplicates`. What is found is counted and named."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

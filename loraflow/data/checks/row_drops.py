@@ -3,8 +3,6 @@
 Rows that are equal but for case, white space and Unicode form, and near prompts with different answers, are counted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

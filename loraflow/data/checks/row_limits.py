@@ -2,8 +2,6 @@
 also for each source of a mixture.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from pydantic import JsonValue

@@ -1,7 +1,5 @@
 """A file of a dataset as check_dataset reads it: row by row, each with the bytes that decide how it is read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice

@@ -4,8 +4,6 @@ A process is a new Python, not a fork: the flow's process has threads. It gets p
 each as the content of a cache's entry.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import subprocess

@@ -3,8 +3,6 @@
 The files of a source are in a folder with its name, so the place of each of its rows begins with that name.
 """
 
-from __future__ import annotations
-
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 Samples are seeded too, and spread over the values of the rows: sets, groups, or labels of a classification set.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import unicodedata

@@ -4,8 +4,6 @@ Files that DVC ignores are left out: those that `.dvcignore` files name, in the 
 Mercurial and DVC; and folders that are DVC repositories themselves. Files named `.gitignore` are ordinary files to DVC.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat

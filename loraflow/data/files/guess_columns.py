@@ -1,7 +1,5 @@
 """Guess what `data.columns` of a recipe should be for a file whose columns have other names."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice

@@ -1,7 +1,5 @@
 """Read JSON and JSONL files row by row, with the line and column of each problem."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ So are rows whose cells are not what the file's author wrote: quotes that did no
 joined, and a second header, as `cat a.csv b.csv` leaves it.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 import sqlite3

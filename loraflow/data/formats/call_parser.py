@@ -7,8 +7,6 @@
 - Mistral's: `[TOOL_CALLS] [{"name": …, "arguments": {…}}]`, or `[TOOL_CALLS]NAME[ARGS]{…}`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 

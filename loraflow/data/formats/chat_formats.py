@@ -5,8 +5,6 @@ with different texts are refused. Marks that exclude an answer from the loss are
 (`loraflow/data/answers/marks.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial

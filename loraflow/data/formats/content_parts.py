@@ -3,8 +3,6 @@
 Anthropic, Bedrock, Gemini, Mistral and OpenAI's Responses API have such parts, each under names of its own.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass, field

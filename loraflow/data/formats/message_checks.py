@@ -1,7 +1,5 @@
 """Check the messages of a chat: roles, their order, contents and tool calls."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

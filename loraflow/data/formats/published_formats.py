@@ -3,8 +3,6 @@
 Rows of other shapes are refused, with a hint how they are converted.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

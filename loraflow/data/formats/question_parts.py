@@ -3,8 +3,6 @@
 Without them, the answer cannot be known.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Read the keys of a row, and record which ones were read, so that no text of a row is left out without being named."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 

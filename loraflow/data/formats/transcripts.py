@@ -3,8 +3,6 @@
 Only texts that begin with a question's label are read so: a label somewhere in a text is a part of it.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -5,8 +5,6 @@ between the two, such as a space or an empty think block, is a part of the answe
 answer's own text must be rendered completely, and a control token must close it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -2,8 +2,6 @@
 leaves out or changes a part.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

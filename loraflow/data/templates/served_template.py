@@ -4,8 +4,6 @@ A template may print today's date, or put an empty think block before an answer 
 serving must agree, so both are written into the template of the base's artifact, which the merged model inherits.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

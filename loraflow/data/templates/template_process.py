@@ -1,7 +1,5 @@
 """Render a chat template in a process of its own, which has limits of time and memory (`template_child`)."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

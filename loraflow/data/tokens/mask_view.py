@@ -1,7 +1,5 @@
 """Show which parts of a training row are learned, as the model reads it, and whether generation has the same prompts."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

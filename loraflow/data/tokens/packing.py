@@ -5,8 +5,6 @@ number of free tokens are interchangeable, so all documents of one length are pl
 tenth of a second.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Write tokenized rows in the layout of `datasets.save_to_disk`, and the packing plan as Parquet; and read them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

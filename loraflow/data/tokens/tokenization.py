@@ -3,8 +3,6 @@
 `train/` and `validation/` open with `datasets.load_from_disk`, `packing.parquet` with pandas.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

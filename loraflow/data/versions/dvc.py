@@ -4,8 +4,6 @@ DVC's id of a folder is the md5 of a JSON list of its files' md5s. Computing it 
 `dvc data status` takes most of a second.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Read a `.dvc` file: which output it pins, by path and md5."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import posixpath

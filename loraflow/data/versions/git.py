@@ -1,7 +1,5 @@
 """Calls of git."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 The md5 of the files is their identity. The git revision is provenance. The files of `data.sources` are found here, too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping

@@ -82,7 +82,6 @@ def test_the_server_that_starts_ahead_in_a_new_store_forks_the_first_workers(par
     assert start_worker._server is None, "the store has a base: the next run may be cached"
 
 
-
 def server():
     assert start_worker._server is not None
     return psutil.Process(start_worker._server.process.pid)
