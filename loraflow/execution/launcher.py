@@ -19,6 +19,7 @@ from loraflow import __version__, failures
 from loraflow.config.job_runtime import RetryWith
 from loraflow.config.locations import FolderOrigin
 from loraflow.config.stage_configs import StageConfig
+from loraflow.data.versions.git import has_uncommitted_changes, head_commit
 from loraflow.execution.cache import look_up
 from loraflow.execution.classify import storage_failure
 from loraflow.execution.code_digest import code_digest
@@ -145,7 +146,7 @@ def _with_less_memory(job: Job[StageConfig], failure: failures.OutOfMemory) -> J
 
 
 def _provenance(job: Job[StageConfig], started: float, work: Path) -> dict[str, JsonValue]:
-    """Return what the manifest records beside the fingerprint's values: time, memory, runtime, versions, machine."""
+    """Return what the manifest records beside the fingerprint's values: time, memory, runtime, versions, machine, git."""
     versions: dict[str, JsonValue] = {"loraflow": __version__}
     for name in _RECORDED:
         with contextlib.suppress(PackageNotFoundError):
@@ -160,6 +161,8 @@ def _provenance(job: Job[StageConfig], started: float, work: Path) -> dict[str, 
         "python": platform.python_version(),
         "machine": platform.machine(),
         "code": code_digest(STAGES[job.stage]),
+        "commit": head_commit(Path.cwd()),
+        "uncommitted": has_uncommitted_changes(Path.cwd()),
     }
 
 

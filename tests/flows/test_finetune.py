@@ -90,6 +90,7 @@ def test_manifests_and_the_run_record_have_loraflows_version_and_the_state_of_it
     for ref in store.artifacts():
         provenance = store.manifest(ref).provenance
         assert provenance["versions"]["loraflow"] == loraflow.__version__ and provenance["code"], ref
+        assert (provenance["commit"], provenance["uncommitted"]) == (record["commit"], record["uncommitted"]), ref
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD"]).returncode == 1
     assert (record["loraflow"], record["commit"]) == (loraflow.__version__, head)
