@@ -24,7 +24,7 @@ from loraflow.data.answers.labels import (
     is_absent,
     plain,
 )
-from loraflow.data.answers.mark_names import CONTAINERS, JUDGEMENTS, LABELS, RUNS, normal_name
+from loraflow.data.answers.mark_names import CONTAINERS, GOOD, JUDGEMENTS, LABELS, RUNS, normal_name
 from loraflow.data.cell_values import Unreadable, is_object_text, objects_of, parsed_text
 
 MAX_QUESTIONS = 5
@@ -45,13 +45,16 @@ _ASKED = frozenset({
 # "Bad answer", "1 - poor", colours of thumbs
 _AROUND = re.compile(r"\b(?:answer|response|completion|output|quality|\d)\b|[:.!()\U0001f3fb-\U0001f3ff]")
 _PARTS = TRAINED_ON | HELD_OUT  # of a dataset
-_YES = frozenset({"ja", "oui", "si", "sim", "da", "tak", "evet", "да", "はい", "是", "예", "j", "s", "o"}) | TRAINED_ON
+_LETTERS = frozenset("jso")  # ja, sí, oui; or the south
+_YES = frozenset({"ja", "oui", "si", "sim", "da", "tak", "evet", "да", "はい", "是", "예"}) | _LETTERS | TRAINED_ON
 _NO = NO | HELD_OUT
+# Of these words, some columns say without a question what they mean: is_correct: ja is learned
+_UNDERSTOOD = {**dict.fromkeys(LABELS, (_YES | _NO) - _PARTS), **dict.fromkeys(GOOD, _YES - _PARTS)}
 # Beside one other word
 _APPROVED = frozenset({
     "approved", "approve", "accepted", "accept", "correct", "good", "keep", "pass", "passed", "acceptable", "valid", "ok",
 })  # fmt: skip
-_NOT = re.compile(r"^(?:(?:not|non?|nicht|pas|niet|не)[ _-]+(?=\w)|[不未])")
+_NOT = re.compile(r"^(?:(?:not|nicht|pas|niet|не)[ _-]+(?!guilty)(?=\w)|[不未])")
 _SHORT = 3  # letters of codes such as `ko`
 _MAX_LIST = 200  # characters of a list as text
 _MAX_DEPTH = 8
@@ -67,8 +70,10 @@ _JUDGING = re.compile(
     r"(?:^|_)(?:in)?(?:verdict|quality|correct|verif|valid|judg|grad[ei]|rat(?:ing|ed)|approv|accept|reject|review|evaluat|"
     r"assess|helpful|hallucin|factual|accura|annotat|feedback|resolved|solved|checked|(?:pass(?:ed|es)?|fail(?:ed)?|good|bad|"
     r"wrong|right|ok(?:ay)?|keep|usable|(?:un)?safe|harmful|flag(?:ged)?|check|vote|label|thumbs?|reaction|status|result|"
-    r"outcome|answer|response|human|qa|eval|success|done|completed?|audit)(?:_|$))|results|scores|critique"
+    r"outcome|answer|response|human|qa|eval|success|done|completed?|audit)(?:_|$))|^results|scores|critique|状态|审核"
 )
+# order_status judges no more than order does
+_STATE = re.compile(r"_(?:status|result|outcome)$")
 # Of these, only false is a question too.
 _DONE = re.compile(r"(?:.*_)?(?:success|successful|solved|resolved|(?:test|validation|verification)_result)")
 # Scores of the answer, unlike toxicity_score
@@ -98,8 +103,7 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
             words = [pair for item in turns for pair in _told(key, inner, item[inner], labels) if pair[1]]
             found += dict.fromkeys(words)
             continue
-        hidden = _YES | _NO if name in LABELS else _YES | _PARTS if name in JUDGEMENTS else frozenset[str]()
-        pairs = [pair for pair in _told(key, key, value, labels) if pair[1] not in hidden]
+        pairs = [pair for pair in _told(key, key, value, labels) if pair[1] not in _UNDERSTOOD.get(name, ())]
         if pairs:
             if labels and pairs == [(key, "false")] and name in LABELS and _has_unknown(key, labels):
                 pairs = [(key, str(value).strip().lower())]
@@ -110,13 +114,14 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
 
 
 def _is_opposed(path: str, key: str, value: str, labels: Labels) -> bool:
-    """Tell whether a word has an opposite in its column: `not X` beside X, or one unknown word beside approval.
+    """Tell whether a word has an opposite in a column that judges: `not X` beside X, or one unknown word beside approval.
 
     Of a row's `label` and the like, any two words are opposites if one is unknown.
     """
-    text = value.strip().lower()
-    is_approval = text in _APPROVED or (path == key and normal_name(key) in _WORD_PAIRS)
-    if not (is_approval or _NOT.match(text)) or _kind_of(key) == "neutral":
+    text, name = value.strip().lower(), normal_name(key)
+    is_label = path == key and name in _WORD_PAIRS
+    is_approval = is_label or text in _APPROVED
+    if not (is_approval or _NOT.match(text)) or not (is_label or _kind_of(_STATE.sub("", name)) == "judging"):
         return False
     word = plain(value)
     if is_approval:
@@ -163,15 +168,19 @@ def _told(path: str, key: str, value: JsonValue, labels: Labels | None, judge: s
         judge: the key of an object around it that judges. Of such objects, not all flags are looked at.
     """
     name = normal_name(key)
-    is_container = name in CONTAINERS or name.endswith("_metadata")
+    is_container, is_metadata = name in CONTAINERS, name.endswith("_metadata")
     judge = key if _kind_of(key) == "judging" else judge
-    if (judge or is_container) and path.count(".") < _MAX_DEPTH:
+    if (judge or is_container or is_metadata) and path.count(".") < _MAX_DEPTH:
         items = (
             (f"{path}.{k}", (judge or key) if k == "value" else k, v)
             for members in objects_of(value)
             for k, v in members.items()
             if isinstance(k, str)
-            and (is_container or isinstance(v, str | dict | list) or k == "value" or _kind_of(k) == "judging")
+            and (
+                is_container
+                or _kind_of(k) == "judging"
+                or (judge and (isinstance(v, str | dict | list) or k == "value"))
+            )
         )
         found = [
             pair
@@ -218,7 +227,8 @@ def _word(key: str, value: JsonValue) -> str:
         return _OTHER
     if plain(value) in FAILED_RUNS and _OF_RUN.fullmatch(name):
         return value.strip().lower()
-    return _word_of_text(kind, value)
+    word = _word_of_text(kind, value)
+    return _OTHER if word in _LETTERS and kind == "other" and name not in _WORD_PAIRS else word
 
 
 @lru_cache(4096)
@@ -233,7 +243,7 @@ def _kind_of(key: str) -> Literal["bad", "neutral", "judging", "flag", "other"]:
         return "judging"
     if name.startswith("lang"):
         return "neutral"
-    return "flag" if _FLAG.match(name) else "other"
+    return "flag" if _FLAG.match(name) or key.rstrip().endswith("?") else "other"
 
 
 @lru_cache(4096)
@@ -274,7 +284,8 @@ def _is_doubtful(key: str, words: Mapping[str, int], rows: int, total: int) -> b
     said = words.keys() - {_OTHER}
     name = normal_name(key.rpartition(".")[2])
     is_verdict = name in JUDGEMENTS or (name in LABELS and "." in key)  # labels of a row may be classes
-    if said - _FLAGS - _TICKS - _YES - (_PARTS if is_verdict else _NO):
+    unclear = _FLAGS | _TICKS | (_PARTS if is_verdict else _NO)
+    if said - unclear - (_PARTS if name in JUDGEMENTS - GOOD else _YES):  # rejected: ja
         return True
     is_whole = sum(words[word] for word in said) >= rows
     is_done = "false" in said and _DONE.fullmatch(name) is not None

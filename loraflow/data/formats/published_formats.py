@@ -377,8 +377,9 @@ def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], u
         if not turns or key in used.values():
             continue
         texts = [turn[name] for turn in turns for name in CONTENTS if isinstance(turn.get(name), str)]
-        written = " ".join(" ".join(message["content"] for message in messages[:-1]).split())
-        if not all(" ".join(str(text).split()) in written for text in texts):
+        *earlier, last = [" ".join(message["content"].split()) for message in messages]
+        written = " ".join(earlier)
+        if not all((found := " ".join(str(text).split())) in written or found == last for text in texts):
             made = _to_join(row, key, question, answer) or "; write the row as messages"
             raise BadRow(f"{key} has earlier messages, which are not read{made}; or name {key} in data.ignore")
 
@@ -386,7 +387,8 @@ def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], u
 def _messages_of(key: str, row: Mapping[str, JsonValue]) -> list[dict[str, JsonValue]]:
     """Return the messages in a column such as `context` or `chat_history`, if any."""
     value = row[key]
-    turns = [dict(turn) for turn in objects_of(value)] if is_history(key) and isinstance(value, list | str) else []
+    is_list = isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+    turns = [dict(turn) for turn in objects_of(value)] if is_history(key) and is_list else []
     roles = list(map(_role, turns))
     is_chat = "user" in roles or key.lower().startswith("context")
     return turns if is_chat and all(role in ("user", ASSISTANT, "system", TOOL) for role in roles) else []

@@ -58,9 +58,6 @@ def read_tools(value: JsonValue, where: str = "tools") -> list[Tool] | None:
     return _checked_tools(json.dumps(value, ensure_ascii=False, default=str), where) or None
 
 
-_SCHEMAS = ("parameters", "input_schema", "inputSchema")  # the last are Anthropic's and Bedrock's
-
-
 @lru_cache(256)
 def _checked_tools(text: str, where: str) -> list[Tool]:
     """Return the tools of a JSON list. Rows with the same tools share one list, which saves memory."""
@@ -69,16 +66,15 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
         field = f"{where}[{number}]"
         if not isinstance(item, dict):
             raise BadRow(f"{field} is {type(item).__name__}; expected an object with name and parameters")
-        function = item.get("function", item)
+        function = _without_nulls(item.get("function", item))
         if item.get("type") not in (None, "function") or not isinstance(function, dict):
             raise BadRow(f"{field} is of type {item.get('type')!r}; expected a function")
-        function = {k: v if k in _SCHEMAS else _without_nulls(v) for k, v in function.items() if v is not None}
         name = function.get("name")
         if not isinstance(name, str) or not name.strip():
             raise BadRow(f"{field}.function.name is {name!r}; expected the function's name")
         if any(tool["function"]["name"] == name for tool in tools):
             raise BadRow(f"{field}.function.name {name!r} is duplicated")
-        for key in _SCHEMAS[1:]:
+        for key in ("input_schema", "inputSchema"):  # Anthropic's and Bedrock's names
             if key in function and "parameters" not in function:
                 schema = function.pop(key)
                 function["parameters"] = (
@@ -90,16 +86,9 @@ def _checked_tools(text: str, where: str) -> list[Tool]:
             if is_deep(parameters):
                 raise BadRow(f"{field}.function.parameters are nested too deeply; at most {MAX_DEPTH} levels")
             function["parameters"] = parameters
-        plain = _without_nulls(parameters)
-        if is_bare_parameters(plain):
-            parameters = schema_of(plain)
-        try:
-            _validator(json.dumps(parameters), f"{field}.function.parameters")
-        except BadRow:  # a null is a default of JSON, or a member that only other rows of Parquet have
-            parameters = plain
-            _validator(json.dumps(parameters), f"{field}.function.parameters")
-        if "parameters" in function:
-            function["parameters"] = parameters
+        if is_bare_parameters(parameters):
+            parameters = function["parameters"] = schema_of(parameters)
+        _validator(json.dumps(parameters), f"{field}.function.parameters")
         tools.append({"type": "function", "function": cast(Function, function)})
     return tools
 
@@ -149,10 +138,20 @@ def is_deep(value: JsonValue) -> bool:
 
 
 def _without_nulls(value: JsonValue) -> JsonValue:
-    """Leave null members out: Parquet gives every object of a column the members of all of them."""
+    """Leave null members out: Parquet gives every object of a column the members of all of them.
+
+    The default of a schema that takes null is kept: pydantic writes it for optional arguments.
+    """
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        kept = {"default"} if _takes_null(value) else set[str]()
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key in kept}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _takes_null(schema: dict[str, JsonValue]) -> bool:
+    kinds = schema.get("anyOf") or schema.get("oneOf") or [schema]
+    types = [kind.get("type") for kind in kinds if isinstance(kind, dict)] if isinstance(kinds, list) else []
+    return any(kind == "null" or (isinstance(kind, list) and "null" in kind) for kind in types)
 
 
 @lru_cache(1024)

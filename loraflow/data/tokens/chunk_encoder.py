@@ -132,7 +132,7 @@ def _content(line: str) -> bytes:
     return line[max(line.find(_CONTENT), 0) :].encode()
 
 
-ONE_PROCESS_BYTES = 1_000_000  # of new rows to the end of the file: fewer are encoded in this process
+ONE_PROCESS_BYTES = 1_000_000  # from the first new row to the end of the file: less is encoded in this process
 
 Problem = Literal["special_tokens", "too_long", "nothing_to_learn", "cut_reasoning"]
 
@@ -196,7 +196,7 @@ def encoded_chunks(
                     pending.append(partial(_encode, entry, lines))
                 else:
                     pending.append(pool.submit(_encode, entry, lines).result)
-                left -= sum(map(len, lines))
+                left -= sum(len(line.encode()) for line in lines)
                 while pending and (pool is None or len(pending) > 4 * processes):
                     yield pending.popleft()()
             while pending:

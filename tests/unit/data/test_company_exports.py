@@ -160,6 +160,40 @@ def test_earlier_messages_that_are_text_in_a_cell_are_not_left_out(tmp_path, as_
     assert all(row.messages for row in others)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("context", {"role": "user", "content": "a passage of one object"}),
+        ("chat_history", [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "A shrub."}]),
+        ("chat_history", [{"role": "user", "content": "Why?"}]),
+    ],
+)
+def test_a_text_that_loses_nothing_is_not_refused(tmp_path, key, value):
+    written = {key: json.dumps(value), "prompt": "Why?", "completion": "A shrub."}
+    assert first(tmp_path, written)[0].messages
+
+
+def test_an_earlier_answer_that_only_begins_the_answer_is_lost(tmp_path):
+    own = json.dumps([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "A shrub."}])
+    row, _ = first(tmp_path, {"chat_history": own, "question": "Why?", "answer": "A shrub. Or a tree."})
+    assert row.problem.startswith("chat_history has earlier messages")
+
+
+@pytest.mark.parametrize("name", ["verlauf", "beispiele", "log", "thread", "chat"])
+@pytest.mark.parametrize(
+    "pair",
+    [{"frage": "Was ist das?", "antwort": "Tee."}, {"final_answer": "Tea."}, {"betreff": "Was ist das?"}],
+    ids=lambda pair: next(iter(pair)),
+)
+def test_turns_as_text_beside_another_text_are_not_guessed(tmp_path, name, pair):
+    pd.DataFrame([{**pair, name: json.dumps(EARLIER)}] * 3).to_csv(tmp_path / "x.csv", index=False)
+    assert columns_of(tmp_path / "x.csv", "x.csv") == {}
+    pd.DataFrame([{"id": "c-17", "sprache": "de", name: json.dumps(EARLIER)}] * 3).to_csv(
+        tmp_path / "y.csv", index=False
+    )
+    assert columns_of(tmp_path / "y.csv", "y.csv") == {"messages": name}
+
+
 def test_no_command_puts_the_answer_into_the_prompt(tmp_path):
     own = [*EARLIER, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "It is a shrub."}]
     row, _ = first(tmp_path, {"chat_history": own, "question": "Why?", "answer": "It is a shrub."})

@@ -225,3 +225,13 @@ def test_processes_are_started_for_many_new_rows_only(tmp_path, monkeypatch):
         found = tokenized(tmp_path, numbers, cache, processes=2)[1]
         assert len(started) == expected
         assert found == tokenized(tmp_path, numbers, None)[1]
+
+
+def test_rows_in_the_cache_are_counted_in_bytes(tmp_path, monkeypatch):
+    plain = lines
+    monkeypatch.setitem(globals(), "lines", lambda rows: [row.replace("q", "語" * 300) for row in plain(rows)])
+    monkeypatch.setattr(chunk_encoder, "ONE_PROCESS_BYTES", 1_200_000)
+    cache = ChunkCache(tmp_path / "cache")
+    tokenized(tmp_path, range(3000), cache)
+    monkeypatch.setattr(chunk_encoder, "_started", lambda processes: pytest.fail("for 30 new rows"))
+    tokenized(tmp_path, range(3030), cache, processes=2)

@@ -5,6 +5,8 @@ import re
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -398,3 +400,35 @@ def test_a_schema_of_pydantic_is_rendered_as_a_server_renders_it(template_of, wr
     (encoded,) = template.encode([chat], "assistant")
     assert encoded.ids.tolist() == tokenizer.apply_chat_template(messages, tools=tools, return_dict=True)["input_ids"]
     assert '"default": null' in tokenizer.decode(encoded.ids)
+
+
+CITY = {"type": "string", "description": "A city."}
+OTHER_ROWS = {
+    "default": ({**CITY, "default": "Rom"}, "Rom"),
+    "const": ({"type": "string", "const": "Rom"}, "Rom"),
+    "enum": ({"type": "string", "enum": ["Rom"]}, "Rom"),
+    "nullable": ({**CITY, "nullable": True}, "Rom"),
+    "optional": ({"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}, "Rom"),
+    "types": ({"type": "integer", "minimum": 1}, 3),
+    "nested": ({"type": "object", "properties": {"zip": {"type": "string", "default": "1"}}}, {"zip": "2"}),
+    "literal": ({"oneOf": [{"const": "Rom", "title": "R"}]}, "Rom"),
+    "reference": ({"$ref": "#/$defs/City", "title": "A city"}, "Rom"),
+}
+
+
+@pytest.mark.parametrize("key", OTHER_ROWS)
+def test_tools_in_structs_of_parquet_are_those_of_json(tmp_path, key):
+    schema, city = OTHER_ROWS[key]
+    rows = []
+    for number, (found, argument) in enumerate([(CITY, "Oslo"), (schema, city)]):
+        parameters = {"type": "object", "properties": {"city": found}, "required": ["city"]}
+        if "$ref" in found:
+            parameters["$defs"] = {"City": {"type": "string"}}
+        row = openai(json.dumps({"city": argument}))
+        rows.append({**row, "tools": [{**TOOLS[0], "function": {**TOOLS[0]["function"], "parameters": parameters}}]})
+        rows[-1]["messages"][0]["content"] = f"{number}?"
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    from_json, from_parquet = (list(read_rows(tmp_path, [name], "auto")) for name in ("t.jsonl", "t.parquet"))
+    assert [row.problem for row in from_parquet] == [None, None]
+    assert [row.messages for row in from_parquet] == [row.messages for row in from_json]

@@ -233,7 +233,7 @@ def asked_of(folder, rows):
         ("metadata", {"korrekt": "ja"}, {"korrekt": "nein"}),
         ("metadata", {"approuvé": "oui"}, {"approuvé": "non"}),
         ("metadata", {"评价": "好"}, {"评价": "差"}),
-        ("metadata", {"moderation_note": "ok"}, {"moderation_note": "blocked"}),
+        ("metadata", {"review_note": "ok"}, {"review_note": "blocked"}),
         ("test_result", {"report": {"resolved": True}}, {"report": {"resolved": False}}),
         ("results", {"judge": {"verdict": "correct"}}, {"judge": {"verdict": "incorrect"}}),
         ("eval_results", {"correctness": {"passed": True}}, {"correctness": {"passed": False}}),
@@ -248,11 +248,11 @@ def asked_of(folder, rows):
         ("distilabel_metadata", {"passed_filter": True}, {"passed_filter": False}),
         ("flags", "[]", '["wrong"]'),
         ("kommentar", ["gut"], ["schlecht"]),
-        ("decision", "keep", "discard"),
-        ("action", "Keep", "Remove"),
+        ("review_decision", "keep", "discard"),
+        ("human_action", "Keep", "Remove"),
         ("review_status", "approved", "changes requested"),
         ("Status", "Freigegeben", "Nicht freigegeben"),
-        ("supported", "SUPPORTED", "NOT SUPPORTED"),
+        ("fact_check", "SUPPORTED", "NOT SUPPORTED"),
         ("状态", "通过", "不通过"),
         ("Gut?", "J", "N"),
         ("exact_match", "1.0", "0.0"),
@@ -273,6 +273,14 @@ def test_what_tools_and_people_write_is_a_question(tmp_path, key, good, bad):
         ("side", ["right", "left"]), ("invoice", ["not paid", "open"]), ("kind", ["structured", "unstructured"]),
         ("code", ["ok", "other"]), ("payment", [{"result": {"valid": True}}, {"result": {"valid": False}}]),
         ("file", ["train", "part2"]), ("level", ["0.0", "1.0"]),
+        ("weather", ["good", "rain"]), ("category", ["keep", "other"]), ("action", ["pass", "shoot"]),
+        ("condition", ["good", "used"]), ("state", ["ok", "degraded"]), ("order_status", ["accepted", "shipped"]),
+        ("loan_status", ["approved", "pending"]), ("verdict", ["guilty", "not guilty"]), ("payment", ["paid", "not paid"]),
+        ("payment_status", ["paid", "not paid"]), ("genre", ["fiction", "non-fiction"]), ("drug", ["steroidal", "non steroidal"]),
+        ("smoker", ["smoker", "not smoker"]), ("hemisphere", ["N", "S"]), ("channel", ["o", "n"]), ("emotion", ["j", "n"]),
+        ("customer_metadata", [{"active": True}, {"active": False}]), ("usage_metadata", [{"cached": True}, {"cached": False}]),
+        ("image_metadata", [{"exif": True, "flash": "no"}, {"exif": False, "flash": "yes"}]),
+        ("search_results", [[{"snippet": "good"}], [{"snippet": "bad"}]]), ("lab_results", [{"value": 1}, {"value": 0}]),
     ],
 )  # fmt: skip
 def test_words_without_an_opposite_and_objects_of_others_are_no_question(tmp_path, key, values):
@@ -314,3 +322,32 @@ def test_a_column_of_many_words_is_looked_at_a_few_times(key):
     labels = Labels(lambda: read_again.append(1) or iter(rows))
     assert not any(told_by(row, [key], labels) for row in rows)
     assert len(read_again) < 5 and len(labels.asked) < 5
+
+
+@pytest.mark.parametrize("key", ["rejected", "wrong", "hallucination", "is_bad", "discard"])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["J", "N"], "j"),
+        (["S", "N"], "s"),
+        (["sí", "no"], "si"),
+        (["J", "false"], "j"),
+        (["ja", "false"], "ja"),
+        (["oui", False], "oui"),
+        (["はい", "no"], "はい"),
+    ],
+)
+def test_yes_in_another_language_in_a_column_of_wrong_answers_is_a_question(tmp_path, key, values, expected):
+    assert asked_of(tmp_path, [{key: value} for value in values]) == {key: {expected: 1}}
+
+
+@pytest.mark.parametrize("values", [["J", "N"], ["sí", "no"], ["ja", False]], ids=str)
+def test_yes_in_another_language_in_a_column_of_right_answers_is_learned(tmp_path, values):
+    rows = read(tmp_path, [{"is_correct": value} for value in values])
+    assert [bool(row.messages) for row in rows] == [True, False]
+    assert asked_of(tmp_path, [{"is_correct": value} for value in values]) == {}
+
+
+@pytest.mark.parametrize("key", ["is_correct", "valid", "label", "phase"])
+def test_a_column_of_train_and_test_is_a_question_under_each_name(tmp_path, key):
+    assert asked_of(tmp_path, [{key: "train"}, {key: "test"}]) == {key: {"train": 1, "test": 1}}
