@@ -48,12 +48,13 @@ _PARTS = TRAINED_ON | HELD_OUT  # of a dataset
 _LETTERS = frozenset("jso")  # ja, sí, oui; or the south
 _YES = frozenset({"ja", "oui", "si", "sim", "da", "tak", "evet", "да", "はい", "是", "예"}) | _LETTERS | TRAINED_ON
 _NO = NO | HELD_OUT
-# Of these words, some columns say without a question what they mean: is_correct: ja is learned
+# Words that are no question in some columns: a label's are those of labels.py, and `is_correct: ja` is learned rightly
 _UNDERSTOOD = {**dict.fromkeys(LABELS, (_YES | _NO) - _PARTS), **dict.fromkeys(GOOD, _YES - _PARTS)}
 # Beside one other word
 _APPROVED = frozenset({
     "approved", "approve", "accepted", "accept", "correct", "good", "keep", "pass", "passed", "acceptable", "valid", "ok",
 })  # fmt: skip
+# "not guilty" is about a court
 _NOT = re.compile(r"^(?:(?:not|nicht|pas|niet|не)[ _-]+(?!guilty)(?=\w)|[不未])")
 _SHORT = 3  # letters of codes such as `ko`
 _MAX_LIST = 200  # characters of a list as text
