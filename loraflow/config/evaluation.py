@@ -32,7 +32,7 @@ ROW_COLUMNS = frozenset(
     {"id", "set", "group", "prompt", "reference", "reference_calls", "reference_tokens"}
     | {"answer", "answer_tokens", "finish", "nll"}
 )
-# The largest value of each score that has one. A score of another name, or outside of it, has no known range.
+# The largest value of each score that has one. A score of another name, or a value above this, has no known range.
 RANGES = {name: most for scores in SCORES.values() for name, most in scores.items() if most is not None} | {
     "stops": 1.0
 }

@@ -61,9 +61,7 @@ def read_answers(file: Path, owner: str, rows: int | None = None) -> dict[int, G
         for line in _read(part).split(b"\n"):
             try:
                 row = _LINE.validate_json(line)
-            except (
-                ValueError
-            ):  # ValidationError is a subclass. The line at which an earlier attempt was killed, or damage
+            except ValueError:  # a ValidationError: the line at which an earlier attempt was killed, or damage
                 continue
             answer: GeneratedAnswer = {"text": row["text"], "tokens": row["tokens"], "finish": row["finish"]}
             is_inside = row["index"] >= 0 and (rows is None or row["index"] < rows)

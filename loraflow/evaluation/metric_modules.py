@@ -282,6 +282,14 @@ def _temporary_folder() -> TemporaryDirectory[str]:
     return TemporaryDirectory(prefix="loraflow-metrics-")
 
 
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
 def compute(name: str, predictions: Sequence[str | float], references: Sequence[str | int]) -> ModuleScores:
     """Return a module's scores.
 
@@ -289,8 +297,9 @@ def compute(name: str, predictions: Sequence[str | float], references: Sequence[
     """
     import evaluate
 
-    # It copies modules to a folder of the home, which may be read-only.
-    evaluate.config.HF_MODULES_CACHE = evaluate.config.HF_METRICS_CACHE = Path(_temporary_folder().name)
+    for name_of_folder in ("HF_MODULES_CACHE", "HF_METRICS_CACHE"):  # in the home, which may be read-only
+        if not _is_writable(Path(getattr(evaluate.config, name_of_folder))):
+            setattr(evaluate.config, name_of_folder, Path(_temporary_folder().name))
     module = evaluate.load(str(find_module(name).absolute()), keep_in_memory=True, experiment_id="loraflow", seed=0)
     result = module.compute(predictions=predictions, references=references)
     values = {key: float(value) for key, value in result.items() if isinstance(value, int | float)}

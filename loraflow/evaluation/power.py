@@ -47,7 +47,6 @@ def rows_for_margin(margin: float, confidence: float, metric: str, reach: float 
 
     For groups, the metric is empty. The arguments are those of `margin_of_unchanged`.
     """
-
     if margin <= 0 or margin_of_unchanged(1, confidence, metric, reach) is None:
         return None
     return 1 + bisect_left(

@@ -1,4 +1,4 @@
-"""Numbered entries, each with the hash of the one before it; and `Entry`, that of a promotion log."""
+"""The promotion log's entries, and what every log of chained, numbered entries has."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -195,7 +195,7 @@ def test_a_guard_on_the_score_of_an_own_metric_without_a_range_is_refused_before
         ({"lower_is_better": ["perplexity"]}, "gate.lower_is_better names perplexity"),
     ],
 )
-def test_with_an_own_metric_too_the_name_of_a_column_is_refused_as_a_score(gate, where):
+def test_with_an_own_metric_too_a_name_that_is_no_score_of_rows_is_refused(gate, where):
     gate = {"primary": "exact_match", **gate}
     with pytest.raises(BadConfig, match=where):
         recipe(["exact_match", "./metrics/brevity"], **gate)

@@ -49,6 +49,19 @@ def test_a_worker_computes_scores_where_the_home_cannot_be_written(tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_metrics_find_the_modules_of_a_home_that_can_be_written(tmp_path, monkeypatch):
+    """A metric of one's own may load a metric of the hub that is cached there."""
+    import evaluate
+
+    from loraflow.evaluation.metric_modules import compute
+
+    folders = {name: str(tmp_path / name) for name in ("HF_MODULES_CACHE", "HF_METRICS_CACHE")}
+    for name, folder in folders.items():
+        monkeypatch.setattr(evaluate.config, name, Path(folder))
+    assert compute("exact_match", ["a"], ["a"]).values["exact_match"] == 1.0
+    assert {name: str(getattr(evaluate.config, name)) for name in folders} == folders
+
+
 @pytest.mark.parametrize(
     ("how", "kind", "retryable"),
     [
