@@ -45,16 +45,15 @@ _ASKED = frozenset({
 # "Bad answer", "1 - poor", colours of thumbs
 _AROUND = re.compile(r"\b(?:answer|response|completion|output|quality|\d)\b|[:.!()\U0001f3fb-\U0001f3ff]")
 _PARTS = TRAINED_ON | HELD_OUT  # of a dataset
-_LETTERS = frozenset("jso")  # ja, sí, oui; or the south
+_LETTERS = frozenset("jso")
 _YES = frozenset({"ja", "oui", "si", "sim", "da", "tak", "evet", "да", "はい", "是", "예"}) | _LETTERS | TRAINED_ON
 _NO = NO | HELD_OUT
-# Words that are no question in some columns: a label's are those of labels.py, and `is_correct: ja` is learned rightly
+# Words that are no question under these names: labels.py judges a label, and `is_correct: ja` is learned
 _UNDERSTOOD = {**dict.fromkeys(LABELS, (_YES | _NO) - _PARTS), **dict.fromkeys(GOOD, _YES - _PARTS)}
 # Beside one other word
 _APPROVED = frozenset({
     "approved", "approve", "accepted", "accept", "correct", "good", "keep", "pass", "passed", "acceptable", "valid", "ok",
 })  # fmt: skip
-# "not guilty" is about a court
 _NOT = re.compile(r"^(?:(?:not|nicht|pas|niet|не)[ _-]+(?!guilty)(?=\w)|[不未])")
 _SHORT = 3  # letters of codes such as `ko`
 _MAX_LIST = 200  # characters of a list as text
@@ -73,7 +72,7 @@ _JUDGING = re.compile(
     r"wrong|right|ok(?:ay)?|keep|usable|(?:un)?safe|harmful|flag(?:ged)?|check|vote|label|thumbs?|reaction|status|result|"
     r"outcome|answer|response|human|qa|eval|success|done|completed?|audit)(?:_|$))|^results|scores|critique|状态|审核"
 )
-# order_status judges no more than order does
+# order_status judges as order does
 _STATE = re.compile(r"_(?:status|result|outcome)$")
 # Of these, only false is a question too.
 _DONE = re.compile(r"(?:.*_)?(?:success|successful|solved|resolved|(?:test|validation|verification)_result)")
@@ -117,7 +116,7 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
 def _is_opposed(path: str, key: str, value: str, labels: Labels) -> bool:
     """Tell whether a word has an opposite in a column that judges: `not X` beside X, or one unknown word beside approval.
 
-    Of a row's `label` and the like, any two words are opposites if one is unknown.
+    Of a row's `label`, any two words are opposites if one is unknown.
     """
     text, name = value.strip().lower(), normal_name(key)
     is_label = path == key and name in _WORD_PAIRS
@@ -169,19 +168,15 @@ def _told(path: str, key: str, value: JsonValue, labels: Labels | None, judge: s
         judge: the key of an object around it that judges. Of such objects, not all flags are looked at.
     """
     name = normal_name(key)
-    is_container, is_metadata = name in CONTAINERS, name.endswith("_metadata")
+    is_container = name in CONTAINERS
     judge = key if _kind_of(key) == "judging" else judge
-    if (judge or is_container or is_metadata) and path.count(".") < _MAX_DEPTH:
+    if (judge or is_container or name.endswith("_metadata")) and path.count(".") < _MAX_DEPTH:
         items = (
             (f"{path}.{k}", (judge or key) if k == "value" else k, v)
             for members in objects_of(value)
             for k, v in members.items()
             if isinstance(k, str)
-            and (
-                is_container
-                or _kind_of(k) == "judging"
-                or (judge and (isinstance(v, str | dict | list) or k == "value"))
-            )
+            and (is_container or _kind_of(k) == "judging" or (judge and (k == "value" or type(v) in (str, dict, list))))
         )
         found = [
             pair

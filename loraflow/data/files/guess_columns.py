@@ -300,17 +300,14 @@ def _columns_of_classes(names: dict[str, str], rows: Sequence[dict[str, JsonValu
 
 
 def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
-    """Return the column that holds a valid list of turns. Preference pairs, and chats to compare, are left to the user.
-
-    So is a cell of text beside other texts: it may hold the turns before a question.
-    """
+    """Return the column that holds a valid list of turns. Preference pairs, and chats to compare, are left to the user."""
     found: dict[str, str] = {}  # column of the row → loraflow's
     for name, value in row.items():
         turns = [dict(turn) for turn in objects_of(value)] if isinstance(value, list | str) else []
         others = {key.lower(): text for key, text in row.items() if isinstance(text, str) and key != name}
         if (
             not turns
-            or (isinstance(value, str) and any(map(is_phrase, others.values())))
+            or (isinstance(value, str) and any(map(is_phrase, others.values())))  # it may be a history
             or _COMPARED.search(name.lower())
             or ((is_history(name) or isinstance(value, str)) and any(map(_LATER.fullmatch, others)))
         ):

@@ -140,18 +140,19 @@ def is_deep(value: JsonValue) -> bool:
 def _without_nulls(value: JsonValue) -> JsonValue:
     """Leave null members out: Parquet gives every object of a column the members of all of them.
 
-    The default of a schema that takes null is kept: pydantic writes it for optional arguments.
+    Pydantic's `"default": null` of optional arguments is kept.
     """
     if isinstance(value, dict):
-        kept = {"default"} if _takes_null(value) else set[str]()
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key in kept}
+        kept = "default" if _takes_null(value) else None
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key == kept}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _takes_null(schema: dict[str, JsonValue]) -> bool:
-    kinds = schema.get("anyOf") or schema.get("oneOf") or [schema]
-    types = [kind.get("type") for kind in kinds if isinstance(kind, dict)] if isinstance(kinds, list) else []
-    return any(kind == "null" or (isinstance(kind, list) and "null" in kind) for kind in types)
+    kinds, types = schema.get("anyOf"), schema.get("type")
+    if isinstance(kinds, list):
+        types = [kind.get("type") for kind in kinds if isinstance(kind, dict)]
+    return isinstance(types, str | list) and "null" in types
 
 
 @lru_cache(1024)
