@@ -91,10 +91,7 @@ SPLITS = frozenset({
     "split", "data_split", "dataset_split", "partition", "set", "subset", "fold", "train_test", "train_test_split",
     "ml_use", "usage",
 })  # fmt: skip
-HELD_OUT_FLAGS = frozenset({
-    "is_test", "is_validation", "is_val", "is_dev", "is_eval", "is_heldout", "is_held_out", "is_holdout", "heldout",
-    "held_out", "holdout",
-})  # fmt: skip
+HELD_OUT_FLAGS = _with_is("heldout held_out holdout") | {"is_test", "is_validation", "is_val", "is_dev", "is_eval"}
 
 _SEPARATORS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[-\s.]+")  # isCorrect, is-correct, "is correct"
 # is_answer_correct and response_is_valid judge an answer; correct_answer may be its text

@@ -13,17 +13,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from loraflow.data.answers.judgements import FAILED_RUNS, HELD_OUT, TRAINED_ON, is_bad_word, values_at, word_side
-from loraflow.data.answers.labels import (
-    ENOUGH,
-    FALSE,
-    NO,
-    TRUE,
-    Labels,
-    answers_of,
-    as_number,
-    is_absent,
-    plain,
-)
+from loraflow.data.answers.labels import ENOUGH, FALSE, NO, TRUE, Labels, answers_of, as_number, is_absent, plain
 from loraflow.data.answers.mark_names import CONTAINERS, GOOD, JUDGEMENTS, LABELS, RUNS, normal_name
 from loraflow.data.cell_values import Unreadable, is_object_text, objects_of, parsed_text
 
@@ -48,13 +38,11 @@ _PARTS = TRAINED_ON | HELD_OUT  # of a dataset
 _LETTERS = frozenset("jso")
 _YES = frozenset({"ja", "oui", "si", "sim", "da", "tak", "evet", "да", "はい", "是", "예"}) | _LETTERS | TRAINED_ON
 _NO = NO | HELD_OUT
-# Words that are no question under these names: labels.py judges a label, and `is_correct: ja` is learned
-_UNDERSTOOD = {**dict.fromkeys(LABELS, (_YES | _NO) - _PARTS), **dict.fromkeys(GOOD, _YES - _PARTS)}
 # Beside one other word
 _APPROVED = frozenset({
     "approved", "approve", "accepted", "accept", "correct", "good", "keep", "pass", "passed", "acceptable", "valid", "ok",
 })  # fmt: skip
-_NOT = re.compile(r"^(?:(?:not|nicht|pas|niet|не)[ _-]+(?!guilty)(?=\w)|[不未])")
+_NOT = re.compile("^(?:(?:not|nicht|pas|niet|не) (?!guilty)|[不未])")
 _SHORT = 3  # letters of codes such as `ko`
 _MAX_LIST = 200  # characters of a list as text
 _MAX_DEPTH = 8
@@ -72,8 +60,6 @@ _JUDGING = re.compile(
     r"wrong|right|ok(?:ay)?|keep|usable|(?:un)?safe|harmful|flag(?:ged)?|check|vote|label|thumbs?|reaction|status|result|"
     r"outcome|answer|response|human|qa|eval|success|done|completed?|audit)(?:_|$))|^results|scores|critique|状态|审核"
 )
-# order_status judges as order does
-_STATE = re.compile(r"_(?:status|result|outcome)$")
 # Of these, only false is a question too.
 _DONE = re.compile(r"(?:.*_)?(?:success|successful|solved|resolved|(?:test|validation|verification)_result)")
 # Scores of the answer, unlike toxicity_score
@@ -100,10 +86,11 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
         column, _, inner = key.partition(".")
         if key not in row and column in row:  # of a message
             turns = (item for item in objects_of(row[column]) if not is_absent(item.get(inner)))
-            words = [pair for item in turns for pair in _told(key, inner, item[inner], labels) if pair[1]]
-            found += dict.fromkeys(words)
+            found += {pair: 1 for item in turns for pair in _told(key, inner, item[inner], labels) if pair[1]}
             continue
-        pairs = [pair for pair in _told(key, key, value, labels) if pair[1] not in _UNDERSTOOD.get(name, ())]
+        # labels.py judges the words of a label, and `is_correct: ja` is learned
+        hidden = (_YES | _NO if name in LABELS else _YES if name in GOOD else frozenset[str]()) - _PARTS
+        pairs = [pair for pair in _told(key, key, value, labels) if pair[1] not in hidden]
         if pairs:
             if labels and pairs == [(key, "false")] and name in LABELS and _has_unknown(key, labels):
                 pairs = [(key, str(value).strip().lower())]
@@ -118,20 +105,16 @@ def _is_opposed(path: str, key: str, value: str, labels: Labels) -> bool:
 
     Of a row's `label`, any two words are opposites if one is unknown.
     """
-    text, name = value.strip().lower(), normal_name(key)
+    word, name = plain(value), normal_name(key)
     is_label = path == key and name in _WORD_PAIRS
-    is_approval = is_label or text in _APPROVED
-    if not (is_approval or _NOT.match(text)) or not (is_label or _kind_of(_STATE.sub("", name)) == "judging"):
+    if not is_label and _kind_of(re.sub("_(status|result|outcome)$", "", name)) != "judging":
+        return False  # order_status is about an order
+    if is_label or word in _APPROVED:
+        return _has_unknown(path, labels) and _has_more(1, path, labels) and not _has_more(2, path, labels)
+    opposite = _NOT.sub("", word)
+    if opposite == word or _has_more(ENOUGH, path, labels):
         return False
-    word = plain(value)
-    if is_approval:
-        if not _has_unknown(path, labels) or _has_more(2, path, labels):
-            return False
-        return labels.some_row((f"not {word}", path), lambda row: not _words(path, row) <= {word})
-    opposite = _NOT.sub("", word, count=1)
-    return not _has_more(ENOUGH, path, labels) and labels.some_row(
-        (f"is {opposite}", path), lambda row: opposite in _words(path, row)
-    )
+    return labels.some_row((f"is {opposite}", path), lambda row: opposite in _words(path, row))
 
 
 def _has_more(count: int, path: str, labels: Labels) -> bool:
@@ -152,13 +135,11 @@ def _has_unknown(path: str, labels: Labels) -> bool:
     """Tell whether a column has a word that neither judges nor is its row's answer."""
     return labels.some_row(
         ("an unknown word", path),
-        lambda row: any(map(_is_unknown, _words(path, row) - set(map(plain, answers_of(row))))),
+        lambda row: any(
+            word_side(word) is as_number(word) is None and word not in _APPROVED and not _word_of_text("judging", word)
+            for word in _words(path, row) - set(map(plain, answers_of(row)))
+        ),
     )
-
-
-def _is_unknown(word: str) -> bool:
-    is_known = word in _APPROVED or word_side(word) is not None or as_number(word) is not None
-    return not is_known and not _word_of_text("judging", word)
 
 
 def _told(path: str, key: str, value: JsonValue, labels: Labels | None, judge: str = "") -> list[tuple[str, str]]:
@@ -280,8 +261,8 @@ def _is_doubtful(key: str, words: Mapping[str, int], rows: int, total: int) -> b
     said = words.keys() - {_OTHER}
     name = normal_name(key.rpartition(".")[2])
     is_verdict = name in JUDGEMENTS or (name in LABELS and "." in key)  # labels of a row may be classes
-    unclear = _FLAGS | _TICKS | (_PARTS if is_verdict else _NO)
-    if said - unclear - (_PARTS if name in JUDGEMENTS - GOOD else _YES):  # rejected: ja
+    no, yes = _PARTS if is_verdict else _NO, _PARTS if name in JUDGEMENTS - GOOD else _YES  # rejected: ja
+    if said - _FLAGS - _TICKS - no - yes:
         return True
     is_whole = sum(words[word] for word in said) >= rows
     is_done = "false" in said and _DONE.fullmatch(name) is not None

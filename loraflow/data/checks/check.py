@@ -127,7 +127,6 @@ def run(job: Job[CheckDatasetConfig], inputs: Inputs, out: Path, progress: Progr
 
 
 def _check(files: Path, config: CheckDatasetConfig, reading: _Reading, out: Path) -> CheckReport:
-    """Read, split and write the rows; return the report."""
     table, counts = reading.table, reading.counts
     splits, columns, clusters = _read(files, config, reading)
     groups = heldout_groups(columns, splits["heldout"])  # of duplicates too
@@ -261,7 +260,6 @@ def _in_order(
 
 
 def _leave_out(row: LeftOut, place: str, first: int, set_name: str, reading: _Reading) -> None:
-    """Count a row without a chat, and put it into the quarantine."""
     is_malformed = row.marked_by is None
     if row.marked_by is not None:
         reading.marks[row.marked_by] += 1

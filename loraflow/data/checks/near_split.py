@@ -234,7 +234,6 @@ def _clusters(table: ChatTable, order: Rows, placement: Placement, unproposed: i
 
 
 def _names(table: ChatTable, order: Rows, firsts: Rows) -> ClusterNames:
-    """Name the clusters by the chats of their first rows."""
     sizes = np.bincount(firsts[firsts >= 0], minlength=len(order))
     several = np.flatnonzero((firsts >= 0) & (sizes[firsts] > 1))
     different, inverse = np.unique(firsts[several], return_inverse=True)

@@ -48,7 +48,6 @@ def files_of_sources(files: Path, config: CheckDatasetConfig, tools: list[Tool] 
 
 
 def _names(files: Path, sources: Sequence[SourceConfig]) -> dict[str, list[str]]:
-    """Return the files of each source, relative to the folder of all."""
     names: dict[str, list[str]] = {}
     sizes: dict[tuple[int, str | None], list[tuple[str, str]]] = {}  # of files that are not empty, and their query
     for number, source in enumerate(sources, 1):

@@ -68,7 +68,7 @@ _METADATA = re.compile(
 # Usual names of a text that a question is about, in lower case, and what such a text must be. The others of these columns
 # hold ids, file names, categories or metadata.
 _PASSAGES: Mapping[str, Callable[[str], bool]] = {
-    **dict.fromkeys(("context", "input", "passage", "paragraph", "document", "article", "story", "premise"), is_phrase),
+    **dict.fromkeys(("context", "passage", "paragraph", "document", "article", "story", "premise"), is_phrase),
     **dict.fromkeys(("contract", "clause", "transcript", "dialogue", "background", "facts", "body"), is_passage),
     "input": bool,  # Alpaca's
 }
@@ -304,19 +304,16 @@ def _column_of_turns(row: dict[str, JsonValue]) -> dict[str, str]:
     found: dict[str, str] = {}  # column of the row → loraflow's
     for name, value in row.items():
         turns = [dict(turn) for turn in objects_of(value)] if isinstance(value, list | str) else []
-        others = {key.lower(): text for key, text in row.items() if isinstance(text, str) and key != name}
-        if (
-            not turns
-            or (isinstance(value, str) and any(map(is_phrase, others.values())))  # it may be a history
-            or _COMPARED.search(name.lower())
-            or ((is_history(name) or isinstance(value, str)) and any(map(_LATER.fullmatch, others)))
-        ):
+        is_cell = isinstance(value, str)  # it may be a history
+        is_beside = (is_cell or is_history(name)) and any(
+            isinstance(text, str) and (_LATER.fullmatch(key.lower()) or (is_cell and is_phrase(text)))
+            for key, text in row.items()
+            if key != name
+        )
+        if not turns or is_beside or _COMPARED.search(name.lower()):
             continue
         if _CHAT_NAMES.search(name) or not any(map(pair_keys, turns)):
-            column = (
-                "conversations"
-                if any("from" in turn for turn in turns) and not any("role" in turn for turn in turns)
-                else "messages"
-            )
+            keys = {key for turn in turns for key in turn}
+            column = "conversations" if "from" in keys and "role" not in keys else "messages"
             found |= {name: column} if _is_read({column: value}, {}) else {}
     return {column: name for name, column in found.items()} if len(found) == 1 else {}

@@ -325,7 +325,6 @@ def _read_parquet(path: Path, name: str) -> Iterator[RawValue]:
 
 
 def _records(batch: pa.RecordBatch, name: str) -> list[RawRow]:
-    """Return a batch's rows as Python values."""
     cells: dict[str, list[JsonValue]] = {}
     for column in batch.schema.names:
         try:

@@ -376,10 +376,12 @@ def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], u
         turns = _messages_of(key, row)
         if not turns or key in used.values():
             continue
-        texts = [turn[name] for turn in turns for name in CONTENTS if isinstance(turn.get(name), str)]
+        texts = [
+            " ".join(text.split()) for turn in turns for name in CONTENTS if isinstance(text := turn.get(name), str)
+        ]
         *earlier, last = [" ".join(message["content"].split()) for message in messages]
         written = " ".join(earlier)
-        if not all((found := " ".join(str(text).split())) in written or found == last for text in texts):
+        if not all(text in written or text == last for text in texts):
             made = _to_join(row, key, question, answer) or "; write the row as messages"
             raise BadRow(f"{key} has earlier messages, which are not read{made}; or name {key} in data.ignore")
 

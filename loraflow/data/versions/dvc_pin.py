@@ -122,7 +122,6 @@ def _only_output(text: str, dvc_file: str, where: str, key: str) -> tuple[str, s
 
 
 def _output_path(path: str, wdir: object, dvc_file: str, where: str) -> str:
-    """Return the output's path relative to the repository."""
     output = (PurePosixPath(dvc_file).parent / path).as_posix()
     reason = wrong_name(output) or (f"wdir is {wdir!a}"[:100] if wdir != "." else None)
     if reason is None and "://" in path:

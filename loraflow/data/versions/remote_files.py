@@ -96,7 +96,6 @@ def fetch_remote(url: str, md5: str, target: Path) -> None:
 
 
 def _hub_parts(url: str) -> tuple[str, str, str]:
-    """Return repository, revision and path."""
     found = HUB_FILE.fullmatch(url)
     assert found, url
     return found[1], found[2] or "", (found[3] or "").strip("/")
@@ -204,7 +203,6 @@ def _download(url: str) -> Path:
 
 
 def _hub_failure(url: str, error: Exception) -> Failure:
-    """Return the failure for an error of the hub's library."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -265,7 +263,6 @@ def _pinned_object(source: DataSource) -> SourcePart:
 
 
 def _read_object(url: str) -> Iterator[bytes]:
-    """Yield the content of an object."""
     from loraflow.store.s3_client import NOT_FOUND, client_error_failure, error_code, make_client, request_failure
 
     try:
