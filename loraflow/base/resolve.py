@@ -247,11 +247,12 @@ def bundled_settings(model: str) -> Iterator[Path]:
     from transformers import AutoConfig, AutoTokenizer
 
     file = _bundled(model)
-    with TemporaryDirectory() as name, _parsed_once():
-        AutoConfig.from_pretrained(
-            file.parent, gguf_file=file.name, architectures=["LlamaForCausalLM"]
-        ).save_pretrained(name)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(name)
+    with TemporaryDirectory() as name:
+        with _parsed_once():
+            AutoConfig.from_pretrained(
+                file.parent, gguf_file=file.name, architectures=["LlamaForCausalLM"]
+            ).save_pretrained(name)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(name)
         yield Path(name)
 
 

@@ -335,7 +335,7 @@ def print_dataset(dataset: UserDataset) -> None:
             click.echo(f"question  does {file} have wrong answers? If so, remove it from data.train", err=True)
     if dataset.unused_files:
         click.echo(f"neither trained on nor held out: {', '.join(dataset.unused_files)}")
-    if lines := size.lines():
+    if size.rows and (lines := size.lines()):
         click.echo(f"chosen for {size.rows:,} rows:")
         for line in lines:
             click.echo(f"  {line}")

@@ -81,7 +81,7 @@ def recipe_text(name: str, file: Path, source: str, base: str, dataset: UserData
         **_data_values(dataset),
         **_base_values(base, size),
         **_training_values(chats, size),
-        **_scoring_values(chats, dataset.heldout_rows or len(chats) // 10),
+        **_scoring_values(chats, dataset.heldout_rows or round(len(chats) * size.heldout_fraction)),
     )
     return "".join(map(align_comment, text.splitlines(keepends=True)))
 

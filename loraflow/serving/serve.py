@@ -7,7 +7,6 @@ it refuses such requests.
 """
 
 import atexit
-import fcntl
 import json
 import os
 import re
@@ -16,7 +15,6 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -127,13 +125,6 @@ def _has_cuda() -> bool:
     return available
 
 
-def _lock(cache: Path) -> int:
-    """Lock a folder that no process serves."""
-    folder = os.open(cache, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return folder
-
-
 def _hub_cache(folder: Path, name: str) -> Path:
     """Return a new hub cache that contains this model only: links to its files, and a generation config with all stop ids.
 
@@ -141,14 +132,7 @@ def _hub_cache(folder: Path, name: str) -> Path:
     """
     from loraflow.base.load import stop_ids
 
-    for old in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):  # of dead servers
-        with suppress(OSError):
-            if old.lstat().st_uid == os.getuid():
-                locked = _lock(old)
-                shutil.rmtree(old)
-                os.close(locked)
     cache = Path(tempfile.mkdtemp(prefix=PREFIX))
-    os.set_inheritable(_lock(cache), True)  # held by this process, and by the server that replaces it
     repo, commit = cache / f"models--{name}", "0" * 40
     snapshot = repo / "snapshots" / commit
     for path in [path.name for path in folder.iterdir() if path.is_file()] + further_templates(folder):
@@ -292,14 +276,19 @@ def check_requests() -> None:
 
 
 def _remove_at_exit(cache: Path) -> None:
-    """Remove the served folder at exit, also by SIGTERM."""
+    """Remove the served folder when this process ends, also by SIGTERM; a forked child leaves it."""
+    server = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == server:
+            shutil.rmtree(cache, ignore_errors=True)
 
     def end(number: int, _: object) -> None:
-        shutil.rmtree(cache, ignore_errors=True)
+        remove()
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
-    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    atexit.register(remove)
     signal.signal(signal.SIGTERM, end)
 
 

@@ -30,6 +30,7 @@ _DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(["'])((?:(?!\1)[^\\{}])*)\1\s*\
 _DATE_USE = re.compile(r"\bstrftime_now\b(?!\s+is\b)")
 _NOTE = re.compile(r"\A\{#- The date is fixed to (\S+),")
 _REASONING = re.compile("(?i)think|thought")
+_ENDINGS = ("<think>", "<|START_THINKING|><|END_THINKING|>")
 _TEXT = "loraflow_text"  # a variable of a template: what the base's own one writes
 _SWITCHES = ("enable_thinking", "thinking")
 
@@ -152,7 +153,8 @@ def pinned(source: str, *, no_thinking: bool = False) -> str:
 def _only_in_prompts(source: str) -> str:
     """Return the reasoning that a template's prompts end with, and that its answers do not begin with.
 
-    DeepSeek-R1's end with the tag that opens it, Gemma 4's with an empty block.
+    DeepSeek-R1's end with the tag that opens it, Gemma 4's with an empty block. Answers may begin with a block or a tag
+    of their own, as in Qwen3-Thinking-2507 and Command R7B; of their prompts, two endings are known.
     """
     template = template_process(source, {"bos_token": "", "eos_token": ""})
     chat: Chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _TEXT}]
@@ -161,8 +163,12 @@ def _only_in_prompts(source: str) -> str:
     except BadModel:  # a template that refuses this chat
         return ""
     head = text.partition(_TEXT)[0]
-    block = prompt.removeprefix(head).rstrip()
-    return block if prompt.startswith(head) and _REASONING.search(block) else ""
+    block, asked = prompt.removeprefix(head).rstrip(), prompt.rstrip()
+    if prompt.startswith(head) and _REASONING.search(block):
+        return block
+    if head.rstrip() == asked:  # reasoning that is opened, and never closed
+        return ""
+    return next((end for end in _ENDINGS if asked.endswith(end) and head.startswith(asked.removesuffix(end))), "")
 
 
 def _without_block(source: str, block: str) -> str:

@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
+import transformers
 
 from loraflow.base import hub, resolve
 from loraflow.base.usable import refuse_unusable
@@ -273,3 +275,14 @@ def test_a_bundled_file_that_is_cut_off_is_refused_in_one_sentence(size, tmp_pat
     with pytest.raises(BadModel, match="bundled model is damaged") as caught:
         resolve.run(job, Inputs({}), out, Progress())
     assert "force-reinstall" in caught.value.next_step
+
+
+@pytest.mark.parametrize("error", [ValueError("a malformed number"), BadModel("Another file is damaged.")])
+def test_an_error_in_the_use_of_bundled_settings_stays_as_it_is(error, tmp_path, monkeypatch):
+    saved = SimpleNamespace(save_pretrained=lambda folder: None)
+    for kind in (transformers.AutoConfig, transformers.AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", lambda *args, **options: saved)
+    monkeypatch.setattr(resolve, "_bundled", lambda model: tmp_path / "model.gguf")
+    with pytest.raises(type(error)) as caught, resolve.bundled_settings("bundled:smollm2"):
+        raise error
+    assert caught.value is error

@@ -11,7 +11,15 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from loraflow.cli.init import LOCK_FILE, _held_out_line, extend_dvcignore, extend_gitignore, init, project_lock
+from loraflow.cli.init import (
+    LOCK_FILE,
+    _held_out_line,
+    extend_dvcignore,
+    extend_gitignore,
+    init,
+    print_dataset,
+    project_lock,
+)
 from loraflow.cli.init_dataset import choose_heldout_fraction, choose_settings, estimated_tokens, read_dataset
 from loraflow.cli.init_recipe import recipe_text
 from loraflow.config import parse_recipe
@@ -106,7 +114,7 @@ def test_sizes_are_those_of_the_rows_to_train_on(tmp_path, suffix, quick_policy)
     assert "# 60 rows: few" in recipe
 
 
-@pytest.mark.parametrize(("train", "test"), [(60, 0), (6_000, 0), (1000, 20), (20, 300)])
+@pytest.mark.parametrize(("train", "test"), [(60, 0), (120, 0), (6_000, 0), (1000, 20), (20, 300)])
 @pytest.mark.parametrize("answer", ['{"a": 1}', "yes", "a longer answer, in words"])
 def test_an_unchanged_model_passes_the_guard_of_a_new_recipe(tmp_path, train, test, answer, quick_policy):
     """With 6,000 rows, its margin was that of 600 rows, and the recipe scores 200; with few test rows, that of many."""
@@ -121,7 +129,18 @@ def test_an_unchanged_model_passes_the_guard_of_a_new_recipe(tmp_path, train, te
     scored = min(recipe.evaluation.max_rows, test or round(train * recipe.data.heldout_fraction))
     [(guard, margin)] = recipe.gate.guards.items()
     needed = margin_of_unchanged(scored, 0.95, guard)
-    assert needed < margin <= max(0.03, 2 * needed + 0.04), (guard, scored)
+    assert needed < margin <= max(0.02, margin_of_unchanged(scored, 0.95, "rougeL") + 0.015), (guard, scored)
+
+
+def test_settings_are_not_said_to_be_chosen_for_no_rows(tmp_path, capsys, quick_policy):
+    (tmp_path / "train.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "test.jsonl").write_text('{"prompt": "q", "completion": "a"}\n')
+    print_dataset(read_dataset(tmp_path, None, "x/y"))
+    printed = capsys.readouterr()
+    assert "malformed  train.jsonl:1" in printed.err and "chosen for" not in printed.out
+    (tmp_path / "train.jsonl").write_text('{"prompt": "r", "completion": "a"}\n')
+    print_dataset(read_dataset(tmp_path, None, "x/y"))
+    assert "chosen for 1 rows" in capsys.readouterr().out
 
 
 def test_init_says_how_many_rows_are_held_out():

@@ -110,7 +110,7 @@ def test_without_a_switch_the_prompt_no_longer_opens_the_reasoning(tmp_path, nam
      "<seed:think></seed:think>"],
 )  # fmt: skip
 def test_an_empty_block_that_is_in_prompts_only_is_removed(tmp_path, block):
-    """Gemma 4, Command R7B, EXAONE 4 and Nemotron Nano 2 are served with it, and render answers without."""
+    """Gemma 4 and EXAONE 4 are served with it, and render answers without."""
     start = "{{ '<|assistant|>\n' }}"
     with_block = PHI3_TEMPLATE.replace(start, start + f"{{% if not enable_thinking %}}{{{{ {block!r} }}}}{{% endif %}}")
     build_tokenizer(tmp_path, with_block)
@@ -124,6 +124,44 @@ def test_an_empty_block_that_is_in_prompts_only_is_removed(tmp_path, block):
     assert fixed.render(ONE[:1], prompt=True) == plain.render(ONE[:1], prompt=True)
     (encoded,) = ChatTemplate(tmp_path).encode([ONE], "assistant")
     assert encoded.labels[-1] == encoded.ids[-1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "head"),
+    [
+        ("<think>\n", "<think>\n\n</think>\n\n"),  # Qwen3-Thinking-2507
+        ("<think>\n", "<think>\n\n</think>\n"),  # StepFun3.5-Flash
+        ("<|START_THINKING|><|END_THINKING|>", "<|START_RESPONSE|>"),  # Command R7B
+    ],
+)
+@pytest.mark.parametrize("condition", ["true", "not enable_thinking"])
+def test_answers_that_begin_with_a_block_of_their_own_follow_prompts_without_one(tmp_path, prompt, head, condition):
+    start, answer = "{{ '<|assistant|>\n' }}", "{{'<|assistant|>\n' + message['content']"
+    answers = PHI3_TEMPLATE.replace(answer, f"{{{{'<|assistant|>\n' + {head!r} + message['content']")
+    source = answers.replace(start, start + f"{{% if {condition} %}}{{{{ {prompt!r} }}}}{{% endif %}}")
+    own = CompiledTemplate(source, {**VARIABLES, "eos_token": "<|endoftext|>"})
+    assert own.render(ONE[:1], prompt=True).endswith(prompt)
+    build_tokenizer(tmp_path, source)
+    write_served_template(tmp_path, None, no_thinking=True)
+    template, served = ChatTemplate(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for chat in (ONE, TWO):
+        assert template.render([chat]) == [own.render(chat)], "the texts stay as they are"
+        asked = served.apply_chat_template(chat[:-1], add_generation_prompt=True, tokenize=False)
+        assert asked == own.render(chat[:-1], prompt=True).removesuffix(prompt)
+    (encoded,) = template.encode([ONE], "assistant")
+    prompt_ids = served.apply_chat_template(ONE[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert encoded.ids[: encoded.prompt].tolist() == prompt_ids
+    assert text_of(encoded, template).startswith(f"{head}a color<|end|>")
+    once = served.chat_template
+    assert pinned(once, no_thinking=True) == once, "a merged model can be a base"
+
+
+def test_answers_that_only_open_the_reasoning_are_refused():
+    """Nemotron Nano 2 renders `<think>` and the answer: without it in prompts, answers would be learned as reasoning."""
+    opened = PHI3_TEMPLATE.replace("<|assistant|>\n", "<|assistant|>\n<think>\n")
+    with pytest.raises(BadModel, match="cannot put an empty think block") as caught:
+        pinned(opened, no_thinking=True)
+    assert "data.thinking to strip" in caught.value.next_step
 
 
 @pytest.mark.parametrize("defined", ["", "{% set enable_thinking = enable_thinking | default(true) %}"])

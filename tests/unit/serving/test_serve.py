@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from loraflow.cli import cli
+from loraflow.cli import cli, main
 from loraflow.failures import BadConfig, MissingExtra
 from loraflow.serving import serve
 from loraflow.serving.models import Model
@@ -106,30 +106,26 @@ def test_a_taken_port_is_refused_before_anything_loads(tmp_path):
     assert str(port) in result.exception.where and f"--port {port + 1}" in result.exception.next_step
 
 
-def test_folders_of_servers_that_were_killed_are_removed_at_the_next_start(phi3, cache, tmp_path):
-    def start() -> serve.Server:
-        return plan_server(Model("tiny", phi3), "transformers", "127.0.0.1", 8000, None, None)
+def test_a_start_removes_no_other_folder(phi3, cache, tmp_path):
+    others = [tmp_path / f"{serve.PREFIX}{name}" for name in ("notes", "running")]
+    for other in others:
+        other.mkdir()
+        (other / "file").write_text("mine")
+    server = plan_server(Model("tiny", phi3), "transformers", "127.0.0.1", 8000, None, None)
+    assert server.cache not in others and all((other / "file").read_text() == "mine" for other in others)
 
-    killed, running = (tmp_path / f"{serve.PREFIX}{name}" for name in ("killed", "running"))
-    (tmp_path / "model").write_text("weights")
-    for folder in (killed, running):
-        (folder / "models--x").mkdir(parents=True)
-        (folder / "models--x" / "weights").symlink_to(tmp_path / "model")
-    (tmp_path / "other").mkdir()
-    (tmp_path / f"{serve.PREFIX}link").symlink_to("other")
-    lock = serve._lock(running)
-    os.set_inheritable(lock, True)  # as in `_hub_cache`: what replaces this process still holds the lock
-    holder = subprocess.Popen(["sleep", "60"], close_fds=False)
-    os.close(lock)
+
+def test_a_temporary_folder_that_cannot_be_written_is_named_in_one_sentence(phi3, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(serve.tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.setattr(sys, "argv", ["loraflow", "serve", str(phi3), "--port", str(free_port())])
+    terminated = signal.getsignal(signal.SIGTERM)
     try:
-        kept = start().cache
-        assert not killed.exists() and running.exists()
-        assert (tmp_path / "model").exists() and (tmp_path / "other").exists(), "a link is not followed"
+        with pytest.raises(SystemExit) as ended:
+            main()
     finally:
-        holder.kill()
-        holder.wait()
-    start()
-    assert not running.exists() and kept.exists()
+        signal.signal(signal.SIGTERM, terminated)
+    printed = capsys.readouterr().err
+    assert ended.value.code != 0 and str(tmp_path / "missing") in printed and "Traceback" not in printed
 
 
 @pytest.mark.parametrize("end", ["sys.exit(2)", "raise KeyboardInterrupt", "signal.raise_signal(signal.SIGTERM)"])
@@ -142,6 +138,25 @@ def test_a_server_that_ends_removes_its_folder_and_keeps_its_status(tmp_path, en
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == expected != 0, done.stderr
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("end", ["signal.raise_signal(signal.SIGTERM)", "sys.exit()"])
+def test_a_forked_child_that_ends_leaves_the_folder_of_the_living_server(tmp_path, end):
+    code = f"""import os, signal, sys
+from pathlib import Path
+from loraflow.serving import serve
+serve._remove_at_exit(Path.cwd())
+child = os.fork()
+if not child:
+    {end}
+os.waitpid(child, 0)
+print(os.path.exists(os.environ["FOLDER"]))"""
+    folder = tmp_path / f"{serve.PREFIX}x"
+    folder.mkdir()
+    env = {**os.environ, "FOLDER": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+    assert not folder.exists(), "the server removes it"
 
 
 @pytest.mark.parametrize(
