@@ -387,7 +387,6 @@ def refuse_lost_history(row: Mapping[str, JsonValue], messages: list[Message], u
 
 
 def _messages_of(key: str, row: Mapping[str, JsonValue]) -> list[dict[str, JsonValue]]:
-    """Return the messages in a column such as `context` or `chat_history`, if any."""
     value = row[key]
     is_list = value.lstrip().startswith("[") if isinstance(value, str) else isinstance(value, list)
     turns = [dict(turn) for turn in objects_of(value)] if is_history(key) and is_list else []

@@ -140,7 +140,7 @@ def is_deep(value: JsonValue) -> bool:
 def _without_nulls(value: JsonValue) -> JsonValue:
     """Leave null members out: Parquet gives every object of a column the members of all of them.
 
-    Pydantic's `"default": null` of optional arguments is kept.
+    Pydantic's `"default": null` is kept.
     """
     if isinstance(value, dict):
         kept = "default" if _takes_null(value) else None

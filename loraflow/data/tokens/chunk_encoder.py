@@ -132,7 +132,7 @@ def _content(line: str) -> bytes:
     return line[max(line.find(_CONTENT), 0) :].encode()
 
 
-ONE_PROCESS_BYTES = 1_000_000  # from the first new row to the end of the file: less is encoded in this process
+ONE_PROCESS_BYTES = 1_000_000  # from the first new row on: less is encoded in this process
 
 Problem = Literal["special_tokens", "too_long", "nothing_to_learn", "cut_reasoning"]
 

@@ -59,7 +59,6 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def _open(free_sizes: list[int], open_rows: dict[int, list[np.ndarray]], free: int, rows: np.ndarray) -> None:
-    """Add rows to the open rows, unless they are full."""
     if free == 0 or len(rows) == 0:
         return
     if free in open_rows:

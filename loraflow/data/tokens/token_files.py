@@ -175,7 +175,6 @@ class TokenRows:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> list[Document]:
-        """Return a row's documents as (ids, labels)."""
         return [self.document(int(n)) for n in self.documents[self.offsets[row] : self.offsets[row + 1]]]
 
     def weights(self, row: int) -> list[np.ndarray] | None:
