@@ -88,7 +88,7 @@ def told_by(row: Mapping[str, JsonValue], unread: Sequence[str], labels: Labels 
             turns = (item for item in objects_of(row[column]) if not is_absent(item.get(inner)))
             found += {pair: 1 for item in turns for pair in _told(key, inner, item[inner], labels) if pair[1]}
             continue
-        # labels.py judges the words of a label, and `is_correct: ja` is learned
+        # labels.py judges labels, and `is_correct: ja` is learned
         hidden = (_YES | _NO if name in LABELS else _YES if name in GOOD else frozenset[str]()) - _PARTS
         pairs = [pair for pair in _told(key, key, value, labels) if pair[1] not in hidden]
         if pairs:
@@ -108,7 +108,7 @@ def _is_opposed(path: str, key: str, value: str, labels: Labels) -> bool:
     word, name = plain(value), normal_name(key)
     is_label = path == key and name in _WORD_PAIRS
     if not is_label and _kind_of(re.sub("_(status|result|outcome)$", "", name)) != "judging":
-        return False  # order_status is about an order
+        return False  # order_status
     if is_label or word in _APPROVED:
         return _has_unknown(path, labels) and _has_more(1, path, labels) and not _has_more(2, path, labels)
     opposite = _NOT.sub("", word)
