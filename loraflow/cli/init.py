@@ -135,7 +135,7 @@ def _write_project(dataset: UserDataset, options: _Options, recipe: Path, target
         if options.dvc_pipeline:
             write_pipeline(Path(), options.name, recipe, target)
         dvc.push_pin(pin)  # last: it cannot be undone
-    return WrittenFiles(recipe, target, pin, deployments, readme, has_pipeline=options.dvc_pipeline)
+    return WrittenFiles(recipe, target, pin, deployments, readme, options.dvc_pipeline, options.template == "gpu-team")
 
 
 def _require_base(base: str) -> None:
@@ -312,6 +312,7 @@ class WrittenFiles:
     deployments: Path | None  # None if the project had a `prefect.yaml`
     readme: Path | None  # None if the project had a README
     has_pipeline: bool
+    is_team: bool  # the recipe ends with settings of a team, commented out
 
 
 def print_dataset(dataset: UserDataset) -> None:
@@ -357,6 +358,8 @@ def print_files(dataset: UserDataset, written: WrittenFiles, name: str, base: st
         move = "" if is_ignored else "; move it elsewhere, or `git add -A` adds it to git"
         click.echo(f"{source}   runs do not read it any more{move}")
     click.echo(f"{recipe}   the recipe; its comments explain each line")
+    if written.is_team:
+        click.echo(f"{recipe}   at its end, the team's store and placement: replace BUCKET, and remove the `# `")
     click.echo(f"{pin.dvc_file}   the dataset's version, {pin.md5}")
     if written.deployments:
         project = project_name(Path())

@@ -38,7 +38,11 @@ class Installed(Api):
             shutil.rmtree(
                 ROOT / "build" / "lib", ignore_errors=True
             )  # setuptools would add modules that were removed since
-            build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(ROOT)]
+            # The wheel is built from the sdist, so that a file which that lacks is noticed.
+            sdist = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+            subprocess.run([sys.executable, "-c", sdist, str(wheels)], cwd=ROOT, check=True, capture_output=True)
+            [source] = wheels.glob("loraflow-*.tar.gz")
+            build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(source)]
             subprocess.run([sys.executable, "-m", "pip", *build], check=True)
         [self.wheel] = wheels.glob("loraflow-*.whl")
         venv.create(folder / "venv", with_pip=False)

@@ -60,6 +60,7 @@ def test_init_takes_a_name_of_the_project(tmp_path, monkeypatch, phi3):
     assert not Path("prefect.yaml").exists()
     done = CliRunner().invoke(cli, [*arguments, "team-a"], catch_exceptions=False)
     assert "deployments of the project team-a" in done.output
+    assert "configs/x.yaml   at its end, the team's store and placement: replace BUCKET" in done.output
     assert "x.jsonl   runs do not read it any more\n" in done.output, "git ignores it, so `git add -A` is no danger"
     found = read_all(Path("prefect.yaml"))[0]
     assert {(spec.project, spec.work_pool.name.removesuffix("-gpu")) for spec in found} == {("team-a", "team-a")}
