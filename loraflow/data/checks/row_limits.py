@@ -39,7 +39,8 @@ def check_limits(
             where=where,
             expected=f"at most {max_quarantined:.2%} (data.max_quarantined)",
             got=f"{found.malformed_share:.2%}; the first problems:{problems}",
-            next_step="fix these rows, then run `loraflow data add`, or raise data.max_quarantined",
+            next_step="change the recipe or the rows as these lines say (`loraflow data add` versions changed rows), or "
+            "raise data.max_quarantined to leave them out",
         )
     if refuse_near_leaks and (leaks := found.counts.get("near_leak", 0)):
         raise LimitExceeded(
