@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -96,7 +95,7 @@ def served(project: Path) -> Iterator[Server]:
         server.wait()
         yield server
     finally:
-        server.process.send_signal(signal.SIGINT)
+        server.process.terminate()  # a background job of a shell ignores SIGINT, and so would `loraflow up`
         server.process.wait(120)
 
 
